@@ -1,0 +1,24 @@
+// The CPU kernels of one instruction set, as a table. No STL here: this header is compiled with the flags of each set,
+// and a weak symbol that the linker picked from the AVX-512 build would crash an older CPU.
+#pragma once
+
+#include "params.h"
+
+namespace torchweld::cpu {
+
+struct Kernels {
+  const char* isa;  // read by table.cpp off the flags that it was compiled with
+  void (*layer_norm_forward)(const LayerNormForwardParams&);
+  void (*layer_norm_backward)(const LayerNormBackwardParams&);
+};
+
+#ifdef TORCHWELD_ISA  // baseline, avx2, avx512 or avx512_bf16: set by the build for each of the four compilations
+namespace TORCHWELD_ISA {
+
+void layer_norm_forward(const LayerNormForwardParams& p);
+void layer_norm_backward(const LayerNormBackwardParams& p);
+
+}  // namespace TORCHWELD_ISA
+#endif
+
+}  // namespace torchweld::cpu

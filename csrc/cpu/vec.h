@@ -1,0 +1,270 @@
+// The vector of this instruction set: W floats in GCC's vector extension, so arithmetic is written with operators and
+// a*b + c contracts to one fused multiply-add. Loads convert from float, bf16 or fp16; stores round to nearest even.
+// Tails are hidden in for_each_vector: its body is compiled once for whole vectors and once for the last, partial one.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX2__)
+  #include <immintrin.h>
+#endif
+
+#include "params.h"
+
+namespace torchweld::cpu {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
+
+typedef float Vec __attribute__((vector_size(4 * W)));
+typedef int32_t VecI __attribute__((vector_size(4 * W)));
+typedef uint32_t VecU __attribute__((vector_size(4 * W)));
+typedef uint16_t VecH __attribute__((vector_size(2 * W)));  // W halves, as bits
+
+struct bf16 { uint16_t bits; };
+struct f16 { uint16_t bits; };
+
+#define TW_INLINE inline __attribute__((always_inline))
+
+TW_INLINE Vec splat(float x) { return Vec{} + x; }
+TW_INLINE Vec zero() { return Vec{}; }
+TW_INLINE VecU bits(Vec v) { return (VecU)v; }
+TW_INLINE Vec from_bits(VecU v) { return (Vec)v; }
+TW_INLINE Vec vmax(Vec a, Vec b) { return a > b ? a : b; }
+TW_INLINE Vec vmin(Vec a, Vec b) { return a < b ? a : b; }
+
+TW_INLINE Vec vsqrt(Vec v) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_sqrt_ps((__m512)v);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_sqrt_ps((__m256)v);
+#else
+  for (int i = 0; i < W; ++i) v[i] = __builtin_sqrtf(v[i]);
+  return v;
+#endif
+}
+
+// Pairwise, so the order of the additions is that of a tree.
+TW_INLINE float sum(Vec v) {
+  float t[W];
+  std::memcpy(t, &v, sizeof v);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) t[i] += t[i + half];
+  return t[0];
+}
+
+TW_INLINE float max_of(Vec v) {
+  float t[W];
+  std::memcpy(t, &v, sizeof v);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) t[i] = t[i] > t[i + half] ? t[i] : t[i + half];
+  return t[0];
+}
+
+// ---- How many lanes a load or store touches: all of them, or the first n (1 <= n < W).
+
+struct All {
+  static constexpr int count = W;
+};
+
+struct First {
+  int count;
+};
+
+#if defined(__AVX512F__)
+TW_INLINE __mmask16 mask_of(First lanes) { return static_cast<__mmask16>((1u << lanes.count) - 1); }
+#elif defined(__AVX2__)
+TW_INLINE __m256i mask_of(First lanes) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(lanes.count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+
+// Zero in the lanes that are not there.
+TW_INLINE Vec keep(Vec v, All) { return v; }
+TW_INLINE Vec keep(Vec v, First lanes) {
+  VecI index;
+  for (int i = 0; i < W; ++i) index[i] = i;
+  return index < (VecI{} + lanes.count) ? v : zero();
+}
+
+// ---- Conversions between 16 bits and float.
+
+TW_INLINE Vec widen_bf16(VecH h) { return from_bits(__builtin_convertvector(h, VecU) << 16); }
+
+TW_INLINE VecH narrow_bf16(Vec v) {
+#if defined(__AVX512BF16__)
+  return (VecH)_mm512_cvtneps_pbh((__m512)v);
+#else
+  const VecU u = bits(v);
+  const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  const VecU nan = (u >> 16) | 0x40u;
+  return __builtin_convertvector(v == v ? rounded : nan, VecH);
+#endif
+}
+
+TW_INLINE Vec widen_f16(VecH h) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_cvtph_ps((__m256i)h);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_cvtph_ps((__m128i)h);
+#else
+  // Exponent and mantissa move to float's places, scaling by 2^112 mends the bias and the subnormals.
+  const VecU u = __builtin_convertvector(h, VecU);
+  const VecU magnitude = (u & 0x7fffu) << 13;
+  const VecU scaled = bits(from_bits(magnitude) * 0x1p112f);
+  const VecU finite_or_special = (magnitude >= VecU{} + 0x0f800000u) ? (magnitude | 0x7f800000u) : scaled;
+  return from_bits(finite_or_special | ((u & 0x8000u) << 16));
+#endif
+}
+
+TW_INLINE VecH narrow_f16(Vec v) {
+#if defined(__AVX512F__)
+  return (VecH)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#elif defined(__AVX2__)
+  return (VecH)_mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const VecU sign = bits(v) & 0x80000000u;
+  const VecU magnitude = bits(v) ^ sign;
+  // Normal results: round the 13 bits that go, ties to even, then take 112 off the exponent.
+  const VecU normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
+  // Subnormal results: adding 0.5 lets the float adder do the rounding at the right bit.
+  const VecU subnormal = bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;
+  const VecU special = magnitude > VecU{} + 0x7f800000u ? VecU{} + 0x7e00u : VecU{} + 0x7c00u;
+  const VecU result = magnitude >= VecU{} + 0x477ff000u  ? special
+                      : magnitude < VecU{} + 0x38800000u ? subnormal
+                                                         : normal;
+  return __builtin_convertvector(result | (sign >> 16), VecH);
+#endif
+}
+
+// ---- Load and store.
+
+TW_INLINE VecH load_bits(const void* p, All) {
+  VecH h;
+  std::memcpy(&h, p, sizeof h);
+  return h;
+}
+
+TW_INLINE VecH load_bits(const void* p, First lanes) {
+#if defined(__AVX512F__)
+  return (VecH)_mm256_maskz_loadu_epi16(mask_of(lanes), p);
+#else
+  VecH h{};
+  std::memcpy(&h, p, 2 * lanes.count);
+  return h;
+#endif
+}
+
+TW_INLINE void store_bits(void* p, VecH h, All) { std::memcpy(p, &h, sizeof h); }
+
+TW_INLINE void store_bits(void* p, VecH h, First lanes) {
+#if defined(__AVX512F__)
+  _mm256_mask_storeu_epi16(p, mask_of(lanes), (__m256i)h);
+#else
+  std::memcpy(p, &h, 2 * lanes.count);
+#endif
+}
+
+TW_INLINE Vec load(const float* p, All) {
+  Vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+TW_INLINE Vec load(const float* p, First lanes) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_loadu_ps(mask_of(lanes), p);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_maskload_ps(p, mask_of(lanes));
+#else
+  Vec v{};
+  std::memcpy(&v, p, 4 * lanes.count);
+  return v;
+#endif
+}
+
+TW_INLINE void store(float* p, Vec v, All) { std::memcpy(p, &v, sizeof v); }
+
+TW_INLINE void store(float* p, Vec v, First lanes) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, mask_of(lanes), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, mask_of(lanes), (__m256)v);
+#else
+  std::memcpy(p, &v, 4 * lanes.count);
+#endif
+}
+
+template <class Lanes>
+TW_INLINE Vec load(const bf16* p, Lanes lanes) { return widen_bf16(load_bits(p, lanes)); }
+template <class Lanes>
+TW_INLINE Vec load(const f16* p, Lanes lanes) { return widen_f16(load_bits(p, lanes)); }
+template <class Lanes>
+TW_INLINE void store(bf16* p, Vec v, Lanes lanes) { store_bits(p, narrow_bf16(v), lanes); }
+template <class Lanes>
+TW_INLINE void store(f16* p, Vec v, Lanes lanes) { store_bits(p, narrow_f16(v), lanes); }
+
+template <class T>
+TW_INLINE Vec load(const T* p) { return load(p, All{}); }
+template <class T>
+TW_INLINE void store(T* p, Vec v) { store(p, v, All{}); }
+
+// body(i, lanes) for the vectors that cover [0, n).
+template <class Body>
+TW_INLINE void for_each_vector(int64_t n, Body&& body) {
+  int64_t i = 0;
+  for (; i + W <= n; i += W) body(i, All{});
+  if (i < n) body(i, First{static_cast<int>(n - i)});
+}
+
+// Sum over [0, n) of term(i, lanes). Four chains hide the latency of the adder; a chain is cut every 64 vectors, so the
+// rounding error grows with the square root of n at worst.
+template <class Term>
+TW_INLINE float sum_over(int64_t n, Term&& term) {
+  constexpr int64_t kChain = 4 * W * 64;
+  Vec total{};
+  int64_t i = 0;
+  while (i + 4 * W <= n) {
+    const int64_t end = n - i < kChain ? n : i + kChain;
+    Vec s0{}, s1{}, s2{}, s3{};
+    for (; i + 4 * W <= end; i += 4 * W) {
+      s0 += term(i, All{});
+      s1 += term(i + W, All{});
+      s2 += term(i + 2 * W, All{});
+      s3 += term(i + 3 * W, All{});
+    }
+    total += (s0 + s1) + (s2 + s3);
+  }
+  for (; i + W <= n; i += W) total += term(i, All{});
+  if (i < n) {
+    const First rest{static_cast<int>(n - i)};
+    total += keep(term(i, rest), rest);
+  }
+  return sum(total);
+}
+
+// ---- From run-time dtypes to types: f(Tag<T>{}).
+
+template <class T>
+struct Tag {
+  using type = T;
+};
+
+template <class F>
+TW_INLINE void dispatch(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float32: return f(Tag<float>{});
+    case DType::bfloat16: return f(Tag<bf16>{});
+    case DType::float16: return f(Tag<f16>{});
+  }
+}
+
+}  // namespace
+}  // namespace torchweld::cpu

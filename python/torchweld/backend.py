@@ -1,0 +1,129 @@
+"""Which kernels run for a call, and why: "cuda", "cpu" or "reference".
+
+The order is cuda (a tensor on a GPU, and `_cuda` built), cpu (a tensor on the CPU, and `_cpu` loads), reference (all
+else). `use_backend("reference")` or `TORCHWELD_BACKEND=reference` forces one. What a kernel does not take goes to the
+reference, is logged once at INFO, and raises instead under `TORCHWELD_STRICT=1`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+
+import torch
+
+__all__ = ["BACKENDS", "active", "choose", "module", "unavailable", "use_backend"]
+
+BACKENDS = ("cuda", "cpu", "reference")
+
+_log = logging.getLogger("torchweld")
+_logged: set[tuple[str, str]] = set()
+
+
+def _load(name: str) -> tuple[ModuleType | None, str | None]:
+    try:
+        return importlib.import_module(f"torchweld.{name}"), None
+    except ModuleNotFoundError:
+        return None, f"torchweld.{name} is not built; reinstall with a compiler for it (see `torchweld info`)"
+    except ImportError as error:  # built, but broken: kept, and shown by the first use
+        return None, f"torchweld.{name} does not load: {error}"
+
+
+# A missing or broken module must not stop `import torchweld`; loading one takes about a millisecond and probes nothing.
+_modules: dict[str, tuple[ModuleType | None, str | None]] = {"cpu": _load("_cpu"), "cuda": _load("_cuda")}
+
+
+class _Settings:
+    """Read from the environment at the first call, then changed only by `use_backend`."""
+
+    forced: str | None = None
+    strict: bool = False
+    loaded: bool = False
+
+    def load(self) -> None:
+        self.strict = os.environ.get("TORCHWELD_STRICT", "") not in ("", "0")
+        if name := os.environ.get("TORCHWELD_BACKEND"):
+            self.forced = _checked(name, "TORCHWELD_BACKEND")
+        self.loaded = True
+
+
+_settings = _Settings()
+
+
+def unavailable(name: str) -> str | None:
+    """Why backend `name` cannot run on this machine; None if it can."""
+    if name == "reference":
+        return None
+    if reason := _modules[name][1]:
+        return reason
+    if name == "cuda" and not torch.cuda.is_available():
+        return "torch.cuda.is_available() is False: no NVIDIA GPU, no driver, or a torch without CUDA"
+    return None
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source}: unknown backend {name!r}; expected one of {', '.join(BACKENDS)}")
+    if reason := unavailable(name):
+        raise RuntimeError(f"{source}: backend {name!r} cannot be used here: {reason}")
+    return name
+
+
+@contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Forces one backend ("cuda", "cpu" or "reference") for the calls inside the `with` block, in the whole process.
+
+    Raises:
+        ValueError: `name` is not a backend.
+        RuntimeError: it cannot run here; the message says why and what to do.
+    """
+    if not _settings.loaded:
+        _settings.load()
+    before = _settings.forced
+    _settings.forced = _checked(name, "use_backend")
+    try:
+        yield
+    finally:
+        _settings.forced = before
+
+
+def active(device: torch.device | str = "cpu") -> str:
+    """The backend that serves float32 tensors on `device` now."""
+    return choose("active", torch.device(device), None)
+
+
+def choose(op: str, device: torch.device, refusal: str | None) -> str:
+    """The backend for one call of `op` on `device`. `refusal`: why its kernels do not take this call, None if they do."""
+    if not _settings.loaded:
+        _settings.load()
+    forced = _settings.forced
+    if forced == "reference":
+        return forced
+    kind = device.type
+    if forced is not None and forced != kind:
+        raise RuntimeError(f"[{op}] backend {forced!r} is forced, but the tensors are on {kind!r}; move them to {forced!r}")
+    if refusal is None:
+        if kind in _modules and _modules[kind][0] is not None:
+            return kind
+        refusal = _modules[kind][1] if kind in _modules else f"no kernels for device {kind!r}"
+    assert refusal is not None
+    if _settings.strict or (kind == "cpu" and refusal is _modules["cpu"][1]):
+        # Every install has the CPU kernels: without them something is broken, and silence would hide it.
+        raise RuntimeError(f"[{op}] the {kind} kernels do not serve this call: {refusal}. The pure-PyTorch reference does: "
+                           f"use torchweld.use_backend('reference') or TORCHWELD_BACKEND=reference.")
+    if not torch.compiler.is_compiling() and (op, refusal) not in _logged:
+        _logged.add((op, refusal))
+        _log.info("[%s] runs on the reference: %s", op, refusal)
+    return "reference"
+
+
+def module(device: torch.device) -> ModuleType:
+    """The compiled module for `device`; only after `choose` named it."""
+    found, reason = _modules[device.type]
+    if found is None:
+        raise RuntimeError(reason)
+    return found

@@ -1,0 +1,5 @@
+"""The fused functions. Names and argument order are those of `torch.nn.functional` where a twin exists there."""
+
+from torchweld.ops.layer_norm import add_layer_norm, layer_norm
+
+__all__ = ["add_layer_norm", "layer_norm"]

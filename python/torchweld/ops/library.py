@@ -1,0 +1,53 @@
+"""The `torchweld` operator library: how a kernel becomes an op that torch.compile, export and opcheck understand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_library = torch.library.Library("torchweld", "DEF")
+
+
+def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Defines `torchweld::<schema>` for CPU and CUDA, with `fake` giving shapes, dtypes and strides; returns the op."""
+    name = schema[: schema.index("(")]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, kernel, "CPU")
+    _library.impl(name, kernel, "CUDA")
+    torch.library.register_fake(f"torchweld::{name}", fake, lib=_library)
+    return getattr(torch.ops.torchweld, name).default
+
+
+def wants_grad(*tensors: Tensor | None) -> bool:
+    """Whether autograd must record a call with these inputs."""
+    if torch.is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
+def double_backward(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    grads: Sequence[Tensor | None],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients that can themselves be differentiated: those of the reference `function(*inputs)`.
+
+    Called by a backward that runs under `create_graph=True`, where the kernels' own gradients would be constants.
+    """
+    with torch.enable_grad():
+        outputs = function(*inputs)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]
+        wanted = [x for x, need in zip(inputs, needed, strict=True) if need and x is not None]
+        found = iter(
+            torch.autograd.grad(
+                [o for o, _ in pairs], wanted, [g for _, g in pairs], create_graph=True, allow_unused=True
+            )
+        )
+    return [next(found) if need and x is not None else None for x, need in zip(inputs, needed, strict=True)]

@@ -1,0 +1,5 @@
+"""The definition of every op in plain PyTorch: differentiable, any device, any dtype. Tests and fallbacks use these."""
+
+from torchweld.reference.layer_norm import add_layer_norm, layer_norm
+
+__all__ = ["add_layer_norm", "layer_norm"]
