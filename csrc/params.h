@@ -43,4 +43,46 @@ struct LayerNormBackwardParams {
   float* partial;       // [blocks, 2, N] dweight and dbias of each block, nullptr: none wanted
 };
 
+// One tensor of an optimizer's list: the parameter and what belongs to it, dense and with the same strides, so that the
+// order of the elements in memory serves for all of them. A list is worked on as one range: its concatenation, in which
+// each tensor is padded to whole chunks.
+struct AdamWTensor {
+  void* param;           // [numel]
+  void* grad;            // [numel], written (unscaled) only when there is a grad_scale
+  void* exp_avg;         // [numel] running mean of the gradient
+  void* exp_avg_sq;      // [numel] running mean of its square
+  void* max_exp_avg_sq;  // [numel], nullptr: no AMSGrad
+  float* step;           // [] updates so far
+  int64_t numel;
+  int64_t begin;                           // where it starts in the concatenation
+  DType dtype, grad_dtype, state_dtype;    // of param, of grad, of the running means
+  float step_size, inv_sqrt_bias2, decay;  // filled by the kernel, from the step
+};
+
+constexpr int64_t kAdamWChunkCpu = 64;      // elements; also what a tiny tensor costs, about
+constexpr int64_t kAdamWChunkCuda = 16384;  // elements of one thread block
+constexpr int64_t kGradNormBlocks = 1024;   // partial sums of a norm: fixed, so that the order of the additions is
+
+struct AdamWParams {
+  int64_t count, total;  // tensors; elements of the concatenation
+  AdamWTensor* tensors;  // [count], on the host
+  AdamWTensor* table;    // [count], their copy on the device; nullptr on the CPU
+  double lr, beta1, beta2, eps, weight_decay;
+  bool decoupled, maximize;  // decoupled: AdamW, else weight_decay is an L2 term of the gradient
+  double max_grad_norm;
+  const float* lr_tensor;   // [], nullptr: lr above
+  const float* grad_norm;   // [] of the unscaled gradients, nullptr: no clipping
+  const float* grad_scale;  // [] what the gradients are to be divided by, nullptr: 1
+  const float* found_inf;   // [] not zero: overflow, nothing moves; nullptr: none
+};
+
+struct GradNormParams {
+  int64_t count, total;
+  AdamWTensor* tensors;  // [count], of which only grad, grad_dtype, numel and begin are set
+  AdamWTensor* table;
+  const float* grad_scale;
+  double* partial;  // [kGradNormBlocks]
+  float* norm;      // []
+};
+
 }  // namespace torchweld

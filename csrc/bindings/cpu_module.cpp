@@ -1,3 +1,4 @@
+#include "bindings/adamw.h"
 #include "bindings/layer_norm.h"
 #include "cpu/isa.h"
 
@@ -25,4 +26,5 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("use_isa", &cpu::use_isa, py::arg("name"), "Switches to another instruction set.");
   m.def("available_isas", &cpu::available_isas, "Instruction sets that this CPU has, best first.");
   bind_layer_norm<Cpu>(m);
+  bind_adamw<Cpu>(m);
 }

@@ -117,6 +117,12 @@ class Arguments {
     return static_cast<char*>(t.data) + t.byte_offset;
   }
 
+  bool is_here(const TensorView& t) const { return t.device.type == device_.type && t.device.index == device_.index; }
+
+  void check_device(const TensorView& t, const char* name) const {
+    if (!is_here(t)) fail(name, "a tensor on " + device_name(device_), device_name(t.device) + "; move it with .to()");
+  }
+
   void check_shape(const TensorView& t, const char* name, std::initializer_list<int64_t> shape) const {
     if (std::vector<int64_t>(shape) != std::vector<int64_t>(t.shape, t.shape + t.ndim))
       fail(name, "shape " + list(shape.begin(), static_cast<int>(shape.size())), list(t.shape, t.ndim));
@@ -126,10 +132,15 @@ class Arguments {
     throw py::value_error("[" + std::string(op_) + "] " + name + ": expected " + expected + ", but got " + got);
   }
 
+  static std::string list(const int64_t* values, int n) {
+    std::string text = "(";
+    for (int i = 0; i < n; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
+    return text + ")";
+  }
+
  private:
   void check_device_and_dtype(const TensorView& t, const char* name, DType dtype) const {
-    if (t.device.type != device_.type || t.device.index != device_.index)
-      fail(name, "a tensor on " + device_name(device_), device_name(t.device));
+    check_device(t, name);
     if (dtype_of(t.dtype) != dtype) fail(name, std::string("dtype ") + name_of(dtype), name_of(t.dtype));
   }
 
@@ -145,12 +156,6 @@ class Arguments {
   static std::string device_name(dlpack::Device d) {
     std::string kind = d.type == dlpack::kCPU ? "cpu" : d.type == dlpack::kCUDA ? "cuda" : "device type " + std::to_string(d.type);
     return d.type == dlpack::kCPU ? kind : kind + ":" + std::to_string(d.index);
-  }
-
-  static std::string list(const int64_t* values, int n) {
-    std::string text = "(";
-    for (int i = 0; i < n; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
-    return text + ")";
   }
 
   const char* op_;

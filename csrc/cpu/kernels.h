@@ -10,6 +10,8 @@ struct Kernels {
   const char* isa;  // read by table.cpp off the flags that it was compiled with
   void (*layer_norm_forward)(const LayerNormForwardParams&);
   void (*layer_norm_backward)(const LayerNormBackwardParams&);
+  void (*adamw)(const AdamWParams&);
+  void (*grad_norm)(const GradNormParams&);
 };
 
 #ifdef TORCHWELD_ISA  // baseline, avx2, avx512 or avx512_bf16: set by the build for each of the four compilations
@@ -17,6 +19,8 @@ namespace TORCHWELD_ISA {
 
 void layer_norm_forward(const LayerNormForwardParams& p);
 void layer_norm_backward(const LayerNormBackwardParams& p);
+void adamw(const AdamWParams& p);
+void grad_norm(const GradNormParams& p);
 
 }  // namespace TORCHWELD_ISA
 #endif

@@ -18,6 +18,8 @@ const Kernels table = {
     compiled_for,
     layer_norm_forward,
     layer_norm_backward,
+    adamw,
+    grad_norm,
 };
 
 }  // namespace torchweld::cpu::TORCHWELD_ISA

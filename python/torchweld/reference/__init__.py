@@ -1,5 +1,6 @@
 """The definition of every op in plain PyTorch: differentiable, any device, any dtype. Tests and fallbacks use these."""
 
+from torchweld.reference.adamw import adamw_, grad_norm
 from torchweld.reference.layer_norm import add_layer_norm, layer_norm
 
-__all__ = ["add_layer_norm", "layer_norm"]
+__all__ = ["adamw_", "add_layer_norm", "grad_norm", "layer_norm"]
