@@ -29,11 +29,12 @@ class Case(ABC):
 
     name: str
     regime: str
+    dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16, torch.float16)
 
     @property
     @abstractmethod
     def op(self) -> str:
-        """The public name of the function in `torchweld.ops`."""
+        """The name it goes by in tables and on the command line."""
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -119,9 +120,10 @@ def _stacked(draws: list[Tensors]) -> Tensors:
 
 def ops() -> dict[str, tuple[Case, ...]]:
     """Every op that has kernels, with its cases."""
-    from torchweld.testing.layer_norm import ADD_LAYER_NORM, LAYER_NORM  # noqa: PLC0415  (they import this file)
+    from torchweld.testing.adamw import ADAMW  # noqa: PLC0415  (they import this file)
+    from torchweld.testing.layer_norm import ADD_LAYER_NORM, LAYER_NORM  # noqa: PLC0415
 
-    return {"layer_norm": LAYER_NORM, "add_layer_norm": ADD_LAYER_NORM}
+    return {"layer_norm": LAYER_NORM, "add_layer_norm": ADD_LAYER_NORM, "adamw": ADAMW}
 
 
 def cases(op: str) -> tuple[Case, ...]:
