@@ -35,15 +35,13 @@ void forward_row(const LayerNormForwardParams& p, int64_t m) {
   T* y = row<T>(p.output, m, N);
 
   // Mean. The sum is rounded to T before it is normalised: the backward sees what was stored.
-  float total;
   if (p.residual != nullptr) {
     const T* r = row<T>(p.residual, m, N);
     T* s = row<T>(p.sum, m, N);
     for_each_vector(N, [&](int64_t i, auto lanes) { store(s + i, load(x + i, lanes) + load(r + i, lanes), lanes); });
     x = s;
   }
-  total = sum_over(N, [&](int64_t i, auto lanes) { return load(x + i, lanes); });
-  const float mean = total / static_cast<float>(N);
+  const float mean = sum_over(N, [&](int64_t i, auto lanes) { return load(x + i, lanes); }) / static_cast<float>(N);
 
   // Variance.
   const float squares = sum_over(N, [&](int64_t i, auto lanes) {
@@ -59,8 +57,10 @@ void forward_row(const LayerNormForwardParams& p, int64_t m) {
     if (bias != nullptr) v = v + load(bias + i, lanes);
     store(y + i, v, lanes);
   });
-  p.mean[m] = mean;
-  p.rstd[m] = rstd;
+  if (p.mean != nullptr) {
+    p.mean[m] = mean;
+    p.rstd[m] = rstd;
+  }
 }
 
 // R rows at a time share each load of the weight and each update of the partial sums.
