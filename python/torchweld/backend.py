@@ -101,7 +101,7 @@ def active(device: torch.device | str = "cpu") -> str:
 
 
 def choose(op: str, device: torch.device, refusal: str | None) -> str:
-    """The backend for one call of `op` on `device`. `refusal`: why its kernels do not take this call, None if they do."""
+    """The backend for one call of `op` on `device`; `refusal` says why its kernels do not take it, None if they do."""
     if not _settings.loaded:
         _settings.load()
     forced = _settings.forced
@@ -110,7 +110,9 @@ def choose(op: str, device: torch.device, refusal: str | None) -> str:
         return "reference"
     kind = device.type
     if forced is not None and forced != kind:
-        raise RuntimeError(f"[{op}] backend {forced!r} is forced, but the tensors are on {kind!r}; move them to {forced!r}")
+        raise RuntimeError(
+            f"[{op}] backend {forced!r} is forced, but the tensors are on {kind!r}; move them to {forced!r}"
+        )
     if refusal is None:
         if kind in kernels:
             return kind
@@ -118,13 +120,14 @@ def choose(op: str, device: torch.device, refusal: str | None) -> str:
     assert refusal is not None
     if _settings.strict or (kind == "cpu" and refusal is _modules["cpu"][1]):
         # Every install has the CPU kernels: without them something is broken, and silence would hide it.
-        raise RuntimeError(f"[{op}] the {kind} kernels do not serve this call: {refusal}. The pure-PyTorch reference does: "
-                           f"use torchweld.use_backend('reference') or TORCHWELD_BACKEND=reference.")
+        raise RuntimeError(
+            f"[{op}] the {kind} kernels do not serve this call: {refusal}. The pure-PyTorch reference does: "
+            f"use torchweld.use_backend('reference') or TORCHWELD_BACKEND=reference."
+        )
     if not torch.compiler.is_compiling() and (op, refusal) not in _logged:
         _logged.add((op, refusal))
         _log.info("[%s] runs on the reference: %s", op, refusal)
     return "reference"
-
 
 
 def module(device: torch.device) -> ModuleType:

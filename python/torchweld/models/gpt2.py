@@ -339,7 +339,7 @@ def sample(
     if temperature < 1e-6:  # also where the division below would overflow
         return logits.argmax(-1)
     # Sorted, "the k likeliest" and "the likeliest that reach p" are both a prefix.
-    probabilities, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True, stable=True)
+    probabilities, order = (logits.float() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
         probabilities[:, top_k:] = 0.0
     if top_p is not None:

@@ -99,7 +99,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         if all(m.dtype == torch.bool for m in masks):
             return ~(masks[0] | masks[1]) if len(masks) == 2 else ~masks[0]
         additive = [
-            torch.zeros_like(m, dtype=q.dtype).masked_fill_(m, float("-inf")) if m.dtype == torch.bool else m.to(q.dtype)
+            torch.zeros_like(m, dtype=q.dtype).masked_fill_(m, float("-inf"))
+            if m.dtype == torch.bool
+            else m.to(q.dtype)
             for m in masks
         ]
         return additive[0] + additive[1] if len(masks) == 2 else additive[0]

@@ -51,9 +51,7 @@ def _inference(input: Tensor, cols: int, weight: Tensor | None, bias: Tensor | N
     return _run_forward(input.contiguous(), None, cols, weight, bias, eps, None, None)
 
 
-def _forward(
-    input: Tensor, cols: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
+def _forward(input: Tensor, cols: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
     stats = _stats(input, cols)
     return _run_forward(input.contiguous(), None, cols, weight, bias, eps, None, stats), stats
 
@@ -240,9 +238,7 @@ _add_layer_norm = applier(_AddLayerNorm)
 # ---- Public
 
 
-def _refusal(
-    op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
-) -> str | None:
+def _refusal(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> str | None:
     """Raises on arguments that no backend takes; returns why the kernels do not take these, None if they do."""
     tail, dtype = x.shape[-len(shape) :] if shape else None, x.dtype
     if tail is None or (tail != shape and tuple(tail) != tuple(shape)):
