@@ -66,7 +66,7 @@ def _add_forward(
 
 def _row_blocks(rows: int, cols: int) -> int:
     """How many partial sums the weight gradients get: a function of the shape alone, so that results are too."""
-    return max(1, min(64, rows // 32, (1 << 22) // cols))
+    return max(1, min(64, rows // 8, (1 << 22) // cols))
 
 
 def _backward(
