@@ -23,8 +23,8 @@ struct LayerNormForwardParams {
   const void* bias;      // [N], nullptr: zeros
   void* sum;             // [M, N] input + residual, nullptr without a residual
   void* output;          // [M, N]
-  float* mean;           // [M]
-  float* rstd;           // [M]
+  float* mean;           // [M], nullptr: no backward will follow
+  float* rstd;           // [M], likewise
 };
 
 struct LayerNormBackwardParams {

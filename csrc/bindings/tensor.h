@@ -31,11 +31,20 @@ struct TensorView : dlpack::Tensor {
 
 struct TorchApi {
   PyTypeObject* tensor_type;
+  PyTypeObject* parameter_type;
+  PyObject* dispatch;  // torch.Tensor.__torch_dispatch__
   const dlpack::ExchangeAPI* exchange;
 
   static const TorchApi& get() {
     static const TorchApi api = load();
     return api;
+  }
+
+  // A subclass with a __torch_dispatch__ of its own (FakeTensor, DTensor, functional tensors) has no memory behind its
+  // pointer: the exchange API would hand over garbage. Such tensors belong to the registered op, never to a kernel.
+  bool has_memory(PyObject* tensor) const {
+    if (Py_TYPE(tensor) == tensor_type || Py_TYPE(tensor) == parameter_type) return true;
+    return py::type::handle_of(tensor).attr("__torch_dispatch__").ptr() == dispatch;
   }
 
  private:
@@ -49,7 +58,10 @@ struct TorchApi {
     while (exchange->major != 1 && exchange->previous != nullptr) exchange = exchange->previous;
     if (exchange->major != 1)
       throw py::import_error("torchweld speaks DLPack 1, this torch offers only version " + std::to_string(exchange->major));
-    return {reinterpret_cast<PyTypeObject*>(type.release().ptr()), exchange};
+    py::object parameter = py::module_::import("torch.nn").attr("Parameter");
+    py::object dispatch = type.attr("__torch_dispatch__");
+    return {reinterpret_cast<PyTypeObject*>(type.release().ptr()),
+            reinterpret_cast<PyTypeObject*>(parameter.release().ptr()), dispatch.release().ptr(), exchange};
   }
 };
 
@@ -173,6 +185,9 @@ struct type_caster<torchweld::TensorView> {
   bool load(handle source, bool) {
     const auto& api = torchweld::TorchApi::get();
     if (!PyObject_TypeCheck(source.ptr(), api.tensor_type)) return false;
+    if (!api.has_memory(source.ptr()))
+      throw type_error(std::string("a ") + Py_TYPE(source.ptr())->tp_name +
+                       " has no memory of its own; call the function in torchweld.ops, which dispatches it");
     if (api.exchange->tensor_from_py_object(source.ptr(), &value) != 0) throw error_already_set();
     return true;
   }
