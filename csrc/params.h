@@ -85,4 +85,45 @@ struct GradNormParams {
   float* norm;      // []
 };
 
+// loss = (1 - smoothing) * (lse - logits[target]) + smoothing * (lse - mean(logits)), lse = log(sum(exp(logits))), over
+// rows of V classes. A row whose target is `ignore_index` has loss 0 and no gradient.
+struct CrossEntropyForwardParams {
+  int64_t rows, classes, ignore_index;
+  float smoothing;
+  DType dtype;
+  const void* logits;     // [M, V]
+  const int64_t* target;  // [M]
+  float* loss;            // [M]
+  float* max;             // [M] of the logits
+  float* sum;             // [M] of exp(logits - max)
+};
+
+struct CrossEntropyBackwardParams {
+  int64_t rows, classes, ignore_index;
+  float smoothing;
+  DType dtype;
+  const float* dloss;     // [M]
+  const void* logits;     // [M, V]
+  const int64_t* target;  // [M]
+  const float* max;       // [M]
+  const float* sum;       // [M]
+  void* dlogits;          // [M, V]
+};
+
+// output = input * Phi(input), Phi by its tanh approximation; E elements.
+struct GeluForwardParams {
+  int64_t numel;
+  DType dtype;
+  const void* input;  // [E]
+  void* output;       // [E]
+};
+
+struct GeluBackwardParams {
+  int64_t numel;
+  DType dtype;
+  const void* doutput;  // [E]
+  const void* input;    // [E]
+  void* dinput;         // [E]
+};
+
 }  // namespace torchweld

@@ -1,4 +1,6 @@
 #include "bindings/adamw.h"
+#include "bindings/cross_entropy.h"
+#include "bindings/gelu.h"
 #include "bindings/layer_norm.h"
 #include "cpu/isa.h"
 
@@ -25,6 +27,8 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return cpu::kernels().isa; }, "Name of the instruction set in use.");
   m.def("use_isa", &cpu::use_isa, py::arg("name"), "Switches to another instruction set.");
   m.def("available_isas", &cpu::available_isas, "Instruction sets that this CPU has, best first.");
+  bind_cross_entropy<Cpu>(m);
+  bind_gelu<Cpu>(m);
   bind_layer_norm<Cpu>(m);
   bind_adamw<Cpu>(m);
 }

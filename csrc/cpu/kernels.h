@@ -12,6 +12,10 @@ struct Kernels {
   void (*layer_norm_backward)(const LayerNormBackwardParams&);
   void (*adamw)(const AdamWParams&);
   void (*grad_norm)(const GradNormParams&);
+  void (*cross_entropy_forward)(const CrossEntropyForwardParams&);
+  void (*cross_entropy_backward)(const CrossEntropyBackwardParams&);
+  void (*gelu_forward)(const GeluForwardParams&);
+  void (*gelu_backward)(const GeluBackwardParams&);
 };
 
 #ifdef TORCHWELD_ISA  // baseline, avx2, avx512 or avx512_bf16: set by the build for each of the four compilations
@@ -21,6 +25,10 @@ void layer_norm_forward(const LayerNormForwardParams& p);
 void layer_norm_backward(const LayerNormBackwardParams& p);
 void adamw(const AdamWParams& p);
 void grad_norm(const GradNormParams& p);
+void cross_entropy_forward(const CrossEntropyForwardParams& p);
+void cross_entropy_backward(const CrossEntropyBackwardParams& p);
+void gelu_forward(const GeluForwardParams& p);
+void gelu_backward(const GeluBackwardParams& p);
 
 }  // namespace TORCHWELD_ISA
 #endif

@@ -20,6 +20,10 @@ const Kernels table = {
     layer_norm_backward,
     adamw,
     grad_norm,
+    cross_entropy_forward,
+    cross_entropy_backward,
+    gelu_forward,
+    gelu_backward,
 };
 
 }  // namespace torchweld::cpu::TORCHWELD_ISA

@@ -121,9 +121,17 @@ def _stacked(draws: list[Tensors]) -> Tensors:
 def ops() -> dict[str, tuple[Case, ...]]:
     """Every op that has kernels, with its cases."""
     from torchweld.testing.adamw import ADAMW  # noqa: PLC0415  (they import this file)
+    from torchweld.testing.cross_entropy import CROSS_ENTROPY  # noqa: PLC0415
+    from torchweld.testing.gelu import GELU  # noqa: PLC0415
     from torchweld.testing.layer_norm import ADD_LAYER_NORM, LAYER_NORM  # noqa: PLC0415
 
-    return {"layer_norm": LAYER_NORM, "add_layer_norm": ADD_LAYER_NORM, "adamw": ADAMW}
+    return {
+        "layer_norm": LAYER_NORM,
+        "add_layer_norm": ADD_LAYER_NORM,
+        "gelu": GELU,
+        "cross_entropy": CROSS_ENTROPY,
+        "adamw": ADAMW,
+    }
 
 
 def cases(op: str) -> tuple[Case, ...]:
