@@ -1,3 +1,4 @@
+#include "bindings/attention.h"
 #include "bindings/layer_norm.h"
 #include "cpu/isa.h"
 
@@ -8,6 +9,8 @@ using namespace torchweld;
 struct Cpu {
   using Kernels = cpu::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
+
+  static const Kernels& kernels() { return cpu::kernels(); }
 
   template <class Params>
   static void run(void (*Kernels::*kernel)(const Params&), const Params& params, int32_t) {
@@ -24,5 +27,6 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return cpu::kernels().isa; }, "Name of the instruction set in use.");
   m.def("use_isa", &cpu::use_isa, py::arg("name"), "Switches to another instruction set.");
   m.def("available_isas", &cpu::available_isas, "Instruction sets that this CPU has, best first.");
+  bind_attention<Cpu>(m);
   bind_layer_norm<Cpu>(m);
 }

@@ -129,6 +129,13 @@ class Arguments {
     return static_cast<char*>(t.data) + t.byte_offset;
   }
 
+  // Pointer to a tensor of this shape, of any dtype, which may have stride 0 where it is broadcast.
+  void* expanded(const TensorView& t, const char* name, std::initializer_list<int64_t> shape) const {
+    check_device(t, name);
+    check_shape(t, name, shape);
+    return static_cast<char*>(t.data) + t.byte_offset;
+  }
+
   void check_shape(const TensorView& t, const char* name, std::initializer_list<int64_t> shape) const {
     if (std::vector<int64_t>(shape) != std::vector<int64_t>(t.shape, t.shape + t.ndim))
       fail(name, "shape " + list(shape.begin(), static_cast<int>(shape.size())), list(t.shape, t.ndim));
@@ -139,9 +146,13 @@ class Arguments {
   }
 
  private:
-  void check_device_and_dtype(const TensorView& t, const char* name, DType dtype) const {
+  void check_device(const TensorView& t, const char* name) const {
     if (t.device.type != device_.type || t.device.index != device_.index)
       fail(name, "a tensor on " + device_name(device_), device_name(t.device));
+  }
+
+  void check_device_and_dtype(const TensorView& t, const char* name, DType dtype) const {
+    check_device(t, name);
     if (dtype_of(t.dtype) != dtype) fail(name, std::string("dtype ") + name_of(dtype), name_of(t.dtype));
   }
 

@@ -18,6 +18,10 @@ const Kernels table = {
     compiled_for,
     layer_norm_forward,
     layer_norm_backward,
+    attention_forward_workspace,
+    attention_forward,
+    attention_backward_workspace,
+    attention_backward,
 };
 
 }  // namespace torchweld::cpu::TORCHWELD_ISA
