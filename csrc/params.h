@@ -73,6 +73,11 @@ struct AttentionInputs {
   const float* sinks;                          // [H], nullptr: none
   float* workspace;                            // [workspace_size]
   int64_t workspace_size;                      // at least what the op's workspace function asks for
+
+  // Of an additive bias.
+  DType bias_dtype() const {
+    return bias_type == MaskType::bfloat16 ? DType::bfloat16 : bias_type == MaskType::float16 ? DType::float16 : DType::float32;
+  }
 };
 
 constexpr int64_t kUnbounded = int64_t{1} << 40;
@@ -93,7 +98,8 @@ struct AttentionBackwardParams : AttentionInputs {
   void* dkey;         // [B, Hkv, Nk, D]
   void* dvalue;       // [B, Hkv, Nk, Dv]
   Strides dquery_strides, dkey_strides, dvalue_strides;
-  void* dbias;         // [Bb, Hb, Nqb, Nkb] contiguous, of bias's dtype; each extent 1 where bias is broadcast
+  void* dbias;         // [dbias_extents] contiguous, of bias's dtype
+  int64_t dbias_extents[4];  // B, H, Nq and Nk, or 1 where bias is broadcast
   float* dsinks;       // [B, H], to be summed over B
 };
 

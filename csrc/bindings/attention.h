@@ -97,7 +97,7 @@ void bind_attention(py::module_& m) {
     Backend::run(&Backend::Kernels::attention_forward, p, query.device.index);
   });
 
-  // As above. dlse: float32 (B, H, Nq); dbias: contiguous, bias's dtype, extent 1 where bias is broadcast; dsinks: (B, H).
+  // As above. dlse: float32 (B, H, Nq); dbias: contiguous, 4 dimensions; dsinks: (B, H).
   m.def("attention_backward", [](const TensorView& doutput, const OptionalTensor& dlse, const TensorView& query,
                                  const TensorView& key, const TensorView& value, const OptionalTensor& bias,
                                  const OptionalTensor& alibi, const OptionalTensor& sinks, const TensorView& output,
@@ -126,8 +126,13 @@ void bind_attention(py::module_& m) {
     gradient(dvalue, "dvalue", value, p.dvalue, p.dvalue_strides);
     if (dbias) {
       if (!bias || bias->dtype.code == dlpack::kBool) args.fail("dbias", "an additive bias to be differentiated", "none");
-      auto extent = [&](int d) { return bias->stride(d) == 0 ? 1 : bias->size(d); };
-      p.dbias = args.contiguous(*dbias, "dbias", args.dtype(*bias, "bias"), {extent(0), extent(1), extent(2), extent(3)});
+      p.dbias = args.flat(*dbias, "dbias", args.dtype(*bias, "bias"), dbias->numel());
+      for (int d = 0; d < 4; ++d) {
+        p.dbias_extents[d] = dbias->ndim == 4 ? dbias->size(d) : 0;
+        if (p.dbias_extents[d] != bias->size(d) && (p.dbias_extents[d] != 1 || bias->stride(d) != 0))
+          args.fail("dbias", "bias's extent, or 1 where it is broadcast, in dimension " + std::to_string(d),
+                    std::to_string(p.dbias_extents[d]));
+      }
     }
     if (dsinks) p.dsinks = static_cast<float*>(args.contiguous(*dsinks, "dsinks", DType::float32, {B, H}));
     if (const int64_t needed = Backend::kernels().attention_backward_workspace(p); p.workspace_size < needed)

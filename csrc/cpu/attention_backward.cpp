@@ -42,7 +42,7 @@ struct BackwardPlan {
     value_width = round_up(p.value_dim, W);
     packed = Tile::Queries::words(p);
     partial = round_up(p.queries * key_width, 16);
-    scratch = Tile::scratch_words(p, tile_keys) + tile_keys * (key_width + value_width);
+    scratch = Tile::scratch_words(p, tile_keys) + max_of(tile_keys * (key_width + value_width), Tile::kQueries * tile_keys);
     threads = threads_for(p, 5);
   }
 
@@ -78,6 +78,7 @@ class Backward {
     parallel_queue(kv_heads * plan_.chunks, plan_.threads, [&](int64_t task, int64_t thread) {
       differentiate(task % kv_heads, task / kv_heads, p_.workspace + thread * plan_.scratch);
     });
+    if (p_.dbias != nullptr) bias_gradient();
     if (p_.dquery != nullptr) parallel_queue(heads * blocks, plan_.threads, [&](int64_t task, int64_t) {
       const int64_t begin = task % blocks * kPrepareRows;
       store_dquery(task / blocks, begin, min_of(begin + kPrepareRows, p_.queries));
@@ -136,6 +137,56 @@ class Backward {
         store_rows(dv, plan_.value_width, keys, p_.value_dim, 1.0f, head_of<T>(p_.dvalue, p_.dvalue_strides, b, hk),
                    p_.dvalue_strides.row, j0);
     }
+  }
+
+  // A task owns a tile of dbias and sums over whatever bias is broadcast to, in one order. It makes the products again,
+  // which costs 2 Nq Nk (D + Dv) FLOPs per head but no memory, and needs no sum over tasks whatever the broadcast is.
+  void bias_gradient() const {
+    const int64_t* extent = p_.dbias_extents;
+    const int64_t row_tiles = extent[2] > 1 ? ceil_div(p_.queries, Tile::kQueries) : 1;
+    const int64_t key_tiles = extent[3] > 1 ? ceil_div(p_.keys, plan_.tile_keys) : 1;
+    parallel_queue(extent[0] * extent[1] * row_tiles * key_tiles, plan_.threads, [&](int64_t task, int64_t thread) {
+      const int64_t kt = task % key_tiles, qt = task / key_tiles % row_tiles, outer = task / key_tiles / row_tiles;
+      const Span batches = slice(outer / extent[1], extent[0], 1, p_.batch), heads = slice(outer % extent[1], extent[1], 1, p_.heads);
+      const Span rows = slice(qt, extent[2], Tile::kQueries, p_.queries), keys = slice(kt, extent[3], plan_.tile_keys, p_.keys);
+      float* scratch = p_.workspace + thread * plan_.scratch;
+      float* sums = scratch + Tile::scratch_words(p_, plan_.tile_keys);
+      std::memset(sums, 0, sizeof(float) * Tile::kQueries * plan_.tile_keys);
+      for (int64_t b = batches.begin; b < batches.end; ++b)
+        for (int64_t h = heads.begin; h < heads.end; ++h) {
+          const Scores scores(p_, b, h);
+          for (int64_t j0 = keys.begin; j0 < keys.end; j0 += plan_.tile_keys) {
+            const int64_t width = min_of(plan_.tile_keys, keys.end - j0);
+            Tile tile(p_, b, h / group_, j0, width, plan_.tile_keys, scratch);
+            for (int64_t i0 = rows.begin; i0 < rows.end; i0 += Tile::kQueries)
+              tile.add_dbias(scores, queries(b * p_.heads + h), {i0, min_of(i0 + Tile::kQueries, rows.end)}, sums, plan_.tile_keys);
+          }
+        }
+      store_dbias(sums, outer, rows, keys);
+    });
+  }
+
+  // Tile `index` of an axis of `size`; all of it where bias is broadcast.
+  static Span slice(int64_t index, int64_t extent, int64_t tile, int64_t size) {
+    return extent > 1 ? Span{index * tile, min_of((index + 1) * tile, size)} : Span{0, size};
+  }
+
+  // Rows of tile_keys sums; what bias is broadcast to is added up first.
+  void store_dbias(float* sums, int64_t outer, Span rows, Span keys) const {
+    const int64_t *extent = p_.dbias_extents, stride = plan_.tile_keys, width = min_of(keys.end - keys.begin, stride);
+    int64_t count = min_of(rows.end - rows.begin, Tile::kQueries), row = outer * extent[2] + rows.begin;
+    if (extent[2] == 1) {
+      for (int64_t r = 1; r < count; ++r)
+        for (int64_t j = 0; j < width; j += W) store(sums + j, load(sums + j) + load(sums + r * stride + j));
+      count = 1;
+    }
+    dispatch(p_.bias_dtype(), [&](auto t) {
+      auto* out = static_cast<typename decltype(t)::type*>(p_.dbias) + row * extent[3] + (extent[3] == 1 ? 0 : keys.begin);
+      for (int64_t r = 0; r < count; ++r, out += extent[3], sums += stride) {
+        if (extent[3] == 1) store(out, splat(sum_over(width, [&](int64_t j, auto lanes) { return load(sums + j, lanes); })), First{1});
+        else for_each_vector(width, [&](int64_t j, auto lanes) { store(out + j, load(sums + j), lanes); });
+      }
+    });
   }
 
   static void store_rows(const float* from, int64_t width, int64_t rows, int64_t dim, float factor, T* to, int64_t stride,

@@ -124,23 +124,24 @@ class GradientTile {
     dscore_rows_ = kPairs ? take(kQueries * stride_ / 2) : dscore_;
   }
 
-  // P and dscores of queries [span.begin, span.end), span.begin even.
+  // P and dscores of queries [queries.begin, queries.end), begin even.
   void score(const Scores& scores, const Queries& rows, Span queries) {
-    const int64_t width = round_up(keys_, W);
-    for (int64_t i0 = queries.begin; i0 < queries.end; i0 += kScoreRows) {
-      const int64_t count = min_of(kScoreRows, queries.end - i0);
-      Span columns[kScoreRows / kRows];
-      for (int64_t m = 0; m < count; m += kRows) {
-        const int64_t low = max_of(scores.band.low(i0 + m) - j0_, 0);
-        const int64_t high = min_of(scores.band.high(i0 + min_of(m + kRows, count) - 1) - j0_, keys_);
-        columns[m / kRows] = low < high ? Span{round_down(low, W), round_up(high, W)} : Span{0, 0};
+    products(scores, rows, queries, [&](int64_t i, int64_t count, int64_t r, Span span) __attribute__((always_inline)) {
+      differentiate(scores, rows, i, count, i - queries.begin, r, span);
+    });
+  }
+
+  // The gradient of the scores after the softcap, added to [kQueries, tile_keys]: what an additive bias receives.
+  void add_dbias(const Scores& scores, const Queries& rows, Span queries, float* dbias, int64_t stride) {
+    products(scores, rows, queries, [&](int64_t i, int64_t count, int64_t r, Span span) __attribute__((always_inline)) {
+      for (int64_t n = 0; n < count; ++n) {
+        scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, nullptr);
+        float* out = dbias + (i + n - queries.begin) * stride;
+        const Vec minus_lse = splat(-rows.lse[i + n]), delta = splat(rows.delta[i + n]);
+        for (int64_t j = span.begin; j < span.end; j += W)
+          store(out + j, load(out + j) + dscore((r + n) * stride_ + j, scores.unit(), minus_lse, delta).gradient);
       }
-      gemm_store<Compute>(count, ceil_div(p_.dim, Compute::per_word), rows_from(rows.query, i0), key_, columns, products_, stride_);
-      gemm_store<Compute>(count, ceil_div(p_.value_dim, Compute::per_word), rows_from(rows.doutput, i0), value_, columns,
-                          dprobability_, stride_);
-      for (int64_t r = 0; r < count; r += Compute::per_word)
-        finish(scores, rows, i0 + r, min_of(Compute::per_word, count - r), i0 + r - queries.begin, r, columns[r / kRows], width);
-    }
+    });
   }
 
   void add_dvalue(const Queries& rows, Span queries, float* dv) const {
@@ -178,11 +179,40 @@ class GradientTile {
                              {right.data + queries.begin / Compute::per_word * right.step, right.step, right.panel}, steps, out, width);
   }
 
-  // `count` neighbouring rows (a pair, or one) from query i on: row t of the tile, row r of the products.
-  TW_INLINE void finish(const Scores& scores, const Queries& rows, int64_t i, int64_t count, int64_t t, int64_t r, Span span,
-                        int64_t width) {
+  // Products of so many rows at a time, then body(i, count, r, span) for every per_word rows: queries [i, i + count) are
+  // rows r and on of the products, which are there for columns span.
+  template <class Body>
+  TW_INLINE void products(const Scores& scores, const Queries& rows, Span queries, Body&& body) {
+    for (int64_t i0 = queries.begin; i0 < queries.end; i0 += kScoreRows) {
+      const int64_t count = min_of(kScoreRows, queries.end - i0);
+      Span columns[kScoreRows / kRows];
+      for (int64_t m = 0; m < count; m += kRows) {
+        const int64_t low = max_of(scores.band.low(i0 + m) - j0_, 0);
+        const int64_t high = min_of(scores.band.high(i0 + min_of(m + kRows, count) - 1) - j0_, keys_);
+        columns[m / kRows] = low < high ? Span{round_down(low, W), round_up(high, W)} : Span{0, 0};
+      }
+      gemm_store<Compute>(count, ceil_div(p_.dim, Compute::per_word), rows_from(rows.query, i0), key_, columns, products_, stride_);
+      gemm_store<Compute>(count, ceil_div(p_.value_dim, Compute::per_word), rows_from(rows.doutput, i0), value_, columns,
+                          dprobability_, stride_);
+      for (int64_t r = 0; r < count; r += Compute::per_word)
+        body(i0 + r, min_of(Compute::per_word, count - r), r, columns[r / kRows]);
+    }
+  }
+
+  struct Score {
+    Vec probability, gradient;
+  };
+
+  TW_INLINE Score dscore(int64_t at, float unit, Vec minus_lse, Vec delta) const {
+    const Vec p = exp2<Compute::exp_degree>(load(products_ + at) * unit + minus_lse);
+    // Where nothing is seen, value may hold a NaN.
+    return {p, p == zero() ? zero() : p * (load(dprobability_ + at) - delta)};
+  }
+
+  // P and dscores of `count` neighbouring rows (a pair, or one) from query i on, row t of the tile.
+  TW_INLINE void differentiate(const Scores& scores, const Queries& rows, int64_t i, int64_t count, int64_t t, int64_t r,
+                               Span span) {
     constexpr int kCount = Compute::per_word;
-    const float unit = scores.unit();
     const bool capped = p_.softcap != 0;
     Vec minus_lse[kCount], delta[kCount];
     for (int n = 0; n < kCount; ++n) {
@@ -193,34 +223,31 @@ class GradientTile {
     }
     float* p_row = probability_ + t / kCount * stride_;
     float* ds_row = dscore_ + t / kCount * stride_;
-    auto write = [&](int64_t j, const Vec (&prob)[kCount], const Vec (&ds)[kCount]) __attribute__((always_inline)) {
+    auto write = [&](int64_t j, const Score (&score)[kCount]) __attribute__((always_inline)) {
       if constexpr (kPairs) {
-        const VecH even = narrow_bf16(ds[0]), odd = narrow_bf16(ds[1]);
-        store(p_row + j, pair(narrow_bf16(prob[0]), narrow_bf16(prob[1])));
+        const VecH even = narrow_bf16(score[0].gradient), odd = narrow_bf16(score[1].gradient);
+        store(p_row + j, pair(narrow_bf16(score[0].probability), narrow_bf16(score[1].probability)));
         store(ds_row + j, pair(even, odd));
         store_bits(reinterpret_cast<bf16*>(dscore_rows_) + t * stride_ + j, even, All{});
         store_bits(reinterpret_cast<bf16*>(dscore_rows_) + (t + 1) * stride_ + j, odd, All{});
       } else {
-        store(p_row + j, prob[0]);
-        store(ds_row + j, ds[0]);
+        store(p_row + j, score[0].probability);
+        store(ds_row + j, score[0].gradient);
       }
     };
-    const Vec nothing[kCount] = {};
-    for (int64_t j = 0; j < span.begin; j += W) write(j, nothing, nothing);
+    const Score nothing[kCount] = {};
+    for (int64_t j = 0; j < span.begin; j += W) write(j, nothing);
     for (int64_t j = span.begin; j < span.end; j += W) {
-      Vec prob[kCount], ds[kCount];
+      Score score[kCount] = {};
       for (int n = 0; n < kCount; ++n) {
-        prob[n] = ds[n] = zero();
         if (n >= count) continue;
         const int64_t at = (r + n) * stride_ + j;
-        prob[n] = exp2<Compute::exp_degree>(load(products_ + at) * unit + minus_lse[n]);
-        // Where nothing is seen, value may hold a NaN.
-        ds[n] = prob[n] == zero() ? zero() : prob[n] * (load(dprobability_ + at) - delta[n]);
-        if (capped) ds[n] = ds[n] * load(slopes_ + at);
+        score[n] = dscore(at, scores.unit(), minus_lse[n], delta[n]);
+        if (capped) score[n].gradient = score[n].gradient * load(slopes_ + at);
       }
-      write(j, prob, ds);
+      write(j, score);
     }
-    for (int64_t j = span.end; j < width; j += W) write(j, nothing, nothing);
+    for (int64_t j = span.end; j < keys_; j += W) write(j, nothing);
   }
 
   TW_INLINE static Vec pair(VecH even, VecH odd) {

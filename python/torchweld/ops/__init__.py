@@ -1,5 +1,6 @@
 """The fused functions. Names and argument order are those of `torch.nn.functional` where a twin exists there."""
 
+from torchweld.ops.attention import attention, scaled_dot_product_attention
 from torchweld.ops.layer_norm import add_layer_norm, layer_norm
 
-__all__ = ["add_layer_norm", "layer_norm"]
+__all__ = ["add_layer_norm", "attention", "layer_norm", "scaled_dot_product_attention"]

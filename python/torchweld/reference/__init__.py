@@ -1,5 +1,6 @@
 """The definition of every op in plain PyTorch: differentiable, any device, any dtype. Tests and fallbacks use these."""
 
+from torchweld.reference.attention import attention, scaled_dot_product_attention
 from torchweld.reference.layer_norm import add_layer_norm, layer_norm
 
-__all__ = ["add_layer_norm", "layer_norm"]
+__all__ = ["add_layer_norm", "attention", "layer_norm", "scaled_dot_product_attention"]
