@@ -24,6 +24,10 @@ const Kernels table = {
     cross_entropy_backward,
     gelu_forward,
     gelu_backward,
+    attention_forward_workspace,
+    attention_forward,
+    attention_backward_workspace,
+    attention_backward,
 };
 
 }  // namespace torchweld::cpu::TORCHWELD_ISA
