@@ -20,13 +20,13 @@ class GradientTile {
 
   // The query side of one query head, shared by all tiles of keys: statistics and operands.
   struct Queries {
-    float *lse, *delta;         // [Nq]; lse in units of log2, +inf where nothing is seen: exp2(score - lse) is then zero
+    float *lse, *lse_rest, *delta;  // [Nq]; lse in units of log2 as a sum of two, +inf where nothing is seen
     Left query, doutput;        // as left operands, rows of words
     Right query_steps, doutput_steps;  // as right operands, steps of queries
 
     static int64_t words(const AttentionInputs& p) {
       const int64_t rows = p.queries, steps = ceil_div(rows, Compute::per_word);
-      return 2 * round_up(rows, 16) + round_up(rows * left_words(p.dim), 16) + round_up(rows * left_words(p.value_dim), 16) +
+      return 3 * round_up(rows, 16) + round_up(rows * left_words(p.dim), 16) + round_up(rows * left_words(p.value_dim), 16) +
              round_up(steps * right_words(p.dim), 16) + round_up(steps * right_words(p.value_dim), 16);
     }
 
@@ -38,6 +38,7 @@ class GradientTile {
         return part;
       };
       lse = take(rows);
+      lse_rest = take(rows);
       delta = take(rows);
       const T* q = head_of<T>(p.query, p.query_strides, b, h);
       const T* dout = head_of<T>(p.doutput, p.doutput_strides, b, h);
@@ -57,6 +58,7 @@ class GradientTile {
         const float total = sum_over(p.value_dim, [&](int64_t d, auto lanes) { return load(dout + d, lanes) * load(out + d, lanes); });
         const float l = p.lse[first + i];
         lse[i] = l == -kInfinity ? kInfinity : l * kLog2e;
+        lse_rest[i] = l == -kInfinity ? 0.0f : __builtin_fmaf(l, kLog2e, -lse[i]) + l * kLog2eRest;
         delta[i] = p.dlse != nullptr ? total - p.dlse[first + i] : total;
       }
       dout -= (end - begin) * p.doutput_strides.row;
@@ -137,9 +139,9 @@ class GradientTile {
       for (int64_t n = 0; n < count; ++n) {
         scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, nullptr);
         float* out = dbias + (i + n - queries.begin) * stride;
-        const Vec minus_lse = splat(-rows.lse[i + n]), delta = splat(rows.delta[i + n]);
+        const Vec lse = splat(rows.lse[i + n]), rest = splat(rows.lse_rest[i + n]), delta = splat(rows.delta[i + n]);
         for (int64_t j = span.begin; j < span.end; j += W)
-          store(out + j, load(out + j) + dscore((r + n) * stride_ + j, scores.unit(), minus_lse, delta).gradient);
+          store(out + j, load(out + j) + dscore((r + n) * stride_ + j, scores.unit(), lse, rest, delta).gradient);
       }
     });
   }
@@ -203,8 +205,8 @@ class GradientTile {
     Vec probability, gradient;
   };
 
-  TW_INLINE Score dscore(int64_t at, float unit, Vec minus_lse, Vec delta) const {
-    const Vec p = exp2<Compute::exp_degree>(load(products_ + at) * unit + minus_lse);
+  TW_INLINE Score dscore(int64_t at, float unit, Vec lse, Vec lse_rest, Vec delta) const {
+    const Vec p = exp2<Compute::exp_degree>((load(products_ + at) * unit - lse) - lse_rest);
     // Where nothing is seen, value may hold a NaN.
     return {p, p == zero() ? zero() : p * (load(dprobability_ + at) - delta)};
   }
@@ -214,10 +216,11 @@ class GradientTile {
                                Span span) {
     constexpr int kCount = Compute::per_word;
     const bool capped = p_.softcap != 0;
-    Vec minus_lse[kCount], delta[kCount];
+    Vec lse[kCount], rest[kCount], delta[kCount];
     for (int n = 0; n < kCount; ++n) {
       if (n >= count) continue;
-      minus_lse[n] = splat(-rows.lse[i + n]);
+      lse[n] = splat(rows.lse[i + n]);
+      rest[n] = splat(rows.lse_rest[i + n]);
       delta[n] = splat(rows.delta[i + n]);
       scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, capped ? slopes_ + (r + n) * stride_ : nullptr);
     }
@@ -242,7 +245,7 @@ class GradientTile {
       for (int n = 0; n < kCount; ++n) {
         if (n >= count) continue;
         const int64_t at = (r + n) * stride_ + j;
-        score[n] = dscore(at, scores.unit(), minus_lse[n], delta[n]);
+        score[n] = dscore(at, scores.unit(), lse[n], rest[n], delta[n]);
         if (capped) score[n].gradient = score[n].gradient * load(slopes_ + at);
       }
       write(j, score);
