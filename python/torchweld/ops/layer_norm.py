@@ -56,11 +56,6 @@ def _forward(
     return output, stats
 
 
-def _row_blocks(rows: int, cols: int) -> int:
-    """How many partial sums the weight gradients get: a function of the shape alone, so that results are too."""
-    return max(1, min(64, rows // 32, (1 << 22) // cols))
-
-
 def _backward(
     doutput: Tensor,
     dsum: Tensor | None,
@@ -76,10 +71,10 @@ def _backward(
     dinput = torch.empty_like(x) if mask[0] else None
     dweight = x.new_empty(weight.shape, dtype=dtype) if mask[1] and weight is not None else None
     dbias = x.new_empty(bias.shape, dtype=dtype) if mask[2] and bias is not None else None
-    partial = None
-    if dweight is not None or dbias is not None:
-        partial = x.new_empty((_row_blocks(x.numel() // cols, cols), 2, cols), dtype=torch.float32)
-    backend.module(x.device).layer_norm_backward(
+    kernels = backend.module(x.device)
+    weights = dweight is not None or dbias is not None
+    blocks = kernels.layer_norm_workspace(x.numel() // cols, cols, weights, x.get_device())
+    kernels.layer_norm_backward(
         doutput.contiguous(),
         None if dsum is None else dsum.contiguous(),
         x,
@@ -89,7 +84,7 @@ def _backward(
         dinput,
         dweight,
         dbias,
-        partial,
+        x.new_empty((blocks, 2, cols), dtype=torch.float32) if blocks else None,
     )
     return (
         x.new_empty(0) if dinput is None else dinput,
