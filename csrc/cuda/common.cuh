@@ -93,7 +93,8 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 
 // ---- Accesses
 
-// V neighbouring elements, kept as stored: V * sizeof(T) is a multiple of 16 bytes, moved 16 at a time, or V is 1.
+// V neighbouring elements, kept as stored: V * sizeof(T) is a multiple of 16 bytes, moved 16 at a time, or V is 1. CUDA's
+// load and store functions keep the width; the compiler now and then splits a plain uint4 into four accesses.
 template <class T, int V>
 struct Run {
   static constexpr bool kPairs = V > 1 && sizeof(T) == 2;
@@ -113,7 +114,7 @@ struct Run {
   }
 
   __device__ __forceinline__ void load(const T* p) {
-    move(p, [](const auto* from) { return *from; });
+    move(p, [](const auto* from) { return __ldca(from); });
   }
 
   // For what is read once: first to leave the caches, so that it does not push out what is read again.
@@ -125,11 +126,11 @@ struct Run {
     if constexpr (V > 1) {
 #pragma unroll
       for (int i = 0; i < kWords; i += 4)
-        reinterpret_cast<uint4*>(p)[i / 4] = make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]);
+        __stwb(reinterpret_cast<uint4*>(p) + i / 4, make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
     } else if constexpr (sizeof(T) == 4) {
-      *reinterpret_cast<uint32_t*>(p) = words[0];
+      __stwb(reinterpret_cast<uint32_t*>(p), words[0]);
     } else {
-      *reinterpret_cast<uint16_t*>(p) = static_cast<uint16_t>(words[0]);
+      __stwb(reinterpret_cast<uint16_t*>(p), static_cast<uint16_t>(words[0]));
     }
   }
 

@@ -22,9 +22,9 @@ namespace torchweld::cuda {
 namespace {
 
 constexpr const char* kName = "layer_norm_backward";
-constexpr int kSlice = 8, kSharedSlice = 32, kLongSlice = 16;  // columns per lane: registers and slab, shared, sums_of_rows
-constexpr int kRowThreads = 256, kRowBlocks = 3;               // of registers and slab; blocks per multiprocessor
-constexpr int kMaxThreads = 512;                               // of shared and sums_of_rows
+constexpr int kSlice = 8, kSharedSlice = 32;      // columns per lane: of registers and slab; of shared
+constexpr int kRowThreads = 256, kRowBlocks = 3;  // of registers and slab; blocks per multiprocessor
+constexpr int kMaxThreads = 512;                  // of shared and sums_of_rows
 constexpr int kRegisterColumns = kSlice * kRowThreads, kSlab = kRegisterColumns;
 constexpr int kSharedColumns = kSharedSlice * kMaxThreads;
 
@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
   RowSums<2> sum_over_row;
   WeightGradients<E, kMode == Mode::shared> gradients(sum_over_row.floats(blockDim.x * blockDim.y) / 4);
 
-  // Weight: once where it fits beside the rest, else with every row.
-  constexpr bool kKeepWeight = kMode != Mode::shared;
+  // Weight: once where registers are left for it, else with every row.
+  constexpr bool kKeepWeight = kMode != Mode::shared && V > 1 && sizeof(WT) == sizeof(T);
   Run<WT, V> kept[kKeepWeight ? E / V : 1];
 #pragma unroll
   for (int c = 0; c < (kKeepWeight ? E / V : 0); ++c) kept[c] = load_weight<WT, V>(p, column + own.first(c), own.has(c));
@@ -232,7 +232,7 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
 // Of rows that slabs share: mean(g) and mean(g * xhat). Grid -> rows.
 template <class T, class WT, int V>
 __global__ void __launch_bounds__(kMaxThreads) sums_of_rows(const __grid_constant__ Backward p) {
-  constexpr int E = kLongSlice, kTile = E * kMaxThreads;
+  constexpr int E = V > 1 ? 16 : 8, kTile = E * kMaxThreads;
   RowSums<2> sum_over_row;
   for (int64_t m = blockIdx.x; m < p.rows; m += gridDim.x) {
     float sums[2] = {};

@@ -20,11 +20,13 @@ constexpr const char* kName = "layer_norm_forward";
 constexpr int kShortRow = 256, kShortSlice = 8, kShortThreads = 256;  // columns, columns per lane, threads per block
 constexpr int kWarpRowThreads = 128, kMaxThreads = 512;               // where a row has one warp; where it has the most
 
-// Columns per lane of longer rows: fewer where every column is an access of its own. And columns per block then.
+constexpr int kLongSlice = 16;
+
+// Columns per lane of rows between: fewer where every column is an access of its own. And the longest such row.
 template <int V>
 constexpr int kSlice = V > 1 ? 32 : 16;
 template <int V>
-constexpr int kTile = kSlice<V> * kMaxThreads;
+constexpr int kLongestRow = kSlice<V> * kMaxThreads;
 
 // What is normalised of row m at `column`: input, or the sum with the residual, rounded to T and stored on the way, so
 // that the backward sees what was normalised.
@@ -93,7 +95,7 @@ __device__ __forceinline__ void store_normalised(const LayerNormForwardParams& p
 }
 
 template <class T, class WT, int E, int V>
-__global__ void __launch_bounds__(kMaxThreads, 2) forward_rows(const __grid_constant__ LayerNormForwardParams p) {
+__global__ void __launch_bounds__(kMaxThreads, V == 8 ? 2 : 1) forward_rows(const __grid_constant__ LayerNormForwardParams p) {
   const int N = static_cast<int>(p.cols);
   RowSums<1> sum_over_row;
 
@@ -127,22 +129,22 @@ __global__ void __launch_bounds__(kMaxThreads, 2) forward_rows(const __grid_cons
 
 template <class T, class WT, int V>
 __global__ void __launch_bounds__(kMaxThreads) forward_long_rows(const __grid_constant__ LayerNormForwardParams p) {
-  constexpr int E = kSlice<V>;
+  constexpr int E = kLongSlice, kTile = E * kMaxThreads;
   const int64_t N = p.cols;
   RowSums<1> sum_over_row;
   const void* normalised = p.residual != nullptr ? p.sum : p.input;
-  auto own_of = [&](int64_t tile) { return Columns<E, V>::of_warps(N - tile < kTile<V> ? N - tile : kTile<V>); };
+  auto own_of = [&](int64_t tile) { return Columns<E, V>::of_warps(N - tile < kTile ? N - tile : kTile); };
 
   for (int64_t m = blockIdx.x; m < p.rows; m += gridDim.x) {
     // Mean.
     float total[1] = {};
-    for (int64_t tile = 0; tile < N; tile += kTile<V>) total[0] += sum(load_sum<T, E, V>(p, m * N + tile, own_of(tile)));
+    for (int64_t tile = 0; tile < N; tile += kTile) total[0] += sum(load_sum<T, E, V>(p, m * N + tile, own_of(tile)));
     sum_over_row(total);
     const float mean = total[0] / static_cast<float>(N);
 
     // Variance.
     float squares[1] = {};
-    for (int64_t tile = 0; tile < N; tile += kTile<V>) {
+    for (int64_t tile = 0; tile < N; tile += kTile) {
       Slice<T, E, V> x;
       x.load(at<T>(normalised, m * N + tile), own_of(tile));
       squares[0] += sum_of_squares(x, mean, own_of(tile));
@@ -151,7 +153,7 @@ __global__ void __launch_bounds__(kMaxThreads) forward_long_rows(const __grid_co
     const float rstd = rsqrtf(squares[0] / static_cast<float>(N) + p.eps);
 
     // Normalise.
-    for (int64_t tile = 0; tile < N; tile += kTile<V>) {
+    for (int64_t tile = 0; tile < N; tile += kTile) {
       Slice<T, E, V> x;
       x.load(at<T>(normalised, m * N + tile), own_of(tile));
       store_normalised<T, WT>(p, m * N + tile, tile, x, mean, rstd, own_of(tile));
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(kMaxThreads) forward_long_rows(const __grid_co
 
 template <int V>
 dim3 block_for(int64_t cols) {
-  if (cols > kTile<V>) return dim3(kMaxThreads);
+  if (cols > kLongestRow<V>) return dim3(kMaxThreads);
   const int lanes = lanes_for(cols, cols <= kShortRow ? kShortSlice : kSlice<V>);
   if (cols <= kShortRow) return dim3(lanes, kShortThreads / lanes);
   return dim3(lanes, lanes == kWarp ? kWarpRowThreads / kWarp : 1);
@@ -182,7 +184,7 @@ void layer_norm_forward(const LayerNormForwardParams& p, Stream stream) {
     dispatch_width<T>(packets, [&](auto width) {
       constexpr int V = decltype(width)::value;
       auto* kernel = p.cols <= kShortRow  ? forward_rows<T, WT, kShortSlice, V>
-                     : p.cols <= kTile<V> ? forward_rows<T, WT, kSlice<V>, V>
+                     : p.cols <= kLongestRow<V> ? forward_rows<T, WT, kSlice<V>, V>
                                           : forward_long_rows<T, WT, V>;
       const dim3 block = block_for<V>(p.cols);
       const int64_t groups = (p.rows + block.y - 1) / block.y;
