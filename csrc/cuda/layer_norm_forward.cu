@@ -10,6 +10,8 @@
 // The variance is taken about the mean (two passes, no cancellation); statistics are fp32. Sums have one fixed order.
 // Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450.
 
+#include <algorithm>
+
 #include "cuda/kernels.h"
 #include "cuda/layer_norm.cuh"
 
@@ -168,8 +170,11 @@ __global__ void __launch_bounds__(kMaxThreads) forward_long_rows(const __grid_co
 template <int V>
 dim3 block_for(int64_t cols) {
   if (cols > kLongestRow<V>) return dim3(kMaxThreads);
-  const int lanes = lanes_for(cols, cols <= kShortRow ? kShortSlice : kSlice<V>);
-  if (cols <= kShortRow) return dim3(lanes, kShortThreads / lanes);
+  if (cols <= kShortRow) {
+    const int lanes = lanes_for(cols, kShortSlice);
+    return dim3(lanes, kShortThreads / lanes);
+  }
+  const int lanes = std::max(kWarp, lanes_for(cols, kSlice<V>));
   return dim3(lanes, lanes == kWarp ? kWarpRowThreads / kWarp : 1);
 }
 
