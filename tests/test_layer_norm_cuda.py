@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 import torchweld
 from layer_norm_cases import COLUMNS, DTYPES, check, inputs, run
 from torchweld import backend
