@@ -24,7 +24,7 @@ def built() -> ModuleType:
 @pytest.fixture
 def kernels(built: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """Stands in for the CPU kernels, as a GPU of 4 multiprocessors with Hopper's shared memory."""
-    monkeypatch.setitem(backend._modules, "cpu", (built, None))
+    monkeypatch.setitem(backend.kernels, "cpu", built)
     built.set_machine(4, 232448, False)
     yield built
 
@@ -111,6 +111,16 @@ def test_workspace(kernels: ModuleType, rows: int, cols: int) -> None:
     assert sums * 2 * cols >= 2 * rows if cols > 2048 else sums == 0
     assert 1 <= with_weights - sums <= max(1, rows, 1) and with_weights - sums <= 16 * 132
     assert (with_weights - sums) * cols <= 16 * 132 * 2048, "the partials must stay in L2"
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("cols", [64, 768, 16392])
+def test_without_statistics(cols: int) -> None:
+    """Where no gradient is wanted, mean and rstd are not stored; the output has the same bits."""
+    i = inputs(5, cols, torch.bfloat16, torch.bfloat16, add=False)
+    with torch.no_grad():
+        output = torchweld.ops.layer_norm(i.x, (cols,), i.weight, i.bias)
+    assert torch.equal(output, run(i)["output"])
 
 
 @pytest.mark.usefixtures("kernels")

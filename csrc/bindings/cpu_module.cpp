@@ -1,5 +1,9 @@
 #include <algorithm>
 
+#include "bindings/adamw.h"
+#include "bindings/cross_entropy.h"
+#include "bindings/gelu.h"
+#include "bindings/attention.h"
 #include "bindings/layer_norm.h"
 #include "cpu/isa.h"
 
@@ -11,9 +15,11 @@ struct Cpu {
   using Kernels = cpu::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
 
-  // One block for every 32 rows, up to 64 of them or 4 million columns.
+  static const Kernels& kernels() { return cpu::kernels(); }
+
+  // One block for every 8 rows, up to 64 of them or 4 million columns.
   static int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int32_t) {
-    return weights ? std::max<int64_t>(1, std::min<int64_t>({64, rows / 32, (1 << 22) / cols})) : 0;
+    return weights ? std::max<int64_t>(1, std::min<int64_t>({64, rows / 8, (1 << 22) / cols})) : 0;
   }
 
   template <class Params>
@@ -31,5 +37,9 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return cpu::kernels().isa; }, "Name of the instruction set in use.");
   m.def("use_isa", &cpu::use_isa, py::arg("name"), "Switches to another instruction set.");
   m.def("available_isas", &cpu::available_isas, "Instruction sets that this CPU has, best first.");
+  bind_cross_entropy<Cpu>(m);
+  bind_gelu<Cpu>(m);
+  bind_attention<Cpu>(m);
   bind_layer_norm<Cpu>(m);
+  bind_adamw<Cpu>(m);
 }

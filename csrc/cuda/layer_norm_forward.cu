@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kMaxThreads, V == 8 ? 2 : 1) forward_rows(cons
 
     // Normalise.
     store_normalised<T, WT>(p, m * N, 0, x, mean, rstd, own);
-    if (exists && threadIdx.x == 0) {
+    if (p.mean != nullptr && exists && threadIdx.x == 0) {
       p.mean[m] = mean;
       p.rstd[m] = rstd;
     }
@@ -160,7 +160,7 @@ __global__ void __launch_bounds__(kMaxThreads) forward_long_rows(const __grid_co
       x.load(at<T>(normalised, m * N + tile), own_of(tile));
       store_normalised<T, WT>(p, m * N + tile, tile, x, mean, rstd, own_of(tile));
     }
-    if (threadIdx.x == 0) {
+    if (p.mean != nullptr && threadIdx.x == 0) {
       p.mean[m] = mean;
       p.rstd[m] = rstd;
     }

@@ -1,0 +1,5 @@
+"""Drop-ins for `torch.optim`: the same constructors and state_dicts, the step in one pass over memory."""
+
+from torchweld.optim.adamw import Adam, AdamW
+
+__all__ = ["Adam", "AdamW"]
