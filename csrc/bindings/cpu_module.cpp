@@ -1,4 +1,7 @@
 #include "bindings/adamw.h"
+#include "bindings/cross_entropy.h"
+#include "bindings/gelu.h"
+#include "bindings/attention.h"
 #include "bindings/layer_norm.h"
 #include "cpu/isa.h"
 
@@ -9,6 +12,8 @@ using namespace torchweld;
 struct Cpu {
   using Kernels = cpu::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
+
+  static const Kernels& kernels() { return cpu::kernels(); }
 
   template <class Params>
   static void run(void (*Kernels::*kernel)(const Params&), const Params& params, int32_t) {
@@ -25,6 +30,9 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("isa", [] { return cpu::kernels().isa; }, "Name of the instruction set in use.");
   m.def("use_isa", &cpu::use_isa, py::arg("name"), "Switches to another instruction set.");
   m.def("available_isas", &cpu::available_isas, "Instruction sets that this CPU has, best first.");
+  bind_cross_entropy<Cpu>(m);
+  bind_gelu<Cpu>(m);
+  bind_attention<Cpu>(m);
   bind_layer_norm<Cpu>(m);
   bind_adamw<Cpu>(m);
 }

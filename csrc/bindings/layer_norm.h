@@ -18,10 +18,10 @@ template <class Backend>
 void bind_layer_norm(py::module_& m) {
   using Optional = std::optional<TensorView>;
 
-  // input, residual, sum, output: M * N elements of one dtype; weight, bias: N; stats: float32 (2, M), mean and rstd.
+  // input, residual, sum, output: M * N elements of one dtype; weight, bias: N; stats: float32 (2, M), mean and rstd, or None.
   m.def("layer_norm_forward", [](const TensorView& input, const Optional& residual, int64_t cols, const Optional& weight,
                                  const Optional& bias, float eps, const Optional& sum, const TensorView& output,
-                                 const TensorView& stats) {
+                                 const Optional& stats) {
     const Arguments args("layer_norm_forward", Backend::device, input);
     if (cols < 1) args.fail("cols", "at least 1", std::to_string(cols));
     if (residual.has_value() != sum.has_value()) args.fail("sum", "a tensor if there is a residual", "the other");
@@ -38,8 +38,10 @@ void bind_layer_norm(py::module_& m) {
     p.bias = args.flat(bias, "bias", p.weight_dtype, cols);
     p.sum = args.flat(sum, "sum", p.dtype, numel);
     p.output = args.flat(output, "output", p.dtype, numel);
-    p.mean = static_cast<float*>(args.contiguous(stats, "stats", DType::float32, {2, rows}));
-    p.rstd = p.mean + rows;
+    if (stats) {
+      p.mean = static_cast<float*>(args.contiguous(*stats, "stats", DType::float32, {2, rows}));
+      p.rstd = p.mean + rows;
+    }
     Backend::run(&Backend::Kernels::layer_norm_forward, p, input.device.index);
   });
 

@@ -31,11 +31,20 @@ struct TensorView : dlpack::Tensor {
 
 struct TorchApi {
   PyTypeObject* tensor_type;
+  PyTypeObject* parameter_type;
+  PyObject* dispatch;  // torch.Tensor.__torch_dispatch__
   const dlpack::ExchangeAPI* exchange;
 
   static const TorchApi& get() {
     static const TorchApi api = load();
     return api;
+  }
+
+  // A subclass with a __torch_dispatch__ of its own (FakeTensor, DTensor, functional tensors) has no memory behind its
+  // pointer: the exchange API would hand over garbage. Such tensors belong to the registered op, never to a kernel.
+  bool has_memory(PyObject* tensor) const {
+    if (Py_TYPE(tensor) == tensor_type || Py_TYPE(tensor) == parameter_type) return true;
+    return py::type::handle_of(tensor).attr("__torch_dispatch__").ptr() == dispatch;
   }
 
  private:
@@ -49,7 +58,10 @@ struct TorchApi {
     while (exchange->major != 1 && exchange->previous != nullptr) exchange = exchange->previous;
     if (exchange->major != 1)
       throw py::import_error("torchweld speaks DLPack 1, this torch offers only version " + std::to_string(exchange->major));
-    return {reinterpret_cast<PyTypeObject*>(type.release().ptr()), exchange};
+    py::object parameter = py::module_::import("torch.nn").attr("Parameter");
+    py::object dispatch = type.attr("__torch_dispatch__");
+    return {reinterpret_cast<PyTypeObject*>(type.release().ptr()),
+            reinterpret_cast<PyTypeObject*>(parameter.release().ptr()), dispatch.release().ptr(), exchange};
   }
 };
 
@@ -108,6 +120,15 @@ class Arguments {
     return t ? flat(*t, name, dtype, numel) : nullptr;
   }
 
+  // Pointer to a contiguous int64 tensor of this number of elements.
+  int64_t* indices(const TensorView& t, const char* name, int64_t numel) const {
+    check_device(t, name);
+    if (t.dtype.code != dlpack::kInt || t.dtype.bits != 64) fail(name, "dtype int64", name_of(t.dtype));
+    check_contiguous(t, name);
+    if (t.numel() != numel) fail(name, std::to_string(numel) + " elements", "shape " + list(t.shape, t.ndim));
+    return reinterpret_cast<int64_t*>(static_cast<char*>(t.data) + t.byte_offset);
+  }
+
   // Pointer to a tensor of this dtype and shape whose elements along the last dimension are neighbours.
   void* strided(const TensorView& t, const char* name, DType dtype, std::initializer_list<int64_t> shape) const {
     check_device_and_dtype(t, name, dtype);
@@ -121,6 +142,13 @@ class Arguments {
 
   void check_device(const TensorView& t, const char* name) const {
     if (!is_here(t)) fail(name, "a tensor on " + device_name(device_), device_name(t.device) + "; move it with .to()");
+  }
+
+  // Pointer to a tensor of this shape, of any dtype, which may have stride 0 where it is broadcast.
+  void* expanded(const TensorView& t, const char* name, std::initializer_list<int64_t> shape) const {
+    check_device(t, name);
+    check_shape(t, name, shape);
+    return static_cast<char*>(t.data) + t.byte_offset;
   }
 
   void check_shape(const TensorView& t, const char* name, std::initializer_list<int64_t> shape) const {
@@ -146,11 +174,15 @@ class Arguments {
 
   void* dense(const TensorView& t, const char* name, DType dtype) const {
     check_device_and_dtype(t, name, dtype);
+    check_contiguous(t, name);
+    return static_cast<char*>(t.data) + t.byte_offset;
+  }
+
+  void check_contiguous(const TensorView& t, const char* name) const {
     int64_t expected = 1;
     for (int d = t.ndim - 1; d >= 0; expected *= t.shape[d--])
       if (t.shape[d] > 1 && t.strides[d] != expected && t.numel() > 0)
         fail(name, "a contiguous tensor (call .contiguous())", "strides " + list(t.strides, t.ndim));
-    return static_cast<char*>(t.data) + t.byte_offset;
   }
 
   static std::string device_name(dlpack::Device d) {
@@ -173,6 +205,9 @@ struct type_caster<torchweld::TensorView> {
   bool load(handle source, bool) {
     const auto& api = torchweld::TorchApi::get();
     if (!PyObject_TypeCheck(source.ptr(), api.tensor_type)) return false;
+    if (!api.has_memory(source.ptr()))
+      throw type_error(std::string("a ") + Py_TYPE(source.ptr())->tp_name +
+                       " has no memory of its own; call the function in torchweld.ops, which dispatches it");
     if (api.exchange->tensor_from_py_object(source.ptr(), &value) != 0) throw error_already_set();
     return true;
   }

@@ -20,6 +20,14 @@ const Kernels table = {
     layer_norm_backward,
     adamw,
     grad_norm,
+    cross_entropy_forward,
+    cross_entropy_backward,
+    gelu_forward,
+    gelu_backward,
+    attention_forward_workspace,
+    attention_forward,
+    attention_backward_workspace,
+    attention_backward,
 };
 
 }  // namespace torchweld::cpu::TORCHWELD_ISA

@@ -51,21 +51,20 @@ TW_INLINE Vec vsqrt(Vec v) {
 #endif
 }
 
-// Pairwise, so the order of the additions is that of a tree.
-TW_INLINE float sum(Vec v) {
-  float t[W];
-  std::memcpy(t, &v, sizeof v);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) t[i] += t[i + half];
-  return t[0];
+// Lanes folded in halves, log2(W) times, by `op`: the order of a tree.
+template <class Op>
+TW_INLINE float fold(Vec v, Op&& op) {
+  VecI index;
+  for (int i = 0; i < W; ++i) index[i] = i;
+  for (int half = W / 2; half > 0; half /= 2) v = op(v, (Vec)__builtin_shuffle(v, index ^ half));
+  return v[0];
 }
 
+TW_INLINE float sum(Vec v) {
+  return fold(v, [](Vec a, Vec b) __attribute__((always_inline)) { return a + b; });
+}
 TW_INLINE float max_of(Vec v) {
-  float t[W];
-  std::memcpy(t, &v, sizeof v);
-  for (int half = W / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) t[i] = t[i] > t[i + half] ? t[i] : t[i + half];
-  return t[0];
+  return fold(v, [](Vec a, Vec b) __attribute__((always_inline)) { return vmax(a, b); });
 }
 
 // ---- How many lanes a load or store touches: all of them, or the first n (1 <= n < W).
@@ -86,12 +85,12 @@ TW_INLINE __m256i mask_of(First lanes) {
 }
 #endif
 
-// Zero in the lanes that are not there.
-TW_INLINE Vec keep(Vec v, All) { return v; }
-TW_INLINE Vec keep(Vec v, First lanes) {
+// `other` in the lanes that are not there.
+TW_INLINE Vec keep(Vec v, All, float) { return v; }
+TW_INLINE Vec keep(Vec v, First lanes, float other) {
   VecI index;
   for (int i = 0; i < W; ++i) index[i] = i;
-  return index < (VecI{} + lanes.count) ? v : zero();
+  return index < (VecI{} + lanes.count) ? v : splat(other);
 }
 
 // ---- Conversions between 16 bits and float.
@@ -202,6 +201,28 @@ TW_INLINE void store(float* p, Vec v, First lanes) {
 #endif
 }
 
+// Past the caches, for outputs too large to be found there again: saves reading each line before it is overwritten.
+// p must be aligned to the vector.
+TW_INLINE void stream_bits(void* p, VecH h) {
+#if defined(__AVX512F__)
+  _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)h);
+#elif defined(__AVX2__)
+  _mm_stream_si128(static_cast<__m128i*>(p), (__m128i)h);
+#else
+  store_bits(p, h, All{});
+#endif
+}
+
+TW_INLINE void stream(float* p, Vec v) {
+#if defined(__AVX512F__)
+  _mm512_stream_ps(p, (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_stream_ps(p, (__m256)v);
+#else
+  store(p, v, All{});
+#endif
+}
+
 template <class Lanes>
 TW_INLINE Vec load(const bf16* p, Lanes lanes) { return widen_bf16(load_bits(p, lanes)); }
 template <class Lanes>
@@ -210,6 +231,24 @@ template <class Lanes>
 TW_INLINE void store(bf16* p, Vec v, Lanes lanes) { store_bits(p, narrow_bf16(v), lanes); }
 template <class Lanes>
 TW_INLINE void store(f16* p, Vec v, Lanes lanes) { store_bits(p, narrow_f16(v), lanes); }
+
+TW_INLINE void stream(bf16* p, Vec v) { stream_bits(p, narrow_bf16(v)); }
+TW_INLINE void stream(f16* p, Vec v) { stream_bits(p, narrow_f16(v)); }
+
+// Whether an output [M, N] goes past the caches: too large to be found there again, rows on a vector's alignment.
+template <class T>
+bool past_cache(const void* output, int64_t rows, int64_t cols) {
+  constexpr int64_t kCacheBytes = 8 << 20;
+  const int64_t row_bytes = cols * sizeof(T);
+  return rows * row_bytes >= kCacheBytes && row_bytes % (W * sizeof(T)) == 0 &&
+         reinterpret_cast<uintptr_t>(output) % (W * sizeof(T)) == 0;
+}
+
+// An output row: streamed past the caches when `past_cache`, which asks that every row starts on a vector's alignment.
+template <class T>
+TW_INLINE void store_output(T* p, Vec v, All, bool past_cache) { past_cache ? stream(p, v) : store(p, v, All{}); }
+template <class T>
+TW_INLINE void store_output(T* p, Vec v, First lanes, bool) { store(p, v, lanes); }
 
 template <class T>
 TW_INLINE Vec load(const T* p) { return load(p, All{}); }
@@ -245,7 +284,7 @@ TW_INLINE float sum_over(int64_t n, Term&& term) {
   for (; i + W <= n; i += W) total += term(i, All{});
   if (i < n) {
     const First rest{static_cast<int>(n - i)};
-    total += keep(term(i, rest), rest);
+    total += keep(term(i, rest), rest, 0.0f);
   }
   return sum(total);
 }

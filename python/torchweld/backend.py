@@ -16,10 +16,11 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["BACKENDS", "active", "choose", "module", "unavailable", "use_backend"]
+__all__ = ["BACKENDS", "active", "choose", "kernels", "unavailable", "use_backend"]
 
 BACKENDS = ("cuda", "cpu", "reference")
 
+_transforms_active = torch._C._are_functorch_transforms_active
 _log = logging.getLogger("torchweld")
 _logged: set[tuple[str, str]] = set()
 
@@ -35,6 +36,9 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 
 # A missing or broken module must not stop `import torchweld`; loading one takes about a millisecond and probes nothing.
 _modules: dict[str, tuple[ModuleType | None, str | None]] = {"cpu": _load("_cpu"), "cuda": _load("_cuda")}
+
+# The compiled module for each device type that has one. Callers have been through `choose`.
+kernels: dict[str, ModuleType] = {name: found for name, (found, _) in _modules.items() if found is not None}
 
 
 class _Settings:
@@ -97,24 +101,29 @@ def active(device: torch.device | str = "cpu") -> str:
 
 
 def choose(op: str, device: torch.device, refusal: str | None) -> str:
-    """The backend for one call of `op` on `device`. `refusal`: why its kernels do not take this call, None if they do."""
+    """The backend for one call of `op` on `device`; `refusal` says why its kernels do not take it, None if they do."""
     if not _settings.loaded:
         _settings.load()
     forced = _settings.forced
-    if forced == "reference":
-        return forced
+    # torch.func's transforms see through the reference's operators, not into a kernel.
+    if forced == "reference" or _transforms_active():
+        return "reference"
     kind = device.type
     if forced is not None and forced != kind:
-        raise RuntimeError(f"[{op}] backend {forced!r} is forced, but the tensors are on {kind!r}; move them to {forced!r}")
+        raise RuntimeError(
+            f"[{op}] backend {forced!r} is forced, but the tensors are on {kind!r}; move them to {forced!r}"
+        )
     if refusal is None:
-        if kind in _modules and _modules[kind][0] is not None:
+        if kind in kernels:
             return kind
         refusal = _modules[kind][1] if kind in _modules else f"no kernels for device {kind!r}"
     assert refusal is not None
     if _settings.strict or (kind == "cpu" and refusal is _modules["cpu"][1]):
         # Every install has the CPU kernels: without them something is broken, and silence would hide it.
-        raise RuntimeError(f"[{op}] the {kind} kernels do not serve this call: {refusal}. The pure-PyTorch reference does: "
-                           f"use torchweld.use_backend('reference') or TORCHWELD_BACKEND=reference.")
+        raise RuntimeError(
+            f"[{op}] the {kind} kernels do not serve this call: {refusal}. The pure-PyTorch reference does: "
+            f"use torchweld.use_backend('reference') or TORCHWELD_BACKEND=reference."
+        )
     if not torch.compiler.is_compiling() and (op, refusal) not in _logged:
         _logged.add((op, refusal))
         _log.info("[%s] runs on the reference: %s", op, refusal)
@@ -123,7 +132,4 @@ def choose(op: str, device: torch.device, refusal: str | None) -> str:
 
 def module(device: torch.device) -> ModuleType:
     """The compiled module for `device`; only after `choose` named it."""
-    found, reason = _modules[device.type]
-    if found is None:
-        raise RuntimeError(reason)
-    return found
+    return kernels[device.type]

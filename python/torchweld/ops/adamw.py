@@ -210,7 +210,9 @@ def adamw_(
     if not amsgrad:
         max_exp_avg_sqs = []
     elif len(max_exp_avg_sqs) == 0:
-        raise ValueError("[adamw_] max_exp_avg_sqs: expected one tensor for each of params (amsgrad=True), but got none")
+        raise ValueError(
+            "[adamw_] max_exp_avg_sqs: expected one tensor for each of params (amsgrad=True), but got none"
+        )
     if backend.choose("adamw_", params[0].device, None) == "reference":
         return reference.adamw_(
             params,

@@ -10,55 +10,63 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import double_backward, register, wants_grad
+from torchweld.ops.library import applier, double_backward, register, wants_grad
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 # ---- Implementation. The kernels see M rows of `cols` elements, whatever the shape; they fill what is allocated here.
 
 
-def _parameter(p: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if p is None else p.to(dtype).contiguous()
+def _parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Of x's dtype where both are, else float32, which holds the others exactly; contiguous."""
+    dtype = x.dtype
+    if (weight is not None and weight.dtype is not dtype) or (bias is not None and bias.dtype is not dtype):
+        weight, bias = (None if p is None else p.float() for p in (weight, bias))
+    return None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
 
 
-def _parameter_dtype(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> torch.dtype:
-    """The activations' dtype where weight and bias both have it, else float32, which holds the others exactly."""
-    same = (weight is None or weight.dtype == x.dtype) and (bias is None or bias.dtype == x.dtype)
-    return x.dtype if same else torch.float32
+def _run_forward(
+    input: Tensor,
+    residual: Tensor | None,
+    cols: int,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    total: Tensor | None,
+    stats: Tensor | None,
+) -> Tensor:
+    output = torch.empty_like(input)
+    weight, bias = _parameters(input, weight, bias)
+    backend.kernels[input.device.type].layer_norm_forward(
+        input, residual, cols, weight, bias, eps, total, output, stats
+    )
+    return output
+
+
+def _stats(x: Tensor, cols: int) -> Tensor:
+    return x.new_empty((2, x.numel() // cols), dtype=torch.float32)
+
+
+def _inference(input: Tensor, cols: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return _run_forward(input.contiguous(), None, cols, weight, bias, eps, None, None)
+
+
+def _forward(input: Tensor, cols: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    stats = _stats(input, cols)
+    return _run_forward(input.contiguous(), None, cols, weight, bias, eps, None, stats), stats
 
 
 def _add_forward(
-    input: Tensor, residual: Tensor | None, cols: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor | None, Tensor]:
-    x = input.contiguous()
-    output = torch.empty_like(x)
-    total = None if residual is None else torch.empty_like(x)
-    stats = torch.empty((2, x.numel() // cols), dtype=torch.float32, device=x.device)
-    dtype = _parameter_dtype(x, weight, bias)
-    backend.module(x.device).layer_norm_forward(
-        x,
-        None if residual is None else residual.contiguous(),
-        cols,
-        _parameter(weight, dtype),
-        _parameter(bias, dtype),
-        eps,
-        total,
-        output,
-        stats,
-    )
-    return output, total, stats
-
-
-def _forward(
-    input: Tensor, cols: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    output, _, stats = _add_forward(input, None, cols, weight, bias, eps)
-    return output, stats
+    x: Tensor, residual: Tensor, cols: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    x, stats = x.contiguous(), _stats(x, cols)
+    total = torch.empty_like(x)
+    return _run_forward(x, residual.contiguous(), cols, weight, bias, eps, total, stats), total, stats
 
 
 def _row_blocks(rows: int, cols: int) -> int:
     """How many partial sums the weight gradients get: a function of the shape alone, so that results are too."""
-    return max(1, min(64, rows // 32, (1 << 22) // cols))
+    return max(1, min(64, rows // 8, (1 << 22) // cols))
 
 
 def _backward(
@@ -72,19 +80,19 @@ def _backward(
     mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = input.contiguous()
-    dtype = _parameter_dtype(x, weight, bias)
+    w, b = _parameters(x, weight, bias)
     dinput = torch.empty_like(x) if mask[0] else None
-    dweight = x.new_empty(weight.shape, dtype=dtype) if mask[1] and weight is not None else None
-    dbias = x.new_empty(bias.shape, dtype=dtype) if mask[2] and bias is not None else None
+    dweight = torch.empty_like(w) if w is not None and mask[1] else None
+    dbias = torch.empty_like(b) if b is not None and mask[2] else None
     partial = None
     if dweight is not None or dbias is not None:
         partial = x.new_empty((_row_blocks(x.numel() // cols, cols), 2, cols), dtype=torch.float32)
-    backend.module(x.device).layer_norm_backward(
+    backend.kernels[x.device.type].layer_norm_backward(
         doutput.contiguous(),
         None if dsum is None else dsum.contiguous(),
         x,
         cols,
-        _parameter(weight, dtype),
+        w,
         stats,
         dinput,
         dweight,
@@ -101,18 +109,21 @@ def _backward(
 # ---- Fake
 
 
-def _add_forward_fake(
-    input: Tensor, residual: Tensor, cols: int, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    output = torch.empty_like(input, memory_format=torch.contiguous_format)
-    return output, torch.empty_like(output), input.new_empty((2, input.numel() // cols), dtype=torch.float32)
+def _inference_fake(input: Tensor, cols: int, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
 def _forward_fake(
     input: Tensor, cols: int, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> tuple[Tensor, Tensor]:
-    output, _, stats = _add_forward_fake(input, input, cols, weight, bias, eps)
-    return output, stats
+    return torch.empty_like(input, memory_format=torch.contiguous_format), _stats(input, cols)
+
+
+def _add_forward_fake(
+    x: Tensor, residual: Tensor, cols: int, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    output, stats = _forward_fake(x, cols, weight, bias, eps)
+    return output, torch.empty_like(output), stats
 
 
 def _backward_fake(
@@ -133,6 +144,11 @@ def _backward_fake(
     return like(input, mask[0]), like(weight, mask[1]), like(bias, mask[2])
 
 
+_inference_op = register(
+    "layer_norm(Tensor input, SymInt cols, Tensor? weight, Tensor? bias, float eps) -> Tensor",
+    _inference,
+    _inference_fake,
+)
 _forward_op = register(
     "layer_norm_forward(Tensor input, SymInt cols, Tensor? weight, Tensor? bias, float eps)"
     " -> (Tensor output, Tensor stats)",
@@ -160,14 +176,15 @@ def _gradients(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Of what was normalised, of weight and of bias; None where `mask` does not ask."""
     x, weight, bias, stats = ctx.saved_tensors
+    shape, eps = ctx.norm
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
 
         def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-            return reference.layer_norm(x, ctx.shape, weight, bias, ctx.eps), x.clone()
+            return reference.layer_norm(x, shape, weight, bias, eps), x.clone()
 
         dx, dw, db = double_backward(function, (x, weight, bias), (doutput, dsum), mask)
     else:
-        dx, dw, db = _backward_op(doutput, dsum, x, math.prod(ctx.shape), weight, bias, stats, mask)
+        dx, dw, db = _backward_op(doutput, dsum, x, math.prod(shape), weight, bias, stats, mask)
     return dx if mask[0] else None, dw if mask[1] else None, db if mask[2] else None
 
 
@@ -178,7 +195,7 @@ class _LayerNorm(torch.autograd.Function):
     ) -> Tensor:
         output, stats = _forward_op(input, math.prod(shape), weight, bias, eps)
         ctx.save_for_backward(input, weight, bias, stats)
-        ctx.shape, ctx.eps = shape, eps
+        ctx.norm = shape, eps
         return output
 
     @staticmethod
@@ -202,7 +219,7 @@ class _AddLayerNorm(torch.autograd.Function):
         output, total, stats = _add_forward_op(x, residual, math.prod(shape), weight, bias, eps)
         # Only the sum is kept for the backward: x and residual can be freed.
         ctx.save_for_backward(total, weight, bias, stats)
-        ctx.shape, ctx.eps = shape, eps
+        ctx.norm = shape, eps
         ctx.set_materialize_grads(False)
         return output, total
 
@@ -215,34 +232,32 @@ class _AddLayerNorm(torch.autograd.Function):
         return ds if need[0] else None, ds if need[1] else None, None, dw, db, None
 
 
+_layer_norm = applier(_LayerNorm)
+_add_layer_norm = applier(_AddLayerNorm)
+
 # ---- Public
 
 
-def _refusal(
-    op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None
-) -> str | None:
+def _refusal(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> str | None:
     """Raises on arguments that no backend takes; returns why the kernels do not take these, None if they do."""
-    n = len(shape)
-    if n == 0 or tuple(x.shape[-n:]) != tuple(shape):
+    tail, dtype = x.shape[-len(shape) :] if shape else None, x.dtype
+    if tail is None or (tail != shape and tuple(tail) != tuple(shape)):
         raise RuntimeError(
             f"[{op}] input: expected a shape that ends in normalized_shape {list(shape)}, but got {list(x.shape)}"
         )
-    for name, p in (("weight", weight), ("bias", bias)):
+    if dtype not in _DTYPES and not dtype.is_floating_point:
+        raise TypeError(f"[{op}] input: expected a floating-point dtype, but got {dtype}")
+    for p in (weight, bias):
         if p is None:
             continue
-        if p.shape != x.shape[-n:]:
+        if p.shape != tail:
+            name = "weight" if p is weight else "bias"
             raise RuntimeError(f"[{op}] {name}: expected shape {list(shape)}, but got {list(p.shape)}")
-        if p.device != x.device:
-            raise RuntimeError(f"[{op}] {name}: expected device {x.device}, but got {p.device}; move it with .to()")
-        if p.dtype not in _DTYPES:
-            return f"{name} of dtype {p.dtype}"
-    if x.dtype not in _DTYPES:
-        if not x.dtype.is_floating_point:
-            raise TypeError(f"[{op}] input: expected a floating-point dtype, but got {x.dtype}")
-        return f"input of dtype {x.dtype}"
-    if 0 in shape:
-        return "rows without elements"
-    return None
+        if p.dtype is not dtype and p.dtype not in _DTYPES:
+            return f"a parameter of dtype {p.dtype}"
+    if dtype not in _DTYPES:
+        return f"input of dtype {dtype}"
+    return "rows without elements" if 0 in tail else None
 
 
 def layer_norm(
@@ -271,8 +286,8 @@ def layer_norm(
     if backend.choose("layer_norm", input.device, refusal) == "reference":
         return reference.layer_norm(input, normalized_shape, weight, bias, eps)
     if wants_grad(input, weight, bias):
-        return _LayerNorm.apply(input, normalized_shape, weight, bias, eps)
-    return _forward_op(input, math.prod(normalized_shape), weight, bias, eps)[0]
+        return _layer_norm(input, normalized_shape, weight, bias, eps)
+    return _inference_op(input, math.prod(normalized_shape), weight, bias, eps)
 
 
 def add_layer_norm(
@@ -306,5 +321,5 @@ def add_layer_norm(
     if backend.choose("add_layer_norm", x.device, refusal) == "reference":
         return reference.add_layer_norm(x, residual, normalized_shape, weight, bias, eps)
     if wants_grad(x, residual, weight, bias):
-        return _AddLayerNorm.apply(x, residual, normalized_shape, weight, bias, eps)
+        return _add_layer_norm(x, residual, normalized_shape, weight, bias, eps)
     return _add_forward_op(x, residual, math.prod(normalized_shape), weight, bias, eps)[:2]

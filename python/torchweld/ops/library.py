@@ -11,14 +11,30 @@ from torch import Tensor
 _library = torch.library.Library("torchweld", "DEF")
 
 
+_dispatch_modes = torch._C._len_torch_dispatch_stack
+_profiling = torch._C._autograd._profiler_enabled
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
-    """Defines `torchweld::<schema>` for CPU and CUDA, with `fake` giving shapes, dtypes and strides; returns the op."""
+    """Defines `torchweld::<schema>` for CPU and CUDA, `fake` giving shapes, dtypes and strides; returns its caller.
+
+    The caller goes straight to `kernel` where the dispatcher would have nothing to add (a plain tensor, and no mode,
+    tracer or profiler that wants to see the op): 2.5 us saved of 8 for a small layer norm.
+    """
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, kernel, "CPU")
     _library.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"torchweld::{name}", fake, lib=_library)
-    return getattr(torch.ops.torchweld, name).default
+    op = getattr(torch.ops.torchweld, name).default
+
+    def call(first: Tensor, *rest: Any) -> Any:
+        if torch.compiler.is_compiling() or type(first) not in _PLAIN or _dispatch_modes() or _profiling():
+            return op(first, *rest)
+        return kernel(first, *rest)
+
+    return call
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
@@ -28,6 +44,19 @@ def wants_grad(*tensors: Tensor | None) -> bool:
             if t is not None and t.requires_grad:
                 return True
     return False
+
+
+def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """`function.apply` without its look for functorch transforms, which `backend.choose` has sent to the reference.
+
+    Worth 2.4 us of 13 for a small layer norm. Dynamo knows only the class's own `apply`.
+    """
+    fast = super(torch.autograd.Function, function).apply  # type: ignore[misc]
+
+    def apply(*args: Any) -> Any:
+        return function.apply(*args) if torch.compiler.is_compiling() else fast(*args)
+
+    return apply
 
 
 def double_backward(

@@ -1,0 +1,1 @@
+"""The training programs behind `torchweld train` and `torchweld generate`."""

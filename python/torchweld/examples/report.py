@@ -1,0 +1,134 @@
+"""What a training run shows: progress, a comparison, and the loss curves."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median, quantiles
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from torchweld.errors import UserError
+from torchweld.examples.trainer import Trainer
+
+# Two exact implementations differ by rounding, which training then amplifies, step after step.
+AGREEMENT = {torch.float32: 0.01, torch.bfloat16: 0.05}
+_RECENT = 20
+
+
+class Reporter:
+    """Prints lines, with a live bar below them on a terminal and a line every `every` steps elsewhere."""
+
+    def __init__(self, console: Console, done: int, total: int) -> None:
+        self.console, self.total, self.every = console, total, max(1, round(total / 20))
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("", total=total, completed=done)
+
+    def __enter__(self) -> Reporter:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.stop()
+
+    def step(self, trainers: Sequence[Trainer], tokens: int) -> None:
+        """After a step of every trainer, each of `tokens` tokens."""
+        losses = trainers[0].losses
+        text = f"loss {sum(losses[-_RECENT:]) / len(losses[-_RECENT:]):.3f}"
+        for trainer in trainers:
+            text += f", {tokens / median(trainer.seconds[-_RECENT:]):,.0f} tokens/s"
+            text += f" ({trainer.name})" if len(trainers) > 1 else ""
+        self.bar.update(self.task, completed=len(losses), description=text)
+        if not self.console.is_terminal and len(losses) % self.every == 0:
+            self.console.print(f"step {len(losses)}/{self.total}: {text}")
+
+    def validation(self, trainers: Sequence[Trainer]) -> None:
+        """After a validation of every trainer."""
+        for trainer in trainers:
+            step, loss = trainer.validation[-1]
+            name = f" ({trainer.name})" if len(trainers) > 1 else ""
+            result = f"validation loss {loss:.4f}, perplexity {perplexity(loss)}{name}"
+            self.console.print(f"step {step}/{self.total}: {result}")
+
+
+def perplexity(loss: float) -> str:
+    """exp(loss), short."""
+    return f"{math.exp(loss):.1f}" if loss < 50 else "inf"
+
+
+def compare(console: Console, trainers: Sequence[Trainer], tokens: int) -> bool:
+    """Prints the speed of ours and of torch's, and how far their losses differ; returns whether the losses agree.
+
+    Args:
+        trainers: ours and torch's, after the same steps.
+        tokens: in one step.
+    """
+    ours, theirs = trainers
+    table = Table(title=f"{ours.step} steps of {tokens:,} tokens each, from the same weights in the same order")
+    for heading in ("", "tokens/s (median)", "20% .. 80%", "training loss", "validation loss"):
+        table.add_column(heading, justify="right")
+    for trainer in trainers:
+        slow, fast = (tokens / s for s in _spread(trainer.seconds)[::-1])
+        validation = f"{trainer.validation[-1][1]:.4f}" if trainer.validation else "-"
+        rate = f"{tokens / median(trainer.seconds):,.0f}"
+        table.add_row(trainer.name, rate, f"{slow:,.0f} .. {fast:,.0f}", f"{trainer.losses[-1]:.4f}", validation)
+    console.print(table)
+    # A step's two times are neighbours, so what else the machine does hits both: the ratio is steadier than either.
+    ratios = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
+    low, high = _spread(ratios)
+    console.print(f"speed: torchweld / torch = {median(ratios):.2f} (20% .. 80% of the steps: {low:.2f} .. {high:.2f})")
+    differences = [abs(a - b) / abs(b) for a, b in zip(ours.losses, theirs.losses, strict=True)]
+    worst = max(differences)
+    limit = AGREEMENT[ours.dtype]
+    agree = worst <= limit
+    console.print(
+        f"loss curves: largest relative difference {worst:.1e}, at step {differences.index(worst) + 1}: "
+        f"they {'agree' if agree else 'DIFFER'} (limit {limit:g})"
+    )
+    return agree
+
+
+def _spread(values: Sequence[float]) -> tuple[float, float]:
+    """The 20th and the 80th percentile."""
+    if len(values) < 2:
+        return values[0], values[0]
+    fifths = quantiles(values, n=5, method="inclusive")
+    return fifths[0], fifths[-1]
+
+
+def plot(path: Path, trainers: Sequence[Trainer], unigram: float) -> bool:
+    """Draws the loss curves into a PNG; False where matplotlib, an optional extra, is not installed."""
+    if find_spec("matplotlib") is None:
+        return False
+    figure = import_module("matplotlib.figure").Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title="GPT-2 on torchweld")
+    for trainer, style in zip(trainers, ("-", "--"), strict=False):
+        steps = range(1, trainer.step + 1)
+        axes.plot(steps, trainer.losses, style, linewidth=0.8, alpha=0.6, label=f"training, {trainer.name}")
+        if trainer.validation:
+            axes.plot(*zip(*trainer.validation, strict=True), style, marker="o", label=f"validation, {trainer.name}")
+    axes.axhline(unigram, color="grey", linestyle=":", label="unigram entropy of the validation tokens")
+    axes.legend()
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        figure.savefig(aside, format="png", dpi=120)
+        aside.replace(path)
+    except OSError as error:
+        aside.unlink(missing_ok=True)
+        raise UserError(f"{path}: expected a file that can be written, but got: {error.strerror}") from None
+    return True

@@ -1,0 +1,27 @@
+"""The functions that the models take from `torchweld.ops`, on plain `torch.nn.functional`.
+
+`GPT2(config, ops=torchweld.models.stock)` is the same model, parameter for parameter, on stock PyTorch: what
+`torchweld train --compare` runs beside ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+from torch.nn.functional import layer_norm, scaled_dot_product_attention
+
+__all__ = ["add_layer_norm", "layer_norm", "scaled_dot_product_attention"]
+
+
+def add_layer_norm(
+    x: Tensor,
+    residual: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> tuple[Tensor, Tensor]:
+    """(layer_norm(x + residual), x + residual), both of x's shape (*, *normalized_shape)."""
+    total = x + residual
+    return layer_norm(total, list(normalized_shape), weight, bias, eps), total

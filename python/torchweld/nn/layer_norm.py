@@ -1,0 +1,15 @@
+"""torch.nn.LayerNorm on the fused kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchweld import ops
+
+
+class LayerNorm(torch.nn.LayerNorm):
+    """Drop-in for `torch.nn.LayerNorm`: same arguments, same parameters, same state_dict."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return ops.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

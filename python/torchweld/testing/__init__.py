@@ -1,0 +1,6 @@
+"""The rule of exactness and the cases it is tried on, shared by the tests, `torchweld check` and `torchweld bench`."""
+
+from torchweld.testing.cases import Case, Oracle, cases, evaluate, ops, poisoned
+from torchweld.testing.parity import Parity, assert_parity, parity
+
+__all__ = ["Case", "Oracle", "Parity", "assert_parity", "cases", "evaluate", "ops", "parity", "poisoned"]

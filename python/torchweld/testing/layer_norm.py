@@ -1,0 +1,143 @@
+"""Cases of layer_norm and add_layer_norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from torchweld import ops, reference
+from torchweld.testing.cases import Case, Tensors
+from torchweld.testing.inputs import Random
+
+EPS = 1e-5
+
+
+def _torch_layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    # torch refuses some pairs of dtypes; with those its user would compute in float32.
+    compute = x.dtype if all(p is None or p.dtype == x.dtype for p in (weight, bias)) else torch.float32
+    w, b = (None if p is None else p.to(compute) for p in (weight, bias))
+    return torch.nn.functional.layer_norm(x.to(compute), list(shape), w, b, EPS).to(x.dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNormCase(Case):
+    """`rows` rows of `shape` elements. `add`: with a residual in front; `value`: every element is this number."""
+
+    rows: tuple[int, ...]
+    shape: tuple[int, ...]
+    weight: bool = True
+    bias: bool = True
+    weight_dtype: torch.dtype | None = None
+    layout: str = "contiguous"
+    scale: float = 1.0
+    shift: float = 0.0
+    huge_row: bool = False
+    add: bool = False
+
+    @property
+    def op(self) -> str:
+        return "add_layer_norm" if self.add else "layer_norm"
+
+    @property
+    def leaves(self) -> tuple[str, ...]:
+        return ("x", "residual", "weight", "bias")
+
+    def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Tensors:
+        random, full = Random(seed, device), (*self.rows, *self.shape)
+
+        def activations(scale: float = 1.0, shift: float = 0.0) -> Tensor:
+            return random.normal(*full, dtype=dtype, scale=scale, shift=shift, layout=self.layout)
+
+        x = {"x": activations(self.scale, self.shift), "doutput": activations()}
+        if self.huge_row:
+            x["x"][-1] *= 1e4
+        if self.add:
+            x |= {"residual": activations(self.scale), "dsum": activations()}
+        # Parameters are always contiguous in a model, but may start anywhere.
+        layout = "unaligned" if self.layout == "unaligned" else "contiguous"
+        for name, wanted, shift in (("weight", self.weight, 1.0), ("bias", self.bias, 0.0)):
+            if wanted:
+                x[name] = random.normal(
+                    *self.shape, dtype=self.weight_dtype or dtype, scale=0.5, shift=shift, layout=layout
+                )
+        return x
+
+    def ours(self, x: Tensors) -> Tensors:
+        parameters = (self.shape, x.get("weight"), x.get("bias"), EPS)
+        if not self.add:
+            return {"output": ops.layer_norm(x["x"], *parameters)}
+        return dict(zip(("output", "sum"), ops.add_layer_norm(x["x"], x["residual"], *parameters), strict=True))
+
+    def torch(self, x: Tensors) -> Tensors:
+        total = x["x"] + x["residual"] if self.add else x["x"]
+        output = _torch_layer_norm(total, self.shape, x.get("weight"), x.get("bias"))
+        return {"output": output, "sum": total} if self.add else {"output": output}
+
+    def reference(self, x: Tensors) -> Tensors:
+        parameters = (self.shape, x.get("weight"), x.get("bias"), EPS)
+        if not self.add:
+            return {"output": reference.layer_norm(x["x"], *parameters)}
+        return dict(zip(("output", "sum"), reference.add_layer_norm(x["x"], x["residual"], *parameters), strict=True))
+
+    def terms(self, x: Tensors) -> dict[str, float]:
+        """With g = doutput * weight: of dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) the size of the first term.
+
+        Of the weight gradients, sums over rows, the size of a random walk with those steps: with a column or two the
+        sum can be far smaller than what was added up.
+        """
+        total = x["x"] + x["residual"] if self.add else x["x"]
+        if total.numel() == 0:
+            return {}
+        dims = tuple(range(-len(self.shape), 0))
+        variance, mean = torch.var_mean(total, dims, correction=0, keepdim=True)
+        rstd = torch.rsqrt(variance + EPS)
+
+        def walk(steps: Tensor) -> float:
+            return float(steps.flatten(0, len(self.rows) - 1).norm(dim=0).amax())
+
+        dx = float((rstd * x["doutput"] * x.get("weight", 1.0)).abs().amax())
+        return {
+            "dx": dx,
+            "dresidual": dx,
+            "dweight": walk(x["doutput"] * (total - mean) * rstd),
+            "dbias": walk(x["doutput"]),
+        }
+
+
+def _case(name: str, regime: str, rows: int | tuple[int, ...], cols: int | tuple[int, ...], **flags: object) -> Case:
+    as_tuple = [n if isinstance(n, tuple) else (n,) for n in (rows, cols)]
+    return LayerNormCase(name=name, regime=regime, rows=as_tuple[0], shape=as_tuple[1], **flags)  # type: ignore[arg-type]
+
+
+LAYER_NORM = (
+    _case("8 x 64", "a few whole vectors", 8, 64),
+    _case("1 x 1", "one element", 1, 1),
+    _case("5 x 1", "one column: dx is 0, all of it cancels", 5, 1),
+    _case("301 x 2", "two columns: dx nearly cancels", 301, 2, scale=0.01),
+    _case("301 x 7", "less than one vector", 301, 7),
+    _case("6 x 33", "vectors and a tail of one", 6, 33),
+    _case("7 x 1009", "prime, odd number of rows", 7, 1009),
+    _case("2 x 5 x 768", "batch dimensions, GPT-2's width", (2, 5), 768),
+    _case("4 x (3, 5, 8)", "three normalised dimensions", 4, (3, 5, 8)),
+    _case("2111 x 96", "every row block of the weight gradients, the last one ragged", 2111, 96),
+    _case("3 x 65537", "a row longer than the first-level cache", 3, 65537),
+    _case("0 x 64", "no rows", 0, 64),
+    _case("4 x 0", "rows of nothing", 4, 0),
+    _case("9 x 100 unaligned", "no vector at an aligned address", 9, 100, layout="unaligned"),
+    _case("9 x 100 strided", "non-contiguous, NaN between the elements", 9, 100, layout="strided"),
+    _case("40 x 100 transposed", "non-contiguous, columns first", 40, 100, layout="transposed"),
+    _case("33 x 80 bare", "no weight and no bias", 33, 80, weight=False, bias=False),
+    _case("33 x 80 weight", "weight alone", 33, 80, bias=False),
+    _case("33 x 80 bias", "bias alone", 33, 80, weight=False),
+    _case("64 x 136 fp32 weight", "parameters wider than the activations", 64, 136, weight_dtype=torch.float32),
+    _case("64 x 136 bf16 weight", "parameters narrower than the activations", 64, 136, weight_dtype=torch.bfloat16),
+    _case("12 x 64 of 3", "no variance at all", 12, 64, scale=0.0, shift=3.0),
+    _case("16 x 200 + 100", "mean far above the deviation", 16, 200, shift=100.0),
+    _case("16 x 200, one huge", "one row of 1e4", 16, 200, huge_row=True),
+    _case("16 x 200 of 1e-6", "variance below eps", 16, 200, scale=1e-6),
+)
+
+ADD_LAYER_NORM = tuple(replace(c, add=True) for c in LAYER_NORM if isinstance(c, LayerNormCase))

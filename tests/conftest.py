@@ -1,0 +1,45 @@
+"""Fixtures: the compiled instruction sets, torch's threads, and the skip of what needs a GPU."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+# Some suites compile; neither they nor the CPU kernels gain from more threads than the machine has cores.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+
+from torchweld import _cpu, backend
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = backend.unavailable("cuda")
+    for item in items:
+        if reason and item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=f"no CUDA kernels here: {reason}"))
+
+
+@pytest.fixture(params=_cpu.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per instruction set that this CPU has."""
+    before = _cpu.isa()
+    _cpu.use_isa(request.param)
+    assert _cpu.isa() == request.param
+    yield request.param
+    _cpu.use_isa(before)
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    """Restores torch's number of threads after a test that changes it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
