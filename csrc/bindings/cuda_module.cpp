@@ -1,3 +1,4 @@
+#include "bindings/adamw.h"
 #include "bindings/layer_norm.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
@@ -33,5 +34,6 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("runtime_version", &cuda::runtime_version, "Version of the CUDA runtime that is linked in.");
   m.def("driver_version", &cuda::driver_version, "Newest CUDA that the driver serves, None without a driver.");
   m.def("unavailable", &cuda::unavailable, "Why no GPU can be used here, None if one can.");
+  bind_adamw<Cuda>(m);
   bind_layer_norm<Cuda>(m);
 }
