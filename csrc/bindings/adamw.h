@@ -49,7 +49,7 @@ class AdamWRows {
 
   void check_length(const TensorList& list, const char* name) const {
     if (list.size() != rows.size())
-      args_.fail(name, std::to_string(rows.size()) + " tensors, one for each of the first list", std::to_string(list.size()));
+      args_.fail(name, std::to_string(rows.size()) + " tensors, as many as params", std::to_string(list.size()));
   }
 
   // Memory of list[i]. Raises if it does not go with its twin in the first list; refuses what a kernel does not take.

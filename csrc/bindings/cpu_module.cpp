@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "bindings/adamw.h"
 #include "bindings/cross_entropy.h"
 #include "bindings/gelu.h"
@@ -14,6 +16,11 @@ struct Cpu {
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
 
   static const Kernels& kernels() { return cpu::kernels(); }
+
+  // One block for every 8 rows, up to 64 of them or 4 million columns.
+  static int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int32_t) {
+    return weights ? std::max<int64_t>(1, std::min<int64_t>({64, rows / 8, (1 << 22) / cols})) : 0;
+  }
 
   template <class Params>
   static void run(void (*Kernels::*kernel)(const Params&), const Params& params, int32_t) {
