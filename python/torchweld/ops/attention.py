@@ -517,6 +517,12 @@ def _fold(
     return query, key, value, mask, batch
 
 
+def _autocast(t: Tensor) -> Tensor:
+    if not t.dtype.is_floating_point or t.dtype is torch.float64:
+        return t
+    return t.to(torch.get_autocast_dtype(t.device.type))
+
+
 def scaled_dot_product_attention(
     query: Tensor,
     key: Tensor,
@@ -548,11 +554,8 @@ def scaled_dot_product_attention(
     """
     op = "scaled_dot_product_attention"
     if torch.is_autocast_enabled(query.device.type):
-        dtype = torch.get_autocast_dtype(query.device.type)
-        query, key, value, attn_mask = (
-            t if t is None or not t.dtype.is_floating_point or t.dtype is torch.float64 else t.to(dtype)
-            for t in (query, key, value, attn_mask)
-        )
+        query, key, value = _autocast(query), _autocast(key), _autocast(value)
+        attn_mask = None if attn_mask is None else _autocast(attn_mask)
     _check_common(op, query, key, value, dropout_p)
     if is_causal and attn_mask is not None:
         _fail(op, "attn_mask", "None beside is_causal=True", "a tensor", "put the causal mask into it, or drop one")

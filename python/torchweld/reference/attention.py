@@ -49,14 +49,20 @@ def _dense(
         k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
     shift = keys - queries if bottom_right else 0
 
+    # A key that no query sees may hold anything, also NaN, which 0 * NaN would spread.
+    seen = _visible(queries, keys, shift, *band, q.device)
+    if bias is not None and bias.dtype == torch.bool:
+        bias = torch.atleast_2d(bias)
+        seen = bias if seen is None else seen & bias
+    if seen is not None:
+        unseen = ~seen.any(-2).unsqueeze(-1)
+        k, v = k.masked_fill(unseen, 0.0), v.masked_fill(unseen, 0.0)
+
     # Scores.
     scores = q @ k.transpose(-2, -1) * scale
     if softcap != 0:
         scores = softcap * torch.tanh(scores / softcap)
-    seen = _visible(queries, keys, shift, *band, q.device)
-    if bias is not None and bias.dtype == torch.bool:
-        seen = bias if seen is None else seen & bias
-    elif bias is not None:
+    if bias is not None and bias.dtype != torch.bool:
         scores = scores + bias.to(compute)
     if alibi_slopes is not None:
         distance = torch.arange(queries, device=q.device).unsqueeze(1) + shift - torch.arange(keys, device=q.device)
@@ -64,8 +70,6 @@ def _dense(
         scores = scores - slopes.reshape((*slopes.shape[:-1], -1, 1, 1)) * distance.abs()
     if seen is not None:
         scores = scores.masked_fill(~seen, -math.inf)
-        # A key that no query sees may hold anything, also NaN, which 0 * NaN would spread.
-        v = v.masked_fill(~seen.any(-2).unsqueeze(-1), 0.0)
 
     # Softmax. A row that sees nothing has the maximum -inf and the sum zero.
     top = scores.detach().amax(-1, keepdim=True) if keys > 0 else scores.new_full((*scores.shape[:-1], 1), -math.inf)
@@ -119,11 +123,12 @@ def attention(
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     outs, lses = [], []
     for n in range(len(starts_q) - 1):
-        q = query[starts_q[n] : starts_q[n + 1]]
-        k, v = (t[starts_k[n] : starts_k[n + 1]] for t in (key, value))
+        rows, columns = slice(starts_q[n], starts_q[n + 1]), slice(starts_k[n], starts_k[n + 1])
         slopes = alibi_slopes[n] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
         out, lse = _dense(
-            *(t.transpose(0, 1).unsqueeze(0) for t in (q, k, v)),
+            query[rows].transpose(0, 1).unsqueeze(0),
+            key[columns].transpose(0, 1).unsqueeze(0),
+            value[columns].transpose(0, 1).unsqueeze(0),
             band,
             softcap,
             None,
