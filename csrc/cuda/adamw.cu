@@ -24,13 +24,8 @@ constexpr int kThreads = 256;
 constexpr int kArgumentBytes = CUDART_VERSION >= 12010 ? 32764 : 4096;
 constexpr int kRowsPerLaunch = (kArgumentBytes - 128) / sizeof(AdamWTensor);
 
-// A pointer out of the table: the compiler cannot know by itself that it is to global memory, and would ask each time.
 template <class T>
-__device__ __forceinline__ T* at(void* base, int64_t index) {
-  T* p = static_cast<T*>(base) + index;
-  __builtin_assume(__isGlobal(p));
-  return p;
-}
+__device__ __forceinline__ T* at(void* base, int64_t index) { return static_cast<T*>(base) + index; }
 
 __device__ __forceinline__ bool overflowed(const float* found_inf) { return found_inf != nullptr && *found_inf != 0.0f; }
 
