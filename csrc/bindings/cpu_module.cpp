@@ -14,6 +14,7 @@ using namespace torchweld;
 struct Cpu {
   using Kernels = cpu::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
+  static constexpr bool adamw_table = false;
 
   static const Kernels& kernels() { return cpu::kernels(); }
 
