@@ -85,4 +85,64 @@ struct GradNormParams {
   float* norm;      // []
 };
 
+// out = softmax(scores) @ value per batch B and head H, with N queries and keys of size D (values: Dv). In this order:
+//   scores = query @ key^T * scale,  softcap * tanh(scores / softcap),  + bias,  - slope * |i + shift - j|,
+// and query i sees key j only where i + shift - left <= j <= i + shift + right. A sink adds exp(sink) to the softmax's
+// denominator. Hkv divides H: query head h uses key and value head h / (H / Hkv).
+// Strides are in elements; along the last dimension it is 1.
+struct Strides {
+  int64_t batch, head, row;
+};
+
+enum class MaskType : int32_t { none, boolean, float32, bfloat16, float16 };
+
+struct AttentionInputs {
+  int64_t batch, heads, kv_heads, queries, keys, dim, value_dim;  // B, H, Hkv, Nq, Nk, D, Dv
+  DType dtype;                                                    // of query, key, value, output and their gradients
+  float scale;
+  float softcap;              // 0: none
+  int64_t left, right, shift; // the band of keys that a query sees; left and right at most kUnbounded
+  const void* query;          // [B, H, Nq, D]
+  const void* key;            // [B, Hkv, Nk, D]
+  const void* value;          // [B, Hkv, Nk, Dv]
+  Strides query_strides, key_strides, value_strides;
+  MaskType bias_type;
+  const void* bias;                            // [B, H, Nq, Nk], boolean (1: attend) or additive; nullptr: none
+  Strides bias_strides;                        // 0 where it is broadcast
+  int64_t bias_step;                           // along the keys: 1, or 0 where it is broadcast
+  const float* alibi_slopes;                   // [B, H], nullptr: none
+  int64_t alibi_batch_stride;                  // H, or 0 where it is broadcast
+  const float* sinks;                          // [H], nullptr: none
+  float* workspace;                            // [workspace_size]
+  int64_t workspace_size;                      // at least what the op's workspace function asks for
+
+  // Of an additive bias.
+  DType bias_dtype() const {
+    return bias_type == MaskType::bfloat16 ? DType::bfloat16 : bias_type == MaskType::float16 ? DType::float16 : DType::float32;
+  }
+};
+
+constexpr int64_t kUnbounded = int64_t{1} << 40;
+
+struct AttentionForwardParams : AttentionInputs {
+  void* output;  // [B, H, Nq, Dv]
+  Strides output_strides;
+  float* lse;  // [B, H, Nq] log of the softmax's denominator; -inf where a query sees nothing
+};
+
+struct AttentionBackwardParams : AttentionInputs {
+  const void* output;   // [B, H, Nq, Dv]
+  const void* doutput;  // [B, H, Nq, Dv]
+  Strides output_strides, doutput_strides;
+  const float* lse;   // [B, H, Nq]
+  const float* dlse;  // [B, H, Nq], nullptr: none
+  void* dquery;       // [B, H, Nq, D], nullptr: not wanted; so for all that follow
+  void* dkey;         // [B, Hkv, Nk, D]
+  void* dvalue;       // [B, Hkv, Nk, Dv]
+  Strides dquery_strides, dkey_strides, dvalue_strides;
+  void* dbias;         // [dbias_extents] contiguous, of bias's dtype
+  int64_t dbias_extents[4];  // B, H, Nq and Nk, or 1 where bias is broadcast
+  float* dsinks;       // [B, H], to be summed over B
+};
+
 }  // namespace torchweld

@@ -1,4 +1,5 @@
 #include "bindings/adamw.h"
+#include "bindings/attention.h"
 #include "bindings/layer_norm.h"
 #include "cpu/isa.h"
 
@@ -9,6 +10,8 @@ using namespace torchweld;
 struct Cpu {
   using Kernels = cpu::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
+
+  static const Kernels& kernels() { return cpu::kernels(); }
 
   template <class Params>
   static void run(void (*Kernels::*kernel)(const Params&), const Params& params, int32_t) {
@@ -26,6 +29,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.def("use_isa", &cpu::use_isa, py::arg("name"), "Switches to another instruction set.");
   m.def("built_isas", &cpu::built_isas, "Instruction sets that the kernels are built for, best first.");
   m.def("available_isas", &cpu::available_isas, "Instruction sets that this CPU has, best first.");
+  bind_attention<Cpu>(m);
   bind_layer_norm<Cpu>(m);
   bind_adamw<Cpu>(m);
 }

@@ -135,6 +135,13 @@ class Arguments {
     if (!is_here(t)) fail(name, "a tensor on " + device_name(device_), device_name(t.device) + "; move it with .to()");
   }
 
+  // Pointer to a tensor of this shape, of any dtype, which may have stride 0 where it is broadcast.
+  void* expanded(const TensorView& t, const char* name, std::initializer_list<int64_t> shape) const {
+    check_device(t, name);
+    check_shape(t, name, shape);
+    return static_cast<char*>(t.data) + t.byte_offset;
+  }
+
   void check_shape(const TensorView& t, const char* name, std::initializer_list<int64_t> shape) const {
     if (std::vector<int64_t>(shape) != std::vector<int64_t>(t.shape, t.shape + t.ndim))
       fail(name, "shape " + list(shape.begin(), static_cast<int>(shape.size())), list(t.shape, t.ndim));

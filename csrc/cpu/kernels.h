@@ -12,6 +12,10 @@ struct Kernels {
   void (*layer_norm_backward)(const LayerNormBackwardParams&);
   void (*adamw)(const AdamWParams&);
   void (*grad_norm)(const GradNormParams&);
+  int64_t (*attention_forward_workspace)(const AttentionInputs&);  // how many floats
+  void (*attention_forward)(const AttentionForwardParams&);
+  int64_t (*attention_backward_workspace)(const AttentionInputs&);
+  void (*attention_backward)(const AttentionBackwardParams&);
 };
 
 #ifdef TORCHWELD_ISA  // baseline, avx2, avx512 or avx512_bf16: set by the build for each of the four compilations
@@ -21,6 +25,10 @@ void layer_norm_forward(const LayerNormForwardParams& p);
 void layer_norm_backward(const LayerNormBackwardParams& p);
 void adamw(const AdamWParams& p);
 void grad_norm(const GradNormParams& p);
+int64_t attention_forward_workspace(const AttentionInputs& p);
+void attention_forward(const AttentionForwardParams& p);
+int64_t attention_backward_workspace(const AttentionInputs& p);
+void attention_backward(const AttentionBackwardParams& p);
 
 }  // namespace TORCHWELD_ISA
 #endif

@@ -11,24 +11,46 @@
 namespace torchweld::cpu {
 namespace {
 
-// f(begin, end) over [0, n), in contiguous ranges of at least `grain`, at most one per thread.
-template <class F>
-void parallel_for(int64_t n, int64_t grain, F&& f) {
+// How many threads a call may use: one inside a parallel region.
+inline int64_t max_threads() {
 #ifdef _OPENMP
-  const int64_t wanted = (n + grain - 1) / grain;
+  return omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+  return 1;
+#endif
+}
+
+// f(thread, team) on up to `threads` threads at once.
+template <class F>
+void parallel_team(int64_t threads, F&& f) {
+#ifdef _OPENMP
   // Not even a team of one is started for small work: a forked child has no pool to start it from.
-  const int64_t threads = wanted > 1 && !omp_in_parallel() ? (wanted < omp_get_max_threads() ? wanted : omp_get_max_threads()) : 1;
   if (threads > 1) {
   #pragma omp parallel num_threads(static_cast<int>(threads))
-    {
-      const int64_t t = omp_get_thread_num(), team = omp_get_num_threads();
-      const int64_t begin = n * t / team, end = n * (t + 1) / team;
-      if (begin < end) f(begin, end);
-    }
+    f(static_cast<int64_t>(omp_get_thread_num()), static_cast<int64_t>(omp_get_num_threads()));
     return;
   }
 #endif
-  if (n > 0) f(static_cast<int64_t>(0), n);
+  f(static_cast<int64_t>(0), static_cast<int64_t>(1));
+}
+
+// f(begin, end) over [0, n), in contiguous ranges of at least `grain`, at most one per thread.
+template <class F>
+void parallel_for(int64_t n, int64_t grain, F&& f) {
+  const int64_t wanted = (n + grain - 1) / grain, limit = wanted > 1 ? max_threads() : 1;
+  parallel_team(wanted < limit ? wanted : limit, [&](int64_t thread, int64_t team) {
+    const int64_t begin = n * thread / team, end = n * (thread + 1) / team;
+    if (begin < end) f(begin, end);
+  });
+}
+
+// f(task, thread) for every task of [0, n): a free thread takes the next one, so put the longest first.
+template <class F>
+void parallel_queue(int64_t n, int64_t threads, F&& f) {
+  int64_t next = 0;
+  parallel_team(threads < n ? threads : n, [&](int64_t thread, int64_t) {
+    for (int64_t task; (task = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED)) < n;) f(task, thread);
+  });
 }
 
 }  // namespace

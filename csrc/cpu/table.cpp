@@ -20,6 +20,10 @@ const Kernels table = {
     layer_norm_backward,
     adamw,
     grad_norm,
+    attention_forward_workspace,
+    attention_forward,
+    attention_backward_workspace,
+    attention_backward,
 };
 
 }  // namespace torchweld::cpu::TORCHWELD_ISA

@@ -1,6 +1,7 @@
 """The fused functions. Names and argument order are those of `torch.nn.functional` where a twin exists there."""
 
 from torchweld.ops.adamw import adamw_, grad_norm
+from torchweld.ops.attention import attention, scaled_dot_product_attention
 from torchweld.ops.layer_norm import add_layer_norm, layer_norm
 
-__all__ = ["adamw_", "add_layer_norm", "grad_norm", "layer_norm"]
+__all__ = ["adamw_", "add_layer_norm", "attention", "grad_norm", "layer_norm", "scaled_dot_product_attention"]

@@ -1,6 +1,7 @@
 """The definition of every op in plain PyTorch: differentiable, any device, any dtype. Tests and fallbacks use these."""
 
 from torchweld.reference.adamw import adamw_, grad_norm
+from torchweld.reference.attention import attention, scaled_dot_product_attention
 from torchweld.reference.layer_norm import add_layer_norm, layer_norm
 
-__all__ = ["adamw_", "add_layer_norm", "grad_norm", "layer_norm"]
+__all__ = ["adamw_", "add_layer_norm", "attention", "grad_norm", "layer_norm", "scaled_dot_product_attention"]

@@ -1,0 +1,236 @@
+// Attention, backward. With P = exp(scores - lse), recomputed tile by tile:
+//
+//   delta = rowsum(doutput * output) - dlse        dscores = P * (doutput @ value^T - delta)
+//   dvalue = P^T @ doutput     dquery = scale * dscores @ key     dkey = scale * dscores^T @ query
+//
+// Prepare: every head's delta, and query and doutput packed. Main: a task owns a chunk of the keys of one key head, all
+// of its query heads and all queries that see the chunk; dkey and dvalue of a tile of keys stay in its cache, dquery
+// goes to a partial sum of its own. Finish: the chunks' partials are added first to last. How many chunks there are depends
+// on the shape alone, so the sums have one order at any number of threads.
+// 2 Nq Nk (3 D + 2 Dv) FLOPs per head; memory is O(N) per chunk. Every gradient is accumulated in float32.
+// Dao: FlashAttention-2, arXiv:2307.08691.
+
+#include "cpu/attention_tile.h"
+#include "cpu/kernels.h"
+
+namespace torchweld::cpu {
+namespace {
+
+constexpr int64_t kTasks = 24;          // chunks of keys are made until there are so many tasks
+constexpr int64_t kChunkKeys = 256;     // but none shorter than this
+constexpr int64_t kTileKeys = 192;
+constexpr int64_t kPrepareRows = 192;   // of queries, per task of the first and the last pass
+
+// Sizes in words.
+template <class T>
+struct BackwardPlan {
+  using Compute = typename ComputeOf<T>::type;
+  using Tile = GradientTile<T>;
+
+  int64_t tile_keys, chunks, chunk;  // chunk: keys, a multiple of tile_keys
+  int64_t key_width, value_width;    // of a row of dquery and dkey, of dvalue
+  int64_t packed, partial;           // shared, per query head: packed rows; per query head and chunk: dquery
+  int64_t scratch, threads;
+
+  explicit BackwardPlan(const AttentionInputs& p) {
+    const int64_t tiles = max_of(ceil_div(p.keys, kTileKeys), 1);
+    tile_keys = round_up(ceil_div(max_of(p.keys, 1), tiles), kPanel);
+    const int64_t wanted = ceil_div(kTasks, max_of(p.batch * p.kv_heads, 1)), most = max_of(p.keys / kChunkKeys, 1);
+    chunk = round_up(ceil_div(max_of(p.keys, 1), min_of(wanted, most)), tile_keys);
+    chunks = max_of(ceil_div(p.keys, chunk), 1);
+    key_width = round_up(p.dim, W);
+    value_width = round_up(p.value_dim, W);
+    packed = Tile::Queries::words(p);
+    partial = round_up(p.queries * key_width, 16);
+    scratch = Tile::scratch_words(p, tile_keys) + max_of(tile_keys * (key_width + value_width), Tile::kQueries * tile_keys);
+    threads = threads_for(p, 5);
+  }
+
+  int64_t workspace(const AttentionInputs& p) const {
+    return threads * scratch + p.batch * p.heads * (packed + chunks * partial);
+  }
+};
+
+template <class T>
+class Backward {
+  using Plan = BackwardPlan<T>;
+  using Compute = typename Plan::Compute;
+  using Tile = typename Plan::Tile;
+
+ public:
+  explicit Backward(const AttentionBackwardParams& p)
+      : p_(p),
+        plan_(p),
+        group_(p.heads / p.kv_heads),
+        shared_(p.workspace + plan_.threads * plan_.scratch),
+        partials_(shared_ + p.batch * p.heads * plan_.packed) {}
+
+  void run() const {
+    const int64_t heads = p_.batch * p_.heads, kv_heads = p_.batch * p_.kv_heads, blocks = ceil_div(p_.queries, kPrepareRows);
+    parallel_queue(heads * blocks, plan_.threads, [&](int64_t task, int64_t) {
+      const int64_t head = task / blocks, begin = task % blocks * kPrepareRows;
+      queries(head).pack(p_, head / p_.heads, head % p_.heads, begin, min_of(begin + kPrepareRows, p_.queries));
+    });
+    if (p_.dsinks != nullptr) parallel_for(heads, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t head = begin; head < end; ++head) sink_gradient(head);
+    });
+    // First chunks first: under a causal mask they are the longest.
+    parallel_queue(kv_heads * plan_.chunks, plan_.threads, [&](int64_t task, int64_t thread) {
+      differentiate(task % kv_heads, task / kv_heads, p_.workspace + thread * plan_.scratch);
+    });
+    if (p_.dbias != nullptr) bias_gradient();
+    if (p_.dquery != nullptr) parallel_queue(heads * blocks, plan_.threads, [&](int64_t task, int64_t) {
+      const int64_t begin = task % blocks * kPrepareRows;
+      store_dquery(task / blocks, begin, min_of(begin + kPrepareRows, p_.queries));
+    });
+  }
+
+ private:
+  typename Tile::Queries queries(int64_t head) const {
+    return {p_, head / p_.heads, head % p_.heads, shared_ + head * plan_.packed};
+  }
+
+  float* partial(int64_t head, int64_t chunk) const {
+    return partials_ + (chunk * p_.batch * p_.heads + head) * plan_.partial;
+  }
+
+  // The sink's own probability is exp(sink - lse), its value zero.
+  void sink_gradient(int64_t head) const {
+    const typename Tile::Queries rows = queries(head);
+    const float sink = p_.sinks[head % p_.heads] * kLog2e;
+    double total = 0;
+    for (int64_t i = 0; i < p_.queries; ++i)
+      total -= static_cast<double>(__builtin_exp2f(sink - rows.lse[i])) * rows.delta[i];
+    p_.dsinks[head] = static_cast<float>(total);
+  }
+
+  // One chunk of keys of one key head, against all query heads that share it.
+  void differentiate(int64_t kv_head, int64_t chunk, float* scratch) const {
+    const int64_t b = kv_head / p_.kv_heads, hk = kv_head % p_.kv_heads, first_head = b * p_.heads + hk * group_;
+    const int64_t begin = chunk * plan_.chunk, end = min_of(begin + plan_.chunk, p_.keys);
+    float* dk = scratch + Tile::scratch_words(p_, plan_.tile_keys);
+    float* dv = dk + plan_.tile_keys * plan_.key_width;
+    const int64_t partial_words = p_.dquery != nullptr ? plan_.partial : 0;
+    for (int64_t g = 0; g < group_; ++g) std::memset(partial(first_head + g, chunk), 0, sizeof(float) * partial_words);
+
+    for (int64_t j0 = begin; j0 < end; j0 += plan_.tile_keys) {
+      const int64_t keys = min_of(plan_.tile_keys, end - j0);
+      std::memset(dk, 0, sizeof(float) * keys * plan_.key_width);
+      std::memset(dv, 0, sizeof(float) * keys * plan_.value_width);
+      Tile tile(p_, b, hk, j0, keys, plan_.tile_keys, scratch);
+      for (int64_t g = 0; g < group_; ++g) {
+        const Scores scores(p_, b, hk * group_ + g);
+        const typename Tile::Queries rows = queries(first_head + g);
+        float* dq = partial(first_head + g, chunk);
+        const int64_t last = scores.band.last(j0 + keys);
+        for (int64_t i0 = round_down(scores.band.first(j0), 2); i0 < last; i0 += Tile::kQueries) {
+          const Span span{i0, min_of(i0 + Tile::kQueries, last)};
+          tile.score(scores, rows, span);
+          if (p_.dvalue != nullptr) tile.add_dvalue(rows, span, dv);
+          if (p_.dkey != nullptr) tile.add_dkey(rows, span, dk);
+          if (p_.dquery != nullptr) tile.add_dquery(span, dq);
+        }
+      }
+      if (p_.dkey != nullptr)
+        store_rows(dk, plan_.key_width, keys, p_.dim, p_.scale, head_of<T>(p_.dkey, p_.dkey_strides, b, hk), p_.dkey_strides.row, j0);
+      if (p_.dvalue != nullptr)
+        store_rows(dv, plan_.value_width, keys, p_.value_dim, 1.0f, head_of<T>(p_.dvalue, p_.dvalue_strides, b, hk),
+                   p_.dvalue_strides.row, j0);
+    }
+  }
+
+  // A task owns a tile of dbias and sums over whatever bias is broadcast to, in one order. It makes the products again,
+  // which costs 2 Nq Nk (D + Dv) FLOPs per head but no memory, and needs no sum over tasks whatever the broadcast is.
+  void bias_gradient() const {
+    const int64_t* extent = p_.dbias_extents;
+    const int64_t row_tiles = extent[2] > 1 ? ceil_div(p_.queries, Tile::kQueries) : 1;
+    const int64_t key_tiles = extent[3] > 1 ? ceil_div(p_.keys, plan_.tile_keys) : 1;
+    parallel_queue(extent[0] * extent[1] * row_tiles * key_tiles, plan_.threads, [&](int64_t task, int64_t thread) {
+      const int64_t kt = task % key_tiles, qt = task / key_tiles % row_tiles, outer = task / key_tiles / row_tiles;
+      const Span batches = slice(outer / extent[1], extent[0], 1, p_.batch), heads = slice(outer % extent[1], extent[1], 1, p_.heads);
+      const Span rows = slice(qt, extent[2], Tile::kQueries, p_.queries), keys = slice(kt, extent[3], plan_.tile_keys, p_.keys);
+      float* scratch = p_.workspace + thread * plan_.scratch;
+      float* sums = scratch + Tile::scratch_words(p_, plan_.tile_keys);
+      std::memset(sums, 0, sizeof(float) * Tile::kQueries * plan_.tile_keys);
+      for (int64_t b = batches.begin; b < batches.end; ++b)
+        for (int64_t h = heads.begin; h < heads.end; ++h) {
+          const Scores scores(p_, b, h);
+          for (int64_t j0 = keys.begin; j0 < keys.end; j0 += plan_.tile_keys) {
+            const int64_t width = min_of(plan_.tile_keys, keys.end - j0);
+            Tile tile(p_, b, h / group_, j0, width, plan_.tile_keys, scratch);
+            for (int64_t i0 = rows.begin; i0 < rows.end; i0 += Tile::kQueries)
+              tile.add_dbias(scores, queries(b * p_.heads + h), {i0, min_of(i0 + Tile::kQueries, rows.end)}, sums, plan_.tile_keys);
+          }
+        }
+      store_dbias(sums, outer, rows, keys);
+    });
+  }
+
+  // Tile `index` of an axis of `size`; all of it where bias is broadcast.
+  static Span slice(int64_t index, int64_t extent, int64_t tile, int64_t size) {
+    return extent > 1 ? Span{index * tile, min_of((index + 1) * tile, size)} : Span{0, size};
+  }
+
+  // Rows of tile_keys sums; what bias is broadcast to is added up first.
+  void store_dbias(float* sums, int64_t outer, Span rows, Span keys) const {
+    const int64_t *extent = p_.dbias_extents, stride = plan_.tile_keys, width = min_of(keys.end - keys.begin, stride);
+    int64_t count = min_of(rows.end - rows.begin, Tile::kQueries), row = outer * extent[2] + rows.begin;
+    if (extent[2] == 1) {
+      for (int64_t r = 1; r < count; ++r)
+        for (int64_t j = 0; j < width; j += W) store(sums + j, load(sums + j) + load(sums + r * stride + j));
+      count = 1;
+    }
+    dispatch(p_.bias_dtype(), [&](auto t) {
+      auto* out = static_cast<typename decltype(t)::type*>(p_.dbias) + row * extent[3] + (extent[3] == 1 ? 0 : keys.begin);
+      for (int64_t r = 0; r < count; ++r, out += extent[3], sums += stride) {
+        if (extent[3] == 1) store(out, splat(sum_over(width, [&](int64_t j, auto lanes) { return load(sums + j, lanes); })), First{1});
+        else for_each_vector(width, [&](int64_t j, auto lanes) { store(out + j, load(sums + j), lanes); });
+      }
+    });
+  }
+
+  static void store_rows(const float* from, int64_t width, int64_t rows, int64_t dim, float factor, T* to, int64_t stride,
+                         int64_t first) {
+    for (int64_t r = 0; r < rows; ++r)
+      for_each_vector(dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+        store(to + (first + r) * stride + i, load(from + r * width + i) * factor, lanes);
+      });
+  }
+
+  void store_dquery(int64_t head, int64_t begin, int64_t end) const {
+    T* dq = head_of<T>(p_.dquery, p_.dquery_strides, head / p_.heads, head % p_.heads);
+    const int64_t next = p_.batch * p_.heads * plan_.partial;
+    for (int64_t i = begin; i < end; ++i) {
+      const float* row = partial(head, 0) + i * plan_.key_width;
+      for_each_vector(p_.dim, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
+        Vec total{};
+        for (int64_t c = 0; c < plan_.chunks; ++c) total += load(row + c * next + d);
+        store(dq + i * p_.dquery_strides.row + d, total * p_.scale, lanes);
+      });
+    }
+  }
+
+  const AttentionBackwardParams& p_;
+  const Plan plan_;
+  const int64_t group_;
+  float* const shared_;
+  float* const partials_;
+};
+
+}  // namespace
+
+namespace TORCHWELD_ISA {
+
+int64_t attention_backward_workspace(const AttentionInputs& p) {
+  int64_t size = 0;
+  dispatch(p.dtype, [&](auto t) { size = BackwardPlan<typename decltype(t)::type>(p).workspace(p); });
+  return size;
+}
+
+void attention_backward(const AttentionBackwardParams& p) {
+  if (p.batch * p.heads == 0) return;
+  dispatch(p.dtype, [&](auto t) { Backward<typename decltype(t)::type>(p).run(); });
+}
+
+}  // namespace TORCHWELD_ISA
+}  // namespace torchweld::cpu

@@ -1,0 +1,261 @@
+// Attention, forward.
+//
+//   m = max(scores)    P = exp(scores - m)    l = sum(P)    output = P @ value / l    lse = m + log(l)
+//
+// A task owns a tile of queries of one head and walks over the tiles of keys that it can see, keeping m, l and P @ value
+// of what it has seen (the online softmax: Milakov, Gimelshein, arXiv:1805.02867; tiled: Dao et al., arXiv:2205.14135).
+// Keys and values are packed once per head for all its tiles: by a first pass over all threads, or, where there are heads
+// enough to keep the threads busy, by the task that owns the whole head, so that they are still in cache.
+// 2 Nq Nk (D + Dv) FLOPs per head; memory is O(N): the packed keys and values and the tiles of each thread.
+
+#include "cpu/attention_scores.h"
+#include "cpu/kernels.h"
+
+namespace torchweld::cpu {
+namespace {
+
+constexpr int64_t kTileQueries = 96;
+constexpr int64_t kBlocks = kTileQueries / kRows;
+static_assert(kTileQueries % kRows == 0 && kTileQueries % W == 0, "whole blocks of rows and groups of W rows");
+
+template <class Compute>
+constexpr int64_t kTileKeys = Compute::per_word == 2 ? 512 : 256;
+
+// Sizes, all in words. Every part of the workspace starts on a cache line.
+template <class T>
+struct ForwardPlan {
+  using Compute = typename ComputeOf<T>::type;
+  static constexpr int64_t score_stride = kTileKeys<Compute> + 16;  // not a power of two: rows would share cache sets
+
+  int64_t steps, value_width;       // of a query or key, of a value
+  int64_t key_words, value_words;   // packed, per head
+  int64_t tile, tiles;              // of queries
+  int64_t threads, scratch;
+  bool whole_heads;
+
+  explicit ForwardPlan(const AttentionInputs& p) {
+    steps = ceil_div(p.dim, Compute::per_word);
+    value_width = round_up(p.value_dim, W);
+    key_words = round_up(p.keys, kPanel) * steps;
+    value_words = right_in_place<T, Compute>(p.value_dim) ? 0 : ceil_div(p.keys, Compute::per_word) * value_width;
+    value_words = round_up(value_words, 16);
+    tiles = max_of(ceil_div(p.queries, kTileQueries), 1);
+    tile = round_up(ceil_div(p.queries, tiles), kRows);
+    threads = threads_for(p, 2);
+    whole_heads = p.batch * p.kv_heads >= 4 * threads || tiles * (p.heads / p.kv_heads) == 1 || threads == 1;
+    scratch = round_up(kTileQueries * steps, 16) + kTileQueries * (score_stride + value_width);
+    if (whole_heads) scratch += key_words + value_words;
+  }
+
+  int64_t shared() const { return whole_heads ? 0 : key_words + value_words; }
+  int64_t workspace(const AttentionInputs& p) const { return threads * scratch + p.batch * p.kv_heads * shared(); }
+};
+
+// m and l of the rows of a tile; m is in units of log2. A fresh row has seen nothing, or its sink.
+struct SoftmaxState {
+  alignas(64) float max[kTileQueries], sum[kTileQueries], rescale[kTileQueries];
+
+  void init(const float* sink) {
+    for (int64_t r = 0; r < kTileQueries; ++r) {
+      max[r] = sink != nullptr ? *sink * kLog2e : -kInfinity;
+      sum[r] = sink != nullptr ? 1.0f : 0.0f;
+    }
+  }
+
+  // Rows [r, r + W) see new scores whose row maxima are `largest`; returns what to subtract from them.
+  TW_INLINE Vec raise(int64_t r, Vec largest) {
+    const Vec before = load(max + r), now = vmax(largest, before);
+    const Vec finite = now == splat(-kInfinity) ? zero() : now;  // -inf - -inf would be NaN
+    store(max + r, now);
+    store(rescale + r, exp2<5>(before - finite));
+    return finite;
+  }
+
+  TW_INLINE void add(int64_t r, Vec sums) { store(sum + r, load(sum + r) * load(rescale + r) + sums); }
+
+  float inverse(int64_t r) const { return sum[r] == 0.0f ? 0.0f : 1.0f / sum[r]; }
+  float lse(int64_t r) const { return sum[r] == 0.0f ? -kInfinity : max[r] * kLn2 + __builtin_logf(sum[r]); }
+};
+
+template <class T>
+class Forward {
+  using Plan = ForwardPlan<T>;
+  using Compute = typename Plan::Compute;
+  static constexpr int64_t kStride = Plan::score_stride;
+
+ public:
+  explicit Forward(const AttentionForwardParams& p) : p_(p), plan_(p), group_(p.heads / p.kv_heads) {}
+
+  void run() const {
+    const int64_t heads = p_.batch * p_.kv_heads;
+    if (plan_.whole_heads) {
+      parallel_queue(heads, plan_.threads, [&](int64_t head, int64_t thread) {
+        float* packed = scratch(thread) + plan_.scratch - plan_.key_words - plan_.value_words;
+        pack(head, 0, p_.keys, packed);
+        for (int64_t g = 0; g < group_; ++g)
+          for (int64_t t = 0; t < plan_.tiles; ++t) attend(head, g, t, packed, scratch(thread));
+      });
+      return;
+    }
+    float* shared = scratch(plan_.threads);
+    constexpr int64_t kChunk = 4 * kPanel;
+    const int64_t chunks = ceil_div(p_.keys, kChunk);
+    parallel_queue(heads * chunks, plan_.threads, [&](int64_t task, int64_t) {
+      const int64_t head = task / chunks, begin = task % chunks * kChunk;
+      pack(head, begin, min_of(begin + kChunk, p_.keys), shared + head * plan_.shared());
+    });
+    // Last tiles first: under a causal mask they are the longest.
+    parallel_queue(plan_.tiles * heads * group_, plan_.threads, [&](int64_t task, int64_t thread) {
+      const int64_t tile = plan_.tiles - 1 - task / (heads * group_), head = task % (heads * group_);
+      attend(head / group_, head % group_, tile, shared + head / group_ * plan_.shared(), scratch(thread));
+    });
+  }
+
+ private:
+  float* scratch(int64_t thread) const { return p_.workspace + thread * plan_.scratch; }
+
+  // Keys [begin, end) of a head, begin a multiple of kPanel.
+  void pack(int64_t head, int64_t begin, int64_t end, float* packed) const {
+    const int64_t b = head / p_.kv_heads, h = head % p_.kv_heads, ks = p_.key_strides.row, vs = p_.value_strides.row;
+    pack_transposed<T, Compute>(head_of<T>(p_.key, p_.key_strides, b, h) + begin * ks, ks, end - begin, p_.dim,
+                                packed + begin * plan_.steps);
+    if (!right_in_place<T, Compute>(p_.value_dim))
+      pack_rows<T, Compute>(head_of<T>(p_.value, p_.value_strides, b, h) + begin * vs, vs, end - begin, p_.value_dim,
+                            packed + plan_.key_words + begin / Compute::per_word * plan_.value_width);
+  }
+
+  // One tile of queries of query head `g` of the group that shares kv head `head`.
+  void attend(int64_t head, int64_t g, int64_t tile, const float* packed, float* scratch) const {
+    const int64_t b = head / p_.kv_heads, hk = head % p_.kv_heads, h = hk * group_ + g;
+    const int64_t i0 = tile * plan_.tile, rows = min_of(plan_.tile, p_.queries - i0);
+    if (rows <= 0) return;
+    const Scores scores(p_, b, h);
+    const Band& band = scores.band;
+
+    // Load.
+    float* s = scratch + round_up(kTileQueries * plan_.steps, 16);
+    float* o = s + kTileQueries * kStride;
+    const T* q = head_of<T>(p_.query, p_.query_strides, b, h) + i0 * p_.query_strides.row;
+    Left left{scratch, plan_.steps, 1};
+    if (left_in_place<T, Compute>(p_.query_strides.row, p_.dim))
+      left = {reinterpret_cast<const float*>(q), p_.query_strides.row / Compute::per_word, 1};
+    else
+      pack_left<T, Compute>(q, p_.query_strides.row, rows, p_.dim, scratch);
+    Right values{packed + plan_.key_words, plan_.value_width, kPanel};
+    if (right_in_place<T, Compute>(p_.value_dim))
+      values = {reinterpret_cast<const float*>(head_of<T>(p_.value, p_.value_strides, b, hk)), p_.value_strides.row, kPanel};
+    const Right keys{packed, kPanel, kPanel * plan_.steps};
+    SoftmaxState state;
+    state.init(p_.sinks != nullptr ? p_.sinks + h : nullptr);
+    std::memset(o, 0, sizeof(float) * rows * plan_.value_width);
+
+    const int64_t end = band.high(i0 + rows - 1);
+    for (int64_t j0 = round_down(band.low(i0), kPanel); j0 < end; j0 += kTileKeys<Compute>) {
+      // What each block of rows sees of this tile.
+      const int64_t width = min_of(kTileKeys<Compute>, end - j0);
+      Span columns[kBlocks], steps[kBlocks];
+      for (int64_t m = 0; m < rows; m += kRows) {
+        const int64_t low = min_of(max_of(band.low(i0 + m) - j0, 0), width);
+        const int64_t high = min_of(band.high(i0 + min_of(m + kRows, rows) - 1) - j0, width);
+        columns[m / kRows] = low < high ? Span{round_down(low, W), round_up(high, W)} : Span{0, 0};
+        steps[m / kRows] = low < high ? Span{low / Compute::per_word, ceil_div(high, Compute::per_word)} : Span{0, 0};
+      }
+      gemm_store<Compute>(rows, plan_.steps, left, {keys.data + j0 * plan_.steps, keys.step, keys.panel}, columns, s, kStride);
+      for (int64_t r = 0; r < rows; r += W) softmax(scores, state, s + r * kStride, i0, r, min_of(W, rows - r), j0, columns);
+      rescale(state, o, rows);
+      gemm_accumulate<Compute>(rows, plan_.value_width, {s, kStride, 1},
+                               {values.data + j0 / Compute::per_word * values.step, values.step, values.panel}, steps, o,
+                               plan_.value_width);
+    }
+
+    // Normalise. Store.
+    T* out = head_of<T>(p_.output, p_.output_strides, b, h) + i0 * p_.output_strides.row;
+    float* lse = p_.lse + (b * p_.heads + h) * p_.queries + i0;
+    for (int64_t r = 0; r < rows; ++r) {
+      const float inverse = state.inverse(r);
+      for_each_vector(p_.value_dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+        store(out + r * p_.output_strides.row + i, load(o + r * plan_.value_width + i) * inverse, lanes);
+      });
+      lse[r] = state.lse(r);
+    }
+  }
+
+  // Rows [r, r + count), count <= W, of a tile: products become P, in place. A row of P is never ahead of its products,
+  // also where it takes half the room.
+  TW_INLINE void softmax(const Scores& scores, SoftmaxState& state, float* s, int64_t i0, int64_t r, int64_t count, int64_t j0,
+                         const Span* columns) const {
+    const float unit = scores.unit();
+    Vec group[W];
+    for (int64_t n = 0; n < W; ++n) {
+      group[n] = splat(-kInfinity);
+      if (n >= count) continue;
+      const Span span = columns[(r + n) / kRows];
+      float* row = s + n * kStride;
+      scores.finish(row, i0 + r + n, j0, span, nullptr);
+      Vec a = group[n], b = a;
+      int64_t j = span.begin;
+      for (; j + 2 * W <= span.end; j += 2 * W) {
+        a = vmax(load(row + j), a);
+        b = vmax(load(row + j + W), b);
+      }
+      if (j < span.end) a = vmax(load(row + j), a);
+      group[n] = vmax(a, b);
+    }
+    float subtract[W];
+    store(subtract, state.raise(r, reduce(group, [](Vec a, Vec b) { return vmax(a, b); }) * unit));
+
+    for (int64_t n = 0; n < W; ++n) {
+      group[n] = zero();
+      if (n >= count) continue;
+      const Span span = columns[(r + n) / kRows];
+      float* row = s + n * kStride;
+      const Vec minus = splat(-subtract[n]);
+      Vec total{};
+      for (int64_t j = span.begin; j < span.end; j += W) {
+        const Vec e = exp2<Compute::exp_degree>(load(row + j) * unit + minus);
+        total += e;
+        Compute::store_row(row, j, e);
+      }
+      group[n] = total;
+    }
+    state.add(r, reduce(group, [](Vec a, Vec b) { return a + b; }));
+  }
+
+  // Lane n of the result: all lanes of group[n] together.
+  template <class F>
+  TW_INLINE static Vec reduce(Vec (&group)[W], F&& f) {
+    transpose(group);
+    for (int half = W / 2; half > 0; half /= 2)
+      for (int n = 0; n < half; ++n) group[n] = f(group[n], group[n + half]);
+    return group[0];
+  }
+
+  void rescale(const SoftmaxState& state, float* o, int64_t rows) const {
+    for (int64_t r = 0; r < rows; ++r)
+      if (const float factor = state.rescale[r]; factor != 1.0f)
+        for (int64_t i = 0; i < plan_.value_width; i += W)
+          store(o + r * plan_.value_width + i, load(o + r * plan_.value_width + i) * factor);
+  }
+
+  const AttentionForwardParams& p_;
+  const Plan plan_;
+  const int64_t group_;
+};
+
+}  // namespace
+
+namespace TORCHWELD_ISA {
+
+int64_t attention_forward_workspace(const AttentionInputs& p) {
+  int64_t size = 0;
+  dispatch(p.dtype, [&](auto t) { size = ForwardPlan<typename decltype(t)::type>(p).workspace(p); });
+  return size;
+}
+
+void attention_forward(const AttentionForwardParams& p) {
+  if (p.batch * p.heads * p.queries == 0) return;
+  dispatch(p.dtype, [&](auto t) { Forward<typename decltype(t)::type>(p).run(); });
+}
+
+}  // namespace TORCHWELD_ISA
+}  // namespace torchweld::cpu

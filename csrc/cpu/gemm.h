@@ -1,0 +1,152 @@
+// The matrix products inside attention: C[m, n] (+)= sum over k of A[m, k] * B[k, n].
+//
+// Operands are words of 32 bits, each one float or a pair of bf16 that are neighbours along k; a step of k is one word.
+// The micro-kernel keeps kRows x kVectors accumulators in registers, broadcasts a word of A to a vector and multiplies it
+// with kVectors vectors of B: two FLOPs (bf16: four) per lane and step. Every product of the backward, too, finds its
+// operands in this form without a transposition, because A is read with any two strides.
+// Goto, van de Geijn: Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), 2008.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace torchweld::cpu {
+namespace {
+
+// 24 + 4 + 1 of 32 registers with AVX-512, 12 + 2 + 1 of 16 without.
+constexpr int kRows = 6;
+#if defined(__AVX512F__)
+constexpr int kVectors = 4;
+#else
+constexpr int kVectors = 2;
+#endif
+constexpr int kPanel = kVectors * W;
+
+// A chain of fused multiply-adds is cut after so many steps: rounding errors of float32 grow with its length.
+constexpr int64_t kChain = 64;
+
+// What a word is. Elements of other types are converted to these when they are packed.
+struct Fp32 {
+  static constexpr int per_word = 1, exp_degree = 5;
+  TW_INLINE static Vec dot(Vec a, Vec b, Vec c) { return a * b + c; }
+  TW_INLINE static void store_row(float* row, int64_t i, Vec v) { store(row + i, v); }
+};
+
+template <class T>
+struct ComputeOf { using type = Fp32; };
+
+#if defined(__AVX512BF16__)
+struct Bf16Pairs {
+  static constexpr int per_word = 2, exp_degree = 4;
+  TW_INLINE static Vec dot(Vec a, Vec b, Vec c) { return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+  TW_INLINE static void store_row(float* row, int64_t i, Vec v) { store(reinterpret_cast<bf16*>(row) + i, v); }
+};
+
+template <>
+struct ComputeOf<bf16> { using type = Bf16Pairs; };
+#endif
+
+TW_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+TW_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+TW_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+TW_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+TW_INLINE int64_t round_down(int64_t a, int64_t b) { return a / b * b; }
+
+// As an integer, so that no addition of 0.0f remains and a pair of bf16 keeps its bits.
+TW_INLINE Vec broadcast_word(const float* p) {
+  uint32_t word;
+  std::memcpy(&word, p, sizeof word);
+  return from_bits(VecU{} + word);
+}
+
+struct Left {  // A[m, k] at data + m * row + k * step
+  const float* data;
+  int64_t row, step;
+};
+
+struct Right {  // B[k, n] at data + (n / kPanel) * panel + k * step + n % kPanel
+  const float* data;
+  int64_t step, panel;
+};
+
+struct Span {
+  int64_t begin, end;
+};
+
+template <class Compute, int N>
+TW_INLINE void multiply(int64_t steps, const float* const (&a)[kRows], int64_t a_step, const float* b, int64_t b_step,
+                        Vec (&acc)[kRows][N]) {
+  for (int r = 0; r < kRows; ++r)
+    for (int v = 0; v < N; ++v) acc[r][v] = Vec{};
+  int64_t offset = 0;
+  for (int64_t k = 0; k < steps; ++k, offset += a_step, b += b_step) {
+    Vec right[N];
+    for (int v = 0; v < N; ++v) right[v] = load(b + v * W);
+    for (int r = 0; r < kRows; ++r) {
+      const Vec left = broadcast_word(a[r] + offset);
+      for (int v = 0; v < N; ++v) acc[r][v] = Compute::dot(left, right[v], acc[r][v]);
+    }
+  }
+}
+
+// A block of at most kRows rows and exactly N vectors; the last row is repeated in the place of those that are not there.
+template <class Compute, int N, bool kAccumulate>
+void multiply_block(int64_t rows, Span steps, const Left& a, const float* b, int64_t b_step, float* c, int64_t ldc) {
+  for (int64_t k = steps.begin; k < steps.end; k += kChain) {
+    const float* left[kRows];
+    for (int r = 0; r < kRows; ++r) left[r] = a.data + (r < rows ? r : rows - 1) * a.row + k * a.step;
+    Vec acc[kRows][N];
+    const int64_t count = kAccumulate ? min_of(kChain, steps.end - k) : steps.end - k;
+    multiply<Compute, N>(count, left, a.step, b + k * b_step, b_step, acc);
+    for (int r = 0; r < kRows; ++r) {
+      if (r >= rows) break;
+      for (int v = 0; v < N; ++v) {
+        float* out = c + r * ldc + v * W;
+        store(out, kAccumulate ? load(out) + acc[r][v] : acc[r][v]);
+      }
+    }
+    if (!kAccumulate) break;
+  }
+}
+
+template <class Compute, bool kAccumulate>
+void multiply_vectors(int64_t vectors, int64_t rows, Span steps, const Left& a, const float* b, int64_t b_step, float* c,
+                      int64_t ldc) {
+  static_assert(kVectors == 2 || kVectors == 4, "the cases below");
+  switch (vectors) {
+    case 1: return multiply_block<Compute, 1, kAccumulate>(rows, steps, a, b, b_step, c, ldc);
+    case 2: return multiply_block<Compute, 2, kAccumulate>(rows, steps, a, b, b_step, c, ldc);
+    case 3: return multiply_block<Compute, (kVectors > 2 ? 3 : 2), kAccumulate>(rows, steps, a, b, b_step, c, ldc);
+    case 4: return multiply_block<Compute, kVectors, kAccumulate>(rows, steps, a, b, b_step, c, ldc);
+  }
+}
+
+TW_INLINE Left rows_from(const Left& a, int64_t m) { return {a.data + m * a.row, a.row, a.step}; }
+
+// C = A B. columns_of[m / kRows]: the columns, multiples of W, that are wanted of a block of rows.
+template <class Compute>
+void gemm_store(int64_t rows, int64_t steps, const Left& a, const Right& b, const Span* columns_of, float* c, int64_t ldc) {
+  int64_t last = 0;
+  for (int64_t m = 0; m < rows; m += kRows) last = max_of(last, columns_of[m / kRows].end);
+  // A panel of B stays in L1 for all rows.
+  for (int64_t n = 0; n < last; n += kPanel)
+    for (int64_t m = 0; m < rows; m += kRows) {
+      const Span& wanted = columns_of[m / kRows];
+      const int64_t begin = max_of(n, wanted.begin), end = min_of(n + kPanel, wanted.end);
+      if (begin < end)
+        multiply_vectors<Compute, false>((end - begin) / W, min_of(kRows, rows - m), {0, steps}, rows_from(a, m),
+                                         b.data + n / kPanel * b.panel + (begin - n), b.step, c + m * ldc + begin, ldc);
+    }
+}
+
+// C += A B over `columns`, a multiple of W. steps_of[m / kRows]: the steps of k that count for a block of rows.
+template <class Compute>
+void gemm_accumulate(int64_t rows, int64_t columns, const Left& a, const Right& b, const Span* steps_of, float* c,
+                     int64_t ldc) {
+  for (int64_t n = 0; n < columns; n += kPanel)
+    for (int64_t m = 0; m < rows; m += kRows)
+      multiply_vectors<Compute, true>(min_of(kPanel, columns - n) / W, min_of(kRows, rows - m), steps_of[m / kRows],
+                                      rows_from(a, m), b.data + n / kPanel * b.panel, b.step, c + m * ldc + n, ldc);
+}
+
+}  // namespace
+}  // namespace torchweld::cpu

@@ -1,0 +1,107 @@
+// From rows of elements in memory, with any stride between them, to the operands of gemm.h. What is not there (a row
+// past the end, the rest of a vector) becomes zero, so the products need no masks.
+#pragma once
+
+#include "cpu/gemm.h"
+
+namespace torchweld::cpu {
+namespace {
+
+// Whether memory of T already is words of Compute.
+template <class T, class Compute>
+constexpr bool kNative = sizeof(T) * Compute::per_word == 4;
+
+// W x W: row i becomes column i. Each round interleaves the two halves; after log2(W) rounds that is the transpose.
+TW_INLINE void transpose(Vec (&v)[W]) {
+  VecI low, high;
+  for (int i = 0; i < W; ++i) {
+    low[i] = i / 2 + (i % 2) * W;
+    high[i] = low[i] + W / 2;
+  }
+  for (int round = 1; round < W; round *= 2) {
+    Vec next[W];
+    for (int i = 0; i < W / 2; ++i) {
+      next[2 * i] = __builtin_shuffle(v[i], v[i + W / 2], low);
+      next[2 * i + 1] = __builtin_shuffle(v[i], v[i + W / 2], high);
+    }
+    for (int i = 0; i < W; ++i) v[i] = next[i];
+  }
+}
+
+// Words [word, word + W) of a row of `dim` elements.
+template <class T, class Compute>
+TW_INLINE Vec load_words(const T* row, int64_t word, int64_t dim) {
+  const int64_t first = word * Compute::per_word, left = dim - first;
+  if constexpr (Compute::per_word == 1) {
+    return left >= W ? load(row + first) : load(row + first, First{static_cast<int>(left)});
+  } else {
+    Vec v{};
+    std::memcpy(&v, row + first, left >= 2 * W ? sizeof v : static_cast<uint64_t>(left) * sizeof(T));
+    return v;
+  }
+}
+
+// The transpose as a right operand: B[k, n] is word k of row n. Panels of kPanel rows, each [dim in words][kPanel].
+template <class T, class Compute>
+void pack_transposed(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out) {
+  const int64_t steps = ceil_div(dim, Compute::per_word);
+  for (int64_t n = 0; n < rows; n += W) {
+    float* panel = out + n / kPanel * steps * kPanel + n % kPanel;
+    for (int64_t k = 0; k < steps; k += W) {
+      Vec v[W];
+      for (int i = 0; i < W; ++i) v[i] = n + i < rows ? load_words<T, Compute>(source + (n + i) * stride, k, dim) : Vec{};
+      transpose(v);
+      const int64_t count = min_of(W, steps - k);
+      if (count == W) {
+        for (int i = 0; i < W; ++i) store(panel + (k + i) * kPanel, v[i]);
+      } else {
+        for (int i = 0; i < count; ++i) store(panel + (k + i) * kPanel, v[i]);
+      }
+    }
+  }
+}
+
+// As a right operand: B[k, n] is element n of row k, or of rows 2k and 2k + 1. Rows of round_up(dim, W) words.
+template <class T, class Compute>
+void pack_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out) {
+  const int64_t width = round_up(dim, W);
+  for (int64_t k = 0; k * Compute::per_word < rows; ++k) {
+    const T* row = source + k * Compute::per_word * stride;
+    for_each_vector(dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      if constexpr (Compute::per_word == 1) {
+        store(out + k * width + i, load(row + i, lanes));
+      } else {
+        const VecU even = __builtin_convertvector(load_bits(row + i, lanes), VecU);
+        const VecU odd = 2 * k + 1 < rows ? __builtin_convertvector(load_bits(row + stride + i, lanes), VecU) : VecU{};
+        store(out + k * width + i, from_bits(even | (odd << 16)));
+      }
+    });
+  }
+}
+
+// As a left operand: A[m, k] is word k of row m. Rows of `steps` words.
+template <class T, class Compute>
+void pack_left(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out) {
+  const int64_t steps = ceil_div(dim, Compute::per_word);
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t k = 0; k < steps; k += W) {
+      const Vec v = load_words<T, Compute>(source + m * stride, k, dim);
+      if (steps - k >= W) store(out + m * steps + k, v);
+      else store(out + m * steps + k, v, First{static_cast<int>(steps - k)});
+    }
+}
+
+// Whether rows can be read as a left operand where they lie.
+template <class T, class Compute>
+TW_INLINE bool left_in_place(int64_t stride, int64_t dim) {
+  return kNative<T, Compute> && stride % Compute::per_word == 0 && dim % Compute::per_word == 0;
+}
+
+// Whether rows can be read as a right operand where they lie.
+template <class T, class Compute>
+TW_INLINE bool right_in_place(int64_t dim) {
+  return kNative<T, Compute> && Compute::per_word == 1 && dim % W == 0;
+}
+
+}  // namespace
+}  // namespace torchweld::cpu
