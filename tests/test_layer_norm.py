@@ -1,0 +1,185 @@
+"""layer_norm and add_layer_norm: exact by the one rule, the same bits always, and an op like any other to torch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.func import functional_call, grad, vmap
+
+from torchweld import _cpu, nn, ops, reference
+from torchweld.testing import Case, Oracle, cases
+from torchweld.testing.parity import confirm
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CASES = [*cases("layer_norm"), *cases("add_layer_norm")]
+
+
+def ident(value: object) -> str:
+    return f"{value.op}: {value.name}" if isinstance(value, Case) else str(value).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ident)
+@pytest.mark.parametrize("case", CASES, ids=ident)
+def test_parity(case: Case, dtype: torch.dtype) -> None:
+    """Every output and every gradient, on every instruction set of this CPU."""
+    oracle = Oracle(case, dtype)
+    before = _cpu.isa()
+    try:
+        for isa in _cpu.available_isas():
+            _cpu.use_isa(isa)
+            confirm(oracle.judge(), case.op, case.name)
+    finally:
+        _cpu.use_isa(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=ident)
+def test_bits_do_not_depend_on_threads_or_repeats(dtype: torch.dtype, threads: None) -> None:
+    x, residual, dy = (torch.randn(4099, 384, dtype=dtype) for _ in range(3))
+    weight, bias = torch.randn(384, dtype=dtype), torch.randn(384, dtype=dtype)
+
+    def run() -> list[torch.Tensor]:
+        leaves = [t.clone().requires_grad_() for t in (x, residual, weight, bias)]
+        normed, total = ops.add_layer_norm(leaves[0], leaves[1], (384,), leaves[2], leaves[3])
+        return [normed, total, *torch.autograd.grad([normed, total], leaves, [dy, dy])]
+
+    torch.set_num_threads(1)
+    expected = run()
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        for got, one in zip(run(), expected, strict=True):
+            assert torch.equal(got, one)
+
+
+def test_rows_far_apart_in_memory() -> None:
+    """An offset beyond 2^31 elements; only the touched pages exist."""
+    memory = torch.empty(2**31 + 64, dtype=torch.bfloat16)
+    x = memory.as_strided((2, 32), (2**31 + 8, 1)).copy_(torch.randn(2, 32))
+    torch.testing.assert_close(ops.layer_norm(x, (32,)), torch.nn.functional.layer_norm(x.clone(), (32,)))
+
+
+def test_registered_ops_pass_opcheck() -> None:
+    x, r, w, b = torch.randn(5, 4, 33), torch.randn(5, 4, 33), torch.randn(33), torch.randn(33)
+    library = torch.ops.torchweld
+    torch.library.opcheck(library.layer_norm.default, (x, 33, w, b, 1e-5))
+    torch.library.opcheck(library.layer_norm.default, (x.mT.contiguous().mT, 33, None, None, 1e-5))
+    torch.library.opcheck(library.layer_norm_forward.default, (x.bfloat16(), 33, w, b, 1e-5))
+    torch.library.opcheck(library.add_layer_norm_forward.default, (x, r, 33, w, None, 1e-5))
+    _, total, stats = library.add_layer_norm_forward(x, r, 33, w, b, 1e-5)
+    for mask in ([True, True, True], [True, False, False], [False, False, True]):
+        torch.library.opcheck(library.layer_norm_backward.default, (r, x, total, 33, w, b, stats, mask))
+
+
+def test_gradcheck() -> None:
+    x, r = (torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    w, b = (torch.randn(2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    assert torch.autograd.gradcheck(lambda *t: ops.layer_norm(t[0], (2, 5), *t[1:]), (x, w, b))
+    assert torch.autograd.gradcheck(lambda *t: ops.add_layer_norm(t[0], t[1], (2, 5), *t[2:]), (x, r, w, b))
+    assert torch.autograd.gradgradcheck(lambda *t: ops.layer_norm(t[0], (2, 5), *t[1:]), (x, w, b))
+
+
+def second_gradients(function, dtype: torch.dtype, fused: bool) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x, r, w, b = (torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in ((6, 40), (6, 40), 40, 40))
+    leaves = [x, r, w, b] if fused else [x, w, b]
+    outputs = function(x, r, (40,), w, b) if fused else (function(x, (40,), w, b),)
+    loss = sum((o.square() * torch.linspace(0, 1, 40, dtype=dtype)).sum() for o in outputs)
+    first = torch.autograd.grad(loss, leaves, create_graph=True)
+    return list(torch.autograd.grad(sum(g.square().sum() for g in first), leaves))
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm"])
+def test_double_backward(name: str) -> None:
+    """Kernel forward, then gradients of gradients: those of the definition."""
+    fused = name == "add_layer_norm"
+    got = second_gradients(getattr(ops, name), torch.float32, fused)
+    exact = second_gradients(getattr(reference, name), torch.float64, fused)
+    for g, e in zip(got, exact, strict=True):
+        torch.testing.assert_close(g.double(), e, rtol=0, atol=2e-5 * float(e.abs().max()))
+
+
+def test_only_what_is_asked_for_is_differentiated() -> None:
+    x, w, b = torch.randn(40, 24), torch.randn(24, requires_grad=True), torch.randn(24)
+    ops.layer_norm(x, (24,), w, b).sum().backward()
+    xhat = reference.layer_norm(x, (24,))
+    torch.testing.assert_close(w.grad, xhat.sum(0), rtol=1e-4, atol=1e-4)
+    assert x.grad is None and b.grad is None
+    # The sum alone: its gradient passes through, and the norm's parameters get none.
+    r = torch.randn(40, 24, requires_grad=True)
+    w.grad = None
+    ops.add_layer_norm(x, r, (24,), w, b)[1].backward(torch.full((40, 24), 3.0))
+    assert torch.equal(r.grad, torch.full((40, 24), 3.0))
+    assert w.grad is None
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "add_layer_norm"])
+def test_compiles_without_a_break(name: str) -> None:
+    fused = name == "add_layer_norm"
+
+    def step(x: torch.Tensor, r: torch.Tensor, w: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+        if not fused:
+            return ops.layer_norm(x.sin(), (24,), w, b).cos()
+        normed, total = ops.add_layer_norm(x.sin(), r, (24,), w, b)
+        return normed.cos() + total
+
+    leaves = [torch.randn(s, requires_grad=True) for s in ((7, 24), (7, 24), (24,), (24,))]
+    used = leaves if fused else [leaves[0], *leaves[2:]]
+    expected = step(*leaves)
+    got = torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves)
+    torch.testing.assert_close(got, expected)
+    for g, e in zip(torch.autograd.grad(got.sum(), used), torch.autograd.grad(expected.sum(), used), strict=True):
+        torch.testing.assert_close(g, e)
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(step, fullgraph=True, backend="aot_eager")(*leaves), expected)
+
+
+def test_function_transforms_see_the_definition() -> None:
+    x, w = torch.randn(4, 3, 16), torch.randn(16)
+    batched = vmap(lambda t: ops.layer_norm(t, (16,), w))(x)
+    torch.testing.assert_close(batched, ops.layer_norm(x, (16,), w))
+    module = nn.LayerNorm(16)
+    parameters = dict(module.named_parameters())
+    got = grad(lambda p: functional_call(module, p, (x,)).square().sum())(parameters)
+    module(x).square().sum().backward()
+    for name, p in parameters.items():
+        torch.testing.assert_close(got[name], p.grad)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((torch.ones(3, 4), (5,)), RuntimeError, r"\[layer_norm\] input: expected a shape that ends in .*\[5\], but got"),
+        ((torch.ones(3, 4), ()), RuntimeError, r"\[layer_norm\] input: expected a shape that ends in .*\[\], but got"),
+        ((torch.ones(3, 4), (4,), torch.ones(3)), RuntimeError, r"weight: expected shape \[4\], but got \[3\]"),
+        ((torch.ones(3, 4), (4,), None, torch.ones(1, 4)), RuntimeError, r"bias: expected shape \[4\], but got \[1, 4\]"),
+        ((torch.ones(3, 4, dtype=torch.int32), (4,)), TypeError, r"input: expected a floating-point dtype, but got torch.int32"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_named(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ops.layer_norm(*arguments)
+
+
+def test_bad_residual_is_named() -> None:
+    x = torch.ones(3, 4)
+    for residual, message in (
+        (torch.ones(3, 5), r"residual: expected x's shape torch.Size\(\[3, 4\]\)"),
+        (torch.ones(3, 4, dtype=torch.bfloat16), "residual: expected x's dtype torch.float32, but got torch.bfloat16"),
+        (torch.ones(3, 4, device="meta"), "residual: expected x's device cpu, but got meta"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            ops.add_layer_norm(x, residual, (4,))
+
+
+def test_the_kernels_check_again() -> None:
+    """What reaches the module past the public function is still refused before memory is touched."""
+    x, out = torch.ones(3, 4), torch.empty(3, 4)
+    for arguments, message in (
+        ((x, None, 4, None, None, 1e-5, None, torch.empty(2, 4), None), "output: expected 12 elements, but got shape"),
+        ((x, None, 4, torch.ones(4).half(), None, 1e-5, None, out, None), "weight: expected dtype float32 or float32"),
+        ((x, None, 4, torch.ones(8)[::2], None, 1e-5, None, out, None), "weight: expected a contiguous tensor"),
+        ((x, None, 5, None, None, 1e-5, None, out, None), "input: expected 10 elements"),
+        ((x, None, 0, None, None, 1e-5, None, out, None), "cols: expected at least 1"),
+        ((x.double(), None, 4, None, None, 1e-5, None, out, None), "input: expected dtype float32, bfloat16 or float16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _cpu.layer_norm_forward(*arguments)
