@@ -74,7 +74,7 @@ def _cuda() -> dict[str, Any]:
     else:
         found["remedy"] = "a GPU with its driver, and a torch that is built for CUDA (https://pytorch.org/get-started)"
     if "cuda" not in backend.kernels:
-        found["remedy"] = "reinstall with nvcc on PATH, or CUDACXX naming it; TORCHWELD_CUDA=ON makes its absence an error"
+        found["remedy"] = "reinstall with nvcc on PATH or in CUDACXX; with TORCHWELD_CUDA=ON its absence is an error"
     else:
         module = backend.kernels["cuda"]
         found |= {"architectures": module.architectures(), "runtime": module.runtime_version()}

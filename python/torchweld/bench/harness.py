@@ -14,16 +14,14 @@ host has queued the launch long before it ends: events then see kernels, not Pyt
 from __future__ import annotations
 
 import ctypes
-import math
 import platform
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torchweld.info import device_name, versions
 from torchweld.testing import Parity
@@ -60,7 +58,6 @@ class Work:
     flops: float | None = None
     repeats: int = 1
     wall: bool = False
-    calls_for_limit: Call | None = field(default=None, init=False)
 
 
 @dataclass(frozen=True)
@@ -133,7 +130,9 @@ class _Clock:
         return (time.perf_counter() - start) * 1e3 / repeats
 
 
-def interleave(calls: dict[str, Call], clock: Callable[[Call, int], float], seconds: float, repeats: int) -> dict[str, list[float]]:
+def interleave(
+    calls: dict[str, Call], clock: Callable[[Call, int], float], seconds: float, repeats: int = 1
+) -> dict[str, list[float]]:
     """Samples by name: rounds of one timed call each until `seconds` have passed, at least 5 and at most 500 rounds."""
     for call in calls.values():  # warm-up, by time
         start, count = time.perf_counter(), 0
