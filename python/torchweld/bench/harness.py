@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from torchweld.info import device_name, versions
-from torchweld.testing import Parity
 
 Call = Callable[[], object]
 
@@ -43,16 +42,18 @@ class Settings:
 
 @dataclass
 class Work:
-    """One thing to measure. `check` compares every provider with float64, by provider, and raises if ours is wrong.
+    """One thing to measure. `check` gives each provider's largest error against float64, and raises if ours is wrong.
 
-    `bytes` are those the op has to move, `flops` those it has to do; the one that is given is also the limit's.
+    `calls` builds what is timed, when its turn comes. `case` has a name and the sizes. `bytes` are those that the op
+    has to move, `flops` those that it has to do: the one that is given says which limit there is. `repeats`: calls per
+    sample, for those that are too short for the clock.
     """
 
     op: str
     direction: str
     dtype: torch.dtype
     case: dict[str, Any]
-    calls: dict[str, Call]
+    calls: Callable[[], dict[str, Call]]
     check: Callable[[], dict[str, float]] = dict
     bytes: float | None = None
     flops: float | None = None
@@ -75,11 +76,6 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(m_mmap_max, 0)
         libc.mallopt(m_trim_threshold, -1)
-
-
-def worst(verdicts: list[Parity]) -> tuple[float, float]:
-    """The largest error of ours and of torch over all tensors."""
-    return max(v.error for v in verdicts), max(v.torch_error for v in verdicts)
 
 
 @cache
@@ -158,11 +154,12 @@ def measure(work: Work, settings: Settings) -> list[dict[str, Any]]:
     """Checks, then times; one row per provider, as `bench --json` writes them."""
     errors = work.check()
     limit = _limit(work, settings.device)
-    calls = work.calls | ({} if limit is None else {"limit": limit.call})
+    ours_and_theirs = work.calls()
+    calls = ours_and_theirs | ({} if limit is None else {"limit": limit.call})
     samples = interleave(calls, _Clock(settings.device, work.wall), settings.seconds, work.repeats)
     medians = {name: _quantile(each, 0.5) for name, each in samples.items()}
     rows = []
-    for name in work.calls:
+    for name in ours_and_theirs:
         amount = work.bytes if work.bytes is not None else work.flops
         share = None
         if limit is not None and amount is not None:
