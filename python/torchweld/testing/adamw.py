@@ -119,7 +119,7 @@ def _case(name: str, regime: str, *sizes: int, **flags: object) -> Case:
 
 
 def _narrow(name: str, regime: str, *sizes: int, **flags: object) -> Case:
-    """State as narrow as the parameters. Not in float16: the square of a small gradient is 0 there, the step 1 / eps."""
+    """State as narrow as the parameters. Not in float16, where a small gradient's square is 0 and its step 1 / eps."""
     return _case(name, regime, *sizes, dtypes=(torch.float32, torch.bfloat16), **flags)
 
 
