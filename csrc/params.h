@@ -39,8 +39,8 @@ struct LayerNormBackwardParams {
   void* dinput;         // [M, N], nullptr: not wanted
   void* dweight;        // [N], nullptr: not wanted
   void* dbias;          // [N], nullptr: not wanted
-  int64_t blocks;       // row blocks whose partial weight gradients are summed in a fixed order; 0: none wanted
-  float* partial;       // [blocks, 2, N] dweight and dbias of each block, nullptr: none wanted
+  int64_t blocks;       // of the workspace, as many as layer_norm_workspace asks for
+  float* partial;       // [blocks, 2, N] workspace: dweight and dbias of each block of rows, to be summed in a fixed order
 };
 
 // One tensor of an optimizer's list: the parameter and what belongs to it, dense and with the same strides, so that the
@@ -143,6 +143,47 @@ struct AttentionBackwardParams : AttentionInputs {
   void* dbias;         // [dbias_extents] contiguous, of bias's dtype
   int64_t dbias_extents[4];  // B, H, Nq and Nk, or 1 where bias is broadcast
   float* dsinks;       // [B, H], to be summed over B
+};
+
+// loss = (1 - smoothing) * (lse - logits[target]) + smoothing * (lse - mean(logits)), lse = log(sum(exp(logits))), over
+// rows of V classes. A row whose target is `ignore_index` has loss 0 and no gradient.
+struct CrossEntropyForwardParams {
+  int64_t rows, classes, ignore_index;
+  float smoothing;
+  DType dtype;
+  const void* logits;     // [M, V]
+  const int64_t* target;  // [M]
+  float* loss;            // [M]
+  float* max;             // [M] of the logits
+  float* sum;             // [M] of exp(logits - max)
+};
+
+struct CrossEntropyBackwardParams {
+  int64_t rows, classes, ignore_index;
+  float smoothing;
+  DType dtype;
+  const float* dloss;     // [M]
+  const void* logits;     // [M, V]
+  const int64_t* target;  // [M]
+  const float* max;       // [M]
+  const float* sum;       // [M]
+  void* dlogits;          // [M, V]
+};
+
+// output = input * Phi(input), Phi by its tanh approximation; E elements.
+struct GeluForwardParams {
+  int64_t numel;
+  DType dtype;
+  const void* input;  // [E]
+  void* output;       // [E]
+};
+
+struct GeluBackwardParams {
+  int64_t numel;
+  DType dtype;
+  const void* doutput;  // [E]
+  const void* input;    // [E]
+  void* dinput;         // [E]
 };
 
 }  // namespace torchweld

@@ -35,7 +35,7 @@ def compare(theirs: torch.nn.Module, ours: torch.nn.Module, *inputs: torch.Tenso
         out, weights = module(*leaves, **masks)
         assert weights is None
         out.backward(torch.linspace(-1, 1, out.numel(), dtype=dtype).view(out.shape))
-        results.append([out, *(x.grad for x in leaves), *(p.grad for p in module.parameters())])
+        results.append([out.detach(), *(x.grad for x in leaves), *(p.grad.clone() for p in module.parameters())])
     ours.double()
     for exact, same, single in zip(*results, strict=True):
         torch.testing.assert_close(same, exact, rtol=0, atol=1e-10)

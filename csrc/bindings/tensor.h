@@ -120,6 +120,15 @@ class Arguments {
     return t ? flat(*t, name, dtype, numel) : nullptr;
   }
 
+  // Pointer to a contiguous int64 tensor of this number of elements.
+  int64_t* indices(const TensorView& t, const char* name, int64_t numel) const {
+    check_device(t, name);
+    if (t.dtype.code != dlpack::kInt || t.dtype.bits != 64) fail(name, "dtype int64", name_of(t.dtype));
+    check_contiguous(t, name);
+    if (t.numel() != numel) fail(name, std::to_string(numel) + " elements", "shape " + list(t.shape, t.ndim));
+    return reinterpret_cast<int64_t*>(static_cast<char*>(t.data) + t.byte_offset);
+  }
+
   // Pointer to a tensor of this dtype and shape whose elements along the last dimension are neighbours.
   void* strided(const TensorView& t, const char* name, DType dtype, std::initializer_list<int64_t> shape) const {
     check_device_and_dtype(t, name, dtype);
@@ -165,11 +174,15 @@ class Arguments {
 
   void* dense(const TensorView& t, const char* name, DType dtype) const {
     check_device_and_dtype(t, name, dtype);
+    check_contiguous(t, name);
+    return static_cast<char*>(t.data) + t.byte_offset;
+  }
+
+  void check_contiguous(const TensorView& t, const char* name) const {
     int64_t expected = 1;
     for (int d = t.ndim - 1; d >= 0; expected *= t.shape[d--])
       if (t.shape[d] > 1 && t.strides[d] != expected && t.numel() > 0)
         fail(name, "a contiguous tensor (call .contiguous())", "strides " + list(t.strides, t.ndim));
-    return static_cast<char*>(t.data) + t.byte_offset;
   }
 
   static std::string device_name(dlpack::Device d) {

@@ -12,9 +12,13 @@ struct Kernels {
   void (*layer_norm_backward)(const LayerNormBackwardParams&);
   void (*adamw)(const AdamWParams&);
   void (*grad_norm)(const GradNormParams&);
+  void (*cross_entropy_forward)(const CrossEntropyForwardParams&);
+  void (*cross_entropy_backward)(const CrossEntropyBackwardParams&);
+  void (*gelu_forward)(const GeluForwardParams&);
+  void (*gelu_backward)(const GeluBackwardParams&);
   int64_t (*attention_forward_workspace)(const AttentionInputs&);  // how many floats
   void (*attention_forward)(const AttentionForwardParams&);
-  int64_t (*attention_backward_workspace)(const AttentionInputs&);
+  int64_t (*attention_backward_workspace)(const AttentionBackwardParams&);
   void (*attention_backward)(const AttentionBackwardParams&);
 };
 
@@ -25,9 +29,13 @@ void layer_norm_forward(const LayerNormForwardParams& p);
 void layer_norm_backward(const LayerNormBackwardParams& p);
 void adamw(const AdamWParams& p);
 void grad_norm(const GradNormParams& p);
+void cross_entropy_forward(const CrossEntropyForwardParams& p);
+void cross_entropy_backward(const CrossEntropyBackwardParams& p);
+void gelu_forward(const GeluForwardParams& p);
+void gelu_backward(const GeluBackwardParams& p);
 int64_t attention_forward_workspace(const AttentionInputs& p);
 void attention_forward(const AttentionForwardParams& p);
-int64_t attention_backward_workspace(const AttentionInputs& p);
+int64_t attention_backward_workspace(const AttentionBackwardParams& p);
 void attention_backward(const AttentionBackwardParams& p);
 
 }  // namespace TORCHWELD_ISA

@@ -24,15 +24,6 @@ constexpr int64_t kLongRow = 2048;
 
 int64_t row_grain(int64_t cols) { return cols < kElementsPerThread ? kElementsPerThread / cols : 1; }
 
-// Whether an output [M, N] goes past the caches: too large to be found there again, rows on a vector's alignment.
-template <class T>
-bool past_cache(const void* output, int64_t rows, int64_t cols) {
-  constexpr int64_t kCacheBytes = 8 << 20;
-  const int64_t row_bytes = cols * sizeof(T);
-  return rows * row_bytes >= kCacheBytes && row_bytes % (W * sizeof(T)) == 0 &&
-         reinterpret_cast<uintptr_t>(output) % (W * sizeof(T)) == 0;
-}
-
 template <class T>
 const T* row(const void* base, int64_t index, int64_t cols) { return static_cast<const T*>(base) + index * cols; }
 template <class T>

@@ -85,12 +85,12 @@ TW_INLINE __m256i mask_of(First lanes) {
 }
 #endif
 
-// Zero in the lanes that are not there.
-TW_INLINE Vec keep(Vec v, All) { return v; }
-TW_INLINE Vec keep(Vec v, First lanes) {
+// `other` in the lanes that are not there.
+TW_INLINE Vec keep(Vec v, All, float) { return v; }
+TW_INLINE Vec keep(Vec v, First lanes, float other) {
   VecI index;
   for (int i = 0; i < W; ++i) index[i] = i;
-  return index < (VecI{} + lanes.count) ? v : zero();
+  return index < (VecI{} + lanes.count) ? v : splat(other);
 }
 
 // ---- Conversions between 16 bits and float.
@@ -235,6 +235,15 @@ TW_INLINE void store(f16* p, Vec v, Lanes lanes) { store_bits(p, narrow_f16(v), 
 TW_INLINE void stream(bf16* p, Vec v) { stream_bits(p, narrow_bf16(v)); }
 TW_INLINE void stream(f16* p, Vec v) { stream_bits(p, narrow_f16(v)); }
 
+// Whether an output [M, N] goes past the caches: too large to be found there again, rows on a vector's alignment.
+template <class T>
+bool past_cache(const void* output, int64_t rows, int64_t cols) {
+  constexpr int64_t kCacheBytes = 8 << 20;
+  const int64_t row_bytes = cols * sizeof(T);
+  return rows * row_bytes >= kCacheBytes && row_bytes % (W * sizeof(T)) == 0 &&
+         reinterpret_cast<uintptr_t>(output) % (W * sizeof(T)) == 0;
+}
+
 // An output row: streamed past the caches when `past_cache`, which asks that every row starts on a vector's alignment.
 template <class T>
 TW_INLINE void store_output(T* p, Vec v, All, bool past_cache) { past_cache ? stream(p, v) : store(p, v, All{}); }
@@ -275,7 +284,7 @@ TW_INLINE float sum_over(int64_t n, Term&& term) {
   for (; i + W <= n; i += W) total += term(i, All{});
   if (i < n) {
     const First rest{static_cast<int>(n - i)};
-    total += keep(term(i, rest), rest);
+    total += keep(term(i, rest), rest, 0.0f);
   }
   return sum(total);
 }

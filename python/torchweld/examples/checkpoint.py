@@ -10,6 +10,7 @@ Only the newest is kept.
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import tempfile
@@ -23,7 +24,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from torchweld.errors import UserError
-from torchweld.examples.corpus import END
+from torchweld.examples.corpus import end_of_text
 from torchweld.models.gpt2 import GPT2, GPT2Config
 
 _NAME = re.compile(r"checkpoint-(\d+)")
@@ -46,8 +47,10 @@ def locate(directory: Path) -> Path:
     if found := checkpoints(directory):
         return found[-1]
     got = "an empty or foreign directory" if directory.is_dir() else "no such directory"
-    raise UserError(f"checkpoint {directory}: expected a directory written by `torchweld train` or a Hugging Face GPT-2 "
-                    f"(config.json, model.safetensors, tokenizer.json), but got {got}")
+    raise UserError(
+        f"checkpoint {directory}: expected a directory of `torchweld train` or of a Hugging Face GPT-2 (config.json, "
+        f"model.safetensors, tokenizer.json), but got {got}"
+    )
 
 
 def prepare_output(out: Path) -> None:
@@ -61,8 +64,7 @@ def prepare_output(out: Path) -> None:
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise UserError(f"--out {out}: expected a directory that can be written, but got: {error.strerror}; "
-                        f"choose another with --out DIR") from None
+        raise _unwritable(out, error) from None
 
 
 def remove(out: Path) -> None:
@@ -83,20 +85,21 @@ def save(
     target = out / f"checkpoint-{step}"
     if target.exists():  # written by this run at this very step
         return target
-    aside = Path(tempfile.mkdtemp(prefix=".checkpoint-", dir=out))
+    aside = out / f".{target.name}-{os.getpid()}"
     try:
-        end = tokenizer.token_to_id(END)
+        aside.mkdir()
+        end = end_of_text(tokenizer)
         config = {**model.config.to_hugging_face(), "bos_token_id": end, "eos_token_id": end}
         _write_json(aside / "config.json", config)
         _write_json(aside / "training.json", {"step": step, **training})
         tokenizer.save(str(aside / "tokenizer.json"))
         _write_tensors(aside / "model.safetensors", model.to_hugging_face())
         _write_tensors(aside / "optimizer.safetensors", optimizer_state)
-        aside.chmod(0o755)  # mkdtemp's own is for the owner alone
         aside.rename(target)
-    except BaseException:
+    except (OSError, SafetensorError) as error:
+        raise _unwritable(out, error) from None
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
     for path in checkpoints(out):
         if path != target:
             shutil.rmtree(path)
@@ -118,8 +121,7 @@ def load_model(checkpoint: Path) -> tuple[GPT2Config, dict[str, Tensor], Tokeniz
     except Exception as error:  # tokenizers raises nothing narrower
         raise _damaged(path, str(error)) from None
     if tokenizer.get_vocab_size() > config.vocab_size:
-        raise _damaged(path, f"{tokenizer.get_vocab_size()} tokens, more than the vocab_size of config.json, "
-                             f"{config.vocab_size}")
+        raise _damaged(path, f"{tokenizer.get_vocab_size()} tokens for a vocab_size of {config.vocab_size}")
     return config, _read_tensors(checkpoint / "model.safetensors"), tokenizer
 
 
@@ -133,6 +135,9 @@ def load_training(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     training = _read_json(path)
     if missing := {"step", "settings", "digest", "losses", "validation"} - training.keys():
         raise _damaged(path, f"no {sorted(missing)[0]!r} in it")
+    losses = training["losses"]
+    if not isinstance(losses, list) or len(losses) != training["step"] or not isinstance(training["settings"], dict):
+        raise _damaged(path, "contents that contradict each other")
     return training, _read_tensors(checkpoint / "optimizer.safetensors")
 
 
@@ -164,8 +169,10 @@ def restore_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
         states[name]["exp_avg"].shape == states[name]["exp_avg_sq"].shape == p.shape for p, name in names.items()
     )
     if not fits or "cpu" not in random:
-        raise UserError("optimizer.safetensors: expected the Adam moments of every parameter of the model and the random "
-                        "state, but got others; the checkpoint is damaged or of another kind")
+        raise UserError(
+            "optimizer.safetensors: expected the random state and Adam's moments of every parameter, but got others; "
+            "the checkpoint is damaged or of another kind"
+        )
     torch.set_rng_state(random["cpu"])
     if "cuda" in random and torch.cuda.is_available():
         torch.cuda.set_rng_state(random["cuda"])
@@ -175,9 +182,16 @@ def restore_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 
+def _unwritable(out: Path, error: Exception) -> UserError:
+    reason = error.strerror if isinstance(error, OSError) else error
+    return UserError(f"--out {out}: expected a directory that can be written, but got: {reason}; choose another")
+
+
 def _damaged(path: Path, reason: str) -> UserError:
-    return UserError(f"checkpoint file {path}: expected one written by `torchweld train`, but got: {reason}; "
-                     f"the checkpoint is damaged or of another kind")
+    return UserError(
+        f"checkpoint file {path}: expected one that `torchweld train` wrote, but got: {reason}; "
+        f"the checkpoint is damaged or of another kind"
+    )
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:

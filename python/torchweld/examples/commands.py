@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torchweld.errors import UserError
+from torchweld.examples import generate, train_gpt2
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -26,17 +27,19 @@ def add_train_parser(subparsers: Subparsers) -> None:
     parser.add_argument("name", metavar="NAME", help="what to train: gpt2")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="UTF-8 text files (default: the standard library)")
     parser.add_argument("--config", help="tiny, small (default), gpt2, gpt2-medium, gpt2-large or gpt2-xl")
-    parser.add_argument("--out", default="torchweld-gpt2", metavar="DIR", help="where all results go (default: %(default)s)")
+    parser.add_argument(
+        "--out", default="torchweld-gpt2", metavar="DIR", help="where it all goes (default: %(default)s)"
+    )
     parser.add_argument("--steps", type=whole(1), metavar="N", help="updates in all (default: the config's)")
     parser.add_argument("--batch-size", type=whole(1), metavar="N", help="sequences per step (default: the config's)")
-    parser.add_argument("--learning-rate", type=number(0.0, above=True), metavar="X", help="its peak (default: the config's)")
-    parser.add_argument("--seed", type=whole(0), metavar="N", help="of the weights, the data order and the sample (default: 0)")
+    parser.add_argument("--learning-rate", type=number(0.0, above=True), metavar="X", help="at its peak")
+    parser.add_argument("--seed", type=whole(0), metavar="N", help="of weights, data order and sample (default: 0)")
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="DIR", help="continue the run in DIR (default: --out), bit for bit"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
     parser.add_argument(
-        "--compare", action="store_true", help="train stock PyTorch beside it, step by step, and compare speed and losses"
+        "--compare", action="store_true", help="train stock PyTorch beside it, step by step: speed and losses"
     )
     parser.add_argument("--dtype", default="float32", help="float32 (default), or bfloat16 by autocast")
     _add_machine_options(parser)
@@ -48,13 +51,13 @@ def add_generate_parser(subparsers: Subparsers) -> None:
     parser = subparsers.add_parser(
         "generate",
         help="continue a text with a trained model",
-        description="Continues a text with a checkpoint of `torchweld train`, or with a Hugging Face GPT-2 on this disk.",
+        description="Continues a text with a checkpoint of `torchweld train`, or with a local Hugging Face GPT-2.",
     )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or the --out of a training run")
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or the --out of a run")
     parser.add_argument("--prompt", default="", metavar="TEXT", help="the text to continue (default: none)")
-    parser.add_argument("--tokens", type=whole(1), default=200, metavar="N", help="at most so many (default: %(default)s)")
+    parser.add_argument("--tokens", type=whole(1), default=200, metavar="N", help="at most (default: %(default)s)")
     parser.add_argument(
-        "--temperature", type=number(0.0), default=0.8, metavar="X", help="0 takes the likeliest (default: %(default)s)"
+        "--temperature", type=number(0.0), default=0.8, metavar="X", help="0: the likeliest (default: %(default)s)"
     )
     parser.add_argument("--top-k", type=whole(1), metavar="K", help="draw from the K likeliest tokens")
     parser.add_argument(
@@ -73,14 +76,10 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     if args.name != "gpt2":
         raise UserError(f"train: expected the name of a training program, gpt2, but got {args.name!r}")
-    from torchweld.examples import train_gpt2  # here, so that `torchweld --help` does not wait for its libraries
-
     return train_gpt2.run(args)
 
 
 def _generate(args: argparse.Namespace) -> int:
-    from torchweld.examples import generate
-
     return generate.run(args)
 
 
@@ -109,8 +108,9 @@ def number(least: float, most: float = math.inf, above: bool = False) -> Callabl
         except ValueError:
             value = math.nan
         if not (math.isfinite(value) and least <= value <= most) or (above and value == least):
-            wanted = f"{'above' if above else 'of at least'} {least:g}" + (f", at most {most:g}" if most < math.inf else "")
-            raise argparse.ArgumentTypeError(f"expected a number {wanted}, but got {text!r}")
+            lower = f"above {least:g}" if above else f"of at least {least:g}"
+            upper = f" and at most {most:g}" if most < math.inf else ""
+            raise argparse.ArgumentTypeError(f"expected a number {lower}{upper}, but got {text!r}")
         return value
 
     return read

@@ -11,7 +11,9 @@ import os
 import random
 import sysconfig
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -37,14 +39,13 @@ def standard_library() -> list[str]:
     for path in sorted(root.rglob("*.py")):
         if not _SKIPPED.intersection(path.relative_to(root).parts) and not path.name.startswith("_sysconfigdata"):
             documents.append(path.read_text(encoding="utf-8", errors="replace"))
-    try:
-        from pydoc_data.topics import topics
-    except ImportError:  # left out by some minimal distributions
-        topics = {}
-    documents += [topics[name] for name in sorted(topics)]
+    with suppress(ModuleNotFoundError):  # some minimal distributions leave it out
+        topics = import_module("pydoc_data.topics").topics
+        documents += [topics[name] for name in sorted(topics)]
     if not documents:
-        raise UserError(f"training text: expected the sources of the standard library under {root}, but found none; "
-                        f"give text files with --data FILE ...")
+        raise UserError(
+            f"text: expected the sources of the standard library in {root}, but got none; give text files with --data"
+        )
     return documents
 
 
@@ -59,8 +60,10 @@ def read_files(paths: Iterable[str | Path]) -> list[str]:
         try:
             text = Path(path).read_bytes().decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise UserError(f"--data {path}: expected UTF-8 text, but got byte 0x{error.object[error.start]:02x} at "
-                            f"offset {error.start}; convert the file to UTF-8") from None
+            raise UserError(
+                f"--data {path}: expected UTF-8 text, but got byte 0x{error.object[error.start]:02x} at offset "
+                f"{error.start}; convert the file to UTF-8"
+            ) from None
         except OSError as error:
             raise UserError(f"--data {path}: expected a readable text file, but got: {error.strerror}") from None
         if "\0" in text:
@@ -84,6 +87,18 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.train_from_iterator(documents, trainer)
     return tokenizer
+
+
+def end_of_text(tokenizer: Tokenizer) -> int:
+    """The token between documents.
+
+    Raises:
+        UserError: the tokenizer has none.
+    """
+    token = tokenizer.token_to_id(END)
+    if token is None:
+        raise UserError(f"tokenizer.json: expected a GPT-2 tokenizer with a token {END}, but got one without")
+    return int(token)
 
 
 @dataclass(frozen=True)
@@ -147,7 +162,7 @@ def load_corpus(documents: list[str], vocab_size: int, tokenizer: Tokenizer | No
 
 def _encode(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
     """The documents' tokens, each document closed by END."""
-    end = np.array([tokenizer.token_to_id(END)], dtype=np.int32)
+    end = np.array([end_of_text(tokenizer)], dtype=np.int32)
     parts = []
     for encoding in tokenizer.encode_batch_fast(documents, add_special_tokens=False):
         parts += [np.array(encoding.ids, dtype=np.int32), end]
@@ -170,9 +185,10 @@ def _read_cache(path: Path) -> tuple[Tokenizer, Tensor] | None:
 
 def _write_cache(path: Path, tokenizer: Tokenizer, tokens: Tensor) -> None:
     aside = path.with_suffix(f".{os.getpid()}")
-    try:
+    with suppress(OSError, SafetensorError):  # without a cache the next run takes a few seconds longer, nothing else
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"tokens": tokens}, aside, metadata={"tokenizer": tokenizer.to_str()})
-        aside.replace(path)
-    except OSError:  # a home that cannot be written costs a few seconds on the next run, nothing else
-        aside.unlink(missing_ok=True)
+        try:
+            save_file({"tokens": tokens}, aside, metadata={"tokenizer": tokenizer.to_str()})
+            aside.replace(path)
+        finally:
+            aside.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from torchweld.examples import checkpoint
-from torchweld.examples.corpus import END
+from torchweld.examples.corpus import end_of_text
 from torchweld.examples.machine import forced_backend, pick_device
 from torchweld.models.gpt2 import GPT2
 
@@ -24,7 +24,7 @@ def continuation(model: GPT2, tokenizer: Tokenizer, prompt: str, count: int, **s
 
     A piece is whole characters, so it can be of several tokens. `sampling`: as in `GPT2.stream`.
     """
-    end = tokenizer.token_to_id(END)
+    end = end_of_text(tokenizer)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end]
     tokens = torch.tensor([ids], device=model.wte.weight.device)
     decoder = DecodeStream(skip_special_tokens=True)

@@ -1,8 +1,11 @@
-"""The device and the backend that the command line asks for."""
+"""The device, the backend and Ctrl-C."""
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import FrameType
 
 import torch
 
@@ -25,8 +28,10 @@ def pick_device(name: str | None) -> str:
     if device is None or device.type not in ("cpu", "cuda"):
         raise UserError(f"--device: expected cpu, cuda or cuda:N, but got {name!r}")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"--device: expected a device of this machine, but got {name!r} and torch sees no GPU; "
-                        f"use --device cpu, or install a torch with CUDA and its driver")
+        raise UserError(
+            f"--device: expected a device of this machine, but got {name!r} and torch sees no GPU; "
+            f"use --device cpu, or install a torch with CUDA and its driver"
+        )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device: expected at most cuda:{torch.cuda.device_count() - 1} here, but got {name!r}")
     return name
@@ -47,3 +52,20 @@ def forced_backend(name: str | None, device: str) -> AbstractContextManager[None
     if reason := backend.unavailable(name):
         raise UserError(f"--backend {name}: {reason}")
     return backend.use_backend(name)
+
+
+@contextmanager
+def deferred_interrupt() -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C only makes the yielded function return True; a second one ends the program as usual."""
+    seen = False
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        nonlocal seen
+        seen = True
+        signal.signal(signal.SIGINT, previous)
+
+    previous = signal.signal(signal.SIGINT, handler)
+    try:
+        yield lambda: seen
+    finally:
+        signal.signal(signal.SIGINT, previous)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 import os
 from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median, quantiles
-from types import TracebackType
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -18,7 +19,7 @@ from torchweld.errors import UserError
 from torchweld.examples.trainer import Trainer
 
 # Two exact implementations differ by rounding, which training then amplifies, step after step.
-AGREEMENT = {"float32": 0.01, "bfloat16": 0.05}
+AGREEMENT = {torch.float32: 0.01, torch.bfloat16: 0.05}
 _RECENT = 20
 
 
@@ -26,7 +27,7 @@ class Reporter:
     """Prints lines, with a live bar below them on a terminal and a line every `every` steps elsewhere."""
 
     def __init__(self, console: Console, done: int, total: int) -> None:
-        self.console, self.total, self.every = console, total, max(1, total // 25)
+        self.console, self.total, self.every = console, total, max(1, round(total / 20))
         self.bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -42,7 +43,7 @@ class Reporter:
         self.bar.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
     def step(self, trainers: Sequence[Trainer], tokens: int) -> None:
@@ -61,7 +62,8 @@ class Reporter:
         for trainer in trainers:
             step, loss = trainer.validation[-1]
             name = f" ({trainer.name})" if len(trainers) > 1 else ""
-            self.console.print(f"step {step}/{self.total}: validation loss {loss:.4f}, perplexity {perplexity(loss)}{name}")
+            result = f"validation loss {loss:.4f}, perplexity {perplexity(loss)}{name}"
+            self.console.print(f"step {step}/{self.total}: {result}")
 
 
 def perplexity(loss: float) -> str:
@@ -69,26 +71,35 @@ def perplexity(loss: float) -> str:
     return f"{math.exp(loss):.1f}" if loss < 50 else "inf"
 
 
-def compare(console: Console, ours: Trainer, theirs: Trainer, tokens: int, dtype: str) -> bool:
-    """Prints the speed of both and how far their losses differ; returns whether the losses agree."""
-    table = Table(title=f"{ours.step} steps of {tokens:,} tokens each, from the same weights in the same order")
-    for heading in ("", "tokens/s (median)", "20% .. 80%", "training loss", "validation loss"):
+def compare(console: Console, trainers: Sequence[Trainer], tokens: int) -> bool:
+    """Prints the speed of ours and of torch's, and how far their losses differ; returns whether the losses agree.
+
+    Args:
+        trainers: ours and torch's, after the same steps.
+        tokens: in one step.
+    """
+    ours, theirs = trainers
+    table = Table(title=f"{ours.step} steps of {tokens:,} tokens each, from the same weights in the same order; median speed")
+    for heading in ("", "tokens/s", "20% .. 80%", "training loss", "validation loss"):
         table.add_column(heading, justify="right")
-    for trainer in (ours, theirs):
+    for trainer in trainers:
         slow, fast = (tokens / s for s in _spread(trainer.seconds)[::-1])
         validation = f"{trainer.validation[-1][1]:.4f}" if trainer.validation else "-"
         rate = f"{tokens / median(trainer.seconds):,.0f}"
         table.add_row(trainer.name, rate, f"{slow:,.0f} .. {fast:,.0f}", f"{trainer.losses[-1]:.4f}", validation)
     console.print(table)
-    # Each step's two times are neighbours, so what else the machine does hits both: their ratio is steadier than either.
+    # A step's two times are neighbours, so what else the machine does hits both: the ratio is steadier than either.
     ratios = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
     low, high = _spread(ratios)
     console.print(f"speed: torchweld / torch = {median(ratios):.2f} (20% .. 80% of the steps: {low:.2f} .. {high:.2f})")
     differences = [abs(a - b) / abs(b) for a, b in zip(ours.losses, theirs.losses, strict=True)]
     worst = max(differences)
-    agree = worst <= AGREEMENT[dtype]
-    console.print(f"loss curves: largest relative difference {worst:.1e}, at step {differences.index(worst) + 1}: "
-                  f"they {'agree' if agree else 'DIFFER'} (limit for {dtype}: {AGREEMENT[dtype]:g})")
+    limit = AGREEMENT[ours.dtype]
+    agree = worst <= limit
+    console.print(
+        f"loss curves: largest relative difference {worst:.1e}, at step {differences.index(worst) + 1}: "
+        f"they {'agree' if agree else 'DIFFER'} (limit {limit:g})"
+    )
     return agree
 
 
@@ -102,18 +113,16 @@ def _spread(values: Sequence[float]) -> tuple[float, float]:
 
 def plot(path: Path, trainers: Sequence[Trainer], unigram: float) -> bool:
     """Draws the loss curves into a PNG; False where matplotlib, an optional extra, is not installed."""
-    if importlib.util.find_spec("matplotlib") is None:
+    if find_spec("matplotlib") is None:
         return False
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = import_module("matplotlib.figure").Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title="GPT-2 on torchweld")
     for trainer, style in zip(trainers, ("-", "--"), strict=False):
         steps = range(1, trainer.step + 1)
         axes.plot(steps, trainer.losses, style, linewidth=0.8, alpha=0.6, label=f"training, {trainer.name}")
         if trainer.validation:
             axes.plot(*zip(*trainer.validation, strict=True), style, marker="o", label=f"validation, {trainer.name}")
-    axes.axhline(unigram, color="grey", linestyle=":", label="unigram entropy of the validation text")
+    axes.axhline(unigram, color="grey", linestyle=":", label="unigram entropy of the validation tokens")
     axes.legend()
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -6,7 +6,6 @@ import math
 import time
 from collections.abc import Iterable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,46 +13,15 @@ from torch import Tensor
 import torchweld
 import torchweld.optim
 from torchweld.errors import UserError
+from torchweld.examples.settings import Recipe
 from torchweld.models import stock
 from torchweld.models.gpt2 import GPT2, GPT2Config
 
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.1
 BETAS = (0.9, 0.99)  # the second one lower than usual: a run of a few hundred steps has no long memory to keep
-WARM_UP = 0.1
-FINAL_RATE = 0.05
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a model is trained, apart from its text and its seed."""
-
-    steps: int
-    batch_size: int
-    learning_rate: float
-
-    def rate(self, step: int) -> float:
-        """The learning rate of step 0, 1, ...: linear warm-up over a tenth, then a cosine down to a twentieth."""
-        warm_up = max(1, int(WARM_UP * self.steps))
-        if step < warm_up:
-            return self.learning_rate * (step + 1) / warm_up
-        progress = (step - warm_up) / max(1, self.steps - warm_up)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
-        return self.learning_rate * (FINAL_RATE + (1.0 - FINAL_RATE) * cosine)
-
-
-# "small" is made for two CPU cores and three minutes; the published sizes want a GPU. Their rates follow Brown et al.,
-# arXiv:2005.14165, table 2.1.
-RECIPES = {
-    "tiny": Recipe(steps=200, batch_size=8, learning_rate=3e-3),
-    "small": Recipe(steps=500, batch_size=4, learning_rate=2e-3),
-    "gpt2": Recipe(steps=2000, batch_size=16, learning_rate=6e-4),
-    "gpt2-medium": Recipe(steps=2000, batch_size=16, learning_rate=3e-4),
-    "gpt2-large": Recipe(steps=2000, batch_size=8, learning_rate=2.5e-4),
-    "gpt2-xl": Recipe(steps=2000, batch_size=8, learning_rate=2e-4),
-}
 
 
 class Trainer:
@@ -102,8 +70,10 @@ class Trainer:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # item() waits for the loss, not for the update that follows it
         if not math.isfinite(value):
-            raise UserError(f"training diverged: expected a finite loss, but that of step {self.step + 1} is {value}; "
-                            f"lower --learning-rate (now {self.recipe.learning_rate:g})")
+            raise UserError(
+                f"training diverged: expected a finite loss, but that of step {self.step + 1} is {value}; "
+                f"lower --learning-rate (now {self.recipe.learning_rate:g})"
+            )
         self.losses.append(value)
         self.seconds.append(time.perf_counter() - start)
 

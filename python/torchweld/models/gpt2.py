@@ -1,7 +1,8 @@
 """GPT-2: a decoder-only transformer with learned positions, pre-norm blocks and tied embeddings.
 
 Radford et al., "Language Models are Unsupervised Multitask Learners" (2019). Parameters carry the published names
-(`wte`, `wpe`, `h.0.attn.c_attn`, ... `ln_f`). Dimensions: B batch, N tokens, C = n_embd, H heads, D = C / H, V = vocab_size.
+(`wte`, `wpe`, `h.0.attn.c_attn`, ... `ln_f`). Dimensions: B batch, N tokens, C = n_embd, H heads, D = C / H, and
+V = vocab_size.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class GPT2Config:
             UserError: another model type, or a variant of GPT-2 that this file does not implement.
         """
         width = values.get("n_embd")
-        expected = {
+        expected: dict[str, list[Any]] = {
             "model_type": ["gpt2"],
             "activation_function": ["gelu_new", None],
             "n_inner": [None, 4 * width if isinstance(width, int) else None],
@@ -91,7 +92,7 @@ class GPT2Config:
 
 CONFIGS = {
     "tiny": GPT2Config(vocab_size=512, n_positions=64, n_embd=64, n_layer=2, n_head=2),
-    "small": GPT2Config(vocab_size=4096, n_positions=256, n_embd=256, n_layer=4, n_head=4),
+    "small": GPT2Config(vocab_size=4096, n_positions=256, n_embd=192, n_layer=4, n_head=3),
     "gpt2": GPT2Config(),
     "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
     "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
@@ -116,20 +117,23 @@ class KVCache:
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
 
 
-class Norm(nn.LayerNorm):
-    """Layer norm that also does the residual add in front of it."""
+class Norm(nn.Module):
+    """Layer norm, with the residual add in front of it."""
 
     def __init__(self, config: GPT2Config, ops: ModuleType) -> None:
-        super().__init__(config.n_embd, config.layer_norm_epsilon)
-        self.plain, self.fused = ops.layer_norm, ops.add_layer_norm
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd))
+        self.eps = config.layer_norm_epsilon
+        self.layer_norm, self.add_layer_norm = ops.layer_norm, ops.add_layer_norm
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x: what the last layer adds to the stream `residual` (B, N, C). Returns (normed, the new stream)."""
-        args = self.normalized_shape, self.weight, self.bias, self.eps
+        """x (B, N, C): what is added to the stream `residual`, or its beginning. Returns (normed, the new stream)."""
+        args = self.weight.shape, self.weight, self.bias, self.eps
         if residual is None:
-            return self.plain(x, *args), x
+            return self.layer_norm(x, *args), x
         # Under autocast a layer gives bfloat16; the stream stays float32, where small contributions are not lost.
-        return self.fused(x.to(residual.dtype), residual, *args)
+        return self.add_layer_norm(x.to(residual.dtype), residual, *args)
 
 
 class Attention(nn.Module):
@@ -156,14 +160,15 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPT2Config) -> None:
+    def __init__(self, config: GPT2Config, ops: ModuleType) -> None:
         super().__init__()
+        self.gelu = ops.gelu
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(self.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -172,7 +177,7 @@ class Block(nn.Module):
         self.ln_1 = Norm(config, ops)
         self.attn = Attention(config, ops, layer)
         self.ln_2 = Norm(config, ops)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, ops)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, residual: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor]:
@@ -188,6 +193,7 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config, ops: ModuleType = torchweld.ops) -> None:
         super().__init__()
         self.config = config
+        self.cross_entropy = ops.cross_entropy
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -197,14 +203,12 @@ class GPT2(nn.Module):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """GPT-2's: normal of 0.02, and less for the 2 x n_layer layers whose outputs add up in the stream."""
+        """GPT-2's: normal with 0.02, and less for the 2 x n_layer layers whose outputs add up in the stream."""
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
-                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer))
-            elif p.dim() > 1:
-                p.normal_(std=0.02)
-            elif name.endswith("bias"):
+            if name.endswith("bias"):
                 p.zero_()
+            elif p.dim() > 1:
+                p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 0.02)
 
     def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
         """tokens: (B, N) of int64. Returns the final normed stream, (B, N, C)."""
@@ -226,7 +230,7 @@ class GPT2(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy in nats of `targets` (B, N) after `tokens` (B, N)."""
-        return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+        return self.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """For an optimizer: matrices and embeddings decay, biases and norms do not."""
@@ -296,14 +300,17 @@ class GPT2(nn.Module):
             raise UserError(f"GPT-2 weights: expected {len(own)} tensors, but {missing[0]!r} is missing")
         if unknown := sorted(stored.keys() - own.keys()):
             raise UserError(f"GPT-2 weights: expected {len(own)} tensors, but {unknown[0]!r} is not one of them")
+        stored = {name: _transposed(name, stored[name]) for name in own}
         for name, parameter in own.items():
-            tensor = _transposed(name, stored[name])
-            if tensor.shape != parameter.shape:
-                raise UserError(f"GPT-2 weights: {name}: expected shape {_transposed(name, parameter).shape}, "
-                                f"but got {stored[name].shape}; the config belongs to another model")
-            parameter.copy_(tensor)
+            if stored[name].shape != parameter.shape:
+                shapes = [list(_transposed(name, t).shape) for t in (parameter, stored[name])]
+                raise UserError(
+                    f"GPT-2 weights: {name}: expected shape {shapes[0]}, but got {shapes[1]}; "
+                    f"the config belongs to another model"
+                )
         if head is not None and not torch.equal(head, stored["wte.weight"]):
             raise UserError("GPT-2 weights: lm_head.weight: expected it tied to wte.weight, but it differs")
+        self.load_state_dict(stored)
 
     def to_hugging_face(self) -> dict[str, Tensor]:
         """The state_dict that `transformers` and `load_hugging_face` read; tensors share memory with the model's."""

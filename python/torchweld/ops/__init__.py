@@ -2,6 +2,17 @@
 
 from torchweld.ops.adamw import adamw_, grad_norm
 from torchweld.ops.attention import attention, scaled_dot_product_attention
+from torchweld.ops.cross_entropy import cross_entropy
+from torchweld.ops.gelu import gelu
 from torchweld.ops.layer_norm import add_layer_norm, layer_norm
 
-__all__ = ["adamw_", "add_layer_norm", "attention", "grad_norm", "layer_norm", "scaled_dot_product_attention"]
+__all__ = [
+    "adamw_",
+    "add_layer_norm",
+    "attention",
+    "cross_entropy",
+    "gelu",
+    "grad_norm",
+    "layer_norm",
+    "scaled_dot_product_attention",
+]

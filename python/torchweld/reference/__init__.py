@@ -2,6 +2,17 @@
 
 from torchweld.reference.adamw import adamw_, grad_norm
 from torchweld.reference.attention import attention, scaled_dot_product_attention
+from torchweld.reference.cross_entropy import cross_entropy
+from torchweld.reference.gelu import gelu
 from torchweld.reference.layer_norm import add_layer_norm, layer_norm
 
-__all__ = ["adamw_", "add_layer_norm", "attention", "grad_norm", "layer_norm", "scaled_dot_product_attention"]
+__all__ = [
+    "adamw_",
+    "add_layer_norm",
+    "attention",
+    "cross_entropy",
+    "gelu",
+    "grad_norm",
+    "layer_norm",
+    "scaled_dot_product_attention",
+]

@@ -142,9 +142,18 @@ def ops() -> dict[str, tuple[Case, ...]]:
     """Every op that has kernels, with its cases."""
     from torchweld.testing.adamw import ADAMW  # noqa: PLC0415  (they import this file)
     from torchweld.testing.attention import ATTENTION  # noqa: PLC0415
+    from torchweld.testing.cross_entropy import CROSS_ENTROPY  # noqa: PLC0415
+    from torchweld.testing.gelu import GELU  # noqa: PLC0415
     from torchweld.testing.layer_norm import ADD_LAYER_NORM, LAYER_NORM  # noqa: PLC0415
 
-    return {"attention": ATTENTION, "layer_norm": LAYER_NORM, "add_layer_norm": ADD_LAYER_NORM, "adamw": ADAMW}
+    return {
+        "attention": ATTENTION,
+        "layer_norm": LAYER_NORM,
+        "add_layer_norm": ADD_LAYER_NORM,
+        "gelu": GELU,
+        "cross_entropy": CROSS_ENTROPY,
+        "adamw": ADAMW,
+    }
 
 
 def cases(op: str) -> tuple[Case, ...]:

@@ -1,0 +1,178 @@
+"""cross_entropy of class indices, without ever storing the probabilities."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchweld import backend, reference
+from torchweld.ops.library import applier, double_backward, register, wants_grad
+
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+# ---- Implementation. The loss of each row; reductions are left to torch.
+
+
+def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
+    """The kernels index memory with the target: this look at it comes first, in a compiled caller too."""
+    outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
+    if bool(outside.any()):
+        row = int(outside.nonzero()[0])
+        raise IndexError(
+            f"[cross_entropy] target: expected classes in [0, {classes}) or ignore_index {ignore_index}, "
+            f"but got {int(target[row])} in row {row}"
+        )
+
+
+def _forward(logits: Tensor, target: Tensor, ignore_index: int, smoothing: float) -> tuple[Tensor, Tensor]:
+    rows, classes = logits.shape
+    _check_classes(target, classes, ignore_index)
+    loss = logits.new_empty(rows, dtype=torch.float32)
+    stats = logits.new_empty((2, rows), dtype=torch.float32)
+    backend.kernels[logits.device.type].cross_entropy_forward(
+        logits.contiguous(), target.contiguous(), ignore_index, smoothing, loss, stats
+    )
+    return loss, stats
+
+
+def _backward(
+    dloss: Tensor, logits: Tensor, target: Tensor, ignore_index: int, smoothing: float, stats: Tensor
+) -> Tensor:
+    x = logits.contiguous()
+    dlogits = torch.empty_like(x)
+    backend.kernels[x.device.type].cross_entropy_backward(
+        dloss.contiguous(), x, target.contiguous(), ignore_index, smoothing, stats, dlogits
+    )
+    return dlogits
+
+
+# ---- Fake
+
+
+def _forward_fake(logits: Tensor, target: Tensor, ignore_index: int, smoothing: float) -> tuple[Tensor, Tensor]:
+    rows = logits.shape[0]
+    return logits.new_empty(rows, dtype=torch.float32), logits.new_empty((2, rows), dtype=torch.float32)
+
+
+def _backward_fake(
+    dloss: Tensor, logits: Tensor, target: Tensor, ignore_index: int, smoothing: float, stats: Tensor
+) -> Tensor:
+    return torch.empty_like(logits, memory_format=torch.contiguous_format)
+
+
+_forward_op = register(
+    "cross_entropy_forward(Tensor logits, Tensor target, int ignore_index, float smoothing)"
+    " -> (Tensor loss, Tensor stats)",
+    _forward,
+    _forward_fake,
+)
+_backward_op = register(
+    "cross_entropy_backward(Tensor dloss, Tensor logits, Tensor target, int ignore_index, float smoothing,"
+    " Tensor stats) -> Tensor",
+    _backward,
+    _backward_fake,
+)
+
+# ---- Autograd
+
+
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int, smoothing: float) -> Tensor:
+        loss, stats = _forward_op(logits, target, ignore_index, smoothing)
+        ctx.save_for_backward(logits, target, stats)
+        ctx.options = ignore_index, smoothing
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, stats = ctx.saved_tensors
+        ignore_index, smoothing = ctx.options
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+
+            def function(x: Tensor) -> Tensor:
+                return reference.cross_entropy(x.float(), target, None, ignore_index, "none", smoothing)
+
+            dlogits = double_backward(function, (logits,), (dloss,), (True,))[0]
+        else:
+            dlogits = _backward_op(dloss, logits, target, ignore_index, smoothing, stats)
+        return dlogits, None, None, None
+
+
+_row_losses = applier(_CrossEntropy)
+
+# ---- Public
+
+
+def _refusal(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
+    """Why the kernels do not take this call; None if they do."""
+    if input.dtype not in _DTYPES:
+        return f"input of dtype {input.dtype}"
+    if weight is not None:
+        return "class weights"
+    if target.dtype.is_floating_point:
+        return "class probabilities as target"
+    if input.dim() != 2 or input.numel() == 0:
+        return "logits other than a matrix (N, C) with elements"
+    return None
+
+
+def _check(input: Tensor, target: Tensor) -> None:
+    """Raises what torch would, as far as it shows without a look at the values."""
+    rows = input.shape[0]
+    if target.shape != (rows,):
+        raise ValueError(f"[cross_entropy] target: expected shape ({rows},), but got {tuple(target.shape)}")
+    if target.dtype != torch.int64:
+        raise RuntimeError(f"[cross_entropy] target: expected dtype torch.int64, but got {target.dtype}")
+    if target.device != input.device:
+        raise RuntimeError(f"[cross_entropy] target: expected device {input.device}, but got {target.device}")
+
+
+def cross_entropy(
+    input: Tensor,
+    target: Tensor,
+    weight: Tensor | None = None,
+    size_average: bool | None = None,
+    ignore_index: int = -100,
+    reduce: bool | None = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor:
+    """-log softmax(input)[target]; drop-in for `torch.nn.functional.cross_entropy`.
+
+    The probabilities are never stored: the logits are read once forward, and once backward to write their gradient.
+    The loss of each row and their mean are float32, rounded to input's dtype at the end.
+
+    Args:
+        input: logits (N, C), float32, bfloat16 or float16 (other shapes and dtypes run on the reference).
+        target: classes (N), int64, each in [0, C) or `ignore_index` (class probabilities run on the reference).
+        weight: a weight for each class (C) (runs on the reference).
+        size_average, reduce: torch's deprecated arguments; must be None.
+        ignore_index: rows with this target count nowhere.
+        reduction: "mean" over the rows that count, "sum", or "none" for all (N).
+        label_smoothing: in [0, 1]; see `torchweld.reference.cross_entropy`.
+
+    Raises:
+        IndexError: a target that is no class.
+        ValueError, RuntimeError: an argument, shape, dtype or device that does not fit.
+    """
+    if size_average is not None or reduce is not None:
+        raise ValueError("[cross_entropy] size_average, reduce: deprecated in torch; use reduction=")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"[cross_entropy] reduction: expected 'mean', 'sum' or 'none', but got {reduction!r}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"[cross_entropy] label_smoothing: expected a number in [0, 1], but got {label_smoothing}")
+    if backend.choose("cross_entropy", input.device, _refusal(input, target, weight)) == "reference":
+        return reference.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+    _check(input, target)
+    if wants_grad(input):
+        losses = _row_losses(input, target, ignore_index, label_smoothing)
+    else:
+        losses = _forward_op(input, target, ignore_index, label_smoothing)[0]
+    if reduction == "mean":
+        losses = losses.sum() / (target != ignore_index).sum()
+    elif reduction == "sum":
+        losses = losses.sum()
+    return losses.to(input.dtype)

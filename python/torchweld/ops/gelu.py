@@ -1,0 +1,89 @@
+"""gelu: the tanh approximation that GPT-2 uses, fused forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchweld import backend, reference
+from torchweld.ops.library import applier, double_backward, register, wants_grad
+
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+# ---- Implementation
+
+
+def _forward(input: Tensor) -> Tensor:
+    x = input.contiguous()
+    output = torch.empty_like(x)
+    backend.kernels[x.device.type].gelu_forward(x, output)
+    return output
+
+
+def _backward(doutput: Tensor, input: Tensor) -> Tensor:
+    x = input.contiguous()
+    dinput = torch.empty_like(x)
+    backend.kernels[x.device.type].gelu_backward(doutput.contiguous(), x, dinput)
+    return dinput
+
+
+# ---- Fake
+
+
+def _forward_fake(input: Tensor) -> Tensor:
+    return torch.empty_like(input, memory_format=torch.contiguous_format)
+
+
+def _backward_fake(doutput: Tensor, input: Tensor) -> Tensor:
+    return _forward_fake(input)
+
+
+_forward_op = register("gelu_forward(Tensor input) -> Tensor", _forward, _forward_fake)
+_backward_op = register("gelu_backward(Tensor doutput, Tensor input) -> Tensor", _backward, _backward_fake)
+
+# ---- Autograd
+
+
+class _Gelu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        ctx.save_for_backward(input)
+        return _forward_op(input)
+
+    @staticmethod
+    def backward(ctx: Any, doutput: Tensor) -> Tensor | None:
+        (input,) = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            return double_backward(lambda x: reference.gelu(x, "tanh"), (input,), (doutput,), (True,))[0]
+        return _backward_op(doutput, input)
+
+
+_gelu = applier(_Gelu)
+
+# ---- Public
+
+
+def gelu(input: Tensor, approximate: str = "none") -> Tensor:
+    """The Gaussian error linear unit; drop-in for `torch.nn.functional.gelu` (arXiv:1606.08415).
+
+    Args:
+        input: any shape; the kernels take float32, bfloat16 and float16.
+        approximate: "tanh" for 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), which the kernels compute; "none"
+            for the exact function, which torch's own kernel already does at the speed of memory and does here too.
+
+    Raises:
+        ValueError: another `approximate`.
+        TypeError: input is not floating point.
+    """
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"[gelu] approximate: expected 'none' or 'tanh', but got {approximate!r}")
+    if not input.dtype.is_floating_point:
+        raise TypeError(f"[gelu] input: expected a floating-point dtype, but got {input.dtype}")
+    if approximate == "none":
+        return torch.nn.functional.gelu(input)
+    refusal = None if input.dtype in _DTYPES else f"input of dtype {input.dtype}"
+    if backend.choose("gelu", input.device, refusal) == "reference":
+        return reference.gelu(input, approximate)
+    return _gelu(input) if wants_grad(input) else _forward_op(input)
