@@ -82,6 +82,7 @@ def plot(rows: list[Row], path: Path) -> None:
     axes.bar_label(bars, fmt="%.2fx", padding=3, fontsize=7)
     axes.axvline(1.0, color="black", linewidth=0.8)
     axes.invert_yaxis()
+    axes.margins(x=0.1)
     axes.tick_params(axis="y", labelsize=6)
     axes.set_xlabel("times as fast as torch eager")
     axes.set_title(ours[0]["device"] if ours else "")

@@ -16,7 +16,8 @@ from torchweld.testing.parity import Parity, confirm, judge
 Tensors = dict[str, Tensor]
 Provider = Callable[[Tensors], Tensors]
 
-_SMALL, _DRAWS = 1 << 16, 4
+# Elements below which a case is drawn several times; elements from which torch works on it with all threads.
+_SMALL, _DRAWS, _LARGE = 1 << 16, 4, 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,10 +107,12 @@ class Oracle:
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> None:
         self.case = case
         first = case.inputs(dtype, device, seed)
-        small = sum(t.numel() for t in first.values()) < _SMALL
-        self.inputs = [first] + [case.inputs(dtype, device, seed + i) for i in range(1, _DRAWS if small else 1)]
+        numel = sum(t.numel() for t in first.values())
+        draws = _DRAWS if numel < _SMALL else 1
+        self.inputs = [first] + [case.inputs(dtype, device, seed + i) for i in range(1, draws)]
+        self.threads = 1 if numel < _LARGE else torch.get_num_threads()
         wide = [{n: t.double() if t.is_floating_point() else t for n, t in x.items()} for x in self.inputs]
-        with _threads(1 if small else torch.get_num_threads()):
+        with _threads(self.threads):
             self.torch = _stacked([evaluate(case, case.torch, x) for x in self.inputs])
             self.exact = _stacked([evaluate(case, case.reference, x) for x in wide])
             with torch.no_grad():
@@ -123,8 +126,8 @@ class Oracle:
             with poisoned(), _threads(threads):
                 draws.append(evaluate(self.case, provider or self.case.ours, x))
             threads = 1  # further draws of a small case: the other way through the kernels
-        ours = _stacked(draws)
-        return judge(ours, self.torch, self.exact, self.terms)
+        with _threads(self.threads):
+            return judge(_stacked(draws), self.torch, self.exact, self.terms)
 
     def check(self, provider: Provider | None = None) -> list[Parity]:
         """As `judge`, but raises AssertionError on a miss."""
