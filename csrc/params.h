@@ -39,8 +39,8 @@ struct LayerNormBackwardParams {
   void* dinput;         // [M, N], nullptr: not wanted
   void* dweight;        // [N], nullptr: not wanted
   void* dbias;          // [N], nullptr: not wanted
-  int64_t blocks;       // row blocks whose partial weight gradients are summed in a fixed order; 0: none wanted
-  float* partial;       // [blocks, 2, N] dweight and dbias of each block, nullptr: none wanted
+  int64_t blocks;       // of the workspace, as many as layer_norm_workspace asks for
+  float* partial;       // [blocks, 2, N] workspace: dweight and dbias of each block of rows, to be summed in a fixed order
 };
 
 // One tensor of an optimizer's list: the parameter and what belongs to it, dense and with the same strides, so that the

@@ -1,3 +1,5 @@
+#include <algorithm>
+
 #include "bindings/adamw.h"
 #include "bindings/cross_entropy.h"
 #include "bindings/gelu.h"
@@ -12,8 +14,14 @@ using namespace torchweld;
 struct Cpu {
   using Kernels = cpu::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
+  static constexpr bool adamw_table = false;
 
   static const Kernels& kernels() { return cpu::kernels(); }
+
+  // One block for every 8 rows, up to 64 of them or 4 million columns.
+  static int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int32_t) {
+    return weights ? std::max<int64_t>(1, std::min<int64_t>({64, rows / 8, (1 << 22) / cols})) : 0;
+  }
 
   template <class Params>
   static void run(void (*Kernels::*kernel)(const Params&), const Params& params, int32_t) {
@@ -29,6 +37,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "CPU kernels of torchweld";
   m.def("isa", [] { return cpu::kernels().isa; }, "Name of the instruction set in use.");
   m.def("use_isa", &cpu::use_isa, py::arg("name"), "Switches to another instruction set.");
+  m.def("built_isas", &cpu::built_isas, "Instruction sets that the kernels are built for, best first.");
   m.def("available_isas", &cpu::available_isas, "Instruction sets that this CPU has, best first.");
   bind_cross_entropy<Cpu>(m);
   bind_gelu<Cpu>(m);

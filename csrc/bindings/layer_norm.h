@@ -45,7 +45,12 @@ void bind_layer_norm(py::module_& m) {
     Backend::run(&Backend::Kernels::layer_norm_forward, p, input.device.index);
   });
 
-  // As above; partial: float32 (blocks, 2, N), the workspace of the weight gradients.
+  // How many blocks the workspace of layer_norm_backward takes on the device with this index: a function of the shape and
+  // of the device, never of the load, so that results are too. 0: none.
+  m.def("layer_norm_workspace", &Backend::layer_norm_workspace, py::arg("rows"), py::arg("cols"), py::arg("weights"),
+        py::arg("device"));
+
+  // As above; partial: float32 (blocks, 2, N), the workspace.
   m.def("layer_norm_backward", [](const TensorView& doutput, const Optional& dsum, const TensorView& input, int64_t cols,
                                   const Optional& weight, const TensorView& stats, const Optional& dinput,
                                   const Optional& dweight, const Optional& dbias, const Optional& partial) {

@@ -92,7 +92,7 @@ class GPT2Config:
 
 CONFIGS = {
     "tiny": GPT2Config(vocab_size=512, n_positions=64, n_embd=64, n_layer=2, n_head=2),
-    "small": GPT2Config(vocab_size=4096, n_positions=256, n_embd=256, n_layer=4, n_head=4),
+    "small": GPT2Config(vocab_size=4096, n_positions=256, n_embd=192, n_layer=4, n_head=3),
     "gpt2": GPT2Config(),
     "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
     "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),
@@ -160,14 +160,15 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, config: GPT2Config) -> None:
+    def __init__(self, config: GPT2Config, ops: ModuleType) -> None:
         super().__init__()
+        self.gelu = ops.gelu
         self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+        return self.c_proj(self.gelu(self.c_fc(x), approximate="tanh"))
 
 
 class Block(nn.Module):
@@ -176,7 +177,7 @@ class Block(nn.Module):
         self.ln_1 = Norm(config, ops)
         self.attn = Attention(config, ops, layer)
         self.ln_2 = Norm(config, ops)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, ops)
         self.drop = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, residual: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor]:
@@ -192,6 +193,7 @@ class GPT2(nn.Module):
     def __init__(self, config: GPT2Config, ops: ModuleType = torchweld.ops) -> None:
         super().__init__()
         self.config = config
+        self.cross_entropy = ops.cross_entropy
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -228,7 +230,7 @@ class GPT2(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy in nats of `targets` (B, N) after `tokens` (B, N)."""
-        return F.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+        return self.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """For an optimizer: matrices and embeddings decay, biases and norms do not."""

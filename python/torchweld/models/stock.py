@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.nn.functional import layer_norm, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, gelu, layer_norm, scaled_dot_product_attention
 
-__all__ = ["add_layer_norm", "layer_norm", "scaled_dot_product_attention"]
+__all__ = ["add_layer_norm", "cross_entropy", "gelu", "layer_norm", "scaled_dot_product_attention"]
 
 
 def add_layer_norm(

@@ -64,11 +64,6 @@ def _add_forward(
     return _run_forward(x, residual.contiguous(), cols, weight, bias, eps, total, stats), total, stats
 
 
-def _row_blocks(rows: int, cols: int) -> int:
-    """How many partial sums the weight gradients get: a function of the shape alone, so that results are too."""
-    return max(1, min(64, rows // 8, (1 << 22) // cols))
-
-
 def _backward(
     doutput: Tensor,
     dsum: Tensor | None,
@@ -84,10 +79,10 @@ def _backward(
     dinput = torch.empty_like(x) if mask[0] else None
     dweight = torch.empty_like(w) if w is not None and mask[1] else None
     dbias = torch.empty_like(b) if b is not None and mask[2] else None
-    partial = None
-    if dweight is not None or dbias is not None:
-        partial = x.new_empty((_row_blocks(x.numel() // cols, cols), 2, cols), dtype=torch.float32)
-    backend.kernels[x.device.type].layer_norm_backward(
+    kernels = backend.kernels[x.device.type]
+    weights = dweight is not None or dbias is not None
+    blocks = kernels.layer_norm_workspace(x.numel() // cols, cols, weights, x.get_device())
+    kernels.layer_norm_backward(
         doutput.contiguous(),
         None if dsum is None else dsum.contiguous(),
         x,
@@ -97,7 +92,7 @@ def _backward(
         dinput,
         dweight,
         dbias,
-        partial,
+        x.new_empty((blocks, 2, cols), dtype=torch.float32) if blocks else None,
     )
     return (
         x.new_empty(0) if dinput is None else dinput,

@@ -1,0 +1,40 @@
+#include "bindings/adamw.h"
+#include "bindings/layer_norm.h"
+#include "cuda/device.h"
+#include "cuda/kernels.h"
+
+namespace {
+
+using namespace torchweld;
+
+struct Cuda {
+  using Kernels = cuda::Kernels;
+  static constexpr dlpack::DeviceType device = dlpack::kCUDA;
+  static constexpr bool adamw_table = true;
+
+  static int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int32_t index) {
+    return cuda::layer_norm_workspace(rows, cols, weights, index);
+  }
+
+  // On the tensors' own device and torch's current stream there.
+  template <class Params>
+  static void run(void (*Kernels::*kernel)(const Params&, Stream), const Params& params, int32_t index) {
+    Stream stream = nullptr;
+    if (TorchApi::get().exchange->current_work_stream(dlpack::kCUDA, index, &stream) != 0) throw py::error_already_set();
+    py::gil_scoped_release release;
+    const cuda::DeviceGuard guard(index);
+    (Kernels{}.*kernel)(params, stream);
+  }
+};
+
+}  // namespace
+
+PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
+  m.doc() = "CUDA kernels of torchweld";
+  m.def("architectures", &cuda::compiled_architectures, "What the kernels were compiled for, as CMake was told.");
+  m.def("runtime_version", &cuda::runtime_version, "Version of the CUDA runtime that is linked in.");
+  m.def("driver_version", &cuda::driver_version, "Newest CUDA that the driver serves, None without a driver.");
+  m.def("unavailable", &cuda::unavailable, "Why no GPU can be used here, None if one can.");
+  bind_adamw<Cuda>(m);
+  bind_layer_norm<Cuda>(m);
+}

@@ -1,0 +1,37 @@
+// What the host asks of the CUDA runtime: errors as exceptions, properties of a device, a guard for the current one.
+// Plain C++, so that the bindings need no CUDA compiler.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <optional>
+#include <string>
+
+namespace torchweld::cuda {
+
+// Throws std::runtime_error "[what] ..." with CUDA's own message unless `error` is cudaSuccess.
+void check(const char* what, cudaError_t error);
+
+int current_device();
+int multiprocessors(int device);
+int64_t shared_bytes_per_block(int device);  // what a block may have after cudaFuncSetAttribute raised its limit
+
+std::string compiled_architectures();         // as CMake was told: "80 90a-real"
+std::string runtime_version();                // of the CUDA runtime that is linked in: "13.0"
+std::optional<std::string> driver_version();  // the newest CUDA that the driver serves, none without a driver
+std::optional<std::string> unavailable();     // why no GPU can be used here, none if one can
+
+// Makes a device current while it lives. Restores the one before it.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device);
+  ~DeviceGuard();
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int before_;
+  bool changed_;
+};
+
+}  // namespace torchweld::cuda

@@ -1,0 +1,24 @@
+// The CUDA kernels of the module, as a table with the CPU table's member names: csrc/bindings/*.h serve both. Each
+// launcher enqueues on `stream` of the current device and returns; it neither allocates nor waits.
+#pragma once
+
+#include "params.h"
+
+namespace torchweld::cuda {
+
+void adamw(const AdamWParams& p, Stream stream);
+void grad_norm(const GradNormParams& p, Stream stream);
+void layer_norm_forward(const LayerNormForwardParams& p, Stream stream);
+void layer_norm_backward(const LayerNormBackwardParams& p, Stream stream);
+
+// How many (2, cols) float32 blocks the workspace of layer_norm_backward holds on the device with this index.
+int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int device);
+
+struct Kernels {
+  void (*adamw)(const AdamWParams&, Stream) = cuda::adamw;
+  void (*grad_norm)(const GradNormParams&, Stream) = cuda::grad_norm;
+  void (*layer_norm_forward)(const LayerNormForwardParams&, Stream) = cuda::layer_norm_forward;
+  void (*layer_norm_backward)(const LayerNormBackwardParams&, Stream) = cuda::layer_norm_backward;
+};
+
+}  // namespace torchweld::cuda

@@ -1,0 +1,128 @@
+"""What the tests of the CUDA layer norm share: sizes by regime, the call, and the rule of exactness."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import torchweld
+
+# Columns of a row, each with the code path that it reaches (csrc/cuda/layer_norm_{forward,backward}.cu). float32 rows
+# divisible by 4 and 16-bit rows divisible by 8 are accessed in packets of 16 bytes, the others element by element.
+COLUMNS = {
+    1: "one lane, one column",
+    3: "one lane, elements",
+    8: "one lane, one packet",
+    9: "two lanes, elements",
+    64: "several rows per warp",
+    255: "a warp for the row, elements, its last lane not full",
+    256: "the longest short row",
+    257: "the shortest of whole warps, elements",
+    264: "the shortest of whole warps, packets",
+    768: "3 warps per row backward, one forward",
+    1000: "one warp forward, the last one not full",
+    1023: "elements, several warps",
+    1280: "backward with one row per block",
+    2048: "the longest with weight gradients in registers",
+    2049: "slabs: elements, two slabs",
+    2056: "the shortest with weight gradients in shared memory",
+    4096: "4 warps",
+    8193: "long rows forward: elements",
+    16384: "the longest with weight gradients in shared memory, the longest on chip forward",
+    16392: "long rows forward, slabs backward: packets",
+}
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Inputs(NamedTuple):
+    x: Tensor
+    residual: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    doutput: Tensor
+    dsum: Tensor | None
+
+
+def inputs(
+    rows: int,
+    cols: int,
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None,
+    *,
+    add: bool,
+    device: str = "cpu",
+    offset: int = 0,
+    seed: int = 0,
+) -> Inputs:
+    """Random inputs between NaN that must not be read, `offset` elements into their storage (1: not on 16 bytes)."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(*shape: int, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
+        values = (torch.randn(shape, generator=generator) + mean).to(dtype).to(device)
+        storage = torch.full((offset + values.numel() + 8,), float("nan"), dtype=dtype, device=device)
+        inside = storage[offset : offset + values.numel()]
+        inside.copy_(values.flatten())
+        return inside.view(shape)
+
+    return Inputs(
+        tensor(rows, cols, dtype=dtype, mean=2.0),
+        tensor(rows, cols, dtype=dtype) if add else None,
+        None if weight_dtype is None else tensor(cols, dtype=weight_dtype, mean=1.0),
+        None if weight_dtype is None else tensor(cols, dtype=weight_dtype),
+        tensor(rows, cols, dtype=dtype),
+        tensor(rows, cols, dtype=dtype) if add else None,
+    )
+
+
+def run(i: Inputs, op: str = "torchweld", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """Outputs and gradients of layer_norm, or of add_layer_norm where there is a residual."""
+    x, residual, weight, bias = (
+        None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
+        for t in (i.x, i.residual, i.weight, i.bias)
+    )
+    assert x is not None
+    shape = x.shape[-1:]
+    if op == "torch":  # no fused add there; torch takes one dtype for all
+        total = x if residual is None else x + residual
+        w, b = (None if t is None else t.to(x.dtype) for t in (weight, bias))
+        output = torch.nn.functional.layer_norm(total, shape, w, b, 1e-5)
+    elif residual is None:
+        output, total = torchweld.ops.layer_norm(x, shape, weight, bias), x
+    else:
+        output, total = torchweld.ops.add_layer_norm(x, residual, shape, weight, bias)
+    loss = (output * i.doutput.to(output.dtype)).sum()
+    if i.dsum is not None:
+        loss = loss + (total * i.dsum.to(total.dtype)).sum()
+    loss.backward()
+    found = {"output": output, "dx": x.grad}
+    if residual is not None:
+        found |= {"sum": total, "dresidual": residual.grad}
+    if weight is not None and bias is not None:
+        found |= {"dweight": weight.grad, "dbias": bias.grad}
+    return {name: t.detach() for name, t in found.items() if t is not None}
+
+
+def exact(i: Inputs) -> dict[str, Tensor]:
+    """In float64, of the sum as it is rounded to the inputs' dtype before it is normalised."""
+    if i.residual is None:
+        return run(i, "torch", torch.float64)
+    total = i._replace(x=i.x + i.residual, residual=None)
+    found = run(total, "torch", torch.float64)
+    return found | {"sum": total.x.double(), "dresidual": found["dx"]}
+
+
+def check(i: Inputs, found: dict[str, Tensor] | None = None) -> None:
+    """max|ours - fp64| <= 2 x max|torch in the same dtype - fp64| + one ulp of the largest value, for all results."""
+    ours, torchs, truth = found or run(i), run(i, "torch"), exact(i)
+    assert ours.keys() == truth.keys()
+    for name, expected in truth.items():
+        got = ours[name]
+        assert got.shape == expected.shape and got.dtype == torchs[name].dtype, name
+        if expected.numel() == 0:
+            continue
+        ulp = torch.finfo(got.dtype).eps * float(expected.abs().max())
+        allowed = 2 * float((torchs[name].double() - expected).abs().max()) + ulp
+        error = float((got.double() - expected).abs().max())
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}"  # NaN fails too
