@@ -47,6 +47,7 @@ class _FusedStep(torch.optim.Adam):
         """Global norm of the last step's gradients before clipping, a scalar tensor; None where nothing is clipped."""
         return self._grad_norm
 
+    @torch._compile._disable_dynamo  # one kernel already: torch.compile would see through to torch's own loop instead
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the loss of `closure`, which is called first."""
         loss = None
