@@ -228,3 +228,13 @@ def test_every_source_has_works(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, source in command.sources().items():
         work = next(iter(source(settings)))
         assert work.case["name"] and name in (work.op, "overhead")
+
+
+def test_bench_does_not_time_the_reference(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def refusing(*_: object) -> torch.Tensor:
+        raise backend.NotServedError("layer_norm", "cpu", "it is Sunday")
+
+    monkeypatch.setattr(ops, "layer_norm", refusing)
+    assert main(["bench", "layer_norm", "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert out.count("not timed: [layer_norm] the cpu kernels do not serve this call: it is Sunday") == 1

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
         seconds=0.3 if args.quick else 2.0,
     )
     keep_freed_memory()
-    out, rows, wrong = console(), [], 0
+    out, rows, wrong, skipped = console(), [], 0, set()
     for op in args.op or OPS:
         found = []
         for work in sources()[op](settings):
@@ -111,7 +111,9 @@ def run(args: argparse.Namespace) -> int:
                 try:
                     found += measure(work, settings)
                 except backend.NotServedError as error:
-                    out.print(f"not timed: {error}", style="yellow", markup=False)
+                    if str(error) not in skipped:
+                        out.print(f"not timed: {error}", style="yellow", markup=False)
+                    skipped.add(str(error))
                 except AssertionError as error:
                     wrong += 1
                     out.print(f"wrong, not timed: {error}", style="red", markup=False)

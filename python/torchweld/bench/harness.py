@@ -18,7 +18,7 @@ import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -78,13 +78,13 @@ def keep_freed_memory() -> None:
         libc.mallopt(m_trim_threshold, -1)
 
 
-@cache
+@lru_cache(maxsize=1)
 def _copy(size: int, device: str) -> Limit:
     source, target = (torch.zeros(max(size, 1), dtype=torch.uint8, device=device) for _ in range(2))
     return Limit(lambda: target.copy_(source), 2.0 * size)
 
 
-@cache
+@lru_cache(maxsize=1)
 def _matmul(dtype: torch.dtype, device: str) -> Limit:
     n = 8192 if device == "cuda" else 1024
     a, b, out = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(3))
