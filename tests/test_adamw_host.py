@@ -42,7 +42,7 @@ OPTIONS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay":
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", cases("adamw"), ids=lambda c: c.name)
+@pytest.mark.parametrize("case", [c for c in cases("adamw") if not c.max_grad_norm], ids=lambda c: c.name)
 @pytest.mark.usefixtures("kernels")
 def test_parity(case: Case, dtype: torch.dtype) -> None:
     Oracle(case, dtype).check()
@@ -61,15 +61,18 @@ def test_chunks_meet_without_gap_or_overlap() -> None:
 
 
 def test_any_number_of_tensors(kernels: ModuleType) -> None:
-    """More than the arguments of one launch can carry; in falling and in rising order of the threads."""
+    """More than the arguments of one launch can carry, clipped; in falling and in rising order of the threads.
+
+    The norm's thousand blocks take seconds here, so the cases that clip are left to this test.
+    """
     sizes = tuple(1 + i % 5 for i in range(700))
     expected = tensors(sizes)
-    reference.adamw_(*expected.values(), **OPTIONS)
+    reference.adamw_(*expected.values(), **OPTIONS, max_grad_norm=3.0)
     results = []
     for falling in (False, True):
         kernels.set_machine(4, 232448, falling)
         ours = tensors(sizes)
-        norm = ops.adamw_(*ours.values(), **OPTIONS, max_grad_norm=1e9)
+        norm = ops.adamw_(*ours.values(), **OPTIONS, max_grad_norm=3.0)
         results.append([*ours["params"], *ours["exp_avgs"], norm])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     for got, one in zip(results[0], expected["params"], strict=False):
