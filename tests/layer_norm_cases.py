@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torchweld
 from torch import Tensor
+
+import torchweld
 
 # Columns of a row, each with the code path that it reaches (csrc/cuda/layer_norm_{forward,backward}.cu). float32 rows
 # divisible by 4 and 16-bit rows divisible by 8 are accessed in packets of 16 bytes, the others element by element.

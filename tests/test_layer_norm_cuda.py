@@ -1,9 +1,10 @@
-"""layer_norm and add_layer_norm on a GPU: parity by code path, streams, devices, graphs, and the same bits every time."""
+"""layer_norm and add_layer_norm on a GPU: parity by path, streams, devices, graphs, and the same bits every time."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+
 import torchweld
 from layer_norm_cases import COLUMNS, DTYPES, check, inputs, run
 from torchweld import backend

@@ -7,6 +7,7 @@ from types import ModuleType
 
 import pytest
 import torch
+
 import torchweld
 from emulation import build
 from layer_norm_cases import COLUMNS, DTYPES, Inputs, check, inputs, run

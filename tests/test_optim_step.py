@@ -131,3 +131,14 @@ def test_the_reference_backend_is_another_road_to_the_same_place() -> None:
     with use_backend("reference"):
         expected = run(optim.AdamW(a, max_grad_norm=0.5), a)
     torch.testing.assert_close(run(optim.AdamW(b, max_grad_norm=0.5), b), expected)
+
+
+def test_a_compiled_step_runs_the_kernels() -> None:
+    a, b = parameters(), parameters()
+    optimizer = optim.AdamW(a, max_grad_norm=0.5)
+    step = torch.compile(optimizer.step, backend="aot_eager")
+    for seed in range(3):
+        set_grads(a, seed)
+        step()
+    expected = run(optim.AdamW(b, max_grad_norm=0.5), b)
+    assert all(torch.equal(p, q) for p, q in zip(a, expected, strict=True)) and optimizer.grad_norm is not None

@@ -10,6 +10,7 @@ using namespace torchweld;
 struct Cuda {
   using Kernels = cuda::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCUDA;
+  static constexpr bool adamw_table = true;
 
   static int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int32_t index) {
     return cuda::layer_norm_workspace(rows, cols, weights, index);

@@ -113,13 +113,19 @@ struct Run {
     for (int i = 0; i < kWords; ++i) words[i] = kPairs ? pack<T>(f(2 * i), f(2 * i + 1)) : pack<T>(f(i), 0.0f);
   }
 
+  // For what no thread writes while the kernel runs, and many read.
   __device__ __forceinline__ void load(const T* p) {
-    move(p, [](const auto* from) { return __ldca(from); });
+    move(p, [](const auto* from) { return __ldg(from); });
   }
 
   // For what is read once: first to leave the caches, so that it does not push out what is read again.
   __device__ __forceinline__ void load_once(const T* p) {
     move(p, [](const auto* from) { return __ldcs(from); });
+  }
+
+  // For what this thread may have written.
+  __device__ __forceinline__ void reload(const T* p) {
+    move(p, [](const auto* from) { return __ldca(from); });
   }
 
   __device__ __forceinline__ void store(T* p) const {

@@ -61,11 +61,11 @@ struct Slice {
   static constexpr int kRuns = E / V, kWords = kRuns * Run<T, V>::kWords;
   Run<T, V> runs[kRuns];
 
-  __device__ __forceinline__ void load(const T* row, Columns<E, V> own) {
+  __device__ __forceinline__ void reload(const T* row, Columns<E, V> own) {
 #pragma unroll
     for (int c = 0; c < kRuns; ++c) {
       runs[c] = {};
-      if (own.has(c)) runs[c].load(row + own.first(c));
+      if (own.has(c)) runs[c].reload(row + own.first(c));
     }
   }
 

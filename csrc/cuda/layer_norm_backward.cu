@@ -92,13 +92,13 @@ Plan plan_for(int64_t rows, int64_t cols, bool packets, int device) {
     plan.mode = Mode::registers;
     const int lanes = lanes_for(cols, kSlice), threads = lanes * std::max(1, kRowThreads / lanes);
     plan.block = dim3(lanes, threads / lanes);
-    plan.shared = sums_bytes(threads) + (plan.block.y > 1 ? 2 * kSlice * sizeof(float) * lanes : 0);
+    plan.shared = sums_bytes(threads) + (plan.block.y > 1 ? WeightGradients<kSlice, false>::kBytes * lanes : 0);
     resident = row_blocks(packets) * kRowThreads / threads;
   } else {
     plan.mode = Mode::shared;
     const int64_t threads = lanes_for(std::min<int64_t>(cols, kSharedColumns + 1), kSharedSlice);
     plan.block = dim3(static_cast<unsigned>(threads));
-    plan.shared = sums_bytes(threads) + 2 * kSharedSlice * sizeof(float) * threads;
+    plan.shared = sums_bytes(threads) + WeightGradients<kSharedSlice, true>::kBytes * threads;
     resident = std::min(shared_bytes_per_block(device) / static_cast<int64_t>(plan.shared), kMaxThreads / threads);
   }
   plan.slabs = 1;

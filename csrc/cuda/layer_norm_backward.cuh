@@ -51,23 +51,27 @@ __device__ __forceinline__ Run<WT, V> load_weight(const Backward& p, int64_t col
   return w;
 }
 
-// A lane's weight gradients: E columns, in registers or in shared memory, where the packets of a warp are neighbours.
+// A lane's weight gradients: E columns, in registers or in shared memory. There a warp has a piece of its own, in which
+// its lanes' packets of 4 columns are neighbours, so that no two lanes meet in a bank.
 template <int E, bool kShared>
 struct WeightGradients {
+  static constexpr int kBytes = 2 * E * sizeof(float);  // of a lane
   float registers[2][kShared ? 1 : E] = {};
-  float4* packets;
+  float4* memory;  // the block's, for sums over its rows; or this lane's first packet
 
   __device__ __forceinline__ explicit WeightGradients(int offset)
-      : packets(reinterpret_cast<float4*>(shared_memory) + offset + threadIdx.x) {
+      : memory(reinterpret_cast<float4*>(shared_memory) + offset) {
     if constexpr (kShared) {
-      for (int q = 0; q < E / 2; ++q) packets[q * blockDim.x] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      memory += threadIdx.x / kWarp * (kWarp * E / 2) + threadIdx.x % kWarp;
+#pragma unroll
+      for (int q = 0; q < E / 2; ++q) memory[q * kWarp] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
   }
 
   // v[0..4) to elements e..e + 3.
   __device__ __forceinline__ void add(int which, int e, const float* v) {
     if constexpr (kShared) {
-      float4& total = packets[(which * E + e) / 4 * blockDim.x];
+      float4& total = memory[(which * E + e) / 4 * kWarp];
       total = make_float4(total.x + v[0], total.y + v[1], total.z + v[2], total.w + v[3]);
     } else {
 #pragma unroll
@@ -76,42 +80,45 @@ struct WeightGradients {
   }
 
   __device__ __forceinline__ float get(int which, int e) const {
-    if constexpr (kShared) return reinterpret_cast<const float*>(packets + (which * E + e) / 4 * blockDim.x)[e % 4];
+    if constexpr (kShared) return reinterpret_cast<const float*>(memory + (which * E + e) / 4 * kWarp)[e % 4];
     return registers[which][e];
   }
 
   // Sums over the rows that the block works on at once, in their order; true in the lanes that end up with them.
   __device__ __forceinline__ bool sum_over_rows() {
-    if constexpr (!kShared) {
-      const int lanes = static_cast<int>(blockDim.x), lane = static_cast<int>(threadIdx.x);
-      const int thread = static_cast<int>(threadIdx.y) * lanes + lane;
-      const int team = lanes < kWarp ? thread / kWarp : static_cast<int>(threadIdx.y);
-      const int teams = lanes < kWarp ? static_cast<int>(blockDim.y) * lanes / kWarp : static_cast<int>(blockDim.y);
-      const bool member = lanes >= kWarp || thread % kWarp < lanes;
-      float* memory = reinterpret_cast<float*>(packets - lane) + lane;
+    if constexpr (kShared) return true;
+    const int lanes = static_cast<int>(blockDim.x), rows = static_cast<int>(blockDim.y);
+    const int thread = static_cast<int>(threadIdx.y) * lanes + static_cast<int>(threadIdx.x);
+
+    // The rows of one warp.
 #pragma unroll
-      for (int k = 0; k < 2 * E; ++k)
-        for (int offset = lanes; offset < kWarp; offset *= 2)
-          registers[k / E][k % E] += __shfl_xor_sync(0xffffffffu, registers[k / E][k % E], offset);
-      for (int t = 0; t < teams; ++t) {
-        if (t == team && member) {
+    for (int k = 0; k < 2 * E; ++k)
+      for (int offset = lanes; offset < kWarp; offset *= 2)
+        registers[k / E][k % E] += __shfl_xor_sync(0xffffffffu, registers[k / E][k % E], offset);
+
+    // Team after team, a team being a row, or a warp of several.
+    const int team = lanes < kWarp ? thread / kWarp : static_cast<int>(threadIdx.y);
+    const int teams = lanes < kWarp ? rows * lanes / kWarp : rows;
+    const bool member = lanes >= kWarp || thread % kWarp < lanes;
+    float* sums = reinterpret_cast<float*>(memory) + threadIdx.x;
+    for (int t = 0; t < teams; ++t) {
+      if (t == team && member) {
 #pragma unroll
-          for (int k = 0; k < 2 * E; ++k) {
-            if (t > 0) registers[k / E][k % E] += memory[k * lanes];
-            if (t + 1 < teams) memory[k * lanes] = registers[k / E][k % E];
-          }
+        for (int k = 0; k < 2 * E; ++k) {
+          if (t > 0) registers[k / E][k % E] += sums[k * lanes];
+          if (t + 1 < teams) sums[k * lanes] = registers[k / E][k % E];
         }
-        __syncthreads();
       }
-      return team == teams - 1 && member;
+      __syncthreads();
     }
-    return true;
+    return team == teams - 1 && member;
   }
 };
 
 template <class T, class WT, int E, int V, Mode kMode>
 __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThreads,
-                                  kMode == Mode::shared ? 1 : row_blocks(V > 1)) backward_rows(const __grid_constant__ Backward p) {
+                                  kMode == Mode::shared ? 1 : row_blocks(V > 1))
+    backward_rows(const __grid_constant__ Backward p) {
   // Grid (slabs, row blocks): rows [begin, end), blockDim.y at a time; columns from `column`.
   const int64_t begin = p.rows * blockIdx.y / gridDim.y, end = p.rows * (blockIdx.y + 1) / gridDim.y;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kSlab;
@@ -144,12 +151,6 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
       row.load(p, m, end, column, own);
     }
 
-    constexpr bool kEarly = kMode != Mode::shared && V > 1;
-    Slice<T, kEarly ? E : V, V> dsum{};
-    if (kEarly && p.dsum != nullptr) {
-      dsum.load_once(at<T>(p.dsum, m * p.cols + column), {own.start, own.stride, m < end ? own.count : 0});
-    }
-
     // Sums over the row, and weight gradients. Columns that do not exist have doutput = 0.
     float sums[2] = {};
     constexpr int kStep = V < 4 ? 4 : V;  // whole runs, and whole packets of the weight gradients
@@ -175,6 +176,10 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
       }
     }
     if (p.dinput == nullptr) continue;
+    constexpr int kDepth = E / V > 4 && V > 1 ? 4 : E / V;  // how many runs of dsum are on their way at once
+    Slice<T, kDepth * V, V> dsum{};
+    if (p.dsum != nullptr)
+      dsum.load_once(at<T>(p.dsum, m * p.cols + column), {own.start, own.stride, m < end ? own.count : 0});
     if constexpr (kMode == Mode::slab) {
       sums[0] = p.row_sums[2 * m];
       sums[1] = p.row_sums[2 * m + 1];
@@ -191,13 +196,14 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
     for (int c = 0; c < E / V; ++c) {
       if (!own.has(c)) continue;
       const Run<WT, V> w = weight(c);
-      Run<T, V> ds = dsum.runs[kEarly ? c : 0], dx;
-      if (!kEarly && p.dsum != nullptr) ds.load_once(at<T>(p.dsum, m * p.cols + column + own.first(c)));
+      Run<T, V> dx;
       dx.set([&](int i) {
         const float g = row.doutput.runs[c][i] * w[i];
-        return (g - sums[0] - row.xhat(c, i) * sums[1]) * row.rstd + ds[i];
+        return (g - sums[0] - row.xhat(c, i) * sums[1]) * row.rstd + dsum.runs[c % kDepth][i];
       });
       dx.store(dinput + own.first(c));
+      if (c + kDepth < E / V && p.dsum != nullptr && own.has(c + kDepth))
+        dsum.runs[c % kDepth].load_once(at<T>(p.dsum, m * p.cols + column) + own.first(c + kDepth));
     }
   }
 

@@ -5,8 +5,8 @@
 // forward_rows (N <= 16384): the lanes of a row hold all of it in registers, so memory is read and written once: 2 values
 // per element, 4 with a residual. Up to 256 columns a row has part of a warp with 8 columns per lane, beyond that as many
 // warps as 32 columns per lane take. Grid -> groups of blockDim.y rows.
-// forward_long_rows: one block per row, in tiles of 16384 columns; the passes for variance and output read the row again,
-// out of L2 as far as that holds the rows in flight.
+// forward_long_rows: one block per row, tile by tile; the passes for variance and output read the row again, out of L2 as
+// far as that holds the rows in flight.
 // The variance is taken about the mean (two passes, no cancellation); statistics are fp32. Sums have one fixed order.
 // Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450.
 
@@ -22,11 +22,12 @@ constexpr const char* kName = "layer_norm_forward";
 constexpr int kShortRow = 256, kShortSlice = 8, kShortThreads = 256;  // columns, columns per lane, threads per block
 constexpr int kWarpRowThreads = 128, kMaxThreads = 512;               // where a row has one warp; where it has the most
 
-constexpr int kLongSlice = 16;
 
-// Columns per lane of rows between: fewer where every column is an access of its own. And the longest such row.
+// Columns per lane of the rows between, and of a tile of the long ones: fewer where every column is an access of its own.
 template <int V>
 constexpr int kSlice = V > 1 ? 32 : 16;
+template <int V>
+constexpr int kLongSlice = kSlice<V> / 2;
 template <int V>
 constexpr int kLongestRow = kSlice<V> * kMaxThreads;
 
@@ -38,14 +39,12 @@ __device__ __forceinline__ Slice<T, E, V> load_sum(const LayerNormForwardParams&
   Slice<T, E, V> x;
   x.load_once(at<T>(p.input, offset), own);
   if (p.residual != nullptr) {
-    const T* residual = at<T>(p.residual, offset);
+    Slice<T, E, V> r;
+    r.load_once(at<T>(p.residual, offset), own);
 #pragma unroll
     for (int c = 0; c < x.kRuns; ++c) {
-      if (!own.has(c)) continue;
-      Run<T, V> r;
-      r.load_once(residual + own.first(c));
       const Run<T, V> a = x.runs[c];
-      x.runs[c].set([&](int i) { return a[i] + r[i]; });
+      x.runs[c].set([&](int i) { return a[i] + r.runs[c][i]; });
     }
     x.store(at<T>(p.sum, offset), own);
   }
@@ -131,7 +130,7 @@ __global__ void __launch_bounds__(kMaxThreads, V == 8 ? 2 : 1) forward_rows(cons
 
 template <class T, class WT, int V>
 __global__ void __launch_bounds__(kMaxThreads) forward_long_rows(const __grid_constant__ LayerNormForwardParams p) {
-  constexpr int E = kLongSlice, kTile = E * kMaxThreads;
+  constexpr int E = kLongSlice<V>, kTile = E * kMaxThreads;
   const int64_t N = p.cols;
   RowSums<1> sum_over_row;
   const void* normalised = p.residual != nullptr ? p.sum : p.input;
@@ -148,7 +147,7 @@ __global__ void __launch_bounds__(kMaxThreads) forward_long_rows(const __grid_co
     float squares[1] = {};
     for (int64_t tile = 0; tile < N; tile += kTile) {
       Slice<T, E, V> x;
-      x.load(at<T>(normalised, m * N + tile), own_of(tile));
+      x.reload(at<T>(normalised, m * N + tile), own_of(tile));
       squares[0] += sum_of_squares(x, mean, own_of(tile));
     }
     sum_over_row(squares);
@@ -157,7 +156,7 @@ __global__ void __launch_bounds__(kMaxThreads) forward_long_rows(const __grid_co
     // Normalise.
     for (int64_t tile = 0; tile < N; tile += kTile) {
       Slice<T, E, V> x;
-      x.load(at<T>(normalised, m * N + tile), own_of(tile));
+      x.reload(at<T>(normalised, m * N + tile), own_of(tile));
       store_normalised<T, WT>(p, m * N + tile, tile, x, mean, rstd, own_of(tile));
     }
     if (p.mean != nullptr && threadIdx.x == 0) {

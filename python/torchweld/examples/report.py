@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import fmean, median, quantiles
 
 import torch
 from rich.console import Console
@@ -18,9 +18,12 @@ from rich.table import Table
 from torchweld.errors import UserError
 from torchweld.examples.trainer import Trainer
 
-# Two exact implementations differ by rounding, which training then amplifies, step after step.
-AGREEMENT = {torch.float32: 0.01, torch.bfloat16: 0.05}
 _RECENT = 20
+# Exact implementations differ by rounding, and training multiplies that: stock PyTorch beside itself, from weights that
+# differ by 1e-7, is 5% off at single steps after two hundred, and 0.6% off in the mean of twenty. So the first steps are
+# held to rounding, and the others to their means.
+EARLY_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+MEAN_LIMIT = 0.03
 
 
 class Reporter:
@@ -49,7 +52,7 @@ class Reporter:
     def step(self, trainers: Sequence[Trainer], tokens: int) -> None:
         """After a step of every trainer, each of `tokens` tokens."""
         losses = trainers[0].losses
-        text = f"loss {sum(losses[-_RECENT:]) / len(losses[-_RECENT:]):.3f}"
+        text = f"loss {fmean(losses[-_RECENT:]):.3f}"
         for trainer in trainers:
             text += f", {tokens / median(trainer.seconds[-_RECENT:]):,.0f} tokens/s"
             text += f" ({trainer.name})" if len(trainers) > 1 else ""
@@ -80,7 +83,7 @@ def compare(console: Console, trainers: Sequence[Trainer], tokens: int) -> bool:
     """
     ours, theirs = trainers
     table = Table(title=f"{ours.step} steps of {tokens:,} tokens each, from the same weights in the same order")
-    for heading in ("", "tokens/s (median)", "20% .. 80%", "training loss", "validation loss"):
+    for heading in ("", "median tokens/s", "20% .. 80%", "training loss", "validation loss"):
         table.add_column(heading, justify="right")
     for trainer in trainers:
         slow, fast = (tokens / s for s in _spread(trainer.seconds)[::-1])
@@ -92,15 +95,23 @@ def compare(console: Console, trainers: Sequence[Trainer], tokens: int) -> bool:
     ratios = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
     low, high = _spread(ratios)
     console.print(f"speed: torchweld / torch = {median(ratios):.2f} (20% .. 80% of the steps: {low:.2f} .. {high:.2f})")
-    differences = [abs(a - b) / abs(b) for a, b in zip(ours.losses, theirs.losses, strict=True)]
-    worst = max(differences)
-    limit = AGREEMENT[ours.dtype]
-    agree = worst <= limit
+    early = _difference(ours.losses[:_RECENT], theirs.losses[:_RECENT])
+    means = _difference(_means(ours.losses), _means(theirs.losses))
+    agree = early <= EARLY_LIMIT[ours.dtype] and means <= MEAN_LIMIT
     console.print(
-        f"loss curves: largest relative difference {worst:.1e}, at step {differences.index(worst) + 1}: "
-        f"they {'agree' if agree else 'DIFFER'} (limit {limit:g})"
+        f"loss curves: they {'agree' if agree else 'DIFFER'}; largest relative difference {early:.1e} in the first "
+        f"{_RECENT} steps (limit {EARLY_LIMIT[ours.dtype]:g}), {_difference(ours.losses, theirs.losses):.1e} in all, "
+        f"{means:.1e} between means of {_RECENT} steps (limit {MEAN_LIMIT:g})"
     )
     return agree
+
+
+def _difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _means(losses: Sequence[float]) -> list[float]:
+    return [fmean(losses[start : start + _RECENT]) for start in range(0, len(losses), _RECENT)]
 
 
 def _spread(values: Sequence[float]) -> tuple[float, float]:

@@ -16,10 +16,9 @@ from torchweld.ops.library import register
 
 
 def _workspace(module: ModuleType, count: int, device: torch.device) -> Tensor | None:
-    """Room for the kernels' table of `count` tensors; the CPU kernels read it where it was made."""
-    if device.type == "cpu":
-        return None
-    return torch.empty(module.ADAMW_TABLE_WORDS * count, dtype=torch.int64, device=device)
+    """Room for the kernels' table of `count` tensors; None where they read it as it was made."""
+    words = module.ADAMW_TABLE_WORDS * count
+    return torch.empty(words, dtype=torch.int64, device=device) if words else None
 
 
 def _scalar(t: Tensor | None, device: torch.device) -> Tensor | None:

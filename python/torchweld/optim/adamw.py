@@ -47,12 +47,16 @@ class _FusedStep(torch.optim.Adam):
         """Global norm of the last step's gradients before clipping, a scalar tensor; None where nothing is clipped."""
         return self._grad_norm
 
+    @torch._compile._disable_dynamo  # one kernel already: torch.compile would see through to torch's own loop instead
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the loss of `closure`, which is called first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Refuses a graph capture under capturable=False; older torch has it under the second name.
+        check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
+        check()
         with torch.no_grad():
             work = self._collect()
             if not isinstance(work, str):
@@ -147,7 +151,7 @@ class _FusedStep(torch.optim.Adam):
         grads = [cast(Tensor, p.grad) for p in params]
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None:
-            if found_inf.item():
+            if float(found_inf):
                 return False
             self.found_inf = None
         if grad_scale is not None:

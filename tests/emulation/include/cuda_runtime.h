@@ -64,6 +64,8 @@ T* aligned(T* p) {
 }  // namespace emulation
 
 template <class T>
+T __ldg(const T* p) { return *emulation::aligned(p); }
+template <class T>
 T __ldca(const T* p) { return *emulation::aligned(p); }
 template <class T>
 T __ldcs(const T* p) { return *emulation::aligned(p); }

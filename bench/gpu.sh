@@ -1,0 +1,78 @@
+#!/usr/bin/env bash
+# Everything that needs a GPU, on a machine without a network, in 10 minutes: build and install, the tests marked cuda,
+# compute-sanitizer, and the benchmark into bench/results/<device>.json.
+#
+#   bench/gpu.sh            all stages; one that passed on these sources is not run again
+#   bench/gpu.sh STAGE ...  these stages, whether they passed or not: build test memcheck racecheck initcheck synccheck bench
+#   PYTHON=/path/to/python  the interpreter that has torch (default python3); needs pybind11, scikit-build-core and ninja
+#
+# Logs and what has passed: build/gpu/. Exit code 1 if a stage failed; the others run all the same, save after a failed build.
+set -u -o pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3}
+state=build/gpu
+mkdir -p "$state" bench/results
+
+sources=$(find csrc python tests bench CMakeLists.txt pyproject.toml -type f ! -name '*.so' ! -name '*.json' ! -path '*__pycache__*' \
+  -print0 | sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1)
+
+build() {
+  "$python" -c 'import pybind11, scikit_build_core' || { echo 'install pybind11 and scikit-build-core (their wheels need no network)'; return 1; }
+  "$python" -m pip install --no-build-isolation --no-deps --no-index --force-reinstall \
+    --config-settings=cmake.define.TORCHWELD_CUDA=ON . &&
+    "$python" -c 'import torch; from torchweld import backend; why = backend.unavailable("cuda"); assert why is None, why'
+}
+
+tests() { "$python" -m pytest -m cuda -q -x --maxfail=20 tests; }
+
+sanitize() { # tool, options...
+  command -v compute-sanitizer || { echo 'compute-sanitizer is not on PATH (it comes with the CUDA toolkit)'; return 1; }
+  local tool=$1
+  shift
+  # Each tensor in an allocation of its own, so that a step beyond it is seen.
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 9 "$@" "$python" bench/sanitize.py
+}
+
+bench() {
+  local device
+  device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') || return 1
+  "$python" -m torchweld bench --device cuda --json "bench/results/$device.json"
+}
+
+failed=0
+report=()
+stage() { # name, seconds, command...
+  local name=$1 limit=$2 started=$SECONDS rc
+  shift 2
+  if [[ -z $wanted && -f $state/$name.passed && $(<"$state/$name.passed") == "$sources" ]]; then
+    report+=("$(printf '%-10s passed before' "$name")")
+    return 0
+  fi
+  [[ -z $wanted || " $wanted " == *" $name "* ]] || return 0
+  echo "== $name (at most $limit s; log in $state/$name.log)"
+  rm -f "$state/$name.passed"
+  timeout --kill-after=10 "$limit" bash -c '"$@"' _ "$@" >"$state/$name.log" 2>&1
+  rc=$?
+  if ((rc == 0)); then
+    echo "$sources" >"$state/$name.passed"
+    report+=("$(printf '%-10s passed   %4d s' "$name" $((SECONDS - started)))")
+  else
+    failed=1
+    tail -n 40 "$state/$name.log"
+    report+=("$(printf '%-10s FAILED   %4d s, exit code %d, %s' "$name" $((SECONDS - started)) $rc "$state/$name.log")")
+  fi
+  return $rc
+}
+
+wanted="$*"
+export python
+export -f build tests sanitize bench
+if stage build 200 build; then
+  stage test 150 tests
+  # Only our kernels are watched, save for initcheck, which must see who wrote the memory that they read.
+  for tool in memcheck racecheck synccheck; do stage $tool 35 sanitize $tool --kernel-name kernel_substring=torchweld; done
+  stage initcheck 35 sanitize initcheck
+  stage bench 110 bench
+fi
+printf '%s\n' "${report[@]}"
+exit $failed
