@@ -4,16 +4,14 @@
 //   dweight = sum over rows of doutput * xhat             dbias = sum over rows of doutput
 //
 // backward_rows, by the length of the row:
-//   registers (N <= 2048)  a block owns a range of rows, a lane 8 columns; x and doutput of the next rows are on their
-//   way
-//                          while these are worked on; the weight gradients add up in registers over all rows of the
-//                          block.
+//   registers (N <= 2048)  a block owns a range of rows, a lane 8 columns; 16-bit x and doutput of the next rows are on
+//                          their way meanwhile; the weight gradients add up in registers over all rows of the block.
 //   shared (N <= 16384)    as above with 32 columns per lane and the weight gradients in shared memory.
 //   slab (longer rows)     sums_of_rows first, then a block owns 2048 columns of a range of rows.
 // Each block leaves its weight gradients as one fp32 partial of the workspace, and reduce_partials adds these up in
-// order: no atomics, the same bits on every run. x and doutput are read once (by a slab twice): 3 values per element, 4
-// with dsum, and 16 bytes per column and block for the partials, which stay in L2. Ba, Kiros, Hinton: Layer
-// Normalization, arXiv:1607.06450.
+// order: no atomics, the same bits on every run. x and doutput are read once (by slabs twice): 3 values per element, 4
+// with dsum, and 16 bytes per column and block for the partials, which stay in L2.
+// Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450.
 
 #include <algorithm>
 
