@@ -5,7 +5,8 @@
 // - forward_rows (N <= 16384): the lanes of a row hold all of it in registers, so memory is read and written once: 2
 //   values per element, 4 with a residual. Up to 256 columns a row has part of a warp with 8 columns per lane, beyond
 //   that as many warps as 32 columns per lane take. Grid -> groups of blockDim.y rows.
-// - forward_long_rows: one block per row, tile by tile; the passes for variance and output read the row again, out of L2
+// - forward_long_rows: one block per row, tile by tile; the passes for variance and output read the row again, out of
+// L2
 //   as far as that holds the rows in flight. So do rows of N > 8192 that cannot be accessed 16 bytes at a time.
 //
 // The variance is taken about the mean (two passes, no cancellation); statistics are fp32. Sums have one fixed order.
