@@ -94,17 +94,20 @@ def test_a_target_that_is_no_class_touches_no_memory(compiled: bool) -> None:
             function(x, torch.tensor([0, bad, 2]))
 
 
+CLASSES = torch.zeros(3, dtype=torch.int64)
+
+
 @pytest.mark.parametrize(
     ("target", "options", "error", "message"),
     [
-        (torch.zeros(4, dtype=torch.int64), {}, ValueError, r"target: expected shape \(3,\), but got \(4,\)"),
-        (torch.zeros(3, dtype=torch.int32), {}, RuntimeError, "target: expected dtype torch.int64"),
-        (torch.zeros(3, dtype=torch.int64, device="meta"), {}, RuntimeError, "target: expected device cpu, but got meta"),
-        (torch.zeros(3, dtype=torch.int64), {"reduction": "max"}, ValueError, "reduction: expected 'mean', 'sum' or 'none'"),
-        (torch.zeros(3, dtype=torch.int64), {"label_smoothing": 1.5}, ValueError, r"label_smoothing: expected a number in"),
-        (torch.zeros(3, dtype=torch.int64), {"size_average": True}, ValueError, "deprecated in torch; use reduction="),
+        (CLASSES.new_zeros(4), {}, ValueError, r"target: expected shape \(3,\), but got \(4,\)"),
+        (CLASSES.int(), {}, RuntimeError, r"target: expected dtype torch\.int64"),
+        (CLASSES.to("meta"), {}, RuntimeError, r"target: expected device cpu, but got meta"),
+        (CLASSES, {"reduction": "max"}, ValueError, r"reduction: expected 'mean', 'sum' or 'none'"),
+        (CLASSES, {"label_smoothing": 1.5}, ValueError, r"label_smoothing: expected a number in"),
+        (CLASSES, {"size_average": True}, ValueError, r"deprecated in torch; use reduction="),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(
     target: torch.Tensor, options: dict[str, object], error: type[Exception], message: str
 ) -> None:

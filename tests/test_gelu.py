@@ -76,7 +76,7 @@ def test_double_backward() -> None:
 def test_bad_input_is_named() -> None:
     with pytest.raises(ValueError, match="approximate: expected 'none' or 'tanh', but got 'erf'"):
         ops.gelu(torch.ones(3), "erf")
-    with pytest.raises(TypeError, match="input: expected a floating-point dtype, but got torch.int64"):
+    with pytest.raises(TypeError, match=r"input: expected a floating-point dtype, but got torch\.int64"):
         ops.gelu(torch.ones(3, dtype=torch.int64), "tanh")
     with pytest.raises(ValueError, match="output: expected 3 elements, but got shape"):
         _cpu.gelu_forward(torch.ones(3), torch.ones(4))

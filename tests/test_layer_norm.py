@@ -143,16 +143,19 @@ def test_function_transforms_see_the_definition() -> None:
         torch.testing.assert_close(got[name], p.grad)
 
 
+X = torch.ones(3, 4)
+
+
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ((torch.ones(3, 4), (5,)), RuntimeError, r"\[layer_norm\] input: expected a shape that ends in .*\[5\], but got"),
-        ((torch.ones(3, 4), ()), RuntimeError, r"\[layer_norm\] input: expected a shape that ends in .*\[\], but got"),
-        ((torch.ones(3, 4), (4,), torch.ones(3)), RuntimeError, r"weight: expected shape \[4\], but got \[3\]"),
-        ((torch.ones(3, 4), (4,), None, torch.ones(1, 4)), RuntimeError, r"bias: expected shape \[4\], but got \[1, 4\]"),
-        ((torch.ones(3, 4, dtype=torch.int32), (4,)), TypeError, r"input: expected a floating-point dtype, but got torch.int32"),
+        ((X, (5,)), RuntimeError, r"\[layer_norm\] input: expected a shape that ends in .*\[5\], but got"),
+        ((X, ()), RuntimeError, r"\[layer_norm\] input: expected a shape that ends in .*\[\], but got"),
+        ((X, (4,), torch.ones(3)), RuntimeError, r"weight: expected shape \[4\], but got \[3\]"),
+        ((X, (4,), None, X[:1]), RuntimeError, r"bias: expected shape \[4\], but got \[1, 4\]"),
+        ((X.int(), (4,)), TypeError, r"input: expected a floating-point dtype, but got torch\.int32"),
     ],
-)  # fmt: skip
+)
 def test_bad_input_is_named(arguments: tuple[object, ...], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         ops.layer_norm(*arguments)
@@ -161,9 +164,9 @@ def test_bad_input_is_named(arguments: tuple[object, ...], error: type[Exception
 def test_bad_residual_is_named() -> None:
     x = torch.ones(3, 4)
     for residual, message in (
-        (torch.ones(3, 5), r"residual: expected x's shape torch.Size\(\[3, 4\]\)"),
-        (torch.ones(3, 4, dtype=torch.bfloat16), "residual: expected x's dtype torch.float32, but got torch.bfloat16"),
-        (torch.ones(3, 4, device="meta"), "residual: expected x's device cpu, but got meta"),
+        (x.new_ones(3, 5), r"residual: expected x's shape torch.Size\(\[3, 4\]\)"),
+        (x.bfloat16(), r"residual: expected x's dtype torch\.float32, but got torch\.bfloat16"),
+        (x.to("meta"), "residual: expected x's device cpu, but got meta"),
     ):
         with pytest.raises(RuntimeError, match=message):
             ops.add_layer_norm(x, residual, (4,))
@@ -178,7 +181,10 @@ def test_the_kernels_check_again() -> None:
         ((x, None, 4, torch.ones(8)[::2], None, 1e-5, None, out, None), "weight: expected a contiguous tensor"),
         ((x, None, 5, None, None, 1e-5, None, out, None), "input: expected 10 elements"),
         ((x, None, 0, None, None, 1e-5, None, out, None), "cols: expected at least 1"),
-        ((x.double(), None, 4, None, None, 1e-5, None, out, None), "input: expected dtype float32, bfloat16 or float16"),
+        (
+            (x.double(), None, 4, None, None, 1e-5, None, out, None),
+            "input: expected dtype float32, bfloat16 or float16",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             _cpu.layer_norm_forward(*arguments)

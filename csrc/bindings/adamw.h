@@ -41,7 +41,8 @@ inline bool is_dense(const TensorView& t) {
 template <class Backend>
 class AdamWRows {
  public:
-  static constexpr int64_t words = sizeof(AdamWTensor) / 8;
+  // int64 elements of workspace for each tensor: the CPU kernels read the rows where they were made.
+  static constexpr int64_t words = Backend::adamw_table ? sizeof(AdamWTensor) / 8 : 0;
   static_assert(sizeof(AdamWTensor) % 8 == 0, "a row of the table is a whole number of 64-bit words");
 
   AdamWRows(const Arguments& args, const TensorList& first)
@@ -49,7 +50,7 @@ class AdamWRows {
 
   void check_length(const TensorList& list, const char* name) const {
     if (list.size() != rows.size())
-      args_.fail(name, std::to_string(rows.size()) + " tensors, one for each of the first list", std::to_string(list.size()));
+      args_.fail(name, std::to_string(rows.size()) + " tensors, as many as params", std::to_string(list.size()));
   }
 
   // Memory of list[i]. Raises if it does not go with its twin in the first list; refuses what a kernel does not take.
@@ -88,7 +89,7 @@ class AdamWRows {
 
   // Where a copy of the rows goes on the device; the CPU needs none.
   AdamWTensor* table(const std::optional<TensorView>& workspace) const {
-    if (Backend::device == dlpack::kCPU) return nullptr;
+    if (!Backend::adamw_table) return nullptr;
     const int64_t needed = words * static_cast<int64_t>(rows.size());
     if (!workspace || workspace->dtype.bits != 64 || workspace->numel() < needed)
       args_.fail("table", std::to_string(needed) + " int64 elements", workspace ? "fewer" : "none");
@@ -101,7 +102,7 @@ class AdamWRows {
   int64_t total = 0;
 
  private:
-  static constexpr int64_t chunk = Backend::device == dlpack::kCPU ? kAdamWChunkCpu : kAdamWChunkCuda;
+  static constexpr int64_t chunk = Backend::adamw_table ? kAdamWChunkCuda : kAdamWChunkCpu;
 
   static std::string label(const char* name, size_t i) { return std::string(name) + "[" + std::to_string(i) + "]"; }
 
@@ -118,7 +119,7 @@ void bind_adamw(py::module_& m) {
   using Optional = std::optional<TensorView>;
   using Rows = AdamWRows<Backend>;
 
-  m.attr("ADAMW_TABLE_WORDS") = Rows::words;  // int64 elements of workspace per tensor, on a GPU
+  m.attr("ADAMW_TABLE_WORDS") = Rows::words;
   m.attr("GRAD_NORM_BLOCKS") = kGradNormBlocks;
 
   // One step, in place. Returns what the kernels do not take; if there is any, nothing was done.

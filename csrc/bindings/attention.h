@@ -73,11 +73,16 @@ inline void fill_scores(const Arguments& args, AttentionInputs& p, const Optiona
 
 template <class Backend>
 void bind_attention(py::module_& m) {
-  m.def("attention_workspace", [](const TensorView& query, const TensorView& key, const TensorView& value, bool backward) {
+  // How many floats of workspace attention_forward wants, or attention_backward if doutput is given.
+  m.def("attention_workspace", [](const TensorView& query, const TensorView& key, const TensorView& value,
+                                  const OptionalTensor& doutput) {
     const Arguments args("attention_workspace", Backend::device, query);
-    AttentionInputs p{};
+    AttentionBackwardParams p{};
     fill_inputs(args, p, query, key, value);
-    return backward ? Backend::kernels().attention_backward_workspace(p) : Backend::kernels().attention_forward_workspace(p);
+    if (!doutput) return Backend::kernels().attention_forward_workspace(p);
+    args.strided(*doutput, "doutput", p.dtype, {p.batch, p.heads, p.queries, p.value_dim});
+    p.doutput_strides = strides_of(*doutput);
+    return Backend::kernels().attention_backward_workspace(p);
   });
 
   // bias: expanded to (B, H, Nq, Nk); alibi: (B, H); sinks: (H); output: (B, H, Nq, Dv); lse: float32 (B, H, Nq).

@@ -14,6 +14,7 @@ using namespace torchweld;
 struct Cpu {
   using Kernels = cpu::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
+  static constexpr bool adamw_table = false;
 
   static const Kernels& kernels() { return cpu::kernels(); }
 
@@ -36,6 +37,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   m.doc() = "CPU kernels of torchweld";
   m.def("isa", [] { return cpu::kernels().isa; }, "Name of the instruction set in use.");
   m.def("use_isa", &cpu::use_isa, py::arg("name"), "Switches to another instruction set.");
+  m.def("built_isas", &cpu::built_isas, "Instruction sets that the kernels are built for, best first.");
   m.def("available_isas", &cpu::available_isas, "Instruction sets that this CPU has, best first.");
   bind_cross_entropy<Cpu>(m);
   bind_gelu<Cpu>(m);

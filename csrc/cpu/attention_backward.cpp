@@ -16,7 +16,7 @@
 namespace torchweld::cpu {
 namespace {
 
-constexpr int64_t kTasks = 24;          // chunks of keys are made until there are so many tasks
+constexpr int64_t kTasks = 16;          // chunks of keys are made until there are so many tasks
 constexpr int64_t kChunkKeys = 256;     // but none shorter than this
 constexpr int64_t kTileKeys = 192;
 constexpr int64_t kPrepareRows = 192;   // of queries, per task of the first and the last pass
@@ -32,7 +32,7 @@ struct BackwardPlan {
   int64_t packed, partial;           // shared, per query head: packed rows; per query head and chunk: dquery
   int64_t scratch, threads;
 
-  explicit BackwardPlan(const AttentionInputs& p) {
+  explicit BackwardPlan(const AttentionBackwardParams& p) {
     const int64_t tiles = max_of(ceil_div(p.keys, kTileKeys), 1);
     tile_keys = round_up(ceil_div(max_of(p.keys, 1), tiles), kPanel);
     const int64_t wanted = ceil_div(kTasks, max_of(p.batch * p.kv_heads, 1)), most = max_of(p.keys / kChunkKeys, 1);
@@ -46,7 +46,7 @@ struct BackwardPlan {
     threads = threads_for(p, 5);
   }
 
-  int64_t workspace(const AttentionInputs& p) const {
+  int64_t workspace(const AttentionBackwardParams& p) const {
     return threads * scratch + p.batch * p.heads * (packed + chunks * partial);
   }
 };
@@ -221,7 +221,7 @@ class Backward {
 
 namespace TORCHWELD_ISA {
 
-int64_t attention_backward_workspace(const AttentionInputs& p) {
+int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
   int64_t size = 0;
   dispatch(p.dtype, [&](auto t) { size = BackwardPlan<typename decltype(t)::type>(p).workspace(p); });
   return size;

@@ -20,31 +20,32 @@ class GradientTile {
 
   // The query side of one query head, shared by all tiles of keys: statistics and operands.
   struct Queries {
-    float *lse, *delta;         // [Nq]; lse in units of log2, +inf where nothing is seen: exp2(score - lse) is then zero
+    float *lse, *lse_rest, *delta;  // [Nq]; lse in units of log2 as a sum of two, +inf where nothing is seen
     Left query, doutput;        // as left operands, rows of words
     Right query_steps, doutput_steps;  // as right operands, steps of queries
 
-    static int64_t words(const AttentionInputs& p) {
-      const int64_t rows = p.queries, steps = ceil_div(rows, Compute::per_word);
-      return 2 * round_up(rows, 16) + round_up(rows * left_words(p.dim), 16) + round_up(rows * left_words(p.value_dim), 16) +
-             round_up(steps * right_words(p.dim), 16) + round_up(steps * right_words(p.value_dim), 16);
+    static int64_t words(const AttentionBackwardParams& p) {
+      return 3 * round_up(p.queries, 16) + left_words(p.queries, p.query_strides.row, p.dim) +
+             left_words(p.queries, p.doutput_strides.row, p.value_dim) + right_words(p.queries, p.dim) +
+             right_words(p.queries, p.value_dim);
     }
 
     Queries(const AttentionBackwardParams& p, int64_t b, int64_t h, float* memory) {
-      const int64_t rows = p.queries, steps = ceil_div(rows, Compute::per_word);
+      const int64_t rows = p.queries, qs = p.query_strides.row, ds = p.doutput_strides.row;
       auto take = [&](int64_t words) {
         float* part = memory;
-        memory += round_up(words, 16);
+        memory += words;
         return part;
       };
-      lse = take(rows);
-      delta = take(rows);
+      lse = take(round_up(rows, 16));
+      lse_rest = take(round_up(rows, 16));
+      delta = take(round_up(rows, 16));
       const T* q = head_of<T>(p.query, p.query_strides, b, h);
       const T* dout = head_of<T>(p.doutput, p.doutput_strides, b, h);
-      query = left(q, p.query_strides.row, p.dim, take(rows * left_words(p.dim)));
-      doutput = left(dout, p.doutput_strides.row, p.value_dim, take(rows * left_words(p.value_dim)));
-      query_steps = right(q, p.query_strides.row, p.dim, take(steps * right_words(p.dim)));
-      doutput_steps = right(dout, p.doutput_strides.row, p.value_dim, take(steps * right_words(p.value_dim)));
+      query = left(q, qs, p.dim, take(left_words(rows, qs, p.dim)));
+      doutput = left(dout, ds, p.value_dim, take(left_words(rows, ds, p.value_dim)));
+      query_steps = right(q, qs, p.dim, take(right_words(rows, p.dim)));
+      doutput_steps = right(dout, ds, p.value_dim, take(right_words(rows, p.value_dim)));
     }
 
     // Fills rows [begin, end), begin even.
@@ -57,6 +58,7 @@ class GradientTile {
         const float total = sum_over(p.value_dim, [&](int64_t d, auto lanes) { return load(dout + d, lanes) * load(out + d, lanes); });
         const float l = p.lse[first + i];
         lse[i] = l == -kInfinity ? kInfinity : l * kLog2e;
+        lse_rest[i] = l == -kInfinity ? 0.0f : __builtin_fmaf(l, kLog2e, -lse[i]) + l * kLog2eRest;
         delta[i] = p.dlse != nullptr ? total - p.dlse[first + i] : total;
       }
       dout -= (end - begin) * p.doutput_strides.row;
@@ -65,17 +67,21 @@ class GradientTile {
     }
 
    private:
-    // Room for operands that cannot be read in place. The strides are not known when it is made, so it is always there.
-    static int64_t left_words(int64_t dim) { return ceil_div(dim, Compute::per_word); }
-    static int64_t right_words(int64_t dim) { return round_up(dim, W); }
+    // Room for operands that cannot be read where they lie.
+    static int64_t left_words(int64_t rows, int64_t stride, int64_t dim) {
+      return left_in_place<T, Compute>(stride, dim) ? 0 : round_up(rows * ceil_div(dim, Compute::per_word), 16);
+    }
+    static int64_t right_words(int64_t rows, int64_t dim) {
+      return right_in_place<T, Compute>(dim) ? 0 : round_up(ceil_div(rows, Compute::per_word) * round_up(dim, W), 16);
+    }
 
     static Left left(const T* rows, int64_t stride, int64_t dim, const float* packed) {
       if (left_in_place<T, Compute>(stride, dim)) return {reinterpret_cast<const float*>(rows), stride / Compute::per_word, 1};
-      return {packed, left_words(dim), 1};
+      return {packed, ceil_div(dim, Compute::per_word), 1};
     }
     static Right right(const T* rows, int64_t stride, int64_t dim, const float* packed) {
       if (right_in_place<T, Compute>(dim)) return {reinterpret_cast<const float*>(rows), stride, kPanel};
-      return {packed, right_words(dim), kPanel};
+      return {packed, round_up(dim, W), kPanel};
     }
     static void pack_side(const T* rows, int64_t stride, int64_t begin, int64_t end, int64_t dim, const Left& l, const Right& r) {
       if (!left_in_place<T, Compute>(stride, dim))
@@ -137,9 +143,9 @@ class GradientTile {
       for (int64_t n = 0; n < count; ++n) {
         scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, nullptr);
         float* out = dbias + (i + n - queries.begin) * stride;
-        const Vec minus_lse = splat(-rows.lse[i + n]), delta = splat(rows.delta[i + n]);
+        const Vec lse = splat(rows.lse[i + n]), rest = splat(rows.lse_rest[i + n]), delta = splat(rows.delta[i + n]);
         for (int64_t j = span.begin; j < span.end; j += W)
-          store(out + j, load(out + j) + dscore((r + n) * stride_ + j, scores.unit(), minus_lse, delta).gradient);
+          store(out + j, load(out + j) + dscore((r + n) * stride_ + j, scores.unit(), lse, rest, delta).gradient);
       }
     });
   }
@@ -203,8 +209,8 @@ class GradientTile {
     Vec probability, gradient;
   };
 
-  TW_INLINE Score dscore(int64_t at, float unit, Vec minus_lse, Vec delta) const {
-    const Vec p = exp2<Compute::exp_degree>(load(products_ + at) * unit + minus_lse);
+  TW_INLINE Score dscore(int64_t at, float unit, Vec lse, Vec lse_rest, Vec delta) const {
+    const Vec p = exp2<Compute::exp_degree>((load(products_ + at) * unit - lse) - lse_rest);
     // Where nothing is seen, value may hold a NaN.
     return {p, p == zero() ? zero() : p * (load(dprobability_ + at) - delta)};
   }
@@ -214,10 +220,11 @@ class GradientTile {
                                Span span) {
     constexpr int kCount = Compute::per_word;
     const bool capped = p_.softcap != 0;
-    Vec minus_lse[kCount], delta[kCount];
+    Vec lse[kCount], rest[kCount], delta[kCount];
     for (int n = 0; n < kCount; ++n) {
       if (n >= count) continue;
-      minus_lse[n] = splat(-rows.lse[i + n]);
+      lse[n] = splat(rows.lse[i + n]);
+      rest[n] = splat(rows.lse_rest[i + n]);
       delta[n] = splat(rows.delta[i + n]);
       scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, capped ? slopes_ + (r + n) * stride_ : nullptr);
     }
@@ -242,7 +249,7 @@ class GradientTile {
       for (int n = 0; n < kCount; ++n) {
         if (n >= count) continue;
         const int64_t at = (r + n) * stride_ + j;
-        score[n] = dscore(at, scores.unit(), minus_lse[n], delta[n]);
+        score[n] = dscore(at, scores.unit(), lse[n], rest[n], delta[n]);
         if (capped) score[n].gradient = score[n].gradient * load(slopes_ + at);
       }
       write(j, score);

@@ -21,12 +21,11 @@ constexpr int kVectors = 2;
 #endif
 constexpr int kPanel = kVectors * W;
 
-// A chain of fused multiply-adds is cut after so many steps: rounding errors of float32 grow with its length.
-constexpr int64_t kChain = 64;
-
-// What a word is. Elements of other types are converted to these when they are packed.
+// What a word is. Elements of other types are converted to these when they are packed. A sum is cut into chains of so many
+// steps, because the rounding error of float32 grows with the length of a chain.
 struct Fp32 {
   static constexpr int per_word = 1, exp_degree = 5;
+  static constexpr int64_t chain = 64;
   TW_INLINE static Vec dot(Vec a, Vec b, Vec c) { return a * b + c; }
   TW_INLINE static void store_row(float* row, int64_t i, Vec v) { store(row + i, v); }
 };
@@ -37,6 +36,7 @@ struct ComputeOf { using type = Fp32; };
 #if defined(__AVX512BF16__)
 struct Bf16Pairs {
   static constexpr int per_word = 2, exp_degree = 4;
+  static constexpr int64_t chain = 128;
   TW_INLINE static Vec dot(Vec a, Vec b, Vec c) { return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
   TW_INLINE static void store_row(float* row, int64_t i, Vec v) { store(reinterpret_cast<bf16*>(row) + i, v); }
 };
@@ -91,11 +91,11 @@ TW_INLINE void multiply(int64_t steps, const float* const (&a)[kRows], int64_t a
 // A block of at most kRows rows and exactly N vectors; the last row is repeated in the place of those that are not there.
 template <class Compute, int N, bool kAccumulate>
 void multiply_block(int64_t rows, Span steps, const Left& a, const float* b, int64_t b_step, float* c, int64_t ldc) {
-  for (int64_t k = steps.begin; k < steps.end; k += kChain) {
+  for (int64_t k = steps.begin; k < steps.end; k += Compute::chain) {
     const float* left[kRows];
     for (int r = 0; r < kRows; ++r) left[r] = a.data + (r < rows ? r : rows - 1) * a.row + k * a.step;
     Vec acc[kRows][N];
-    const int64_t count = kAccumulate ? min_of(kChain, steps.end - k) : steps.end - k;
+    const int64_t count = kAccumulate ? min_of(Compute::chain, steps.end - k) : steps.end - k;
     multiply<Compute, N>(count, left, a.step, b + k * b_step, b_step, acc);
     for (int r = 0; r < kRows; ++r) {
       if (r >= rows) break;

@@ -64,6 +64,12 @@ const Kernels& kernels() {
 
 void use_isa(const std::string& name) { selected.store(&find(name, "use_isa"), std::memory_order_release); }
 
+std::vector<std::string> built_isas() {
+  std::vector<std::string> names;
+  for (const Candidate& c : candidates()) names.push_back(c.name);
+  return names;
+}
+
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;
   for (const Candidate& c : candidates())

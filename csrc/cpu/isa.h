@@ -15,7 +15,8 @@ const Kernels& kernels();
 // Switches to the named table; the same errors.
 void use_isa(const std::string& name);
 
-// The instruction sets that are built and that this CPU has, best first.
+// The instruction sets that are built, best first; and those of them that this CPU has.
+std::vector<std::string> built_isas();
 std::vector<std::string> available_isas();
 
 }  // namespace torchweld::cpu

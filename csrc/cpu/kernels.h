@@ -18,7 +18,7 @@ struct Kernels {
   void (*gelu_backward)(const GeluBackwardParams&);
   int64_t (*attention_forward_workspace)(const AttentionInputs&);  // how many floats
   void (*attention_forward)(const AttentionForwardParams&);
-  int64_t (*attention_backward_workspace)(const AttentionInputs&);
+  int64_t (*attention_backward_workspace)(const AttentionBackwardParams&);
   void (*attention_backward)(const AttentionBackwardParams&);
 };
 
@@ -35,7 +35,7 @@ void gelu_forward(const GeluForwardParams& p);
 void gelu_backward(const GeluBackwardParams& p);
 int64_t attention_forward_workspace(const AttentionInputs& p);
 void attention_forward(const AttentionForwardParams& p);
-int64_t attention_backward_workspace(const AttentionInputs& p);
+int64_t attention_backward_workspace(const AttentionBackwardParams& p);
 void attention_backward(const AttentionBackwardParams& p);
 
 }  // namespace TORCHWELD_ISA

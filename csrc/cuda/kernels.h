@@ -6,6 +6,8 @@
 
 namespace torchweld::cuda {
 
+void adamw(const AdamWParams& p, Stream stream);
+void grad_norm(const GradNormParams& p, Stream stream);
 void layer_norm_forward(const LayerNormForwardParams& p, Stream stream);
 void layer_norm_backward(const LayerNormBackwardParams& p, Stream stream);
 
@@ -13,6 +15,8 @@ void layer_norm_backward(const LayerNormBackwardParams& p, Stream stream);
 int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int device);
 
 struct Kernels {
+  void (*adamw)(const AdamWParams&, Stream) = cuda::adamw;
+  void (*grad_norm)(const GradNormParams&, Stream) = cuda::grad_norm;
   void (*layer_norm_forward)(const LayerNormForwardParams&, Stream) = cuda::layer_norm_forward;
   void (*layer_norm_backward)(const LayerNormBackwardParams&, Stream) = cuda::layer_norm_backward;
 };

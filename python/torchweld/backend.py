@@ -2,7 +2,7 @@
 
 The order is cuda (a tensor on a GPU, and `_cuda` built), cpu (a tensor on the CPU, and `_cpu` loads), reference (all
 else). `use_backend("reference")` or `TORCHWELD_BACKEND=reference` forces one. What a kernel does not take goes to the
-reference, is logged once at INFO, and raises instead under `TORCHWELD_STRICT=1`.
+reference, is logged once at INFO, and raises instead under `TORCHWELD_STRICT=1` or `with strict():`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from types import ModuleType
 
 import torch
 
-__all__ = ["BACKENDS", "active", "choose", "kernels", "unavailable", "use_backend"]
+__all__ = ["BACKENDS", "NotServedError", "active", "choose", "kernels", "strict", "unavailable", "use_backend"]
 
 BACKENDS = ("cuda", "cpu", "reference")
 
@@ -41,8 +41,19 @@ _modules: dict[str, tuple[ModuleType | None, str | None]] = {"cpu": _load("_cpu"
 kernels: dict[str, ModuleType] = {name: found for name, (found, _) in _modules.items() if found is not None}
 
 
+class NotServedError(RuntimeError):
+    """No kernel takes this call, for `reason`, and the reference may not stand in for it."""
+
+    def __init__(self, op: str, kind: str, reason: str) -> None:
+        super().__init__(
+            f"[{op}] the {kind} kernels do not serve this call: {reason}. The pure-PyTorch reference does: "
+            f"use torchweld.use_backend('reference') or TORCHWELD_BACKEND=reference."
+        )
+        self.reason = reason
+
+
 class _Settings:
-    """Read from the environment at the first call, then changed only by `use_backend`."""
+    """Read from the environment at the first call, then changed only by `use_backend` and `strict`."""
 
     forced: str | None = None
     strict: bool = False
@@ -95,6 +106,18 @@ def use_backend(name: str) -> Iterator[None]:
         _settings.forced = before
 
 
+@contextmanager
+def strict() -> Iterator[None]:
+    """Inside the block a call that its kernels do not take raises `NotServedError`, as under `TORCHWELD_STRICT=1`."""
+    if not _settings.loaded:
+        _settings.load()
+    before, _settings.strict = _settings.strict, True
+    try:
+        yield
+    finally:
+        _settings.strict = before
+
+
 def active(device: torch.device | str = "cpu") -> str:
     """The backend that serves float32 tensors on `device` now."""
     return choose("active", torch.device(device), None)
@@ -120,10 +143,7 @@ def choose(op: str, device: torch.device, refusal: str | None) -> str:
     assert refusal is not None
     if _settings.strict or (kind == "cpu" and refusal is _modules["cpu"][1]):
         # Every install has the CPU kernels: without them something is broken, and silence would hide it.
-        raise RuntimeError(
-            f"[{op}] the {kind} kernels do not serve this call: {refusal}. The pure-PyTorch reference does: "
-            f"use torchweld.use_backend('reference') or TORCHWELD_BACKEND=reference."
-        )
+        raise NotServedError(op, kind, refusal)
     if not torch.compiler.is_compiling() and (op, refusal) not in _logged:
         _logged.add((op, refusal))
         _log.info("[%s] runs on the reference: %s", op, refusal)

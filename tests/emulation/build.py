@@ -19,7 +19,7 @@ _SOURCES = [
     _HERE / "module.cpp",
     _HERE / "machine.cpp",
     _CSRC / "cuda/device.cpp",
-    *sorted(_CSRC.glob("cuda/layer_norm*.cu")),
+    *sorted(_CSRC.glob("cuda/*.cu")),
 ]
 
 

@@ -79,8 +79,8 @@ def compare(console: Console, trainers: Sequence[Trainer], tokens: int) -> bool:
         tokens: in one step.
     """
     ours, theirs = trainers
-    table = Table(title=f"{ours.step} steps of {tokens:,} tokens each, from the same weights in the same order")
-    for heading in ("", "tokens/s (median)", "20% .. 80%", "training loss", "validation loss"):
+    table = Table(title=f"{ours.step} steps of {tokens:,} tokens each, from the same weights in the same order; median speed")
+    for heading in ("", "tokens/s", "20% .. 80%", "training loss", "validation loss"):
         table.add_column(heading, justify="right")
     for trainer in trainers:
         slow, fast = (tokens / s for s in _spread(trainer.seconds)[::-1])

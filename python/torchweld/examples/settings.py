@@ -37,7 +37,7 @@ class Recipe:
 # arXiv:2005.14165, table 2.1.
 RECIPES = {
     "tiny": Recipe(steps=200, batch_size=8, learning_rate=3e-3),
-    "small": Recipe(steps=500, batch_size=4, learning_rate=2e-3),
+    "small": Recipe(steps=700, batch_size=4, learning_rate=3e-3),
     "gpt2": Recipe(steps=2000, batch_size=16, learning_rate=6e-4),
     "gpt2-medium": Recipe(steps=2000, batch_size=16, learning_rate=3e-4),
     "gpt2-large": Recipe(steps=2000, batch_size=8, learning_rate=2.5e-4),

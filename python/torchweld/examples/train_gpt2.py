@@ -204,7 +204,7 @@ def _introduce(job: Job, device: str, dtype: str, console: Console) -> None:
         f"model: {job.settings.config}, {sum(p.numel() for p in model.parameters()) / 1e6:.1f} M parameters; "
         f"{job.settings.steps} steps of {sequences} x {context} tokens"
     )
-    threads = f" on {torch.get_num_threads()} threads" if torch.device(device).type == "cpu" else ""
+    threads = f", {torch.get_num_threads()} thread(s)" if torch.device(device).type == "cpu" else ""
     console.print(f"device: {device}{threads}, {dtype}, kernels of the {backend.active(device)} backend")
     if job.trainers[0].step:
         console.print(f"resuming after step {job.trainers[0].step}")

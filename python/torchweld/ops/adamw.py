@@ -16,14 +16,29 @@ from torchweld.ops.library import register
 
 
 def _workspace(module: ModuleType, count: int, device: torch.device) -> Tensor | None:
-    """Room for the kernels' table of `count` tensors; the CPU kernels read it where it was made."""
-    if device.type == "cpu":
-        return None
-    return torch.empty(module.ADAMW_TABLE_WORDS * count, dtype=torch.int64, device=device)
+    """Room for the kernels' table of `count` tensors; None where they read it as it was made."""
+    words = module.ADAMW_TABLE_WORDS * count
+    return torch.empty(words, dtype=torch.int64, device=device) if words else None
 
 
 def _scalar(t: Tensor | None, device: torch.device) -> Tensor | None:
     return None if t is None else t.to(device, torch.float32, non_blocking=True)
+
+
+def _culprit(op: str, lists: dict[str, Sequence[object]], device: torch.device) -> ValueError | None:
+    """The error for the first element that cannot cross to the kernels at all; sought only after that has failed."""
+    for name, each in lists.items():
+        for i, t in enumerate(each):
+            expected = got = None
+            if not isinstance(t, Tensor):
+                expected, got = "a torch.Tensor", type(t).__name__
+            elif t.layout != torch.strided:
+                expected, got = "a dense tensor", f"layout {t.layout}; call .to_dense()"
+            elif t.device != device:
+                expected, got = f"a tensor on {device}", f"{t.device}; move it with .to()"
+            if expected:
+                return ValueError(f"[{op}] {name}[{i}]: expected {expected}, but got {got}")
+    return None
 
 
 def _grad_norm(grads: Sequence[Tensor], grad_scale: Tensor | None) -> Tensor:
@@ -32,7 +47,10 @@ def _grad_norm(grads: Sequence[Tensor], grad_scale: Tensor | None) -> Tensor:
     norm = torch.empty((), dtype=torch.float32, device=device)
     partial = torch.empty(module.GRAD_NORM_BLOCKS, dtype=torch.float64, device=device)
     table = _workspace(module, len(grads), device)
-    refused = module.grad_norm(grads, _scalar(grad_scale, device), partial, norm, table)
+    try:
+        refused = module.grad_norm(grads, _scalar(grad_scale, device), partial, norm, table)
+    except (RuntimeError, TypeError) as error:
+        raise _culprit("grad_norm", {"grads": grads}, device) or error from None
     if not refused:
         return norm
     for _, reason in refused:
@@ -83,7 +101,12 @@ def _adamw(
             _workspace(module, len(lists[0]), device),
         )
 
-    if refused := run(lists):
+    try:
+        refused = run(lists)
+    except (RuntimeError, TypeError) as error:
+        names = ("params", "grads", "exp_avgs", "exp_avg_sqs", "max_exp_avg_sqs", "steps")
+        raise _culprit("adamw_", dict(zip(names, lists, strict=True)), device) or error from None
+    if refused:
         for _, reason in refused:
             backend.choose("adamw_", device, reason)
         rest = {index for index, _ in refused}
@@ -122,9 +145,9 @@ def _adamw_fake(*args: object) -> None:
 _grad_norm_op = register("grad_norm(Tensor[] grads, Tensor? grad_scale) -> Tensor", _grad_norm, _grad_norm_fake)
 _adamw_op = register(
     "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
-    " Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, float lr, Tensor? lr_tensor, float beta1, float beta2, float eps,"
-    " float weight_decay, bool decoupled, bool maximize, float max_grad_norm, Tensor? grad_norm, Tensor? grad_scale,"
-    " Tensor? found_inf) -> ()",
+    " Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, float lr, Tensor? lr_tensor, float beta1, float beta2,"
+    " float eps, float weight_decay, bool decoupled, bool maximize, float max_grad_norm, Tensor? grad_norm,"
+    " Tensor? grad_scale, Tensor? found_inf) -> ()",
     _adamw,
     _adamw_fake,
 )
@@ -214,7 +237,7 @@ def adamw_(
             "[adamw_] max_exp_avg_sqs: expected one tensor for each of params (amsgrad=True), but got none"
         )
     if backend.choose("adamw_", params[0].device, None) == "reference":
-        return reference.adamw_(
+        norm = reference.adamw_(
             params,
             grads,
             exp_avgs,
@@ -234,6 +257,7 @@ def adamw_(
             grad_scale=grad_scale,
             found_inf=found_inf,
         )
+        return None if norm is None else norm.to(torch.float32)
     if max_grad_norm is not None and grad_norm is None:
         grad_norm = _grad_norm_op(grads, grad_scale)
     _adamw_op(

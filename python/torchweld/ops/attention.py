@@ -32,8 +32,8 @@ def _heads_like(query: Tensor, size: int) -> Tensor:
     return torch.empty_strided((batch, heads, rows, size), strides, dtype=query.dtype, device=query.device)
 
 
-def _workspace(query: Tensor, key: Tensor, value: Tensor, backward: bool) -> Tensor:
-    size = backend.kernels[query.device.type].attention_workspace(query, key, value, backward)
+def _workspace(query: Tensor, key: Tensor, value: Tensor, doutput: Tensor | None) -> Tensor:
+    size = backend.kernels[query.device.type].attention_workspace(query, key, value, doutput)
     return torch.empty(size, dtype=torch.float32, device=query.device)
 
 
@@ -81,7 +81,7 @@ def _forward(
         bottom_right,
         output,
         lse,
-        _workspace(q, k, v, False),
+        _workspace(q, k, v, None),
     )
     return output, lse
 
@@ -104,7 +104,7 @@ def _backward(
     bottom_right: bool,
     mask: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    q, k, v = _operand(query), _operand(key), _operand(value)
+    q, k, v, doutput = _operand(query), _operand(key), _operand(value), _operand(doutput)
     dquery, dkey, dvalue = (
         _heads_like(t, t.shape[3]) if wanted else None for t, wanted in zip((query, key, value), mask, strict=False)
     )
@@ -115,7 +115,7 @@ def _backward(
         dsinks = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     full_bias, slopes, sink = _modifiers(q, k, bias, alibi_slopes, sinks)
     backend.kernels[q.device.type].attention_backward(
-        _operand(doutput),
+        doutput,
         None if dlse is None else dlse.contiguous(),
         q,
         k,
@@ -135,7 +135,7 @@ def _backward(
         dvalue,
         dbias,
         dsinks,
-        _workspace(q, k, v, True),
+        _workspace(q, k, v, doutput),
     )
     none = query.new_empty(0)
     return (

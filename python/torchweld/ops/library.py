@@ -13,14 +13,14 @@ _library = torch.library.Library("torchweld", "DEF")
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiling = torch._C._autograd._profiler_enabled
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Defines `torchweld::<schema>` for CPU and CUDA, `fake` giving shapes, dtypes and strides; returns its caller.
 
-    The caller goes straight to `kernel` where the dispatcher would have nothing to add (a plain tensor, and no mode,
-    tracer or profiler that wants to see the op): 2.5 us saved of 8 for a small layer norm.
+    The caller goes straight to `kernel` where the dispatcher would have nothing to add (plain tensors, and no mode,
+    tracer or profiler that wants to see the op): 2.5 us saved of 8 for a small layer norm, 0.1 us per tensor of a list.
     """
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -29,10 +29,12 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     torch.library.register_fake(f"torchweld::{name}", fake, lib=_library)
     op = getattr(torch.ops.torchweld, name).default
 
-    def call(first: Tensor, *rest: Any) -> Any:
-        if torch.compiler.is_compiling() or type(first) not in _PLAIN or _dispatch_modes() or _profiling():
+    def call(first: Tensor | Sequence[Tensor], *rest: Any) -> Any:
+        if torch.compiler.is_compiling() or _dispatch_modes() or _profiling():
             return op(first, *rest)
-        return kernel(first, *rest)
+        if type(first) in _PLAIN or (isinstance(first, (list, tuple)) and _PLAIN.issuperset(map(type, first))):
+            return kernel(first, *rest)
+        return op(first, *rest)
 
     return call
 

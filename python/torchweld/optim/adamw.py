@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -17,14 +17,10 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter))
 _Lists = tuple[list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor], list[Tensor]]
 
 
-class _Step(Protocol):
-    def __call__(self, optimizer: torch.optim.Optimizer) -> Any: ...
-
-
-def _torch_step() -> _Step:
+def _torch_step() -> Callable[[torch.optim.Optimizer], Any]:
     """torch's step without the hooks that torch wraps around it: ours has them already."""
-    step = torch.optim.Adam.step
-    return cast(_Step, step.__wrapped__ if getattr(step, "hooked", False) else step)  # type: ignore[attr-defined]
+    step: Any = torch.optim.Adam.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
 class _FusedStep(torch.optim.Adam):
@@ -51,18 +47,23 @@ class _FusedStep(torch.optim.Adam):
         """Global norm of the last step's gradients before clipping, a scalar tensor; None where nothing is clipped."""
         return self._grad_norm
 
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+    @torch._compile._disable_dynamo  # one kernel already: torch.compile would see through to torch's own loop instead
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the loss of `closure`, which is called first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Refuses a graph capture under capturable=False; older torch has it under the second name.
+        check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
+        check()
         with torch.no_grad():
             work = self._collect()
             if not isinstance(work, str):
                 self._fused_step(work)
                 return loss
-            backend.choose(type(self).__name__, self.param_groups[0]["params"][0].device, f"{work}; torch's own step does")
+            device = self.param_groups[0]["params"][0].device
+            backend.choose(type(self).__name__, device, f"{work} (torch's own step does)")
             serve = self._prepare_for_torch()
         if serve:
             _torch_step()(self)
@@ -150,7 +151,7 @@ class _FusedStep(torch.optim.Adam):
         grads = [cast(Tensor, p.grad) for p in params]
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         if found_inf is not None:
-            if found_inf.item():
+            if float(found_inf):
                 return False
             self.found_inf = None
         if grad_scale is not None:
@@ -178,7 +179,8 @@ class AdamW(_FusedStep, torch.optim.AdamW):
     carry their own kernels and devices without ours get torch's own step, clipped as well.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad, maximize, foreach, capturable, differentiable, fused: as in torch.
+        params, lr, betas, eps, weight_decay, amsgrad: as in torch, and so
+        maximize, foreach, capturable, differentiable, fused.
         max_grad_norm: clip to this global norm; None: no clipping. May differ from group to group.
 
     Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv:1711.05101.

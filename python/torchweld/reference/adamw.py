@@ -43,8 +43,8 @@ def adamw_(
 ) -> Tensor | None:
     """One step of every parameter, in place; computed in float32 at least, rounded to each tensor's dtype where stored.
 
-    The maths of `torch.optim.AdamW` (decoupled weight decay) and `torch.optim.Adam` (decay added to the gradient), after
-    dividing the gradients by `grad_scale` (they are stored so) and clipping them by their global norm as
+    The maths of `torch.optim.AdamW` (decoupled weight decay) and `torch.optim.Adam` (decay added to the gradient),
+    after dividing the gradients by `grad_scale` (they are stored so) and clipping them by their global norm as
     `torch.nn.utils.clip_grad_norm_` does (they are not stored so). Where `found_inf` is not zero nothing moves.
 
     Returns the norm before clipping: `grad_norm` if given, else that of `grads` if `max_grad_norm` is; else None.

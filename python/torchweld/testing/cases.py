@@ -16,7 +16,8 @@ from torchweld.testing.parity import Parity, confirm, judge
 Tensors = dict[str, Tensor]
 Provider = Callable[[Tensors], Tensors]
 
-_SMALL, _DRAWS = 1 << 15, 8
+# Elements below which a case is drawn several times; elements from which torch works on it with all threads.
+_SMALL, _DRAWS, _LARGE = 1 << 16, 4, 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,6 +86,17 @@ def poisoned() -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
+@contextmanager
+def _threads(count: int) -> Iterator[None]:
+    """Small work gains nothing from torch's other threads, and waits long for them where the machine is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 class Oracle:
     """What is right for one case in one dtype: computed once, then asked about any number of kernels.
 
@@ -95,19 +107,27 @@ class Oracle:
     def __init__(self, case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> None:
         self.case = case
         first = case.inputs(dtype, device, seed)
-        draws = _DRAWS if sum(t.numel() for t in first.values()) < _SMALL else 1
+        numel = sum(t.numel() for t in first.values())
+        draws = _DRAWS if numel < _SMALL else 1
         self.inputs = [first] + [case.inputs(dtype, device, seed + i) for i in range(1, draws)]
+        self.threads = 1 if numel < _LARGE else torch.get_num_threads()
         wide = [{n: t.double() if t.is_floating_point() else t for n, t in x.items()} for x in self.inputs]
-        self.torch = _stacked([evaluate(case, case.torch, x) for x in self.inputs])
-        self.exact = _stacked([evaluate(case, case.reference, x) for x in wide])
-        terms = [case.terms(x) for x in wide]
+        with _threads(self.threads):
+            self.torch = _stacked([evaluate(case, case.torch, x) for x in self.inputs])
+            self.exact = _stacked([evaluate(case, case.reference, x) for x in wide])
+            with torch.no_grad():
+                terms = [case.terms(x) for x in wide]
         self.terms = {n: max(t[n] for t in terms) for n in terms[0]}
 
     def judge(self, provider: Provider | None = None) -> list[Parity]:
         """The verdict on every output and gradient of `provider`, or of the case's own `ours`."""
-        with poisoned():
-            ours = _stacked([evaluate(self.case, provider or self.case.ours, x) for x in self.inputs])
-        return judge(ours, self.torch, self.exact, self.terms)
+        draws, threads = [], torch.get_num_threads()
+        for x in self.inputs:
+            with poisoned(), _threads(threads):
+                draws.append(evaluate(self.case, provider or self.case.ours, x))
+            threads = 1  # further draws of a small case: the other way through the kernels
+        with _threads(self.threads):
+            return judge(_stacked(draws), self.torch, self.exact, self.terms)
 
     def check(self, provider: Provider | None = None) -> list[Parity]:
         """As `judge`, but raises AssertionError on a miss."""
@@ -121,11 +141,13 @@ def _stacked(draws: list[Tensors]) -> Tensors:
 def ops() -> dict[str, tuple[Case, ...]]:
     """Every op that has kernels, with its cases."""
     from torchweld.testing.adamw import ADAMW  # noqa: PLC0415  (they import this file)
+    from torchweld.testing.attention import ATTENTION  # noqa: PLC0415
     from torchweld.testing.cross_entropy import CROSS_ENTROPY  # noqa: PLC0415
     from torchweld.testing.gelu import GELU  # noqa: PLC0415
     from torchweld.testing.layer_norm import ADD_LAYER_NORM, LAYER_NORM  # noqa: PLC0415
 
     return {
+        "attention": ATTENTION,
         "layer_norm": LAYER_NORM,
         "add_layer_norm": ADD_LAYER_NORM,
         "gelu": GELU,

@@ -1,0 +1,1 @@
+"""`torchweld bench`: each op beside torch, checked and then timed."""

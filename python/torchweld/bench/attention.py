@@ -1,0 +1,77 @@
+"""attention, beside torch's scaled_dot_product_attention and each of its backends."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from torchweld.bench.functional import works
+from torchweld.bench.harness import Settings, Work
+from torchweld.testing.attention import AttentionCase
+from torchweld.testing.cases import Provider, Tensors
+
+
+def _case(
+    batch: int, heads: int, rows: int, dim: int, causal: bool = False, also: str = "", **flags: object
+) -> AttentionCase:
+    name = f"{batch} x {heads} x {rows} x {dim}" + (" causal" if causal else "") + also
+    sizes = {"batch": batch, "heads": heads, "queries": rows, "keys": rows, "dim": dim, "causal": causal} | flags
+    return AttentionCase(name=name, regime="bench", **sizes)  # type: ignore[arg-type]
+
+
+# The first five are those that torch's own CPU kernel is good at; then short sequences, a bias that learns, a window,
+# and one query over a long cache.
+_CPU = (
+    _case(1, 12, 1024, 64),
+    _case(1, 12, 1024, 64, True),
+    _case(1, 8, 4096, 64, True),
+    _case(1, 8, 2048, 128),
+    _case(1, 8, 2048, 128, True),
+    _case(1, 12, 128, 64, True),
+    _case(8, 12, 128, 64, True),
+    _case(1, 1, 2048, 64, True),
+    _case(1, 12, 1024, 64, also=", bias with gradient", bias=(1, 12, 1024, 1024)),
+    _case(1, 8, 4096, 64, True, ", window 256", window=(256, None)),
+    _case(1, 32, 1, 128, also=", 8192 keys of 8 heads", keys=8192, kv_heads=8),
+)
+_CUDA = tuple(
+    _case(max(1, 16384 // rows), 2048 // dim, rows, dim, causal)
+    for dim in (64, 128)
+    for rows in (512, 1024, 2048, 4096, 8192, 16384)
+    for causal in (False, True)
+)
+_BACKENDS = {"torch:flash": SDPBackend.FLASH_ATTENTION, "torch:cudnn": SDPBackend.CUDNN_ATTENTION}
+
+
+def _pairs(case: AttentionCase) -> float:
+    """Pairs of a query and a key that it sees: half of them if causal, a band if there is a window."""
+    pairs = float(case.queries * case.keys)
+    if case.window is not None and case.window[0] is not None:
+        pairs = float(sum(min(i, case.window[0]) + 1 for i in range(case.queries)))
+    elif case.causal:
+        pairs /= 2
+    return case.batch * case.heads * pairs
+
+
+def _by(kind: SDPBackend, case: AttentionCase, x: Tensors) -> Tensors:
+    with sdpa_kernel(kind):
+        return case.torch(x)
+
+
+def attention(settings: Settings) -> Iterator[Work]:
+    """Every size, dtype and direction."""
+    on_gpu = settings.device == "cuda"
+    chosen = (_CUDA if on_gpu else _CPU)[: 2 if settings.quick else None]
+    for dtype in settings.dtypes:
+        # torch's fused kernels on a GPU take 16-bit types only.
+        kinds = _BACKENDS if on_gpu and dtype.itemsize == 2 else {}
+        for case in chosen:
+            others: dict[str, Provider] = {name: partial(_by, kind, case) for name, kind in kinds.items()}
+            # FLOPs: two products of 2 * D per pair forward (Q K^T, P V); backward five, P from the scores again.
+            flops = {"forward": 4 * case.dim * _pairs(case), "backward": 10 * case.dim * _pairs(case)}
+            sizes = {n: getattr(case, n) for n in ("name", "batch", "heads", "queries", "keys", "dim", "causal")}
+            sizes |= {n: value for n in ("kv_heads", "window", "bias") if (value := getattr(case, n)) is not None}
+            cost = {direction: {"flops": count} for direction, count in flops.items()}
+            yield from works(case, sizes, dtype, settings, cost, **others)

@@ -1,0 +1,127 @@
+"""The options of `torchweld bench`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from torchweld import backend
+from torchweld.console import console
+from torchweld.errors import UserError
+
+if TYPE_CHECKING:
+    from torchweld.bench.harness import Settings, Work
+
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+OPS = ("attention", "layer_norm", "add_layer_norm", "adamw", "overhead")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DIRECTIONS = ("forward", "backward", "step")
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds `torchweld bench`."""
+    parser = subparsers.add_parser(
+        "bench",
+        help="time each op beside torch, after checking it",
+        description="Times each op beside torch on this machine: results are held to float64 first, then all providers "
+        "are called in turn, launch by launch. `of limit` is the share of what a plain copy (or a matrix product) "
+        "reaches in the same rounds.",
+    )
+    parser.add_argument("op", nargs="*", metavar="OP", help=f"any of {', '.join(OPS)} (default: all)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
+    parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["float32", "bfloat16"], help="default: both")
+    parser.add_argument("--direction", nargs="+", choices=_DIRECTIONS, default=_DIRECTIONS, help="default: all")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes, shorter timing")
+    parser.add_argument(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="beside torch.compile too (default: on a GPU; on a CPU each size costs a minute of compiling)",
+    )
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: torch's)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows here")
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the speedups here (.png, .svg or .pdf)")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="measure nothing: FILE, of --json, as a table")
+    parser.set_defaults(func=run)
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Everything that can be wrong is said before minutes of measuring."""
+    from torchweld.bench.report import plotter  # noqa: PLC0415  (`--help` need not wait for it)
+
+    for op in args.op:
+        if op not in OPS:
+            raise UserError(f"bench: expected any of {', '.join(OPS)}, but got {op!r}")
+    if args.device == "cuda" and (reason := backend.unavailable("cuda")):
+        raise UserError(f"--device cuda: {reason}")
+    if args.threads is not None and not 1 <= args.threads <= 4096:
+        raise UserError(f"--threads: expected a number from 1 to 4096, but got {args.threads}")
+    for option, path in (("--json", args.json), ("--plot", args.plot)):
+        if path is None:
+            continue
+        folder = path.absolute().parent
+        if path.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"{option} {path}: expected a file in a folder that exists and can be written")
+    if args.plot is not None:
+        plotter()
+        if args.plot.suffix not in (".png", ".svg", ".pdf"):
+            raise UserError(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")
+
+
+def sources() -> dict[str, Callable[[Settings], Iterator[Work]]]:
+    """By op, what there is to measure."""
+    from torchweld.bench.adamw import adamw  # noqa: PLC0415
+    from torchweld.bench.attention import attention  # noqa: PLC0415
+    from torchweld.bench.layer_norm import add_layer_norm, layer_norm  # noqa: PLC0415
+    from torchweld.bench.overhead import overhead  # noqa: PLC0415
+
+    return dict(zip(OPS, (attention, layer_norm, add_layer_norm, adamw, overhead), strict=True))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures and prints; 1 if a result was wrong, which is then not timed."""
+    from torchweld.bench import report  # noqa: PLC0415
+    from torchweld.bench.harness import Settings, keep_freed_memory, measure  # noqa: PLC0415
+
+    if args.markdown is not None:
+        print(report.markdown(report.read(args.markdown)))
+        return 0
+    _check(args)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    settings = Settings(
+        device=args.device,
+        dtypes=tuple(_DTYPES[name] for name in args.dtype),
+        directions=tuple(args.direction),
+        quick=args.quick,
+        compile=args.device == "cuda" if args.compile is None else args.compile,
+        seconds=0.3 if args.quick else 2.0,
+    )
+    keep_freed_memory()
+    out, rows, wrong, skipped = console(), [], 0, set()
+    for op in args.op or OPS:
+        found = []
+        for work in sources()[op](settings):
+            with out.status(f"{op} {work.direction} {work.case}"):
+                try:
+                    found += measure(work, settings)
+                except backend.NotServedError as error:
+                    if str(error) not in skipped:
+                        out.print(f"not timed: {error}", style="yellow", markup=False)
+                    skipped.add(str(error))
+                except AssertionError as error:
+                    wrong += 1
+                    out.print(f"wrong, not timed: {error}", style="red", markup=False)
+        if found:
+            out.print(report.table(found))
+        rows += found
+        if args.json is not None:
+            report.write(rows, args.json)
+    if args.plot is not None:
+        report.plot(rows, args.plot)
+    return 1 if wrong else 0

@@ -1,0 +1,83 @@
+"""Forward and backward of a differentiable op, from one of the cases that the tests know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cache, partial
+from typing import Any
+
+import torch
+
+from torchweld import backend
+from torchweld.bench.harness import Call, Settings, Work
+from torchweld.testing import Case, Oracle, Parity, confirm
+from torchweld.testing.cases import Provider, Tensors
+
+Cost = dict[str, dict[str, float]]  # by direction {"bytes": ...} or {"flops": ...}
+
+
+def compiled(provider: Provider) -> Provider:
+    """`torch.compile` for this size alone. Gradients are asked for again and again, so nothing may be freed by one."""
+    torch.compiler.reset()
+    torch._functorch.config.donated_buffer = False  # what torch's own error message says to do then
+    return torch.compile(provider, dynamic=False)
+
+
+def works(
+    case: Case, sizes: dict[str, Any], dtype: torch.dtype, settings: Settings, cost: Cost, **others: Provider
+) -> Iterator[Work]:
+    """The directions that are asked for, of torchweld, torch and the `others`, on the same inputs."""
+    providers = {"torchweld": case.ours, "torch": case.torch, **others}
+    if settings.compile:
+        providers["torch.compile"] = compiled(case.torch)
+    oracle = cache(lambda: Oracle(case, dtype, settings.device))
+    judged = cache(lambda name: oracle().judge(providers[name]))
+
+    def check(direction: str) -> dict[str, float]:
+        with backend.strict():  # the reference in place of a kernel is not what anybody wants to time
+            case.ours(case.inputs(dtype, settings.device))
+        errors = {}
+        for name in providers:
+            verdicts = [v for v in judged(name) if _is_gradient(v, case) == (direction == "backward")]
+            if name == "torchweld":
+                confirm(verdicts, case.op, case.name)
+            errors[name] = max(v.error for v in verdicts)
+        return errors
+
+    for direction in ("forward", "backward"):
+        if direction in settings.directions:
+            timed = partial(_calls, case, _forward if direction == "forward" else _backward, providers, oracle)
+            yield Work(
+                op=case.op,
+                direction=direction,
+                dtype=dtype,
+                case=sizes,
+                calls=timed,
+                check=partial(check, direction),
+                bytes=cost[direction].get("bytes"),
+                flops=cost[direction].get("flops"),
+            )
+
+
+def _calls(
+    case: Case,
+    timed: Callable[[Case, Provider, Tensors], Call],
+    providers: dict[str, Provider],
+    oracle: Callable[[], Oracle],
+) -> dict[str, Call]:
+    return {name: timed(case, provider, oracle().inputs[0]) for name, provider in providers.items()}
+
+
+def _is_gradient(verdict: Parity, case: Case) -> bool:
+    return verdict.tensor.removeprefix("d") in case.leaves and verdict.tensor.startswith("d")
+
+
+def _forward(case: Case, provider: Provider, x: Tensors) -> Call:
+    return lambda: provider(x)  # the inputs ask for no gradients
+
+
+def _backward(case: Case, provider: Provider, x: Tensors) -> Call:
+    leaves = {n: x[n].detach().requires_grad_() for n in case.leaves if n in x}
+    outputs = provider({**x, **leaves})
+    results, inputs, grads = list(outputs.values()), list(leaves.values()), [x[f"d{n}"] for n in outputs]
+    return lambda: torch.autograd.grad(results, inputs, grads, retain_graph=True)

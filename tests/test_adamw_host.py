@@ -1,0 +1,97 @@
+"""The CUDA kernels of adamw_ and grad_norm, compiled for the CPU (tests/emulation): every case, without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import ModuleType
+
+import pytest
+import torch
+
+from emulation import build
+from torchweld import backend, ops, reference
+from torchweld.testing import Case, Oracle, cases
+
+_REASON = build.unavailable()
+pytestmark = pytest.mark.skipif(_REASON is not None, reason=f"the CUDA kernels cannot be built for the CPU: {_REASON}")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+CHUNK = 16384  # elements of one thread block
+
+
+@pytest.fixture(scope="module")
+def built() -> ModuleType:
+    return build.load()
+
+
+@pytest.fixture
+def kernels(built: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """Stands in for the CPU kernels."""
+    monkeypatch.setitem(backend.kernels, "cpu", built)
+    built.set_machine(4, 232448, False)
+    yield built
+
+
+def tensors(sizes: tuple[int, ...], seed: int = 0) -> dict[str, list[torch.Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    made = {n: [torch.randn(s, generator=generator) for s in sizes] for n in ("params", "grads", "exp_avgs")}
+    made["exp_avg_sqs"] = [torch.rand(s, generator=generator) for s in sizes]
+    return made | {"max_exp_avg_sqs": [], "steps": [torch.full((), 4.0) for _ in sizes]}
+
+
+OPTIONS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases("adamw"), ids=lambda c: c.name)
+@pytest.mark.usefixtures("kernels")
+def test_parity(case: Case, dtype: torch.dtype) -> None:
+    Oracle(case, dtype).check()
+
+
+@pytest.mark.usefixtures("kernels")
+def test_chunks_meet_without_gap_or_overlap() -> None:
+    """Empty and tiny tensors between some that end just before, at and just after a thread block's chunk."""
+    sizes = (0, CHUNK - 1, 0, 1, CHUNK, 3, CHUNK + 1, 0, 2 * CHUNK + 5, 7)
+    ours, exact = tensors(sizes), tensors(sizes)
+    ops.adamw_(*ours.values(), **OPTIONS)
+    reference.adamw_(*exact.values(), **OPTIONS)
+    for name in ("params", "exp_avgs", "exp_avg_sqs", "steps"):
+        for got, expected in zip(ours[name], exact[name], strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_any_number_of_tensors(kernels: ModuleType) -> None:
+    """More than the arguments of one launch can carry; in falling and in rising order of the threads."""
+    sizes = tuple(1 + i % 5 for i in range(700))
+    expected = tensors(sizes)
+    reference.adamw_(*expected.values(), **OPTIONS)
+    results = []
+    for falling in (False, True):
+        kernels.set_machine(4, 232448, falling)
+        ours = tensors(sizes)
+        norm = ops.adamw_(*ours.values(), **OPTIONS, max_grad_norm=1e9)
+        results.append([*ours["params"], *ours["exp_avgs"], norm])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for got, one in zip(results[0], expected["params"], strict=False):
+        torch.testing.assert_close(got, one, rtol=1e-5, atol=1e-6)
+    exact = torch.cat([g.double() for g in expected["grads"]]).norm()
+    torch.testing.assert_close(results[0][-1].double(), exact, rtol=1e-6, atol=0)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_overflow_moves_nothing() -> None:
+    ours, before = tensors((5, 300)), tensors((5, 300))
+    ops.adamw_(*ours.values(), **OPTIONS, grad_scale=torch.tensor(2.0), found_inf=torch.tensor(1.0))
+    for name, values in before.items():
+        assert all(torch.equal(a, b) for a, b in zip(ours[name], values, strict=True))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_scaled_gradients_are_stored_unscaled() -> None:
+    ours, plain = tensors((5, 300)), tensors((5, 300))
+    for grad in ours["grads"]:
+        grad.mul_(8.0)
+    ops.adamw_(*ours.values(), **OPTIONS, grad_scale=torch.tensor(8.0))
+    ops.adamw_(*plain.values(), **OPTIONS)
+    for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
+        assert all(torch.equal(a, b) for a, b in zip(ours[name], plain[name], strict=True))
