@@ -1,4 +1,4 @@
-"""Every CUDA kernel once along each of its code paths, on small inputs: bench/gpu.sh runs it under compute-sanitizer."""
+"""Every CUDA kernel once along each of its code paths, on small inputs; bench/gpu.sh runs it under the sanitizer."""
 
 from __future__ import annotations
 

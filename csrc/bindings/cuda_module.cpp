@@ -20,7 +20,8 @@ struct Cuda {
   template <class Params>
   static void run(void (*Kernels::*kernel)(const Params&, Stream), const Params& params, int32_t index) {
     Stream stream = nullptr;
-    if (TorchApi::get().exchange->current_work_stream(dlpack::kCUDA, index, &stream) != 0) throw py::error_already_set();
+    if (TorchApi::get().exchange->current_work_stream(dlpack::kCUDA, index, &stream) != 0)
+      throw py::error_already_set();
     py::gil_scoped_release release;
     const cuda::DeviceGuard guard(index);
     (Kernels{}.*kernel)(params, stream);

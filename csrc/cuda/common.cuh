@@ -1,6 +1,6 @@
-// What every kernel shares: the launch, the element types, 16-byte accesses, sums over warps and rows. Kernels reach the
-// hardware only through CUDA's own names and these wrappers, and every launch goes through `launch`: tests/emulation
-// runs the same sources on a CPU by standing in for the CUDA headers.
+// What every kernel shares: the launch, the element types, 16-byte accesses, sums over warps and rows. Kernels reach
+// the hardware only through CUDA's own names and these wrappers, and every launch goes through `launch`:
+// tests/emulation runs the same sources on a CPU by standing in for the CUDA headers.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -20,7 +20,8 @@ namespace torchweld::cuda {
 
 // ---- Launch
 
-// Enqueues kernel(params) and throws what the launch itself reports; errors inside the kernel surface at torch's next sync.
+// Enqueues kernel(params) and throws what the launch itself reports; errors inside the kernel surface at torch's next
+// sync.
 template <class Params>
 void launch(const char* name, void (*kernel)(Params), dim3 grid, dim3 block, size_t shared, Stream stream,
             const std::remove_const_t<Params>& params) {
@@ -50,9 +51,12 @@ struct Tag {
 template <class F>
 void dispatch(const char* op, DType dtype, F&& f) {
   switch (dtype) {
-    case DType::float32: return f(Tag<float>{});
-    case DType::bfloat16: return f(Tag<__nv_bfloat16>{});
-    case DType::float16: return f(Tag<__half>{});
+    case DType::float32:
+      return f(Tag<float>{});
+    case DType::bfloat16:
+      return f(Tag<__nv_bfloat16>{});
+    case DType::float16:
+      return f(Tag<__half>{});
   }
   throw std::invalid_argument("[" + std::string(op) + "] dtype: expected float32, bfloat16 or float16, but got code " +
                               std::to_string(static_cast<int>(dtype)));
@@ -93,8 +97,8 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 
 // ---- Accesses
 
-// V neighbouring elements, kept as stored: V * sizeof(T) is a multiple of 16 bytes, moved 16 at a time, or V is 1. CUDA's
-// load and store functions keep the width; the compiler now and then splits a plain uint4 into four accesses.
+// V neighbouring elements, kept as stored: V * sizeof(T) is a multiple of 16 bytes, moved 16 at a time, or V is 1.
+// CUDA's load and store functions keep the width; the compiler now and then splits a plain uint4 into four accesses.
 template <class T, int V>
 struct Run {
   static constexpr bool kPairs = V > 1 && sizeof(T) == 2;

@@ -29,12 +29,17 @@ inline int lanes_for(int64_t cols, int columns_per_lane) {
 }
 
 template <class T>
-__device__ __forceinline__ const T* at(const void* base, int64_t offset) { return static_cast<const T*>(base) + offset; }
+__device__ __forceinline__ const T* at(const void* base, int64_t offset) {
+  return static_cast<const T*>(base) + offset;
+}
 template <class T>
-__device__ __forceinline__ T* at(void* base, int64_t offset) { return static_cast<T*>(base) + offset; }
+__device__ __forceinline__ T* at(void* base, int64_t offset) {
+  return static_cast<T*>(base) + offset;
+}
 
-// One thread's E columns of a row, in runs of V neighbours: a warp owns 32 * E columns in a piece and its lanes take turns,
-// so every access of a warp touches neighbouring memory. Lanes of less than a warp take turns over the whole row.
+// One thread's E columns of a row, in runs of V neighbours: a warp owns 32 * E columns in a piece and its lanes take
+// turns, so every access of a warp touches neighbouring memory. Lanes of less than a warp take turns over the whole
+// row.
 template <int E, int V>
 struct Columns {
   int start, stride, count;  // run c begins at start + c * stride; `count` columns exist: none of a row past the end
@@ -84,8 +89,8 @@ struct Slice {
   }
 };
 
-// The sums over a row, for a whole kernel, in the first bytes of shared memory. A row's warps meet there in two places by
-// turns, so that one barrier per sum is enough: who writes a place again has passed the barrier of the other one.
+// The sums over a row, for a whole kernel, in the first bytes of shared memory. A row's warps meet there in two places
+// by turns, so that one barrier per sum is enough: who writes a place again has passed the barrier of the other one.
 template <int K>
 class RowSums {
  public:

@@ -4,13 +4,13 @@
 //   dweight = sum over rows of doutput * xhat             dbias = sum over rows of doutput
 //
 // backward_rows, by the length of the row:
-//   registers (N <= 2048)  a block owns a range of rows, a lane 8 columns; x and doutput of the next rows are on their way
-//                          while these are worked on; the weight gradients add up in registers over all rows of the block.
+//   registers (N <= 2048)  a block owns a range of rows, a lane 8 columns; 16-bit x and doutput of the next rows are on
+//                          their way meanwhile; the weight gradients add up in registers over all rows of the block.
 //   shared (N <= 16384)    as above with 32 columns per lane and the weight gradients in shared memory.
 //   slab (longer rows)     sums_of_rows first, then a block owns 2048 columns of a range of rows.
-// Each block leaves its weight gradients as one fp32 partial of the workspace, and reduce_partials adds these up in order:
-// no atomics, the same bits on every run. x and doutput are read once (by a slab twice): 3 values per element, 4 with
-// dsum, and 16 bytes per column and block for the partials, which stay in L2.
+// Each block leaves its weight gradients as one fp32 partial of the workspace, and reduce_partials adds these up in
+// order: no atomics, the same bits on every run. x and doutput are read once (by slabs twice): 3 values per element, 4
+// with dsum, and 16 bytes per column and block for the partials, which stay in L2.
 // Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450.
 
 #include <algorithm>
@@ -53,10 +53,10 @@ __global__ void __launch_bounds__(kMaxThreads) sums_of_rows(const __grid_constan
   }
 }
 
-// dweight and dbias: the sum of the blocks' partials. Grid -> 32 of the 2 * N columns; each of blockDim.y lanes takes its
-// share of the partials in order, then the first adds these up in order.
+// dweight and dbias: the sum of the blocks' partials. Grid -> 32 of the 2 * N columns; each of blockDim.y lanes takes
+// its share of the partials in order, then the first adds these up in order.
 template <class WT>
-__global__ void __launch_bounds__(kWarp * kWarp) reduce_partials(const __grid_constant__ Backward p) {
+__global__ void __launch_bounds__(kWarp* kWarp) reduce_partials(const __grid_constant__ Backward p) {
   float* shares = reinterpret_cast<float*>(shared_memory);
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kWarp + threadIdx.x;
   float total = 0.0f;

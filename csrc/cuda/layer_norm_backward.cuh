@@ -6,9 +6,9 @@
 namespace torchweld::cuda {
 namespace {
 
-constexpr int kSlice = 8, kSharedSlice = 32;      // columns per lane: of registers and slab; of shared
-constexpr int kRowThreads = 256;                  // of registers and slab
-constexpr int kMaxThreads = 512;                  // of shared and sums_of_rows
+constexpr int kSlice = 8, kSharedSlice = 32;  // columns per lane: of registers and slab; of shared
+constexpr int kRowThreads = 256;              // of registers and slab
+constexpr int kMaxThreads = 512;              // of shared and sums_of_rows
 constexpr int kRegisterColumns = kSlice * kRowThreads, kSlab = kRegisterColumns;
 constexpr int kSharedColumns = kSharedSlice * kMaxThreads;
 
@@ -28,8 +28,7 @@ struct Row {
   Slice<T, E, V> x, doutput;
   float mean = 0.0f, rstd = 0.0f;
 
-  __device__ __forceinline__ void load(const Backward& p, int64_t m, int64_t end, int64_t column,
-                                       Columns<E, V> own) {
+  __device__ __forceinline__ void load(const Backward& p, int64_t m, int64_t end, int64_t column, Columns<E, V> own) {
     if (m >= end) own.count = 0;
     x.load_once(at<T>(p.input, m * p.cols + column), own);
     doutput.load_once(at<T>(p.doutput, m * p.cols + column), own);
@@ -131,7 +130,8 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
   constexpr bool kKeepWeight = kMode != Mode::shared && V > 1 && sizeof(WT) == sizeof(T);
   Run<WT, V> kept[kKeepWeight ? E / V : 1];
 #pragma unroll
-  for (int c = 0; c < (kKeepWeight ? E / V : 0); ++c) kept[c] = load_weight<WT, V>(p, column + own.first(c), own.has(c));
+  for (int c = 0; c < (kKeepWeight ? E / V : 0); ++c)
+    kept[c] = load_weight<WT, V>(p, column + own.first(c), own.has(c));
   auto weight = [&](int c) {
     if constexpr (kKeepWeight) return kept[c];
     return load_weight<WT, V>(p, column + own.first(c), own.has(c));

@@ -2,11 +2,13 @@
 //
 //   s = input + residual     xhat = (s - mean(s)) * rstd     output = xhat * weight + bias
 //
-// forward_rows (N <= 16384): the lanes of a row hold all of it in registers, so memory is read and written once: 2 values
-// per element, 4 with a residual. Up to 256 columns a row has part of a warp with 8 columns per lane, beyond that as many
-// warps as 32 columns per lane take. Grid -> groups of blockDim.y rows.
-// forward_long_rows: one block per row, tile by tile; the passes for variance and output read the row again, out of L2 as
-// far as that holds the rows in flight.
+// - forward_rows (N <= 16384): the lanes of a row hold all of it in registers, so memory is read and written once: 2
+//   values per element, 4 with a residual. Up to 256 columns a row has part of a warp with 8 columns per lane, beyond
+//   that as many warps as 32 columns per lane take. Grid -> groups of blockDim.y rows.
+// - forward_long_rows: one block per row, tile by tile; the passes for variance and output read the row again, out of
+// L2
+//   as far as that holds the rows in flight. So do rows of N > 8192 that cannot be accessed 16 bytes at a time.
+//
 // The variance is taken about the mean (two passes, no cancellation); statistics are fp32. Sums have one fixed order.
 // Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450.
 
@@ -22,8 +24,8 @@ constexpr const char* kName = "layer_norm_forward";
 constexpr int kShortRow = 256, kShortSlice = 8, kShortThreads = 256;  // columns, columns per lane, threads per block
 constexpr int kWarpRowThreads = 128, kMaxThreads = 512;               // where a row has one warp; where it has the most
 
-
-// Columns per lane of the rows between, and of a tile of the long ones: fewer where every column is an access of its own.
+// Columns per lane of the rows between, and of a tile of the long ones: fewer where every column is an access of its
+// own.
 template <int V>
 constexpr int kSlice = V > 1 ? 32 : 16;
 template <int V>
@@ -96,7 +98,8 @@ __device__ __forceinline__ void store_normalised(const LayerNormForwardParams& p
 }
 
 template <class T, class WT, int E, int V>
-__global__ void __launch_bounds__(kMaxThreads, V == 8 ? 2 : 1) forward_rows(const __grid_constant__ LayerNormForwardParams p) {
+__global__ void __launch_bounds__(kMaxThreads, V == 8 ? 2 : 1)
+    forward_rows(const __grid_constant__ LayerNormForwardParams p) {
   const int N = static_cast<int>(p.cols);
   RowSums<1> sum_over_row;
 
@@ -104,7 +107,8 @@ __global__ void __launch_bounds__(kMaxThreads, V == 8 ? 2 : 1) forward_rows(cons
   for (int64_t base = static_cast<int64_t>(blockIdx.x) * blockDim.y; base < p.rows; base += step) {
     const int64_t m = base + threadIdx.y;
     const bool exists = m < p.rows;
-    const auto own = E > kShortSlice ? Columns<E, V>::of_warps(exists ? N : 0) : Columns<E, V>::of_lanes(exists ? N : 0);
+    const auto own =
+        E > kShortSlice ? Columns<E, V>::of_warps(exists ? N : 0) : Columns<E, V>::of_lanes(exists ? N : 0);
 
     // Load.
     const Slice<T, E, V> x = load_sum<T, E, V>(p, m * N, own);
@@ -187,9 +191,9 @@ void layer_norm_forward(const LayerNormForwardParams& p, Stream stream) {
     const bool packets = in_packets<T>(p.cols, p.input, p.residual, p.weight, p.bias, p.sum, p.output);
     dispatch_width<T>(packets, [&](auto width) {
       constexpr int V = decltype(width)::value;
-      auto* kernel = p.cols <= kShortRow  ? forward_rows<T, WT, kShortSlice, V>
+      auto* kernel = p.cols <= kShortRow        ? forward_rows<T, WT, kShortSlice, V>
                      : p.cols <= kLongestRow<V> ? forward_rows<T, WT, kSlice<V>, V>
-                                          : forward_long_rows<T, WT, V>;
+                                                : forward_long_rows<T, WT, V>;
       const dim3 block = block_for<V>(p.cols);
       const int64_t groups = (p.rows + block.y - 1) / block.y;
       const dim3 grid(static_cast<unsigned>(groups < INT32_MAX ? groups : INT32_MAX));

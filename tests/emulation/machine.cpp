@@ -1,5 +1,5 @@
-// Runs a kernel on the CPU: a fiber for each thread of a block, which gives way at every barrier and shuffle until all of
-// its block or warp have come there; the blocks one after the other.
+// Runs a kernel on the CPU: a fiber for each thread of a block, which gives way at every barrier and shuffle until all
+// of its block or warp have come there; the blocks one after the other.
 #include "machine.h"
 
 #include <ucontext.h>

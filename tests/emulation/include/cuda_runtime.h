@@ -64,13 +64,21 @@ T* aligned(T* p) {
 }  // namespace emulation
 
 template <class T>
-T __ldg(const T* p) { return *emulation::aligned(p); }
+T __ldg(const T* p) {
+  return *emulation::aligned(p);
+}
 template <class T>
-T __ldca(const T* p) { return *emulation::aligned(p); }
+T __ldca(const T* p) {
+  return *emulation::aligned(p);
+}
 template <class T>
-T __ldcs(const T* p) { return *emulation::aligned(p); }
+T __ldcs(const T* p) {
+  return *emulation::aligned(p);
+}
 template <class T>
-void __stwb(T* p, T value) { *emulation::aligned(p) = value; }
+void __stwb(T* p, T value) {
+  *emulation::aligned(p) = value;
+}
 
 // ---- The host's side
 
