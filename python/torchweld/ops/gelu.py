@@ -65,6 +65,13 @@ _gelu = applier(_Gelu)
 # ---- Public
 
 
+def _refusal(input: Tensor) -> str | None:
+    """Why the kernels do not take this call; None if they do."""
+    if input.dtype not in _DTYPES:
+        return f"input of dtype {input.dtype}"
+    return "no CUDA kernel for it yet" if input.is_cuda else None
+
+
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """The Gaussian error linear unit; drop-in for `torch.nn.functional.gelu` (arXiv:1606.08415).
 
@@ -83,7 +90,6 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         raise TypeError(f"[gelu] input: expected a floating-point dtype, but got {input.dtype}")
     if approximate == "none":
         return torch.nn.functional.gelu(input)
-    refusal = None if input.dtype in _DTYPES else f"input of dtype {input.dtype}"
-    if backend.choose("gelu", input.device, refusal) == "reference":
+    if backend.choose("gelu", input.device, _refusal(input)) == "reference":
         return reference.gelu(input, approximate)
     return _gelu(input) if wants_grad(input) else _forward_op(input)
