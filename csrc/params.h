@@ -127,7 +127,7 @@ constexpr int64_t kUnbounded = int64_t{1} << 40;
 struct AttentionForwardParams : AttentionInputs {
   void* output;  // [B, H, Nq, Dv]
   Strides output_strides;
-  float* lse;  // [B, H, Nq] log of the softmax's denominator; -inf where a query sees nothing
+  float* lse;  // [B, H, Nq] log of the softmax's denominator, -inf where a query sees nothing; nullptr: not wanted
 };
 
 struct AttentionBackwardParams : AttentionInputs {

@@ -167,6 +167,7 @@ def test_registered_ops_pass_opcheck() -> None:
     plain = (0.3, 0.0, -1, -1, False)
     torch.library.opcheck(library.attention_forward.default, (q, k, v, bias, slopes, sinks, *scores))
     torch.library.opcheck(library.attention_forward.default, (merged, k, v, bias > 0, None, None, *plain))
+    torch.library.opcheck(library.attention.default, (merged, k, v, bias > 0, None, sinks, *plain))
     out, lse = library.attention_forward(q, k, v, bias, slopes, sinks, *scores)
     arguments = (torch.randn_like(out), torch.randn_like(lse), q, k, v, bias, slopes, sinks, out, lse, *scores)
     for mask in ([True] * 5, [True, False, True, False, False], [False, True, False, True, False]):

@@ -1,4 +1,4 @@
-// attention_workspace, attention_forward, attention_backward: tensors -> params, for any backend.
+// attention_forward and attention_backward, each with the size of its workspace: tensors -> params, for any backend.
 #pragma once
 
 #include <cmath>
@@ -73,15 +73,24 @@ inline void fill_scores(const Arguments& args, AttentionInputs& p, const Optiona
 
 template <class Backend>
 void bind_attention(py::module_& m) {
-  // How many floats of workspace attention_forward wants, or attention_backward if doutput is given.
-  m.def("attention_workspace", [](const TensorView& query, const TensorView& key, const TensorView& value,
-                                  const OptionalTensor& doutput) {
-    const Arguments args("attention_workspace", Backend::device, query);
+  // How many floats of workspace attention_forward wants with these arguments.
+  m.def("attention_forward_workspace", [](const TensorView& query, const TensorView& key, const TensorView& value,
+                                          const OptionalTensor& lse) {
+    const Arguments args("attention_forward_workspace", Backend::device, query);
+    AttentionForwardParams p{};
+    fill_inputs(args, p, query, key, value);
+    if (lse) p.lse = static_cast<float*>(args.contiguous(*lse, "lse", DType::float32, {p.batch, p.heads, p.queries}));
+    return Backend::kernels().attention_forward_workspace(p);
+  });
+
+  // How many attention_backward wants.
+  m.def("attention_backward_workspace", [](const TensorView& query, const TensorView& key, const TensorView& value,
+                                           const TensorView& doutput) {
+    const Arguments args("attention_backward_workspace", Backend::device, query);
     AttentionBackwardParams p{};
     fill_inputs(args, p, query, key, value);
-    if (!doutput) return Backend::kernels().attention_forward_workspace(p);
-    args.strided(*doutput, "doutput", p.dtype, {p.batch, p.heads, p.queries, p.value_dim});
-    p.doutput_strides = strides_of(*doutput);
+    args.strided(doutput, "doutput", p.dtype, {p.batch, p.heads, p.queries, p.value_dim});
+    p.doutput_strides = strides_of(doutput);
     return Backend::kernels().attention_backward_workspace(p);
   });
 
@@ -89,14 +98,14 @@ void bind_attention(py::module_& m) {
   m.def("attention_forward", [](const TensorView& query, const TensorView& key, const TensorView& value,
                                 const OptionalTensor& bias, const OptionalTensor& alibi, const OptionalTensor& sinks,
                                 float scale, float softcap, int64_t left, int64_t right, bool bottom_right,
-                                const TensorView& output, const TensorView& lse, const TensorView& workspace) {
+                                const TensorView& output, const OptionalTensor& lse, const TensorView& workspace) {
     const Arguments args("attention_forward", Backend::device, query);
     AttentionForwardParams p{};
     fill_inputs(args, p, query, key, value);
     fill_scores(args, p, bias, alibi, sinks, scale, softcap, left, right, bottom_right, workspace);
     p.output = args.strided(output, "output", p.dtype, {p.batch, p.heads, p.queries, p.value_dim});
     p.output_strides = strides_of(output);
-    p.lse = static_cast<float*>(args.contiguous(lse, "lse", DType::float32, {p.batch, p.heads, p.queries}));
+    if (lse) p.lse = static_cast<float*>(args.contiguous(*lse, "lse", DType::float32, {p.batch, p.heads, p.queries}));
     if (const int64_t needed = Backend::kernels().attention_forward_workspace(p); p.workspace_size < needed)
       args.fail("workspace", "at least " + std::to_string(needed) + " elements", std::to_string(p.workspace_size));
     Backend::run(&Backend::Kernels::attention_forward, p, query.device.index);

@@ -8,6 +8,7 @@
 // enough to keep the threads busy, by the task that owns the whole head, so that they are still in cache.
 // 2 Nq Nk (D + Dv) FLOPs per head; memory is O(N): the packed keys and values and the tiles of each thread.
 
+#include "cpu/attention_decode.h"
 #include "cpu/attention_scores.h"
 #include "cpu/kernels.h"
 
@@ -170,13 +171,13 @@ class Forward {
 
     // Normalise. Store.
     T* out = head_of<T>(p_.output, p_.output_strides, b, h) + i0 * p_.output_strides.row;
-    float* lse = p_.lse + (b * p_.heads + h) * p_.queries + i0;
+    float* lse = p_.lse != nullptr ? p_.lse + (b * p_.heads + h) * p_.queries + i0 : nullptr;
     for (int64_t r = 0; r < rows; ++r) {
       const float inverse = state.inverse(r);
       for_each_vector(p_.value_dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
         store(out + r * p_.output_strides.row + i, load(o + r * plan_.value_width + i) * inverse, lanes);
       });
-      lse[r] = state.lse(r);
+      if (lse != nullptr) lse[r] = state.lse(r);
     }
   }
 
@@ -221,15 +222,6 @@ class Forward {
     state.add(r, reduce(group, [](Vec a, Vec b) { return a + b; }));
   }
 
-  // Lane n of the result: all lanes of group[n] together.
-  template <class F>
-  TW_INLINE static Vec reduce(Vec (&group)[W], F&& f) {
-    transpose(group);
-    for (int half = W / 2; half > 0; half /= 2)
-      for (int n = 0; n < half; ++n) group[n] = f(group[n], group[n + half]);
-    return group[0];
-  }
-
   void rescale(const SoftmaxState& state, float* o, int64_t rows) const {
     for (int64_t r = 0; r < rows; ++r)
       if (const float factor = state.rescale[r]; factor != 1.0f)
@@ -246,7 +238,8 @@ class Forward {
 
 namespace TORCHWELD_ISA {
 
-int64_t attention_forward_workspace(const AttentionInputs& p) {
+int64_t attention_forward_workspace(const AttentionForwardParams& p) {
+  if (decodes(p)) return attention_decode_workspace(p);
   int64_t size = 0;
   dispatch(p.dtype, [&](auto t) { size = ForwardPlan<typename decltype(t)::type>(p).workspace(p); });
   return size;
@@ -254,6 +247,7 @@ int64_t attention_forward_workspace(const AttentionInputs& p) {
 
 void attention_forward(const AttentionForwardParams& p) {
   if (p.batch * p.heads * p.queries == 0) return;
+  if (decodes(p)) return attention_decode(p);
   dispatch(p.dtype, [&](auto t) { Forward<typename decltype(t)::type>(p).run(); });
 }
 

@@ -16,7 +16,7 @@ struct Kernels {
   void (*cross_entropy_backward)(const CrossEntropyBackwardParams&);
   void (*gelu_forward)(const GeluForwardParams&);
   void (*gelu_backward)(const GeluBackwardParams&);
-  int64_t (*attention_forward_workspace)(const AttentionInputs&);  // how many floats
+  int64_t (*attention_forward_workspace)(const AttentionForwardParams&);  // how many floats
   void (*attention_forward)(const AttentionForwardParams&);
   int64_t (*attention_backward_workspace)(const AttentionBackwardParams&);
   void (*attention_backward)(const AttentionBackwardParams&);
@@ -33,7 +33,7 @@ void cross_entropy_forward(const CrossEntropyForwardParams& p);
 void cross_entropy_backward(const CrossEntropyBackwardParams& p);
 void gelu_forward(const GeluForwardParams& p);
 void gelu_backward(const GeluBackwardParams& p);
-int64_t attention_forward_workspace(const AttentionInputs& p);
+int64_t attention_forward_workspace(const AttentionForwardParams& p);
 void attention_forward(const AttentionForwardParams& p);
 int64_t attention_backward_workspace(const AttentionBackwardParams& p);
 void attention_backward(const AttentionBackwardParams& p);

@@ -28,6 +28,15 @@ TW_INLINE void transpose(Vec (&v)[W]) {
   }
 }
 
+// Lane n of the result: all lanes of group[n] together, by an f of two vectors.
+template <class F>
+TW_INLINE Vec reduce(Vec (&group)[W], F&& f) {
+  transpose(group);
+  for (int half = W / 2; half > 0; half /= 2)
+    for (int n = 0; n < half; ++n) group[n] = f(group[n], group[n + half]);
+  return group[0];
+}
+
 // Words [word, word + W) of a row of `dim` elements.
 template <class T, class Compute>
 TW_INLINE Vec load_words(const T* row, int64_t word, int64_t dim) {

@@ -24,17 +24,14 @@ def _operand(t: Tensor) -> Tensor:
 
 def _heads_like(query: Tensor, size: int) -> Tensor:
     """(B, H, N, size), in memory (B, N, H, size) where query is so: merging the heads afterwards is then free."""
-    batch, heads, rows, _ = query.shape
+    batch, heads, rows, query_size = query.shape
+    if size == query_size and query.is_contiguous():
+        return torch.empty_like(query)
     if query.stride(1) < query.stride(2):
         strides = (rows * heads * size, size, heads * size, 1)
     else:
         strides = (heads * rows * size, rows * size, size, 1)
     return torch.empty_strided((batch, heads, rows, size), strides, dtype=query.dtype, device=query.device)
-
-
-def _workspace(query: Tensor, key: Tensor, value: Tensor, doutput: Tensor | None) -> Tensor:
-    size = backend.kernels[query.device.type].attention_workspace(query, key, value, doutput)
-    return torch.empty(size, dtype=torch.float32, device=query.device)
 
 
 def _modifiers(
@@ -49,6 +46,39 @@ def _modifiers(
     return bias, alibi_slopes, None if sinks is None else sinks.float().contiguous()
 
 
+def _run_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    lse: Tensor | None,
+    *scores: Any,
+) -> Tensor:
+    q, k, v = _operand(query), _operand(key), _operand(value)
+    if bias is not None or alibi_slopes is not None or sinks is not None:
+        bias, alibi_slopes, sinks = _modifiers(q, k, bias, alibi_slopes, sinks)
+    output, device = _heads_like(query, value.shape[3]), q.device
+    kernels = backend.kernels[device.type]
+    size = kernels.attention_forward_workspace(q, k, v, lse)
+    workspace = torch.empty(size, dtype=torch.float32, device=device)
+    kernels.attention_forward(q, k, v, bias, alibi_slopes, sinks, *scores, output, lse, workspace)
+    return output
+
+
+def _inference(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    *scores: Any,
+) -> Tensor:
+    return _run_forward(query, key, value, bias, alibi_slopes, sinks, None, *scores)
+
+
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -56,34 +86,11 @@ def _forward(
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
-    bottom_right: bool,
+    *scores: Any,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = _operand(query), _operand(key), _operand(value)
-    if bias is not None or alibi_slopes is not None or sinks is not None:
-        bias, alibi_slopes, sinks = _modifiers(q, k, bias, alibi_slopes, sinks)
-    output = _heads_like(query, v.shape[3])
-    lse = torch.empty(q.shape[:3], dtype=torch.float32, device=q.device)
-    backend.kernels[q.device.type].attention_forward(
-        q,
-        k,
-        v,
-        bias,
-        alibi_slopes,
-        sinks,
-        scale,
-        softcap,
-        left,
-        right,
-        bottom_right,
-        output,
-        lse,
-        _workspace(q, k, v, None),
-    )
-    return output, lse
+    batch, heads, rows, _ = query.shape
+    lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
+    return _run_forward(query, key, value, bias, alibi_slopes, sinks, lse, *scores), lse
 
 
 def _backward(
@@ -114,7 +121,9 @@ def _backward(
     if sinks is not None and mask[4]:
         dsinks = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
     full_bias, slopes, sink = _modifiers(q, k, bias, alibi_slopes, sinks)
-    backend.kernels[q.device.type].attention_backward(
+    kernels = backend.kernels[q.device.type]
+    size = kernels.attention_backward_workspace(q, k, v, doutput)
+    kernels.attention_backward(
         doutput,
         None if dlse is None else dlse.contiguous(),
         q,
@@ -135,7 +144,7 @@ def _backward(
         dvalue,
         dbias,
         dsinks,
-        _workspace(q, k, v, doutput),
+        torch.empty(size, dtype=torch.float32, device=q.device),
     )
     none = query.new_empty(0)
     return (
@@ -148,6 +157,10 @@ def _backward(
 
 
 # ---- Fake
+
+
+def _inference_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+    return _heads_like(query, value.shape[3])
 
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
@@ -180,6 +193,7 @@ def _backward_fake(
 _SCORES = "float scale, float softcap, SymInt left, SymInt right, bool bottom_right"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks"
 
+_inference_op = register(f"attention({_INPUTS}, {_SCORES}) -> Tensor", _inference, _inference_fake)
 _forward_op = register(
     f"attention_forward({_INPUTS}, {_SCORES}) -> (Tensor output, Tensor lse)", _forward, _forward_fake
 )
@@ -329,6 +343,7 @@ def _reference(
 
 def _attend(
     op: str,
+    return_lse: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -337,14 +352,18 @@ def _attend(
     sinks: Tensor | None,
     dropout_p: float,
     *scores: Any,
-) -> tuple[Tensor, ...]:
-    """(output, lse) of checked 4-dimensional arguments, by whichever backend serves them."""
+) -> Any:
+    """output or (output, lse) of checked 4-dimensional arguments, by whichever backend serves them."""
     refusal = _refusal(query, key, value, alibi_slopes, dropout_p)
     if backend.choose(op, query.device, refusal) == "reference":
-        return _reference(query, key, value, bias, alibi_slopes, sinks, dropout_p, *scores)
-    if wants_grad(query, key, value, bias, sinks):
-        return _attention(query, key, value, bias, alibi_slopes, sinks, *scores)
-    return _forward_op(query, key, value, bias, alibi_slopes, sinks, *scores)
+        both = _reference(query, key, value, bias, alibi_slopes, sinks, dropout_p, *scores)
+    elif wants_grad(query, key, value, bias, sinks):
+        both = _attention(query, key, value, bias, alibi_slopes, sinks, *scores)
+    elif return_lse:
+        both = _forward_op(query, key, value, bias, alibi_slopes, sinks, *scores)
+    else:
+        return _inference_op(query, key, value, bias, alibi_slopes, sinks, *scores)
+    return both if return_lse else both[0]
 
 
 def attention(
@@ -370,6 +389,8 @@ def attention(
     scores = query @ key^T * scale; softcap * tanh(scores / softcap); + bias; - slope * |i + shift - j|; and -inf where
     query i does not see key j. shift is 0 for `causal_align="top_left"` (torch's), Nk - Nq for "bottom_right" (a KV
     cache's). A row that sees nothing gives zeros, with zero gradients. Statistics and gradients accumulate in float32.
+    Keys outside the band of `causal` and `window` are not read; one beside its edge, and one that only `bias` hides, is
+    multiplied by a weight of zero, so a NaN there can reach rows of the same tile (as it does in torch).
     Dao et al.: FlashAttention, arXiv:2205.14135 and 2307.08691; Milakov, Gimelshein: arXiv:1805.02867.
 
     Args:
@@ -461,8 +482,9 @@ def attention(
     _check_heads(op, query, key, value)
     if bias is not None:
         _check_bias(op, "bias", bias, query, (*query.shape[:3], key.shape[2]))
-    out, lse = _attend(
+    return _attend(
         op,
+        return_lse,
         query,
         key,
         value,
@@ -476,7 +498,6 @@ def attention(
         right,
         causal_align == "bottom_right",
     )
-    return (out, lse) if return_lse else out
 
 
 def _fold(
@@ -564,17 +585,19 @@ def scaled_dot_product_attention(
     scores = (scale, 0.0, -1, 0 if is_causal else -1, False)
 
     # The common case: 4 dimensions, nothing to broadcast.
+    shape, key_shape, value_shape = query.shape, key.shape, value.shape
     if (
-        query.dim() == key.dim() == value.dim() == 4
-        and query.shape[0] == key.shape[0] == value.shape[0]
-        and key.shape[1] == value.shape[1]
-        and (enable_gqa or query.shape[1] == key.shape[1])
+        len(shape) == len(key_shape) == len(value_shape) == 4
+        and shape[0] == key_shape[0] == value_shape[0]
+        and key_shape[1] == value_shape[1]
+        and (enable_gqa or shape[1] == key_shape[1])
     ):
-        _check_heads(op, query, key, value)
+        if not shape == key_shape == value_shape:
+            _check_heads(op, query, key, value)
         if attn_mask is not None:
             _check_bias(op, "attn_mask", attn_mask, query, (*query.shape[:3], key.shape[2]))
-        return _attend(op, query, key, value, attn_mask, None, None, dropout_p, *scores)[0]
+        return _attend(op, False, query, key, value, attn_mask, None, None, dropout_p, *scores)
     q, k, v, mask, batch = _fold(op, query, key, value, attn_mask, enable_gqa)
     _check_heads(op, q, k, v)
-    out = _attend(op, q, k, v, mask, None, None, dropout_p, *scores)[0]
+    out: Tensor = _attend(op, False, q, k, v, mask, None, None, dropout_p, *scores)
     return out.reshape(*batch, query.shape[-2], value.shape[-1])
