@@ -36,7 +36,7 @@ sanitize() { # tool, options...
 bench() {
   local device
   device=$("$python" -c 'import torch; print(torch.cuda.get_device_name().lower().replace(" ", "-"))') || return 1
-  "$python" -m torchweld bench --device cuda --json "bench/results/$device.json"
+  "$python" -m torchweld bench --device cuda --quick --no-compile --json "bench/results/$device.json"
 }
 
 failed=0
