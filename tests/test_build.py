@@ -19,6 +19,7 @@ ISA_FLAGS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
 }
+ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
 MODULES = [m.__file__ for m in backend.kernels.values()]
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF files")
 

@@ -41,7 +41,7 @@ struct BackwardPlan {
     key_width = round_up(p.dim, W);
     value_width = round_up(p.value_dim, W);
     packed = Tile::Queries::words(p);
-    partial = round_up(p.queries * key_width, 16);
+    partial = round_up((p.queries + 16) * key_width, 16);  // tiles add zeros to rows past the last
     scratch = Tile::scratch_words(p, tile_keys) + max_of(tile_keys * (key_width + value_width), Tile::kQueries * tile_keys);
     threads = threads_for(p, 5);
   }
@@ -106,6 +106,7 @@ class Backward {
 
   // One chunk of keys of one key head, against all query heads that share it.
   void differentiate(int64_t kv_head, int64_t chunk, float* scratch) const {
+    const TileScope tiles;
     const int64_t b = kv_head / p_.kv_heads, hk = kv_head % p_.kv_heads, first_head = b * p_.heads + hk * group_;
     const int64_t begin = chunk * plan_.chunk, end = min_of(begin + plan_.chunk, p_.keys);
     float* dk = scratch + Tile::scratch_words(p_, plan_.tile_keys);
@@ -115,8 +116,8 @@ class Backward {
 
     for (int64_t j0 = begin; j0 < end; j0 += plan_.tile_keys) {
       const int64_t keys = min_of(plan_.tile_keys, end - j0);
-      std::memset(dk, 0, sizeof(float) * keys * plan_.key_width);
-      std::memset(dv, 0, sizeof(float) * keys * plan_.value_width);
+      std::memset(dk, 0, sizeof(float) * plan_.tile_keys * plan_.key_width);
+      std::memset(dv, 0, sizeof(float) * plan_.tile_keys * plan_.value_width);
       Tile tile(p_, b, hk, j0, keys, plan_.tile_keys, scratch);
       for (int64_t g = 0; g < group_; ++g) {
         const Scores scores(p_, b, hk * group_ + g);
@@ -132,10 +133,11 @@ class Backward {
         }
       }
       if (p_.dkey != nullptr)
-        store_rows(dk, plan_.key_width, keys, p_.dim, p_.scale, head_of<T>(p_.dkey, p_.dkey_strides, b, hk), p_.dkey_strides.row, j0);
+        store_keys(dk, plan_.key_width, keys, p_.dim, p_.scale, head_of<T>(p_.dkey, p_.dkey_strides, b, hk) + j0 * p_.dkey_strides.row,
+                   p_.dkey_strides.row);
       if (p_.dvalue != nullptr)
-        store_rows(dv, plan_.value_width, keys, p_.value_dim, 1.0f, head_of<T>(p_.dvalue, p_.dvalue_strides, b, hk),
-                   p_.dvalue_strides.row, j0);
+        store_keys(dv, plan_.value_width, keys, p_.value_dim, 1.0f,
+                   head_of<T>(p_.dvalue, p_.dvalue_strides, b, hk) + j0 * p_.dvalue_strides.row, p_.dvalue_strides.row);
     }
   }
 
@@ -149,6 +151,7 @@ class Backward {
       const int64_t kt = task % key_tiles, qt = task / key_tiles % row_tiles, outer = task / key_tiles / row_tiles;
       const Span batches = slice(outer / extent[1], extent[0], 1, p_.batch), heads = slice(outer % extent[1], extent[1], 1, p_.heads);
       const Span rows = slice(qt, extent[2], Tile::kQueries, p_.queries), keys = slice(kt, extent[3], plan_.tile_keys, p_.keys);
+      const TileScope tiles;
       float* scratch = p_.workspace + thread * plan_.scratch;
       float* sums = scratch + Tile::scratch_words(p_, plan_.tile_keys);
       std::memset(sums, 0, sizeof(float) * Tile::kQueries * plan_.tile_keys);
@@ -189,12 +192,22 @@ class Backward {
     });
   }
 
-  static void store_rows(const float* from, int64_t width, int64_t rows, int64_t dim, float factor, T* to, int64_t stride,
-                         int64_t first) {
-    for (int64_t r = 0; r < rows; ++r)
-      for_each_vector(dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-        store(to + (first + r) * stride + i, load(from + r * width + i) * factor, lanes);
-      });
+  // Rows of dkey or dvalue, as the tile left them.
+  void store_keys(const float* from, int64_t width, int64_t rows, int64_t dim, float factor, T* to, int64_t stride) const {
+    if constexpr (Compute::tiles) {
+      for (int64_t r = 0; r < rows; r += W)
+        for_each_vector(dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+          Vec v[W];
+          for (int n = 0; n < W; ++n) v[n] = load(from + (i + n) * plan_.tile_keys + r);
+          transpose(v);
+          for (int64_t n = 0; n < min_of(W, rows - r); ++n) store(to + (r + n) * stride + i, v[n] * factor, lanes);
+        });
+    } else {
+      for (int64_t r = 0; r < rows; ++r)
+        for_each_vector(dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+          store(to + r * stride + i, load(from + r * width + i) * factor, lanes);
+        });
+    }
   }
 
   void store_dquery(int64_t head, int64_t begin, int64_t end) const {

@@ -4,6 +4,9 @@
 //
 // A task owns a tile of queries of one head and walks over the tiles of keys that it can see, keeping m, l and P @ value
 // of what it has seen (the online softmax: Milakov, Gimelshein, arXiv:1805.02867; tiled: Dao et al., arXiv:2205.14135).
+// m need not be the maximum: any estimate will do that keeps exp within the range of float32. So a row takes the maximum of
+// the first scores it sees, and a tile of keys is weighed in one pass, a chunk after the other while it is in L1. Only where
+// that overflows is the tile weighed again, against its true maximum.
 // Keys and values are packed once per head for all its tiles: by a first pass over all threads, or, where there are heads
 // enough to keep the threads busy, by the task that owns the whole head, so that they are still in cache.
 // 2 Nq Nk (D + Dv) FLOPs per head; memory is O(N): the packed keys and values and the tiles of each thread.
@@ -16,17 +19,31 @@ namespace torchweld::cpu {
 namespace {
 
 constexpr int64_t kTileQueries = 96;
-constexpr int64_t kBlocks = kTileQueries / kRows;
-static_assert(kTileQueries % kRows == 0 && kTileQueries % W == 0, "whole blocks of rows and groups of W rows");
 
 template <class Compute>
 constexpr int64_t kTileKeys = Compute::per_word == 2 ? 512 : 256;
+
+// Products are made and weighed for so many rows and keys at a time. Whole tiles, in place, where the micro-kernel wants to
+// keep a panel of keys in L1 for many rows; with tile registers, few enough that they never leave L1 themselves.
+template <class Compute>
+constexpr int64_t kGroup = Compute::tiles ? 16 : kTileQueries;
+template <class Compute>
+constexpr int64_t kChunk = Compute::tiles ? 128 : kTileKeys<Compute>;
+
+// Weights of one tile may add up to this in a lane before they are weighed again. Their precision does not depend on their
+// size, but in float32 that of a large exponent would be the worse for it.
+template <class Compute>
+constexpr float kMostWeight = Compute::per_word == 2 ? 0x1p40f : 0x1p12f;
 
 // Sizes, all in words. Every part of the workspace starts on a cache line.
 template <class T>
 struct ForwardPlan {
   using Compute = typename ComputeOf<T>::type;
-  static constexpr int64_t score_stride = kTileKeys<Compute> + 16;  // not a power of two: rows would share cache sets
+  // In words, of a row of products and of weights. No powers of two: rows would share cache sets.
+  static constexpr int64_t product_stride = kChunk<Compute> + 16;
+  static constexpr int64_t weight_stride = Compute::tiles ? kTileKeys<Compute> / 2 + 16 : product_stride;
+  // Of products: those at hand, and with tiles those of the next chunk, or of a whole row of chunks to be weighed again.
+  static constexpr int64_t product_words = Compute::tiles ? kGroup<Compute> * product_stride * (kTileKeys<Compute> / kChunk<Compute>) : 0;
 
   int64_t steps, value_width;       // of a query or key, of a value
   int64_t key_words, value_words;   // packed, per head
@@ -35,16 +52,16 @@ struct ForwardPlan {
   bool whole_heads;
 
   explicit ForwardPlan(const AttentionInputs& p) {
-    steps = ceil_div(p.dim, Compute::per_word);
+    steps = words_of<Compute>(p.dim);
     value_width = round_up(p.value_dim, W);
     key_words = round_up(p.keys, kPanel) * steps;
-    value_words = right_in_place<T, Compute>(p.value_dim) ? 0 : ceil_div(p.keys, Compute::per_word) * value_width;
+    value_words = right_in_place<T, Compute>(p.value_dim) ? 0 : words_of<Compute>(p.keys) * value_width;
     value_words = round_up(value_words, 16);
     tiles = max_of(ceil_div(p.queries, kTileQueries), 1);
-    tile = round_up(ceil_div(p.queries, tiles), kRows);
+    tile = round_up(ceil_div(p.queries, tiles), Compute::block_rows);
     threads = threads_for(p, 2);
     whole_heads = p.batch * p.kv_heads >= 4 * threads || tiles * (p.heads / p.kv_heads) == 1 || threads == 1;
-    scratch = round_up(kTileQueries * steps, 16) + kTileQueries * (score_stride + value_width);
+    scratch = round_up(kTileQueries * steps, 16) + kTileQueries * (weight_stride + value_width) + product_words;
     if (whole_heads) scratch += key_words + value_words;
   }
 
@@ -52,37 +69,51 @@ struct ForwardPlan {
   int64_t workspace(const AttentionInputs& p) const { return threads * scratch + p.batch * p.kv_heads * shared(); }
 };
 
-// m and l of the rows of a tile; m is in units of log2. A fresh row has seen nothing, or its sink.
+// m and l of the rows of a tile; m is in units of log2, l a sum per lane.
 struct SoftmaxState {
-  alignas(64) float max[kTileQueries], sum[kTileQueries], rescale[kTileQueries];
+  alignas(64) float max[kTileQueries];
+  Vec sum[kTileQueries], weight[kTileQueries];  // weight: of the tile of keys at hand
 
-  void init(const float* sink) {
+  void init() {
     for (int64_t r = 0; r < kTileQueries; ++r) {
-      max[r] = sink != nullptr ? *sink * kLog2e : -kInfinity;
-      sum[r] = sink != nullptr ? 1.0f : 0.0f;
+      max[r] = -kInfinity;
+      sum[r] = zero();
     }
   }
 
-  // Rows [r, r + W) see new scores whose row maxima are `largest`; returns what to subtract from them.
-  TW_INLINE Vec raise(int64_t r, Vec largest) {
-    const Vec before = load(max + r), now = vmax(largest, before);
-    const Vec finite = now == splat(-kInfinity) ? zero() : now;  // -inf - -inf would be NaN
-    store(max + r, now);
-    store(rescale + r, exp2<5>(before - finite));
-    return finite;
+  // What to subtract from the scores of row r: -inf - -inf would be NaN.
+  float subtract(int64_t r) const { return max[r] == -kInfinity ? 0.0f : max[r]; }
+
+  // Row r sees scores up to `largest`; returns what its sums so far are to be multiplied by.
+  float raise(int64_t r, float largest) {
+    const float before = max[r];
+    max[r] = largest > before ? largest : before;
+    const float factor = __builtin_exp2f(before - subtract(r));
+    sum[r] = sum[r] * factor;
+    return factor;
   }
 
-  TW_INLINE void add(int64_t r, Vec sums) { store(sum + r, load(sum + r) * load(rescale + r) + sums); }
-
-  float inverse(int64_t r) const { return sum[r] == 0.0f ? 0.0f : 1.0f / sum[r]; }
-  float lse(int64_t r) const { return sum[r] == 0.0f ? -kInfinity : max[r] * kLn2 + __builtin_logf(sum[r]); }
+  // The sums are final, but for the sink. What P @ value is to be multiplied by, and the logarithm of the denominator.
+  void finish(int64_t r, const float* sink, float& inverse, float& lse) const {
+    float total = cpu::sum(sum[r]), top = max[r], factor = 1.0f;
+    if (sink != nullptr && *sink != -kInfinity) {
+      const float other = *sink * kLog2e;
+      top = other > max[r] ? other : max[r];
+      factor = __builtin_exp2f(max[r] - top);
+      total = total * factor + __builtin_exp2f(other - top);
+    }
+    inverse = total == 0.0f ? 0.0f : factor / total;
+    lse = total == 0.0f ? -kInfinity : top * kLn2 + __builtin_logf(total);
+  }
 };
 
 template <class T>
 class Forward {
   using Plan = ForwardPlan<T>;
   using Compute = typename Plan::Compute;
-  static constexpr int64_t kStride = Plan::score_stride;
+  static constexpr int64_t kBlockRows = Compute::block_rows, kBlocks = kTileQueries / kBlockRows;
+  static_assert(kTileQueries % kBlockRows == 0 && (kGroup<Compute> % kBlockRows == 0 || kBlockRows % kGroup<Compute> == 0),
+                "whole blocks");
 
  public:
   explicit Forward(const AttentionForwardParams& p) : p_(p), plan_(p), group_(p.heads / p.kv_heads) {}
@@ -99,11 +130,11 @@ class Forward {
       return;
     }
     float* shared = scratch(plan_.threads);
-    constexpr int64_t kChunk = 4 * kPanel;
-    const int64_t chunks = ceil_div(p_.keys, kChunk);
+    constexpr int64_t kKeys = 4 * kPanel;
+    const int64_t chunks = ceil_div(p_.keys, kKeys);
     parallel_queue(heads * chunks, plan_.threads, [&](int64_t task, int64_t) {
-      const int64_t head = task / chunks, begin = task % chunks * kChunk;
-      pack(head, begin, min_of(begin + kChunk, p_.keys), shared + head * plan_.shared());
+      const int64_t head = task / chunks, begin = task % chunks * kKeys;
+      pack(head, begin, min_of(begin + kKeys, p_.keys), shared + head * plan_.shared());
     });
     // Last tiles first: under a causal mask they are the longest.
     parallel_queue(plan_.tiles * heads * group_, plan_.threads, [&](int64_t task, int64_t thread) {
@@ -120,8 +151,10 @@ class Forward {
     const int64_t b = head / p_.kv_heads, h = head % p_.kv_heads, ks = p_.key_strides.row, vs = p_.value_strides.row;
     pack_transposed<T, Compute>(head_of<T>(p_.key, p_.key_strides, b, h) + begin * ks, ks, end - begin, p_.dim,
                                 packed + begin * plan_.steps);
-    if (!right_in_place<T, Compute>(p_.value_dim))
-      pack_rows<T, Compute>(head_of<T>(p_.value, p_.value_strides, b, h) + begin * vs, vs, end - begin, p_.value_dim,
+    // A tile reads some values past those that its rows see. What no query sees may be a NaN: zeros stand for it.
+    const int64_t seen = min_of(end, Band(p_).high(p_.queries - 1)) - begin;
+    if (!right_in_place<T, Compute>(p_.value_dim) && seen > 0)
+      pack_rows<T, Compute>(head_of<T>(p_.value, p_.value_strides, b, h) + begin * vs, vs, seen, p_.value_dim,
                             packed + plan_.key_words + begin / Compute::per_word * plan_.value_width);
   }
 
@@ -134,8 +167,9 @@ class Forward {
     const Band& band = scores.band;
 
     // Load.
-    float* s = scratch + round_up(kTileQueries * plan_.steps, 16);
-    float* o = s + kTileQueries * kStride;
+    float* weights = scratch + round_up(kTileQueries * plan_.steps, 16);
+    float* o = weights + kTileQueries * Plan::weight_stride;
+    float* products = Compute::tiles ? o + kTileQueries * plan_.value_width : weights;
     const T* q = head_of<T>(p_.query, p_.query_strides, b, h) + i0 * p_.query_strides.row;
     Left left{scratch, plan_.steps, 1};
     if (left_in_place<T, Compute>(p_.query_strides.row, p_.dim))
@@ -147,24 +181,29 @@ class Forward {
       values = {reinterpret_cast<const float*>(head_of<T>(p_.value, p_.value_strides, b, hk)), p_.value_strides.row, kPanel};
     const Right keys{packed, kPanel, kPanel * plan_.steps};
     SoftmaxState state;
-    state.init(p_.sinks != nullptr ? p_.sinks + h : nullptr);
+    state.init();
     std::memset(o, 0, sizeof(float) * rows * plan_.value_width);
 
+    const TileScope tiles;
     const int64_t end = band.high(i0 + rows - 1);
     for (int64_t j0 = round_down(band.low(i0), kPanel); j0 < end; j0 += kTileKeys<Compute>) {
       // What each block of rows sees of this tile.
       const int64_t width = min_of(kTileKeys<Compute>, end - j0);
       Span columns[kBlocks], steps[kBlocks];
-      for (int64_t m = 0; m < rows; m += kRows) {
+      for (int64_t m = 0; m < rows; m += kBlockRows) {
         const int64_t low = min_of(max_of(band.low(i0 + m) - j0, 0), width);
-        const int64_t high = min_of(band.high(i0 + min_of(m + kRows, rows) - 1) - j0, width);
-        columns[m / kRows] = low < high ? Span{round_down(low, W), round_up(high, W)} : Span{0, 0};
-        steps[m / kRows] = low < high ? Span{low / Compute::per_word, ceil_div(high, Compute::per_word)} : Span{0, 0};
+        const int64_t high = min_of(band.high(i0 + min_of(m + kBlockRows, rows) - 1) - j0, width);
+        columns[m / kBlockRows] = steps[m / kBlockRows] = {0, 0};
+        if (low >= high) continue;
+        columns[m / kBlockRows] = {round_down(low, Compute::column_unit), round_up(high, Compute::column_unit)};
+        steps[m / kBlockRows] = {round_down(low / Compute::per_word, Compute::step_unit),
+                                 round_up(ceil_div(high, Compute::per_word), Compute::step_unit)};
       }
-      gemm_store<Compute>(rows, plan_.steps, left, {keys.data + j0 * plan_.steps, keys.step, keys.panel}, columns, s, kStride);
-      for (int64_t r = 0; r < rows; r += W) softmax(scores, state, s + r * kStride, i0, r, min_of(W, rows - r), j0, columns);
-      rescale(state, o, rows);
-      gemm_accumulate<Compute>(rows, plan_.value_width, {s, kStride, 1},
+      const Tile at{i0, j0, rows, columns, left, {keys.data + j0 * plan_.steps, keys.step, keys.panel}, products, weights};
+      weigh(scores, state, at);
+      for (int64_t r = 0; r < rows; r += kGroup<Compute>)
+        if (!add_weights(state, r, min_of(r + kGroup<Compute>, rows))) weigh_again(scores, state, at, r, o);
+      gemm_accumulate<Compute>(rows, plan_.value_width, {weights, Plan::weight_stride, 1},
                                {values.data + j0 / Compute::per_word * values.step, values.step, values.panel}, steps, o,
                                plan_.value_width);
     }
@@ -173,60 +212,142 @@ class Forward {
     T* out = head_of<T>(p_.output, p_.output_strides, b, h) + i0 * p_.output_strides.row;
     float* lse = p_.lse != nullptr ? p_.lse + (b * p_.heads + h) * p_.queries + i0 : nullptr;
     for (int64_t r = 0; r < rows; ++r) {
-      const float inverse = state.inverse(r);
+      float inverse, denominator;
+      state.finish(r, p_.sinks != nullptr ? p_.sinks + h : nullptr, inverse, denominator);
       for_each_vector(p_.value_dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
         store(out + r * p_.output_strides.row + i, load(o + r * plan_.value_width + i) * inverse, lanes);
       });
-      if (lse != nullptr) lse[r] = state.lse(r);
+      if (lse != nullptr) lse[r] = denominator;
     }
   }
 
-  // Rows [r, r + count), count <= W, of a tile: products become P, in place. A row of P is never ahead of its products,
-  // also where it takes half the room.
-  TW_INLINE void softmax(const Scores& scores, SoftmaxState& state, float* s, int64_t i0, int64_t r, int64_t count, int64_t j0,
-                         const Span* columns) const {
-    const float unit = scores.unit();
-    Vec group[W];
-    for (int64_t n = 0; n < W; ++n) {
-      group[n] = splat(-kInfinity);
-      if (n >= count) continue;
-      const Span span = columns[(r + n) / kRows];
-      float* row = s + n * kStride;
-      scores.finish(row, i0 + r + n, j0, span, nullptr);
-      Vec a = group[n], b = a;
-      int64_t j = span.begin;
-      for (; j + 2 * W <= span.end; j += 2 * W) {
-        a = vmax(load(row + j), a);
-        b = vmax(load(row + j + W), b);
-      }
-      if (j < span.end) a = vmax(load(row + j), a);
-      group[n] = vmax(a, b);
-    }
-    float subtract[W];
-    store(subtract, state.raise(r, reduce(group, [](Vec a, Vec b) { return vmax(a, b); }) * unit));
+  // A tile of queries against a tile of keys.
+  struct Tile {
+    int64_t i0, j0, rows;
+    const Span* columns;  // that each block of rows sees
+    Left queries;
+    Right keys;
+    float *products, *weights;
 
-    for (int64_t n = 0; n < W; ++n) {
-      group[n] = zero();
-      if (n >= count) continue;
-      const Span span = columns[(r + n) / kRows];
-      float* row = s + n * kStride;
-      const Vec minus = splat(-subtract[n]);
-      Vec total{};
-      for (int64_t j = span.begin; j < span.end; j += W) {
-        const Vec e = exp2<5>(load(row + j) * unit + minus);
-        total += e;
-        Compute::store_row(row, j, e);
-      }
-      group[n] = total;
+    // What row r sees of the columns [begin, begin + kChunk), counted from there.
+    TW_INLINE Span seen(int64_t r, int64_t begin) const {
+      const Span span = columns[r / kBlockRows];
+      return {max_of(span.begin - begin, 0), min_of(span.end - begin, kChunk<Compute>)};
     }
-    state.add(r, reduce(group, [](Vec a, Vec b) { return a + b; }));
+  };
+
+  // Rows [first, first + kGroup) and columns [begin, begin + kChunk).
+  TW_INLINE void multiply(const Tile& at, int64_t first, int64_t begin, float* products) const {
+    const int64_t count = min_of(kGroup<Compute>, at.rows - first);
+    Span part[kBlocks];
+    for (int64_t n = 0; n < count; n += kBlockRows) part[n / kBlockRows] = at.seen(first + n, begin);
+    gemm_store<Compute>(count, plan_.steps, rows_from(at.queries, first),
+                        {at.keys.data + begin / kPanel * at.keys.panel, at.keys.step, at.keys.panel}, part, products,
+                        Plan::product_stride);
   }
 
-  void rescale(const SoftmaxState& state, float* o, int64_t rows) const {
-    for (int64_t r = 0; r < rows; ++r)
-      if (const float factor = state.rescale[r]; factor != 1.0f)
-        for (int64_t i = 0; i < plan_.value_width; i += W)
-          store(o + r * plan_.value_width + i, load(o + r * plan_.value_width + i) * factor);
+  static TW_INLINE Vec largest(const float* row, Span span) {
+    Vec a = splat(-kInfinity), b = a;
+    int64_t j = span.begin;
+    for (; j + 2 * W <= span.end; j += 2 * W) {
+      a = vmax(load(row + j), a);
+      b = vmax(load(row + j + W), b);
+    }
+    if (j < span.end) a = vmax(load(row + j), a);
+    return vmax(a, b);
+  }
+
+  // P of a row of scores; returns its sums. In place, a row of P is never ahead of its scores, also where it takes half
+  // the room.
+  static TW_INLINE Vec exponentiate(const float* row, float* p, Span span, float unit, float subtract) {
+    const Vec minus = splat(-subtract);
+    Vec a{}, b{};
+    int64_t j = span.begin;
+    for (; j + 2 * W <= span.end; j += 2 * W) {
+      const Vec first = exp2<Compute::exp_degree>(load(row + j) * unit + minus);
+      const Vec second = exp2<Compute::exp_degree>(load(row + j + W) * unit + minus);
+      a += first;
+      b += second;
+      Compute::store_row(p, j, first);
+      Compute::store_row(p, j + W, second);
+    }
+    if (j < span.end) {
+      const Vec last = exp2<Compute::exp_degree>(load(row + j) * unit + minus);
+      a += last;
+      Compute::store_row(p, j, last);
+    }
+    return a + b;
+  }
+
+  // P of the tile, and its sums as state.weight. Products of the next part are made before one is weighed: the tile unit
+  // multiplies while the vector units are at it. A chunk of keys stays in cache for all rows.
+  TW_INLINE void weigh(const Scores& scores, SoftmaxState& state, const Tile& at) const {
+    int64_t begin = kTileKeys<Compute>, end = 0;
+    for (int64_t r = 0; r < at.rows; r += kBlockRows) {
+      const Span span = at.columns[r / kBlockRows];
+      if (span.begin >= span.end) continue;
+      begin = min_of(begin, round_down(span.begin, kChunk<Compute>));
+      end = max_of(end, span.end);
+    }
+    for (int64_t r = 0; r < at.rows; ++r) state.weight[r] = zero();
+    if (begin >= end) return;
+
+    const int64_t groups = ceil_div(at.rows, kGroup<Compute>), parts = groups * ceil_div(end - begin, kChunk<Compute>);
+    auto products = [&](int64_t part) { return at.products + part % 2 * Plan::product_stride * kGroup<Compute>; };
+    auto make = [&](int64_t part) __attribute__((always_inline)) {
+      if (part < parts) multiply(at, part % groups * kGroup<Compute>, begin + part / groups * kChunk<Compute>, products(part));
+    };
+    make(0);
+    for (int64_t part = 0; part < parts; ++part) {
+      make(part + 1);
+      const int64_t first = part % groups * kGroup<Compute>, last = min_of(first + kGroup<Compute>, at.rows);
+      const int64_t c = begin + part / groups * kChunk<Compute>;
+      const bool bare = scores.bare(at.i0 + first, at.i0 + last, at.j0 + c, at.j0 + min_of(c + kChunk<Compute>, end));
+      for (int64_t r = first; r < last; ++r) {
+        const Span span = at.seen(r, c);
+        if (span.begin >= span.end) continue;
+        float *row = products(part) + (r - first) * Plan::product_stride;
+        float *p = at.weights + r * Plan::weight_stride + c / Compute::per_word;
+        if (!bare) scores.finish(row, at.i0 + r, at.j0 + c, span, nullptr);
+        if (state.max[r] == -kInfinity) state.max[r] = cpu::max_of(largest(row, span)) * scores.unit();
+        state.weight[r] += exponentiate(row, p, span, scores.unit(), state.subtract(r));
+      }
+    }
+  }
+
+  // Adds the weights of rows [first, last) to their sums; false, and nothing is added, where one has become too large.
+  static TW_INLINE bool add_weights(SoftmaxState& state, int64_t first, int64_t last) {
+    Vec most{};
+    for (int64_t r = first; r < last; ++r) most = vmax(state.weight[r], most);
+    if (!(cpu::max_of(most) <= kMostWeight<Compute>)) return false;
+    for (int64_t r = first; r < last; ++r) state.sum[r] += state.weight[r];
+    return true;
+  }
+
+  // A group of rows, against the true maximum of what each has seen.
+  __attribute__((noinline)) void weigh_again(const Scores& scores, SoftmaxState& state, const Tile& at, int64_t first, float* o) const {
+    constexpr int64_t kChunks = kTileKeys<Compute> / kChunk<Compute>;
+    auto row_of = [&](int64_t chunk, int64_t r) {
+      return at.products + (chunk * kGroup<Compute> + r - first) * Plan::product_stride;
+    };
+    for (int64_t chunk = 0; chunk < kChunks; ++chunk) multiply(at, first, chunk * kChunk<Compute>, row_of(chunk, first));
+    for (int64_t r = first; r < min_of(first + kGroup<Compute>, at.rows); ++r) {
+      Vec top = splat(-kInfinity);
+      for (int64_t chunk = 0; chunk < kChunks; ++chunk) {
+        const Span span = at.seen(r, chunk * kChunk<Compute>);
+        if (span.begin >= span.end) continue;
+        scores.finish(row_of(chunk, r), at.i0 + r, at.j0 + chunk * kChunk<Compute>, span, nullptr);
+        top = vmax(largest(row_of(chunk, r), span), top);
+      }
+      const float factor = state.raise(r, cpu::max_of(top) * scores.unit());
+      float* out = o + r * plan_.value_width;
+      for (int64_t i = 0; i < plan_.value_width; i += W) store(out + i, load(out + i) * factor);
+      for (int64_t chunk = 0; chunk < kChunks; ++chunk) {
+        const Span span = at.seen(r, chunk * kChunk<Compute>);
+        float* p = at.weights + r * Plan::weight_stride + chunk * kChunk<Compute> / Compute::per_word;
+        if (span.begin < span.end) state.sum[r] += exponentiate(row_of(chunk, r), p, span, scores.unit(), state.subtract(r));
+      }
+    }
   }
 
   const AttentionForwardParams& p_;

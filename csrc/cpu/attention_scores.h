@@ -52,6 +52,11 @@ class Scores {
   // exp(score) is exp2(unit() * what finish() leaves in the row).
   float unit() const { return plain_ ? p_.scale * kLog2e : kLog2e; }
 
+  // Whether finish() would leave everything as it is, for queries [i, last) and keys [key, end).
+  bool bare(int64_t i, int64_t last, int64_t key, int64_t end) const {
+    return plain_ && band.low(last - 1) <= key && end <= band.high(i);
+  }
+
   // Columns [span.begin, span.end), multiples of W, of the row that query i has in the tile which starts at key `key`: from
   // products to scores, -inf where i does not see the key. slopes: the softcap's derivative goes there, unless nullptr.
   TW_INLINE void finish(float* row, int64_t i, int64_t key, Span span, float* slopes) const {

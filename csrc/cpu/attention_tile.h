@@ -1,7 +1,8 @@
 // One tile of the attention backward: some queries against some keys. From the packed operands it makes P and dscores,
 // and from those the three gradients, each a product of gemm.h. Nothing is transposed on the way: as left operands, P and
 // dscores are read by columns for dkey and dvalue and by rows for dquery. In bf16 a word holds neighbours along the
-// summed dimension, so both are kept with pairs of queries, and dscores with pairs of keys as well.
+// summed dimension, so both are kept with pairs of queries, and dscores with pairs of keys as well. Tiles read left operands
+// by rows alone: there P and dscores are right operands, and dkey and dvalue come out transposed.
 #pragma once
 
 #include "cpu/attention_scores.h"
@@ -13,7 +14,9 @@ template <class T>
 class GradientTile {
   using Compute = typename ComputeOf<T>::type;
   static constexpr bool kPairs = Compute::per_word == 2;
-  static constexpr int64_t kScoreRows = 48;  // so many rows of products at a time, so that they stay in L1
+  static constexpr int64_t kScoreRows = Compute::tiles ? 16 : 48;  // so many rows of products at a time: they stay in L1
+  static constexpr int64_t kBlockRows = Compute::block_rows;
+  static constexpr int64_t kSpare = Compute::tiles ? 16 : 0;  // rows or words that tiles may read past the end
 
  public:
   static constexpr int64_t kQueries = kPairs ? 192 : 96;
@@ -22,7 +25,8 @@ class GradientTile {
   struct Queries {
     float *lse, *lse_rest, *delta;  // [Nq]; lse in units of log2 as a sum of two, +inf where nothing is seen
     Left query, doutput;        // as left operands, rows of words
-    Right query_steps, doutput_steps;  // as right operands, steps of queries
+    Right query_steps, doutput_steps;    // as right operands, steps of queries
+    Left query_columns, doutput_columns;  // in their place with tiles: transposed, rows of words along the queries
 
     static int64_t words(const AttentionBackwardParams& p) {
       return 3 * round_up(p.queries, 16) + left_words(p.queries, p.query_strides.row, p.dim) +
@@ -44,8 +48,12 @@ class GradientTile {
       const T* dout = head_of<T>(p.doutput, p.doutput_strides, b, h);
       query = left(q, qs, p.dim, take(left_words(rows, qs, p.dim)));
       doutput = left(dout, ds, p.value_dim, take(left_words(rows, ds, p.value_dim)));
-      query_steps = right(q, qs, p.dim, take(right_words(rows, p.dim)));
-      doutput_steps = right(dout, ds, p.value_dim, take(right_words(rows, p.value_dim)));
+      float* q_steps = take(right_words(rows, p.dim));
+      float* dout_steps = take(right_words(rows, p.value_dim));
+      query_steps = right(q, qs, p.dim, q_steps);
+      doutput_steps = right(dout, ds, p.value_dim, dout_steps);
+      query_columns = {q_steps, column_words(rows), 1};
+      doutput_columns = {dout_steps, column_words(rows), 1};
     }
 
     // Fills rows [begin, end), begin even.
@@ -62,51 +70,59 @@ class GradientTile {
         delta[i] = p.dlse != nullptr ? total - p.dlse[first + i] : total;
       }
       dout -= (end - begin) * p.doutput_strides.row;
-      pack_side(q, p.query_strides.row, begin, end, p.dim, query, query_steps);
-      pack_side(dout, p.doutput_strides.row, begin, end, p.value_dim, doutput, doutput_steps);
+      const bool last = end == p.queries;
+      pack_side(q, p.query_strides.row, begin, end, p.dim, query, query_steps, query_columns, last);
+      pack_side(dout, p.doutput_strides.row, begin, end, p.value_dim, doutput, doutput_steps, doutput_columns, last);
     }
 
    private:
     // Room for operands that cannot be read where they lie.
     static int64_t left_words(int64_t rows, int64_t stride, int64_t dim) {
-      return left_in_place<T, Compute>(stride, dim) ? 0 : round_up(rows * ceil_div(dim, Compute::per_word), 16);
+      return left_in_place<T, Compute>(stride, dim) ? 0 : round_up((rows + kSpare) * words_of<Compute>(dim), 16);
     }
     static int64_t right_words(int64_t rows, int64_t dim) {
+      if (Compute::tiles) return round_up(dim, W) * column_words(rows);
       return right_in_place<T, Compute>(dim) ? 0 : round_up(ceil_div(rows, Compute::per_word) * round_up(dim, W), 16);
     }
+    static int64_t column_words(int64_t rows) { return words_of<Compute>(rows) + kSpare; }
 
     static Left left(const T* rows, int64_t stride, int64_t dim, const float* packed) {
       if (left_in_place<T, Compute>(stride, dim)) return {reinterpret_cast<const float*>(rows), stride / Compute::per_word, 1};
-      return {packed, ceil_div(dim, Compute::per_word), 1};
+      return {packed, words_of<Compute>(dim), 1};
     }
     static Right right(const T* rows, int64_t stride, int64_t dim, const float* packed) {
       if (right_in_place<T, Compute>(dim)) return {reinterpret_cast<const float*>(rows), stride, kPanel};
       return {packed, round_up(dim, W), kPanel};
     }
-    static void pack_side(const T* rows, int64_t stride, int64_t begin, int64_t end, int64_t dim, const Left& l, const Right& r) {
+    static void pack_side(const T* rows, int64_t stride, int64_t begin, int64_t end, int64_t dim, const Left& l, const Right& r,
+                          const Left& columns, bool last) {
       if (!left_in_place<T, Compute>(stride, dim))
         pack_left<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(l.data) + begin * l.row);
-      if (!right_in_place<T, Compute>(dim))
-        pack_rows<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(r.data) + begin / Compute::per_word * r.step);
+      const int64_t first = begin / Compute::per_word;
+      if constexpr (Compute::tiles)
+        pack_columns<T>(rows, stride, end - begin, dim, const_cast<float*>(columns.data) + first, columns.row,
+                        last ? columns.row - first : ceil_div(end - begin, Compute::per_word));
+      else if (!right_in_place<T, Compute>(dim))
+        pack_rows<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(r.data) + first * r.step);
     }
   };
 
   static int64_t scratch_words(const AttentionInputs& p, int64_t tile_keys) {
     const int64_t stride = tile_keys + 16;
-    return tile_keys * (ceil_div(p.dim, Compute::per_word) + ceil_div(p.value_dim, Compute::per_word)) +  // key^T, value^T
-           tile_keys / Compute::per_word * round_up(p.dim, W) +                                           // key
+    return tile_keys * (words_of<Compute>(p.dim) + words_of<Compute>(p.value_dim)) +  // key^T, value^T
+           tile_keys / Compute::per_word * round_up(p.dim, W) +                       // key
            3 * kScoreRows * stride + (kPairs ? 3 : 4) * kQueries * stride / 2;
   }
 
   // Packs keys [j0, j0 + keys) of key head (b, hk).
   GradientTile(const AttentionInputs& p, int64_t b, int64_t hk, int64_t j0, int64_t keys, int64_t tile_keys, float* scratch)
-      : p_(p), j0_(j0), keys_(keys), stride_(tile_keys + 16) {
+      : p_(p), j0_(j0), keys_(keys), width_(round_up(keys, Compute::column_unit)), stride_(tile_keys + 16) {
     auto take = [&](int64_t words) {
       float* part = scratch;
       scratch += words;
       return part;
     };
-    const int64_t key_steps = ceil_div(p.dim, Compute::per_word), value_steps = ceil_div(p.value_dim, Compute::per_word);
+    const int64_t key_steps = words_of<Compute>(p.dim), value_steps = words_of<Compute>(p.value_dim);
     const T* k = head_of<T>(p.key, p.key_strides, b, hk) + j0 * p.key_strides.row;
     const T* v = head_of<T>(p.value, p.value_strides, b, hk) + j0 * p.value_strides.row;
     float* key = take(tile_keys * key_steps);
@@ -135,6 +151,13 @@ class GradientTile {
     products(scores, rows, queries, [&](int64_t i, int64_t count, int64_t r, Span span) __attribute__((always_inline)) {
       differentiate(scores, rows, i, count, i - queries.begin, r, span);
     });
+    if constexpr (Compute::tiles) {
+      // Up to whole tiles there is nothing.
+      const int64_t count = queries.end - queries.begin, pairs = ceil_div(count, 2), missing = round_up(pairs, 16) - pairs;
+      std::memset(probability_ + pairs * stride_, 0, sizeof(float) * missing * stride_);
+      std::memset(dscore_ + pairs * stride_, 0, sizeof(float) * missing * stride_);
+      std::memset(dscore_rows_ + count * stride_ / 2, 0, sizeof(float) * (round_up(count, 16) - count) * stride_ / 2);
+    }
   }
 
   // The gradient of the scores after the softcap, added to [kQueries, tile_keys]: what an additive bias receives.
@@ -150,21 +173,22 @@ class GradientTile {
     });
   }
 
+  // dv: [keys, round_up(Dv, W)]; with tiles [round_up(Dv, W), tile_keys]. So dk.
   void add_dvalue(const Queries& rows, Span queries, float* dv) const {
-    add_by_key({probability_, 1, stride_}, rows.doutput_steps, queries, round_up(p_.value_dim, W), dv);
+    add_by_key(probability_, rows.doutput_steps, rows.doutput_columns, queries, round_up(p_.value_dim, W), dv);
   }
   void add_dkey(const Queries& rows, Span queries, float* dk) const {
-    add_by_key({dscore_, 1, stride_}, rows.query_steps, queries, round_up(p_.dim, W), dk);
+    add_by_key(dscore_, rows.query_steps, rows.query_columns, queries, round_up(p_.dim, W), dk);
   }
 
   // dq: the whole head's, [Nq, round_up(D, W)].
   void add_dquery(Span queries, float* dq) const {
     const Band band(p_);
-    Span steps[kQueries / kRows];
-    for (int64_t i = queries.begin; i < queries.end; i += kRows) {
+    Span steps[kQueries / kBlockRows];
+    for (int64_t i = queries.begin; i < queries.end; i += kBlockRows) {
       const int64_t low = max_of(band.low(i) - j0_, 0);
-      const int64_t high = min_of(band.high(min_of(i + kRows, queries.end) - 1) - j0_, keys_);
-      steps[(i - queries.begin) / kRows] = low < high ? Span{low / Compute::per_word, ceil_div(high, Compute::per_word)} : Span{0, 0};
+      const int64_t high = min_of(band.high(min_of(i + kBlockRows, queries.end) - 1) - j0_, keys_);
+      steps[(i - queries.begin) / kBlockRows] = steps_between(low, high);
     }
     const int64_t width = round_up(p_.dim, W);
     gemm_accumulate<Compute>(queries.end - queries.begin, width, {dscore_rows_, stride_ / Compute::per_word, 1}, key_steps_, steps,
@@ -172,17 +196,32 @@ class GradientTile {
   }
 
  private:
-  // Rows of keys: each block sums over the queries that see one of its keys.
-  void add_by_key(const Left& left, const Right& right, Span queries, int64_t width, float* out) const {
+  static Span steps_between(int64_t low, int64_t high) {
+    if (low >= high) return {0, 0};
+    return {round_down(low / Compute::per_word, Compute::step_unit),
+            round_up(ceil_div(high, Compute::per_word), Compute::step_unit)};
+  }
+
+  // Keys: each block of them sums over the queries that see one of it. by_query: P or dscores.
+  void add_by_key(const float* by_query, const Right& right, const Left& columns, Span queries, int64_t width, float* out) const {
     const Band band(p_);
-    Span steps[kTileKeysMost / kRows];
-    for (int64_t r = 0; r < keys_; r += kRows) {
+    Span steps[kTileKeysMost / kBlockRows];
+    for (int64_t r = 0; r < keys_; r += kBlockRows) {
       const int64_t first = max_of(band.first(j0_ + r), queries.begin) - queries.begin;
-      const int64_t last = min_of(band.last(j0_ + min_of(r + kRows, keys_)), queries.end) - queries.begin;
-      steps[r / kRows] = first < last ? Span{first / Compute::per_word, ceil_div(last, Compute::per_word)} : Span{0, 0};
+      const int64_t last = min_of(band.last(j0_ + min_of(r + kBlockRows, keys_)), queries.end) - queries.begin;
+      steps[r / kBlockRows] = steps_between(first, last);
     }
-    gemm_accumulate<Compute>(keys_, width, left,
-                             {right.data + queries.begin / Compute::per_word * right.step, right.step, right.panel}, steps, out, width);
+    const int64_t first = queries.begin / Compute::per_word;
+    if constexpr (Compute::tiles) {
+      for (int64_t r = 0; r < keys_; r += kBlockRows) {
+        for (int64_t m = 0; m < width; m += kBlockRows)
+          gemm_accumulate<Compute>(min_of(kBlockRows, width - m), kBlockRows, {columns.data + first + m * columns.row, columns.row, 1},
+                                   {by_query + r, stride_, kPanel}, &steps[r / kBlockRows], out + m * (stride_ - 16) + r, stride_ - 16);
+      }
+    } else {
+      gemm_accumulate<Compute>(keys_, width, {by_query, 1, stride_}, {right.data + first * right.step, right.step, right.panel},
+                               steps, out, width);
+    }
   }
 
   // Products of so many rows at a time, then body(i, count, r, span) for every per_word rows: queries [i, i + count) are
@@ -191,17 +230,18 @@ class GradientTile {
   TW_INLINE void products(const Scores& scores, const Queries& rows, Span queries, Body&& body) {
     for (int64_t i0 = queries.begin; i0 < queries.end; i0 += kScoreRows) {
       const int64_t count = min_of(kScoreRows, queries.end - i0);
-      Span columns[kScoreRows / kRows];
-      for (int64_t m = 0; m < count; m += kRows) {
+      Span columns[ceil_div(kScoreRows, kBlockRows)];
+      for (int64_t m = 0; m < count; m += kBlockRows) {
         const int64_t low = max_of(scores.band.low(i0 + m) - j0_, 0);
-        const int64_t high = min_of(scores.band.high(i0 + min_of(m + kRows, count) - 1) - j0_, keys_);
-        columns[m / kRows] = low < high ? Span{round_down(low, W), round_up(high, W)} : Span{0, 0};
+        const int64_t high = min_of(scores.band.high(i0 + min_of(m + kBlockRows, count) - 1) - j0_, keys_);
+        columns[m / kBlockRows] =
+            low < high ? Span{round_down(low, Compute::column_unit), round_up(high, Compute::column_unit)} : Span{0, 0};
       }
-      gemm_store<Compute>(count, ceil_div(p_.dim, Compute::per_word), rows_from(rows.query, i0), key_, columns, products_, stride_);
-      gemm_store<Compute>(count, ceil_div(p_.value_dim, Compute::per_word), rows_from(rows.doutput, i0), value_, columns,
-                          dprobability_, stride_);
+      gemm_store<Compute>(count, words_of<Compute>(p_.dim), rows_from(rows.query, i0), key_, columns, products_, stride_);
+      gemm_store<Compute>(count, words_of<Compute>(p_.value_dim), rows_from(rows.doutput, i0), value_, columns, dprobability_,
+                          stride_);
       for (int64_t r = 0; r < count; r += Compute::per_word)
-        body(i0 + r, min_of(Compute::per_word, count - r), r, columns[r / kRows]);
+        body(i0 + r, min_of(Compute::per_word, count - r), r, columns[r / kBlockRows]);
     }
   }
 
@@ -254,7 +294,7 @@ class GradientTile {
       }
       write(j, score);
     }
-    for (int64_t j = span.end; j < keys_; j += W) write(j, nothing);
+    for (int64_t j = span.end; j < width_; j += W) write(j, nothing);
   }
 
   TW_INLINE static Vec pair(VecH even, VecH odd) {
@@ -264,7 +304,7 @@ class GradientTile {
   static constexpr int64_t kTileKeysMost = 192;
 
   const AttentionInputs& p_;
-  const int64_t j0_, keys_, stride_;
+  const int64_t j0_, keys_, width_, stride_;
   Right key_, value_, key_steps_;  // key^T, value^T, key
   float *products_, *dprobability_, *slopes_;  // [kScoreRows, stride]
   float *probability_, *dscore_;               // [kQueries / per_word, stride] words along the queries

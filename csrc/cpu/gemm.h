@@ -21,11 +21,15 @@ constexpr int kVectors = 2;
 #endif
 constexpr int kPanel = kVectors * W;
 
-// What a word is. Elements of other types are converted to these when they are packed. A sum is cut into chains of so many
-// steps, because the rounding error of float32 grows with the length of a chain.
+// What a word is, and what its products ask of their operands. Elements of other types are converted to words when they are
+// packed. A sum is cut into chains of so many steps, because the rounding error of float32 grows with the length of a chain.
 struct Fp32 {
   static constexpr int per_word = 1, exp_degree = 5;
+  static constexpr bool tiles = false;
   static constexpr int64_t chain = 64;
+  static constexpr int64_t block_rows = kRows;  // rows of C that share a span of columns or of steps
+  static constexpr int64_t step_unit = 1;       // steps are multiples of this: operands are padded with zeros
+  static constexpr int64_t column_unit = W;     // likewise columns
   TW_INLINE static Vec dot(Vec a, Vec b, Vec c) { return a * b + c; }
   TW_INLINE static void store_row(float* row, int64_t i, Vec v) { store(row + i, v); }
 };
@@ -34,20 +38,31 @@ template <class T>
 struct ComputeOf { using type = Fp32; };
 
 #if defined(__AVX512BF16__)
-struct Bf16Pairs {
+struct Bf16Pairs : Fp32 {
   static constexpr int per_word = 2, exp_degree = 4;
   static constexpr int64_t chain = 128;
   TW_INLINE static Vec dot(Vec a, Vec b, Vec c) { return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
   TW_INLINE static void store_row(float* row, int64_t i, Vec v) { store(reinterpret_cast<bf16*>(row) + i, v); }
 };
 
+  #if defined(__AMX_BF16__)
+// By the tile registers of amx.h, which hold 16 rows of 16 words.
+struct Bf16Tiles : Bf16Pairs {
+  static constexpr bool tiles = true;
+  static constexpr int64_t block_rows = 32, step_unit = 16, column_unit = 32;
+};
+
+template <>
+struct ComputeOf<bf16> { using type = Bf16Tiles; };
+  #else
 template <>
 struct ComputeOf<bf16> { using type = Bf16Pairs; };
+  #endif
 #endif
 
 TW_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 TW_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-TW_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 TW_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 TW_INLINE int64_t round_down(int64_t a, int64_t b) { return a / b * b; }
 
@@ -58,6 +73,7 @@ TW_INLINE Vec broadcast_word(const float* p) {
   return from_bits(VecU{} + word);
 }
 
+// With tiles, step is 1 and rows can be read (not: have a meaning) up to a multiple of 16.
 struct Left {  // A[m, k] at data + m * row + k * step
   const float* data;
   int64_t row, step;
@@ -122,9 +138,28 @@ void multiply_vectors(int64_t vectors, int64_t rows, Span steps, const Left& a, 
 
 TW_INLINE Left rows_from(const Left& a, int64_t m) { return {a.data + m * a.row, a.row, a.step}; }
 
-// C = A B. columns_of[m / kRows]: the columns, multiples of W, that are wanted of a block of rows.
+}  // namespace
+}  // namespace torchweld::cpu
+
+#if defined(__AMX_BF16__)
+  #include "cpu/amx.h"
+#endif
+
+namespace torchweld::cpu {
+namespace {
+
+#if !defined(__AMX_BF16__)
+struct TileScope {
+  TileScope() {}  // there are no tiles to be set up
+};
+#endif
+
+// C = A B. columns_of[m / block_rows]: the columns, multiples of column_unit, that are wanted of a block of rows.
 template <class Compute>
 void gemm_store(int64_t rows, int64_t steps, const Left& a, const Right& b, const Span* columns_of, float* c, int64_t ldc) {
+#if defined(__AMX_BF16__)
+  if constexpr (Compute::tiles) return tile_store(rows, steps, a, b, columns_of, c, ldc);
+#endif
   int64_t last = 0;
   for (int64_t m = 0; m < rows; m += kRows) last = max_of(last, columns_of[m / kRows].end);
   // A panel of B stays in L1 for all rows.
@@ -138,10 +173,13 @@ void gemm_store(int64_t rows, int64_t steps, const Left& a, const Right& b, cons
     }
 }
 
-// C += A B over `columns`, a multiple of W. steps_of[m / kRows]: the steps of k that count for a block of rows.
+// C += A B over `columns`, a multiple of W. steps_of[m / block_rows]: the steps of k that count for a block of rows.
 template <class Compute>
 void gemm_accumulate(int64_t rows, int64_t columns, const Left& a, const Right& b, const Span* steps_of, float* c,
                      int64_t ldc) {
+#if defined(__AMX_BF16__)
+  if constexpr (Compute::tiles) return tile_accumulate(rows, columns, a, b, steps_of, c, ldc);
+#endif
   for (int64_t n = 0; n < columns; n += kPanel)
     for (int64_t m = 0; m < rows; m += kRows)
       multiply_vectors<Compute, true>(min_of(kPanel, columns - n) / W, min_of(kRows, rows - m), steps_of[m / kRows],

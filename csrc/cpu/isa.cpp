@@ -4,12 +4,18 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(TORCHWELD_HAS_AMX) && defined(__linux__)
+  #include <sys/syscall.h>
+  #include <unistd.h>
+#endif
+
 namespace torchweld::cpu {
 
 namespace baseline { extern const Kernels table; }
 namespace avx2 { extern const Kernels table; }
 namespace avx512 { extern const Kernels table; }
 namespace avx512_bf16 { extern const Kernels table; }
+namespace amx { extern const Kernels table; }
 
 namespace {
 
@@ -18,6 +24,18 @@ struct Candidate {
   const Kernels* table;
   bool supported;
 };
+
+#ifdef TORCHWELD_HAS_AMX
+// The tile registers are 8 KB that Linux saves only for processes that have asked for it.
+bool may_use_tiles() {
+  #if defined(__linux__)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+  #else
+  return false;
+  #endif
+}
+#endif
 
 // Best first.
 std::vector<Candidate> candidates() {
@@ -29,6 +47,10 @@ std::vector<Candidate> candidates() {
   const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has_avx512_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
+  #ifdef TORCHWELD_HAS_AMX
+  const bool has_amx = has_avx512_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
+  list.push_back({"amx", &amx::table, has_amx && may_use_tiles()});
+  #endif
   list.push_back({"avx512_bf16", &avx512_bf16::table, has_avx512_bf16});
   list.push_back({"avx512", &avx512::table, has_avx512});
   list.push_back({"avx2", &avx2::table, has_avx2});

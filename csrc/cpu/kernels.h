@@ -22,7 +22,7 @@ struct Kernels {
   void (*attention_backward)(const AttentionBackwardParams&);
 };
 
-#ifdef TORCHWELD_ISA  // baseline, avx2, avx512 or avx512_bf16: set by the build for each of the four compilations
+#ifdef TORCHWELD_ISA  // baseline, avx2, avx512, avx512_bf16 or amx: set by the build for each of the compilations
 namespace TORCHWELD_ISA {
 
 void layer_norm_forward(const LayerNormForwardParams& p);

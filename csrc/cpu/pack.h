@@ -37,24 +37,38 @@ TW_INLINE Vec reduce(Vec (&group)[W], F&& f) {
   return group[0];
 }
 
+// Words of a row of `dim` elements, padded as the products want it.
+template <class Compute>
+TW_INLINE int64_t words_of(int64_t dim) { return round_up(ceil_div(dim, Compute::per_word), Compute::step_unit); }
+
 // Words [word, word + W) of a row of `dim` elements.
 template <class T, class Compute>
 TW_INLINE Vec load_words(const T* row, int64_t word, int64_t dim) {
   const int64_t first = word * Compute::per_word, left = dim - first;
+  if (Compute::step_unit > 1 && left <= 0) return Vec{};
   if constexpr (Compute::per_word == 1) {
     return left >= W ? load(row + first) : load(row + first, First{static_cast<int>(left)});
   } else {
+    if (left >= 2 * W) {
+      Vec v;
+      std::memcpy(&v, row + first, sizeof v);
+      return v;
+    }
+#if defined(__AVX512BW__)
+    return (Vec)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << left) - 1), row + first);
+#else
     Vec v{};
-    std::memcpy(&v, row + first, left >= 2 * W ? sizeof v : static_cast<uint64_t>(left) * sizeof(T));
+    std::memcpy(&v, row + first, static_cast<uint64_t>(left) * sizeof(T));
     return v;
+#endif
   }
 }
 
 // The transpose as a right operand: B[k, n] is word k of row n. Panels of kPanel rows, each [dim in words][kPanel].
 template <class T, class Compute>
 void pack_transposed(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out) {
-  const int64_t steps = ceil_div(dim, Compute::per_word);
-  for (int64_t n = 0; n < rows; n += W) {
+  const int64_t steps = words_of<Compute>(dim);
+  for (int64_t n = 0; n < round_up(rows, Compute::column_unit); n += W) {
     float* panel = out + n / kPanel * steps * kPanel + n % kPanel;
     for (int64_t k = 0; k < steps; k += W) {
       Vec v[W];
@@ -73,7 +87,8 @@ void pack_transposed(const T* source, int64_t stride, int64_t rows, int64_t dim,
 // As a right operand: B[k, n] is element n of row k, or of rows 2k and 2k + 1. Rows of round_up(dim, W) words.
 template <class T, class Compute>
 void pack_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out) {
-  const int64_t width = round_up(dim, W);
+  const int64_t width = round_up(dim, W), steps = words_of<Compute>(rows);
+  for (int64_t k = ceil_div(rows, Compute::per_word); k < steps; ++k) std::memset(out + k * width, 0, sizeof(float) * width);
   for (int64_t k = 0; k * Compute::per_word < rows; ++k) {
     const T* row = source + k * Compute::per_word * stride;
     for_each_vector(dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
@@ -88,10 +103,33 @@ void pack_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, float
   }
 }
 
+// The transpose as a left operand: A[m, k] is element m of rows 2k and 2k + 1. Rows of `stride_out` words, of which `words`
+// are filled: with zeros past the last pair.
+template <class T>
+void pack_columns(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out, int64_t stride_out, int64_t words) {
+  for (int64_t k = 0; k < words; k += W)
+    for_each_vector(dim, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
+      Vec v[W];
+      for (int i = 0; i < W; ++i) {
+        const int64_t row = 2 * (k + i);
+        v[i] = zero();
+        if (row >= rows) continue;
+        const VecU even = __builtin_convertvector(load_bits(source + row * stride + d, lanes), VecU);
+        const VecU odd = row + 1 < rows ? __builtin_convertvector(load_bits(source + (row + 1) * stride + d, lanes), VecU) : VecU{};
+        v[i] = from_bits(even | (odd << 16));
+      }
+      transpose(v);
+      for (int i = 0; i < W; ++i) {
+        if (words - k >= W) store(out + (d + i) * stride_out + k, v[i]);
+        else store(out + (d + i) * stride_out + k, v[i], First{static_cast<int>(words - k)});
+      }
+    });
+}
+
 // As a left operand: A[m, k] is word k of row m. Rows of `steps` words.
 template <class T, class Compute>
 void pack_left(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out) {
-  const int64_t steps = ceil_div(dim, Compute::per_word);
+  const int64_t steps = words_of<Compute>(dim);
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t k = 0; k < steps; k += W) {
       const Vec v = load_words<T, Compute>(source + m * stride, k, dim);
@@ -100,10 +138,10 @@ void pack_left(const T* source, int64_t stride, int64_t rows, int64_t dim, float
     }
 }
 
-// Whether rows can be read as a left operand where they lie.
+// Whether rows can be read as a left operand where they lie; tiles would read rows past the last.
 template <class T, class Compute>
 TW_INLINE bool left_in_place(int64_t stride, int64_t dim) {
-  return kNative<T, Compute> && stride % Compute::per_word == 0 && dim % Compute::per_word == 0;
+  return !Compute::tiles && kNative<T, Compute> && stride % Compute::per_word == 0 && dim % Compute::per_word == 0;
 }
 
 // Whether rows can be read as a right operand where they lie.

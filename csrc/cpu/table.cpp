@@ -3,7 +3,9 @@
 
 namespace torchweld::cpu::TORCHWELD_ISA {
 
-#if defined(__AVX512BF16__) && defined(__AVX512F__)
+#if defined(__AMX_BF16__)
+constexpr char compiled_for[] = "amx";
+#elif defined(__AVX512BF16__) && defined(__AVX512F__)
 constexpr char compiled_for[] = "avx512_bf16";
 #elif defined(__AVX512F__)
 constexpr char compiled_for[] = "avx512";
