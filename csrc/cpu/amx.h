@@ -1,6 +1,6 @@
 // The products of gemm.h on Intel's AMX tiles: eight registers of 16 rows x 16 words. One instruction multiplies 16 x 32
-// by 32 x 16 bf16 into 16 x 16 float32, eight times what the vector units do in the same cycles. A left tile is 16 rows of
-// 16 neighbouring words, a right tile 16 steps of 16 columns: the operands of gemm.h as they lie.
+// by 32 x 16 bf16 into 16 x 16 float32, eight times what the vector units do in the same cycles. So memory is what counts:
+// operands are made of blocks of the size of a tile, one after the other, which the prefetchers follow.
 // Intel: Architecture Instruction Set Extensions Programming Reference, chapter 3.
 #pragma once
 
@@ -39,31 +39,33 @@ class TileScope {
   Config before_;
 };
 
+constexpr int64_t kBlock = 256;  // words
+
 // The compiler does not know what tile loads read: stores before them must not sink below.
 TW_INLINE void fence() { asm volatile("" ::: "memory"); }
 
-// C[16, 16 N] = A[16, steps] B[steps, 16 N]. Each load of B is used once, each of A N times.
+// C[16, 16 N] = A[16, steps] B[steps, 16 N]. b_panel: from one column of blocks of B to the next.
 template <int N>
-TW_INLINE void tile_row(int64_t steps, const float* a, int64_t a_row, const float* b, int64_t b_step, float* c, int64_t ldc) {
+TW_INLINE void tile_row(int64_t steps, const float* a, const float* b, int64_t b_panel, float* c, int64_t ldc) {
   fence();
   _tile_zero(0);
   if constexpr (N > 1) _tile_zero(1);
   if constexpr (N > 2) _tile_zero(2);
   if constexpr (N > 3) _tile_zero(3);
-  for (int64_t k = 0; k < steps; k += 16, b += 16 * b_step) {
-    _tile_loadd(4, a + k, a_row * 4);
-    _tile_loadd(5, b, b_step * 4);
+  for (int64_t k = 0; k < steps; k += 16, a += kBlock, b += kBlock) {
+    _tile_loadd(4, a, 64);
+    _tile_loadd(5, b, 64);
     _tile_dpbf16ps(0, 4, 5);
     if constexpr (N > 1) {
-      _tile_loadd(6, b + 16, b_step * 4);
+      _tile_loadd(6, b + b_panel, 64);
       _tile_dpbf16ps(1, 4, 6);
     }
     if constexpr (N > 2) {
-      _tile_loadd(7, b + 32, b_step * 4);
+      _tile_loadd(7, b + 2 * b_panel, 64);
       _tile_dpbf16ps(2, 4, 7);
     }
     if constexpr (N > 3) {
-      _tile_loadd(5, b + 48, b_step * 4);
+      _tile_loadd(5, b + 3 * b_panel, 64);
       _tile_dpbf16ps(3, 4, 5);
     }
   }
@@ -74,24 +76,24 @@ TW_INLINE void tile_row(int64_t steps, const float* a, int64_t a_row, const floa
   fence();
 }
 
-// C[16 M, 16 N] += A[16 M, steps] B[steps, 16 N].
+// C[16 M, 16 N] += A[16 M, steps] B[steps, 16 N]. a_rows: from one row of blocks of A to the next.
 template <int M, int N>
-TW_INLINE void tile_block(int64_t steps, const float* a, int64_t a_row, const float* b, int64_t b_step, float* c, int64_t ldc) {
+TW_INLINE void tile_block(int64_t steps, const float* a, int64_t a_rows, const float* b, int64_t b_panel, float* c, int64_t ldc) {
   fence();
   _tile_loadd(0, c, ldc * 4);
   if constexpr (N > 1) _tile_loadd(1, c + 16, ldc * 4);
   if constexpr (M > 1) _tile_loadd(2, c + 16 * ldc, ldc * 4);
   if constexpr (M > 1 && N > 1) _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
-  for (int64_t k = 0; k < steps; k += 16, b += 16 * b_step) {
-    _tile_loadd(4, a + k, a_row * 4);
-    _tile_loadd(6, b, b_step * 4);
+  for (int64_t k = 0; k < steps; k += 16, a += kBlock, b += kBlock) {
+    _tile_loadd(4, a, 64);
+    _tile_loadd(6, b, 64);
     _tile_dpbf16ps(0, 4, 6);
     if constexpr (N > 1) {
-      _tile_loadd(7, b + 16, b_step * 4);
+      _tile_loadd(7, b + b_panel, 64);
       _tile_dpbf16ps(1, 4, 7);
     }
     if constexpr (M > 1) {
-      _tile_loadd(5, a + 16 * a_row + k, a_row * 4);
+      _tile_loadd(5, a + a_rows, 64);
       _tile_dpbf16ps(2, 5, 6);
     }
     if constexpr (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
@@ -103,17 +105,14 @@ TW_INLINE void tile_block(int64_t steps, const float* a, int64_t a_row, const fl
   fence();
 }
 
-// gemm_store. A row of tiles of A stays in L1 for all panels of B.
+// gemm_store.
 void tile_store(int64_t rows, int64_t steps, const Left& a, const Right& b, const Span* columns_of, float* c, int64_t ldc) {
   for (int64_t m = 0; m < rows; m += 16) {
     const Span& columns = columns_of[m / Bf16Tiles::block_rows];
-    for (int64_t n = columns.begin; n < columns.end;) {
-      const int64_t end = min_of(round_down(n, kPanel) + kPanel, columns.end);
-      const float* right = b.data + n / kPanel * b.panel + n % kPanel;
-      if (end - n == kPanel) tile_row<4>(steps, a.data + m * a.row, a.row, right, b.step, c + m * ldc + n, ldc);
-      else tile_row<2>(steps, a.data + m * a.row, a.row, right, b.step, c + m * ldc + n, ldc);
-      n = end;
-    }
+    const float* left = a.data + m * a.row;
+    int64_t n = columns.begin;
+    for (; n + 64 <= columns.end; n += 64) tile_row<4>(steps, left, b.data + n / 16 * b.panel, b.panel, c + m * ldc + n, ldc);
+    if (n < columns.end) tile_row<2>(steps, left, b.data + n / 16 * b.panel, b.panel, c + m * ldc + n, ldc);
   }
 }
 
@@ -124,17 +123,17 @@ void tile_accumulate(int64_t rows, int64_t columns, const Left& a, const Right& 
   for (int64_t m = 0; m < rows; m += kBlockRows) last = max_of(last, steps_of[m / kBlockRows].end);
   for (int64_t k = 0; k < last; k += kSteps)
     for (int64_t n = 0; n < columns; n += 32) {
-      const float* right = b.data + n / kPanel * b.panel + n % kPanel;
+      const float* right = b.data + n / 16 * b.panel;
       for (int64_t m = 0; m < rows; m += kBlockRows) {
         const int64_t begin = max_of(steps_of[m / kBlockRows].begin, k), end = min_of(steps_of[m / kBlockRows].end, k + kSteps);
         if (begin >= end) continue;
-        const float *left = a.data + m * a.row + begin, *first = right + begin * b.step;
+        const float *left = a.data + m * a.row + begin * 16, *first = right + begin * 16;
         float* out = c + m * ldc + n;
         const bool tall = rows - m > 16, wide = columns - n > 16;
-        if (tall && wide) tile_block<2, 2>(end - begin, left, a.row, first, b.step, out, ldc);
-        else if (tall) tile_block<2, 1>(end - begin, left, a.row, first, b.step, out, ldc);
-        else if (wide) tile_block<1, 2>(end - begin, left, a.row, first, b.step, out, ldc);
-        else tile_block<1, 1>(end - begin, left, a.row, first, b.step, out, ldc);
+        if (tall && wide) tile_block<2, 2>(end - begin, left, 16 * a.row, first, b.panel, out, ldc);
+        else if (tall) tile_block<2, 1>(end - begin, left, 16 * a.row, first, b.panel, out, ldc);
+        else if (wide) tile_block<1, 2>(end - begin, left, 16 * a.row, first, b.panel, out, ldc);
+        else tile_block<1, 1>(end - begin, left, 16 * a.row, first, b.panel, out, ldc);
       }
     }
 }

@@ -41,7 +41,7 @@ struct BackwardPlan {
     key_width = round_up(p.dim, W);
     value_width = round_up(p.value_dim, W);
     packed = Tile::Queries::words(p);
-    partial = round_up((p.queries + 16) * key_width, 16);  // tiles add zeros to rows past the last
+    partial = round_up(p.queries, 16) * key_width;  // tiles add zeros to rows past the last
     scratch = Tile::scratch_words(p, tile_keys) + max_of(tile_keys * (key_width + value_width), Tile::kQueries * tile_keys);
     threads = threads_for(p, 5);
   }
@@ -124,7 +124,7 @@ class Backward {
         const typename Tile::Queries rows = queries(first_head + g);
         float* dq = partial(first_head + g, chunk);
         const int64_t last = scores.band.last(j0 + keys);
-        for (int64_t i0 = round_down(scores.band.first(j0), 2); i0 < last; i0 += Tile::kQueries) {
+        for (int64_t i0 = round_down(scores.band.first(j0), 2 * Compute::step_unit); i0 < last; i0 += Tile::kQueries) {
           const Span span{i0, min_of(i0 + Tile::kQueries, last)};
           tile.score(scores, rows, span);
           if (p_.dvalue != nullptr) tile.add_dvalue(rows, span, dv);

@@ -41,7 +41,7 @@ struct ForwardPlan {
   using Compute = typename ComputeOf<T>::type;
   // In words, of a row of products and of weights. No powers of two: rows would share cache sets.
   static constexpr int64_t product_stride = kChunk<Compute> + 16;
-  static constexpr int64_t weight_stride = Compute::tiles ? kTileKeys<Compute> / 2 + 16 : product_stride;
+  static constexpr int64_t weight_stride = Compute::tiles ? kTileKeys<Compute> / 2 : product_stride;
   // Of products: those at hand, and with tiles those of the next chunk, or of a whole row of chunks to be weighed again.
   static constexpr int64_t product_words = Compute::tiles ? kGroup<Compute> * product_stride * (kTileKeys<Compute> / kChunk<Compute>) : 0;
 
@@ -146,6 +146,10 @@ class Forward {
  private:
   float* scratch(int64_t thread) const { return p_.workspace + thread * plan_.scratch; }
 
+  // Of packed values.
+  int64_t value_step() const { return Compute::tiles ? 16 : plan_.value_width; }
+  int64_t value_panel() const { return Compute::tiles ? 16 * words_of<Compute>(p_.keys) : kPanel; }
+
   // Keys [begin, end) of a head, begin a multiple of kPanel.
   void pack(int64_t head, int64_t begin, int64_t end, float* packed) const {
     const int64_t b = head / p_.kv_heads, h = head % p_.kv_heads, ks = p_.key_strides.row, vs = p_.value_strides.row;
@@ -155,7 +159,7 @@ class Forward {
     const int64_t seen = min_of(end, Band(p_).high(p_.queries - 1)) - begin;
     if (!right_in_place<T, Compute>(p_.value_dim) && seen > 0)
       pack_rows<T, Compute>(head_of<T>(p_.value, p_.value_strides, b, h) + begin * vs, vs, seen, p_.value_dim,
-                            packed + plan_.key_words + begin / Compute::per_word * plan_.value_width);
+                            packed + plan_.key_words + begin / Compute::per_word * value_step(), value_panel());
   }
 
   // One tile of queries of query head `g` of the group that shares kv head `head`.
@@ -176,10 +180,10 @@ class Forward {
       left = {reinterpret_cast<const float*>(q), p_.query_strides.row / Compute::per_word, 1};
     else
       pack_left<T, Compute>(q, p_.query_strides.row, rows, p_.dim, scratch);
-    Right values{packed + plan_.key_words, plan_.value_width, kPanel};
+    Right values{packed + plan_.key_words, value_step(), value_panel()};
     if (right_in_place<T, Compute>(p_.value_dim))
       values = {reinterpret_cast<const float*>(head_of<T>(p_.value, p_.value_strides, b, hk)), p_.value_strides.row, kPanel};
-    const Right keys{packed, kPanel, kPanel * plan_.steps};
+    const Right keys{packed, Compute::panel, Compute::panel * plan_.steps};
     SoftmaxState state;
     state.init();
     std::memset(o, 0, sizeof(float) * rows * plan_.value_width);
@@ -242,7 +246,7 @@ class Forward {
     Span part[kBlocks];
     for (int64_t n = 0; n < count; n += kBlockRows) part[n / kBlockRows] = at.seen(first + n, begin);
     gemm_store<Compute>(count, plan_.steps, rows_from(at.queries, first),
-                        {at.keys.data + begin / kPanel * at.keys.panel, at.keys.step, at.keys.panel}, part, products,
+                        {at.keys.data + begin * plan_.steps, at.keys.step, at.keys.panel}, part, products,
                         Plan::product_stride);
   }
 
@@ -306,8 +310,8 @@ class Forward {
       for (int64_t r = first; r < last; ++r) {
         const Span span = at.seen(r, c);
         if (span.begin >= span.end) continue;
-        float *row = products(part) + (r - first) * Plan::product_stride;
-        float *p = at.weights + r * Plan::weight_stride + c / Compute::per_word;
+        float* row = products(part) + (r - first) * Plan::product_stride;
+        float* p = Compute::row_of(at.weights, Plan::weight_stride, r) + Compute::column(c);
         if (!bare) scores.finish(row, at.i0 + r, at.j0 + c, span, nullptr);
         if (state.max[r] == -kInfinity) state.max[r] = cpu::max_of(largest(row, span)) * scores.unit();
         state.weight[r] += exponentiate(row, p, span, scores.unit(), state.subtract(r));
@@ -344,7 +348,7 @@ class Forward {
       for (int64_t i = 0; i < plan_.value_width; i += W) store(out + i, load(out + i) * factor);
       for (int64_t chunk = 0; chunk < kChunks; ++chunk) {
         const Span span = at.seen(r, chunk * kChunk<Compute>);
-        float* p = at.weights + r * Plan::weight_stride + chunk * kChunk<Compute> / Compute::per_word;
+        float* p = Compute::row_of(at.weights, Plan::weight_stride, r) + Compute::column(chunk * kChunk<Compute>);
         if (span.begin < span.end) state.sum[r] += exponentiate(row_of(chunk, r), p, span, scores.unit(), state.subtract(r));
       }
     }

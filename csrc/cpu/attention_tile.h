@@ -16,7 +16,6 @@ class GradientTile {
   static constexpr bool kPairs = Compute::per_word == 2;
   static constexpr int64_t kScoreRows = Compute::tiles ? 16 : 48;  // so many rows of products at a time: they stay in L1
   static constexpr int64_t kBlockRows = Compute::block_rows;
-  static constexpr int64_t kSpare = Compute::tiles ? 16 : 0;  // rows or words that tiles may read past the end
 
  public:
   static constexpr int64_t kQueries = kPairs ? 192 : 96;
@@ -52,8 +51,8 @@ class GradientTile {
       float* dout_steps = take(right_words(rows, p.value_dim));
       query_steps = right(q, qs, p.dim, q_steps);
       doutput_steps = right(dout, ds, p.value_dim, dout_steps);
-      query_columns = {q_steps, column_words(rows), 1};
-      doutput_columns = {dout_steps, column_words(rows), 1};
+      query_columns = {q_steps, words_of<Compute>(rows), 1};
+      doutput_columns = {dout_steps, words_of<Compute>(rows), 1};
     }
 
     // Fills rows [begin, end), begin even.
@@ -70,21 +69,19 @@ class GradientTile {
         delta[i] = p.dlse != nullptr ? total - p.dlse[first + i] : total;
       }
       dout -= (end - begin) * p.doutput_strides.row;
-      const bool last = end == p.queries;
-      pack_side(q, p.query_strides.row, begin, end, p.dim, query, query_steps, query_columns, last);
-      pack_side(dout, p.doutput_strides.row, begin, end, p.value_dim, doutput, doutput_steps, doutput_columns, last);
+      pack_side(q, p.query_strides.row, begin, end, p.dim, query, query_steps, query_columns);
+      pack_side(dout, p.doutput_strides.row, begin, end, p.value_dim, doutput, doutput_steps, doutput_columns);
     }
 
    private:
     // Room for operands that cannot be read where they lie.
     static int64_t left_words(int64_t rows, int64_t stride, int64_t dim) {
-      return left_in_place<T, Compute>(stride, dim) ? 0 : round_up((rows + kSpare) * words_of<Compute>(dim), 16);
+      return left_in_place<T, Compute>(stride, dim) ? 0 : round_up(rows, 16) * words_of<Compute>(dim);
     }
     static int64_t right_words(int64_t rows, int64_t dim) {
-      if (Compute::tiles) return round_up(dim, W) * column_words(rows);
+      if (Compute::tiles) return round_up(dim, W) * words_of<Compute>(rows);
       return right_in_place<T, Compute>(dim) ? 0 : round_up(ceil_div(rows, Compute::per_word) * round_up(dim, W), 16);
     }
-    static int64_t column_words(int64_t rows) { return words_of<Compute>(rows) + kSpare; }
 
     static Left left(const T* rows, int64_t stride, int64_t dim, const float* packed) {
       if (left_in_place<T, Compute>(stride, dim)) return {reinterpret_cast<const float*>(rows), stride / Compute::per_word, 1};
@@ -95,20 +92,19 @@ class GradientTile {
       return {packed, round_up(dim, W), kPanel};
     }
     static void pack_side(const T* rows, int64_t stride, int64_t begin, int64_t end, int64_t dim, const Left& l, const Right& r,
-                          const Left& columns, bool last) {
+                          const Left& columns) {
       if (!left_in_place<T, Compute>(stride, dim))
         pack_left<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(l.data) + begin * l.row);
       const int64_t first = begin / Compute::per_word;
       if constexpr (Compute::tiles)
-        pack_columns<T>(rows, stride, end - begin, dim, const_cast<float*>(columns.data) + first, columns.row,
-                        last ? columns.row - first : ceil_div(end - begin, Compute::per_word));
+        pack_columns<T>(rows, stride, end - begin, dim, const_cast<float*>(columns.data) + first * 16, columns.row);
       else if (!right_in_place<T, Compute>(dim))
-        pack_rows<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(r.data) + first * r.step);
+        pack_rows<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(r.data) + first * r.step, 0);
     }
   };
 
   static int64_t scratch_words(const AttentionInputs& p, int64_t tile_keys) {
-    const int64_t stride = tile_keys + 16;
+    const int64_t stride = tile_keys + 32;
     return tile_keys * (words_of<Compute>(p.dim) + words_of<Compute>(p.value_dim)) +  // key^T, value^T
            tile_keys / Compute::per_word * round_up(p.dim, W) +                       // key
            3 * kScoreRows * stride + (kPairs ? 3 : 4) * kQueries * stride / 2;
@@ -116,7 +112,7 @@ class GradientTile {
 
   // Packs keys [j0, j0 + keys) of key head (b, hk).
   GradientTile(const AttentionInputs& p, int64_t b, int64_t hk, int64_t j0, int64_t keys, int64_t tile_keys, float* scratch)
-      : p_(p), j0_(j0), keys_(keys), width_(round_up(keys, Compute::column_unit)), stride_(tile_keys + 16) {
+      : p_(p), j0_(j0), keys_(keys), width_(round_up(keys, Compute::column_unit)), tile_keys_(tile_keys), stride_(tile_keys + 32) {
     auto take = [&](int64_t words) {
       float* part = scratch;
       scratch += words;
@@ -130,13 +126,14 @@ class GradientTile {
     float* steps = take(tile_keys / Compute::per_word * round_up(p.dim, W));
     pack_transposed<T, Compute>(k, p.key_strides.row, keys, p.dim, key);
     pack_transposed<T, Compute>(v, p.value_strides.row, keys, p.value_dim, value);
-    key_ = {key, kPanel, kPanel * key_steps};
-    value_ = {value, kPanel, kPanel * value_steps};
+    key_ = {key, Compute::panel, Compute::panel * key_steps};
+    value_ = {value, Compute::panel, Compute::panel * value_steps};
     if (right_in_place<T, Compute>(p.dim)) {
       key_steps_ = {reinterpret_cast<const float*>(k), p.key_strides.row, kPanel};
     } else {
-      pack_rows<T, Compute>(k, p.key_strides.row, keys, p.dim, steps);
-      key_steps_ = {steps, round_up(p.dim, W), kPanel};
+      const int64_t panel = Compute::tiles ? 16 * words_of<Compute>(keys) : kPanel;
+      pack_rows<T, Compute>(k, p.key_strides.row, keys, p.dim, steps, panel);
+      key_steps_ = {steps, Compute::tiles ? 16 : round_up(p.dim, W), panel};
     }
     products_ = take(kScoreRows * stride_);
     dprobability_ = take(kScoreRows * stride_);
@@ -152,11 +149,11 @@ class GradientTile {
       differentiate(scores, rows, i, count, i - queries.begin, r, span);
     });
     if constexpr (Compute::tiles) {
-      // Up to whole tiles there is nothing.
-      const int64_t count = queries.end - queries.begin, pairs = ceil_div(count, 2), missing = round_up(pairs, 16) - pairs;
-      std::memset(probability_ + pairs * stride_, 0, sizeof(float) * missing * stride_);
-      std::memset(dscore_ + pairs * stride_, 0, sizeof(float) * missing * stride_);
-      std::memset(dscore_rows_ + count * stride_ / 2, 0, sizeof(float) * (round_up(count, 16) - count) * stride_ / 2);
+      // Up to whole blocks there is nothing.
+      const int64_t count = queries.end - queries.begin;
+      const Score nothing[2] = {};
+      for (int64_t t = round_up(count, 2); t < round_up(count, 32); t += 2)
+        for (int64_t j = 0; j < width_; j += W) write(t, j, nothing);
     }
   }
 
@@ -213,11 +210,11 @@ class GradientTile {
     }
     const int64_t first = queries.begin / Compute::per_word;
     if constexpr (Compute::tiles) {
-      for (int64_t r = 0; r < keys_; r += kBlockRows) {
+      for (int64_t r = 0; r < keys_; r += kBlockRows)
         for (int64_t m = 0; m < width; m += kBlockRows)
-          gemm_accumulate<Compute>(min_of(kBlockRows, width - m), kBlockRows, {columns.data + first + m * columns.row, columns.row, 1},
-                                   {by_query + r, stride_, kPanel}, &steps[r / kBlockRows], out + m * (stride_ - 16) + r, stride_ - 16);
-      }
+          gemm_accumulate<Compute>(min_of(kBlockRows, width - m), kBlockRows,
+                                   {columns.data + m * columns.row + first * 16, columns.row, 1}, {by_query + r * kPairRows, 16, kPairPanel},
+                                   &steps[r / kBlockRows], out + m * tile_keys_ + r, tile_keys_);
     } else {
       gemm_accumulate<Compute>(keys_, width, {by_query, 1, stride_}, {right.data + first * right.step, right.step, right.panel},
                                steps, out, width);
@@ -268,22 +265,8 @@ class GradientTile {
       delta[n] = splat(rows.delta[i + n]);
       scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, capped ? slopes_ + (r + n) * stride_ : nullptr);
     }
-    float* p_row = probability_ + t / kCount * stride_;
-    float* ds_row = dscore_ + t / kCount * stride_;
-    auto write = [&](int64_t j, const Score (&score)[kCount]) __attribute__((always_inline)) {
-      if constexpr (kPairs) {
-        const VecH even = narrow_bf16(score[0].gradient), odd = narrow_bf16(score[1].gradient);
-        store(p_row + j, pair(narrow_bf16(score[0].probability), narrow_bf16(score[1].probability)));
-        store(ds_row + j, pair(even, odd));
-        store_bits(reinterpret_cast<bf16*>(dscore_rows_) + t * stride_ + j, even, All{});
-        store_bits(reinterpret_cast<bf16*>(dscore_rows_) + (t + 1) * stride_ + j, odd, All{});
-      } else {
-        store(p_row + j, score[0].probability);
-        store(ds_row + j, score[0].gradient);
-      }
-    };
     const Score nothing[kCount] = {};
-    for (int64_t j = 0; j < span.begin; j += W) write(j, nothing);
+    for (int64_t j = 0; j < span.begin; j += W) write(t, j, nothing);
     for (int64_t j = span.begin; j < span.end; j += W) {
       Score score[kCount] = {};
       for (int n = 0; n < kCount; ++n) {
@@ -292,19 +275,35 @@ class GradientTile {
         score[n] = dscore(at, scores.unit(), lse[n], rest[n], delta[n]);
         if (capped) score[n].gradient = score[n].gradient * load(slopes_ + at);
       }
-      write(j, score);
+      write(t, j, score);
     }
-    for (int64_t j = span.end; j < width_; j += W) write(j, nothing);
+    for (int64_t j = span.end; j < width_; j += W) write(t, j, nothing);
   }
 
-  TW_INLINE static Vec pair(VecH even, VecH odd) {
-    return from_bits(__builtin_convertvector(even, VecU) | (__builtin_convertvector(odd, VecU) << 16));
+  // Row t of the tile, and its neighbour where rows go in pairs, columns [j, j + W).
+  TW_INLINE void write(int64_t t, int64_t j, const Score (&score)[Compute::per_word]) {
+    if constexpr (kPairs) {
+      const int64_t at = Compute::tiles ? j / 16 * kPairPanel + t / 2 * 16 : t / 2 * stride_ + j;
+      store(probability_ + at, pair(score[0].probability, score[1].probability));
+      store(dscore_ + at, pair(score[0].gradient, score[1].gradient));
+      for (int n = 0; n < 2; ++n) Compute::store_row(Compute::row_of(dscore_rows_, stride_ / 2, t + n), j, score[n].gradient);
+    } else {
+      store(probability_ + t * stride_ + j, score[0].probability);
+      store(dscore_ + t * stride_ + j, score[0].gradient);
+    }
+  }
+
+  // Rounded to bf16, side by side in words; half an ulp goes up.
+  TW_INLINE static Vec pair(Vec even, Vec odd) {
+    return from_bits(((bits(even) + 0x8000u) >> 16) | ((bits(odd) + 0x8000u) & 0xffff0000u));
   }
 
   static constexpr int64_t kTileKeysMost = 192;
+  // With tiles, P and dscores by pairs of queries are right operands: columns of blocks of keys.
+  static constexpr int64_t kPairRows = kQueries / 2, kPairPanel = 16 * kPairRows;
 
   const AttentionInputs& p_;
-  const int64_t j0_, keys_, width_, stride_;
+  const int64_t j0_, keys_, width_, tile_keys_, stride_;
   Right key_, value_, key_steps_;  // key^T, value^T, key
   float *products_, *dprobability_, *slopes_;  // [kScoreRows, stride]
   float *probability_, *dscore_;               // [kQueries / per_word, stride] words along the queries

@@ -30,7 +30,12 @@ struct Fp32 {
   static constexpr int64_t block_rows = kRows;  // rows of C that share a span of columns or of steps
   static constexpr int64_t step_unit = 1;       // steps are multiples of this: operands are padded with zeros
   static constexpr int64_t column_unit = W;     // likewise columns
+  static constexpr int64_t panel = kPanel;      // columns of a right operand that lie side by side
   TW_INLINE static Vec dot(Vec a, Vec b, Vec c) { return a * b + c; }
+
+  // Making a left operand of words along k: where row m starts, how far from there element i is, and W elements from i on.
+  TW_INLINE static float* row_of(float* data, int64_t row, int64_t m) { return data + m * row; }
+  TW_INLINE static int64_t column(int64_t i) { return i; }
   TW_INLINE static void store_row(float* row, int64_t i, Vec v) { store(row + i, v); }
 };
 
@@ -42,6 +47,7 @@ struct Bf16Pairs : Fp32 {
   static constexpr int per_word = 2, exp_degree = 4;
   static constexpr int64_t chain = 128;
   TW_INLINE static Vec dot(Vec a, Vec b, Vec c) { return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
+  TW_INLINE static int64_t column(int64_t i) { return i / 2; }
   TW_INLINE static void store_row(float* row, int64_t i, Vec v) { store(reinterpret_cast<bf16*>(row) + i, v); }
 };
 
@@ -49,7 +55,12 @@ struct Bf16Pairs : Fp32 {
 // By the tile registers of amx.h, which hold 16 rows of 16 words.
 struct Bf16Tiles : Bf16Pairs {
   static constexpr bool tiles = true;
-  static constexpr int64_t block_rows = 32, step_unit = 16, column_unit = 32;
+  static constexpr int64_t block_rows = 32, step_unit = 16, column_unit = 32, panel = 16;
+  TW_INLINE static float* row_of(float* data, int64_t row, int64_t m) { return data + m / 16 * 16 * row + m % 16 * 16; }
+  TW_INLINE static int64_t column(int64_t i) { return i / 32 * 256 + i % 32 / 2; }
+  TW_INLINE static void store_row(float* row, int64_t i, Vec v) {
+    store(reinterpret_cast<bf16*>(row) + i / 32 * 512 + i % 32, v);
+  }
 };
 
 template <>
@@ -73,13 +84,14 @@ TW_INLINE Vec broadcast_word(const float* p) {
   return from_bits(VecU{} + word);
 }
 
-// With tiles, step is 1 and rows can be read (not: have a meaning) up to a multiple of 16.
+// With tiles a left operand, too, is made of blocks of 16 x 16 words, one after the other: A[m, k] is at
+// data + m / 16 * 16 * row + k / 16 * 256 + m % 16 * 16 + k % 16, and can be read (not: has a meaning) up to whole blocks.
 struct Left {  // A[m, k] at data + m * row + k * step
   const float* data;
   int64_t row, step;
 };
 
-struct Right {  // B[k, n] at data + (n / kPanel) * panel + k * step + n % kPanel
+struct Right {  // B[k, n] at data + n / Compute::panel * panel + k * step + n % Compute::panel
   const float* data;
   int64_t step, panel;
 };

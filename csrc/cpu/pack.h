@@ -64,11 +64,12 @@ TW_INLINE Vec load_words(const T* row, int64_t word, int64_t dim) {
   }
 }
 
-// The transpose as a right operand: B[k, n] is word k of row n. Panels of kPanel rows, each [dim in words][kPanel].
+// The transpose as a right operand: B[k, n] is word k of row n. Panels of that many rows, each [dim in words][panel].
 template <class T, class Compute>
 void pack_transposed(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out) {
   const int64_t steps = words_of<Compute>(dim);
   for (int64_t n = 0; n < round_up(rows, Compute::column_unit); n += W) {
+    constexpr int64_t kPanel = Compute::panel;
     float* panel = out + n / kPanel * steps * kPanel + n % kPanel;
     for (int64_t k = 0; k < steps; k += W) {
       Vec v[W];
@@ -84,45 +85,43 @@ void pack_transposed(const T* source, int64_t stride, int64_t rows, int64_t dim,
   }
 }
 
-// As a right operand: B[k, n] is element n of row k, or of rows 2k and 2k + 1. Rows of round_up(dim, W) words.
+// As a right operand: B[k, n] is element n of row k, or of rows 2k and 2k + 1. Rows of round_up(dim, W) words; with tiles,
+// columns of blocks that are `panel` words apart.
 template <class T, class Compute>
-void pack_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out) {
+void pack_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out, int64_t panel) {
   const int64_t width = round_up(dim, W), steps = words_of<Compute>(rows);
-  for (int64_t k = ceil_div(rows, Compute::per_word); k < steps; ++k) std::memset(out + k * width, 0, sizeof(float) * width);
-  for (int64_t k = 0; k * Compute::per_word < rows; ++k) {
+  auto at = [&](int64_t k, int64_t i) { return Compute::tiles ? out + i / 16 * panel + k * 16 + i % 16 : out + k * width + i; };
+  for (int64_t k = 0; k < steps; ++k) {
     const T* row = source + k * Compute::per_word * stride;
     for_each_vector(dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       if constexpr (Compute::per_word == 1) {
-        store(out + k * width + i, load(row + i, lanes));
+        store(at(k, i), load(row + i, lanes));
       } else {
-        const VecU even = __builtin_convertvector(load_bits(row + i, lanes), VecU);
+        const VecU even = 2 * k < rows ? __builtin_convertvector(load_bits(row + i, lanes), VecU) : VecU{};
         const VecU odd = 2 * k + 1 < rows ? __builtin_convertvector(load_bits(row + stride + i, lanes), VecU) : VecU{};
-        store(out + k * width + i, from_bits(even | (odd << 16)));
+        store(at(k, i), from_bits(even | (odd << 16)));
       }
     });
   }
 }
 
-// The transpose as a left operand: A[m, k] is element m of rows 2k and 2k + 1. Rows of `stride_out` words, of which `words`
-// are filled: with zeros past the last pair.
+// The transpose as a left operand of tiles: A[m, k] is element m of rows 2k and 2k + 1. `row`: words of a row of A.
 template <class T>
-void pack_columns(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out, int64_t stride_out, int64_t words) {
-  for (int64_t k = 0; k < words; k += W)
+void pack_columns(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out, int64_t row) {
+  for (int64_t k = 0; 2 * k < rows; k += W)
     for_each_vector(dim, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
       Vec v[W];
       for (int i = 0; i < W; ++i) {
-        const int64_t row = 2 * (k + i);
+        const int64_t first = 2 * (k + i);
         v[i] = zero();
-        if (row >= rows) continue;
-        const VecU even = __builtin_convertvector(load_bits(source + row * stride + d, lanes), VecU);
-        const VecU odd = row + 1 < rows ? __builtin_convertvector(load_bits(source + (row + 1) * stride + d, lanes), VecU) : VecU{};
+        if (first >= rows) continue;
+        const VecU even = __builtin_convertvector(load_bits(source + first * stride + d, lanes), VecU);
+        const VecU odd =
+            first + 1 < rows ? __builtin_convertvector(load_bits(source + (first + 1) * stride + d, lanes), VecU) : VecU{};
         v[i] = from_bits(even | (odd << 16));
       }
       transpose(v);
-      for (int i = 0; i < W; ++i) {
-        if (words - k >= W) store(out + (d + i) * stride_out + k, v[i]);
-        else store(out + (d + i) * stride_out + k, v[i], First{static_cast<int>(words - k)});
-      }
+      for (int i = 0; i < W; ++i) store(out + d * row + k * 16 + i * 16, v[i]);
     });
 }
 
@@ -133,7 +132,8 @@ void pack_left(const T* source, int64_t stride, int64_t rows, int64_t dim, float
   for (int64_t m = 0; m < rows; ++m)
     for (int64_t k = 0; k < steps; k += W) {
       const Vec v = load_words<T, Compute>(source + m * stride, k, dim);
-      if (steps - k >= W) store(out + m * steps + k, v);
+      if (Compute::tiles) store(out + m / 16 * 16 * steps + k * 16 + m % 16 * 16, v);
+      else if (steps - k >= W) store(out + m * steps + k, v);
       else store(out + m * steps + k, v, First{static_cast<int>(steps - k)});
     }
 }
