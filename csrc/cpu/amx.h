@@ -118,7 +118,7 @@ void tile_store(int64_t rows, int64_t steps, const Left& a, const Right& b, cons
 
 // gemm_accumulate. So many steps at a time that a column of B's tiles stays in L1 for all rows.
 void tile_accumulate(int64_t rows, int64_t columns, const Left& a, const Right& b, const Span* steps_of, float* c, int64_t ldc) {
-  constexpr int64_t kSteps = 128, kBlockRows = Bf16Tiles::block_rows;
+  constexpr int64_t kSteps = 256, kBlockRows = Bf16Tiles::block_rows;
   int64_t last = 0;
   for (int64_t m = 0; m < rows; m += kBlockRows) last = max_of(last, steps_of[m / kBlockRows].end);
   for (int64_t k = 0; k < last; k += kSteps)

@@ -44,7 +44,7 @@ struct ComputeOf { using type = Fp32; };
 
 #if defined(__AVX512BF16__)
 struct Bf16Pairs : Fp32 {
-  static constexpr int per_word = 2, exp_degree = 4;
+  static constexpr int per_word = 2, exp_degree = 3;
   static constexpr int64_t chain = 128;
   TW_INLINE static Vec dot(Vec a, Vec b, Vec c) { return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
   TW_INLINE static int64_t column(int64_t i) { return i / 2; }
