@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "philox.h"
+
 namespace torchweld {
 
 enum class DType : int32_t { float32, bfloat16, float16 };
@@ -11,20 +13,22 @@ enum class DType : int32_t { float32, bfloat16, float16 };
 // A CUDA stream; nullptr on the CPU.
 using Stream = void*;
 
-// y = (s - mean) * rstd * (weight + weight_offset) + bias over rows of N, where s = input (+ residual, when there is one).
+// y = (s - mean) * rstd * (weight + weight_offset) + bias over rows of N, where s = input, or residual + dropout(input).
 // RMS norm is a layer norm that is not centred: its mean is 0, and rstd that of the mean square.
-// M rows, N columns. `dtype` is that of the activations, `weight_dtype` that of weight, bias and their gradients.
+// M rows, N columns. `dtype` is that of the activations, `weight_dtype` that of weight, bias and their gradients,
+// `sum_dtype` that of residual and sum: float32 or `dtype`, which it is without a residual.
 struct LayerNormForwardParams {
   int64_t rows, cols;
   float eps;
   bool centred;
   float weight_offset;  // 1 for a zero-centred weight, else 0
-  DType dtype, weight_dtype;
+  DType dtype, weight_dtype, sum_dtype;
+  Dropout dropout;       // of the input, only with a residual; element (row, column) of its mask is that of the input
   const void* input;     // [M, N]
   const void* residual;  // [M, N], nullptr: plain layer norm
   const void* weight;    // [N], nullptr: ones
   const void* bias;      // [N], nullptr: zeros
-  void* sum;             // [M, N] input + residual, nullptr without a residual
+  void* sum;             // [M, N] what is normalised, nullptr without a residual
   void* output;          // [M, N]
   float* mean;           // [M], nullptr: not centred, or no backward will follow
   float* rstd;           // [M], nullptr: no backward will follow
@@ -33,14 +37,16 @@ struct LayerNormForwardParams {
 struct LayerNormBackwardParams {
   int64_t rows, cols;
   float weight_offset;
-  DType dtype, weight_dtype;
+  DType dtype, weight_dtype, sum_dtype;  // of doutput and dx; of weight, dweight, dbias; of dsum, input, dinput
+  Dropout dropout;
   const void* doutput;  // [M, N]
   const void* dsum;     // [M, N] gradient that reaches the sum from elsewhere, nullptr: none
-  const void* input;    // [M, N] what was normalised: input, or input + residual
+  const void* input;    // [M, N] what was normalised
   const void* weight;   // [N], nullptr: ones
   const float* mean;    // [M], nullptr: not centred
   const float* rstd;    // [M]
-  void* dinput;         // [M, N], nullptr: not wanted
+  void* dinput;         // [M, N] gradient of what was normalised, nullptr: not wanted
+  void* dx;             // [M, N] the same through the dropout, nullptr: not wanted, or no other than dinput
   void* dweight;        // [N], nullptr: not wanted
   void* dbias;          // [N], nullptr: not wanted
   int64_t blocks;       // of the workspace, as many as layer_norm_workspace asks for
