@@ -25,10 +25,15 @@ struct Emulated {
 
 }  // namespace
 
+extern "C" void __gcov_dump() __attribute__((weak));  // there if the kernels were compiled to count their lines
+
 PYBIND11_MODULE(emulated, m) {
   m.doc() = "CUDA kernels of torchweld, run on the CPU";
   m.def("set_machine", [](int multiprocessors, int shared_bytes_per_block, unsigned seed) {
     emulation::machine() = {multiprocessors, shared_bytes_per_block, seed};
+  });
+  m.def("write_coverage", [] {
+    if (__gcov_dump != nullptr) __gcov_dump();
   });
   bind_adamw<Emulated>(m);
   bind_layer_norm<Emulated>(m);
