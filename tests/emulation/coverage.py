@@ -24,7 +24,7 @@ def begin() -> None:
 
 
 def measure(module: ModuleType) -> dict[str, dict[int, int]]:
-    """How often each line ran, by file of csrc/cuda. Templates count as one: a line has run if it has in any instance."""
+    """How often each line ran, by file of csrc/cuda. A line of a template has run if it has in any instance."""
     if not _lines:
         module.write_coverage()
         for counts in _written.rglob("*.gcda"):

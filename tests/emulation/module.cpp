@@ -29,9 +29,12 @@ extern "C" void __gcov_dump() __attribute__((weak));  // there if the kernels we
 
 PYBIND11_MODULE(emulated, m) {
   m.doc() = "CUDA kernels of torchweld, run on the CPU";
-  m.def("set_machine", [](int multiprocessors, int shared_bytes_per_block, unsigned seed) {
-    emulation::machine() = {multiprocessors, shared_bytes_per_block, seed};
-  });
+  m.def(
+      "set_machine",
+      [](int multiprocessors, int shared_bytes_per_block, unsigned seed) {
+        emulation::machine() = {multiprocessors, shared_bytes_per_block, seed};
+      },
+      py::arg("multiprocessors") = 4, py::arg("shared_bytes_per_block") = 232448, py::arg("seed") = 0);
   m.def("write_coverage", [] {
     if (__gcov_dump != nullptr) __gcov_dump();
   });

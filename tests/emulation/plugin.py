@@ -27,7 +27,7 @@ def emulated_module() -> ModuleType:
 def emulated(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The CUDA kernels in the place of the CPU's, as a GPU of 4 multiprocessors with Hopper's shared memory."""
     monkeypatch.setitem(backend.kernels, "cpu", emulated_module)
-    emulated_module.set_machine(4, 232448, 0)
+    emulated_module.set_machine()
     with backend.strict():
         yield emulated_module
 
