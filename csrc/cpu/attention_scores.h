@@ -30,7 +30,7 @@ inline int64_t threads_for(const AttentionInputs& p, int64_t flops_per_product) 
 struct Band {
   int64_t left, right, shift, keys, queries;
 
-  explicit Band(const AttentionInputs& p) : left(p.left), right(p.right), shift(p.shift), keys(p.keys), queries(p.queries) {}
+  explicit Band(const AttentionInputs& p) : left(p.left), right(p.right), shift(p.shift()), keys(p.keys), queries(p.queries) {}
 
   int64_t low(int64_t i) const { return min_of(max_of(i + shift - left, 0), keys); }
   int64_t high(int64_t i) const { return min_of(max_of(i + shift + right + 1, 0), keys); }
@@ -85,7 +85,7 @@ class Scores {
     }
     if (p_.alibi_slopes != nullptr) {
       Vec distance;
-      for (int l = 0; l < W; ++l) distance[l] = static_cast<float>(l + span.begin + key - i - p_.shift);
+      for (int l = 0; l < W; ++l) distance[l] = static_cast<float>(l + span.begin + key - i - band.shift);
       for (int64_t j = span.begin; j < span.end; j += W, distance += static_cast<float>(W))
         store(row + j, load(row + j) - from_bits(bits(distance) & 0x7fffffffu) * slope_);
     }
