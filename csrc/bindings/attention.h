@@ -69,8 +69,8 @@ inline float* values_of(const Arguments& args, const AttentionInputs& p, const O
 // Query (B, H, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv), or packed: the sizes and the pointers of all three.
 template <class Backend>
 void fill_inputs(const Arguments& args, AttentionInputs& p, const TensorView& query, const TensorView& key,
-                 const TensorView& value, const Modifiers& modifiers, const Options& options) {
-  const OptionalTensor &lens_q = std::get<4>(modifiers), &lens_k = std::get<5>(modifiers);
+                 const TensorView& value, const OptionalTensor& lens_q, const OptionalTensor& lens_k,
+                 int64_t max_seqlen_q = -1, int64_t max_seqlen_k = -1) {
   const bool packed = lens_q || lens_k;
   for (const auto& [t, name] : {std::pair{&query, "query"}, {&key, "key"}, {&value, "value"}})
     if (t->ndim != (packed ? 3 : 4))
@@ -87,8 +87,8 @@ void fill_inputs(const Arguments& args, AttentionInputs& p, const TensorView& qu
   p.dtype = args.dtype(query, "query");
   if (packed) {
     p.batch = lens_q ? std::max<int64_t>(lens_q->numel() - 1, 0) : 0;
-    p.queries = std::get<6>(options);
-    p.keys = std::get<7>(options);
+    p.queries = max_seqlen_q;
+    p.keys = max_seqlen_k;
     p.cu_seqlens_q = fill_sequences<Backend>(args, "cu_seqlens_q", lens_q, p.batch, p.total_q, p.queries);
     p.cu_seqlens_k = fill_sequences<Backend>(args, "cu_seqlens_k", lens_k, p.batch, p.total_k, p.keys);
   } else {
@@ -159,22 +159,22 @@ template <class Backend>
 void bind_attention(py::module_& m) {
   // How many floats of workspace attention_forward wants with these arguments.
   m.def("attention_forward_workspace",
-        [](const TensorView& query, const TensorView& key, const TensorView& value, const Modifiers& modifiers,
-           const Options& options, const OptionalTensor& lse) {
+        [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& lens_q,
+           const OptionalTensor& lens_k, const OptionalTensor& lse) {
           const Arguments args("attention_forward_workspace", Backend::device, query);
           AttentionForwardParams p{};
-          fill_inputs<Backend>(args, p, query, key, value, modifiers, options);
+          fill_inputs<Backend>(args, p, query, key, value, lens_q, lens_k);
           p.lse = values_of(args, p, lse, "lse");
           return Backend::kernels().attention_forward_workspace(p);
         });
 
   // How many attention_backward wants.
   m.def("attention_backward_workspace",
-        [](const TensorView& query, const TensorView& key, const TensorView& value, const Modifiers& modifiers,
-           const Options& options, const TensorView& doutput) {
+        [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& lens_q,
+           const OptionalTensor& lens_k, const TensorView& doutput) {
           const Arguments args("attention_backward_workspace", Backend::device, query);
           AttentionBackwardParams p{};
-          fill_inputs<Backend>(args, p, query, key, value, modifiers, options);
+          fill_inputs<Backend>(args, p, query, key, value, lens_q, lens_k);
           p.doutput = rows_of(args, p, doutput, "doutput", p.heads, p.total_q, p.value_dim, p.doutput_strides);
           return Backend::kernels().attention_backward_workspace(p);
         });
@@ -185,7 +185,8 @@ void bind_attention(py::module_& m) {
            const Options& options, const TensorView& output, const OptionalTensor& lse, const TensorView& workspace) {
           const Arguments args("attention_forward", Backend::device, query);
           AttentionForwardParams p{};
-          fill_inputs<Backend>(args, p, query, key, value, modifiers, options);
+          fill_inputs<Backend>(args, p, query, key, value, std::get<4>(modifiers), std::get<5>(modifiers),
+                               std::get<6>(options), std::get<7>(options));
           fill_scores(args, p, modifiers, options, workspace);
           p.output = rows_of(args, p, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
           p.lse = values_of(args, p, lse, "lse");
@@ -202,7 +203,8 @@ void bind_attention(py::module_& m) {
            const OptionalTensor& dsinks, const TensorView& workspace) {
           const Arguments args("attention_backward", Backend::device, query);
           AttentionBackwardParams p{};
-          fill_inputs<Backend>(args, p, query, key, value, modifiers, options);
+          fill_inputs<Backend>(args, p, query, key, value, std::get<4>(modifiers), std::get<5>(modifiers),
+                               std::get<6>(options), std::get<7>(options));
           fill_scores(args, p, modifiers, options, workspace);
           p.output = rows_of(args, p, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
           p.doutput = rows_of(args, p, doutput, "doutput", p.heads, p.total_q, p.value_dim, p.doutput_strides);

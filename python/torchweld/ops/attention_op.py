@@ -89,18 +89,14 @@ def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
     return Modifiers(bias, alibi_slopes, sinks, seed, lens_q, lens_k)
 
 
-def _given(modifiers: tuple[Tensor | None, ...]) -> bool:
-    return any(t is not None for t in modifiers)
-
-
 def _run_forward(query: Tensor, key: Tensor, value: Tensor, lse: Tensor | None, rest: tuple[Any, ...]) -> Tensor:
     q, k, v = _operand(query), _operand(key), _operand(value)
     modifiers, options = rest[:_COUNT], rest[_COUNT:]
-    if _given(modifiers):
+    if modifiers != PLAIN:  # None is compared by identity: cheap
         modifiers = _prepared(q, k, Modifiers(*modifiers))
     output, device = _heads_like(query, value.shape[-1]), q.device
     kernels = backend.kernels[device.type]
-    size = kernels.attention_forward_workspace(q, k, v, modifiers, options, lse)
+    size = kernels.attention_forward_workspace(q, k, v, modifiers[-2], modifiers[-1], lse)
     workspace = torch.empty(size, dtype=torch.float32, device=device)
     kernels.attention_forward(q, k, v, modifiers, options, output, lse, workspace)
     return output
@@ -126,7 +122,7 @@ def _backward(
         _heads_like(t, t.shape[-1]) if wanted else None for t, wanted in zip((query, key, value), mask, strict=False)
     ]
     dbias = dalibi = dsinks = None
-    if _given(modifiers):
+    if modifiers != PLAIN:
         modifiers = _prepared(q, k, modifiers)
         batch = q.shape[0] if modifiers.cu_seqlens_q is None else modifiers.cu_seqlens_q.numel() - 1
         if bias is not None and mask[3]:
@@ -136,7 +132,7 @@ def _backward(
         if sinks is not None and mask[5]:
             dsinks = torch.empty((batch, q.shape[1]), dtype=torch.float32, device=q.device)
     kernels = backend.kernels[q.device.type]
-    size = kernels.attention_backward_workspace(q, k, v, modifiers, options, doutput)
+    size = kernels.attention_backward_workspace(q, k, v, *modifiers[-2:], doutput)
     workspace = torch.empty(size, dtype=torch.float32, device=q.device)
     kernels.attention_backward(
         doutput, None if dlse is None else dlse.contiguous(), q, k, v, modifiers, options, _operand(output), lse,
@@ -213,17 +209,17 @@ def _on_reference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        output, lse = forward_op(*args)
-        ctx.save_for_backward(output, lse, *args[: 3 + _COUNT])
-        ctx.options = args[3 + _COUNT :]
+    def forward(ctx: Any, options: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, Tensor]:
+        output, lse = forward_op(*inputs, *options)
+        ctx.save_for_backward(output, lse, *inputs)
+        ctx.options = options  # one argument: each costs a call as much as a tensor
         ctx.set_materialize_grads(False)
         return output, lse
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         output, lse, *inputs = ctx.saved_tensors
-        mask = ctx.needs_input_grad[:_GRADS]
+        mask = ctx.needs_input_grad[1 : 1 + _GRADS]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
 
             def function(*leaves: Any) -> tuple[Tensor, ...]:
@@ -235,7 +231,7 @@ class _Attention(torch.autograd.Function):
                 doutput = torch.zeros_like(output)
             grads = _backward_op(doutput, dlse, output, lse, *inputs, *ctx.options, mask)
         found = [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
-        return *found, *(None,) * (len(ctx.needs_input_grad) - _GRADS)
+        return None, *found, None, None, None
 
 
 _attention_with_grad = applier(_Attention)
@@ -276,7 +272,7 @@ def attend(
     if backend.choose(op, query.device, _refusal(query, key, value, modifiers)) == "reference":
         both = _on_reference(query, key, value, *modifiers, *options)
     elif wants_grad(query, key, value, *modifiers[: _GRADS - 3]):
-        both = _attention_with_grad(query, key, value, *modifiers, *options)
+        both = _attention_with_grad(options, query, key, value, *modifiers)
     elif return_lse:
         both = forward_op(query, key, value, *modifiers, *options)
     else:
