@@ -2,6 +2,7 @@
 // and how a row of products query @ key^T becomes a row of scores.
 #pragma once
 
+#include "cpu/attention_dropout.h"
 #include "cpu/exp.h"
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
@@ -45,6 +46,7 @@ class Scores {
   Scores(const AttentionInputs& p, int64_t b, int64_t h)
       : p_(p),
         band(p),
+        dropout(p, b, h),
         bias_(p.bias_type == MaskType::none ? 0 : b * p.bias_strides.batch + h * p.bias_strides.head),
         slope_(p.alibi_slopes != nullptr ? p.alibi_slopes[b * p.alibi_batch_stride + h] : 0.0f),
         plain_(p.scale > 0 && p.softcap == 0 && p.bias_type == MaskType::none && p.alibi_slopes == nullptr) {}
@@ -134,6 +136,7 @@ class Scores {
 
  public:
   const Band band;
+  const HeadDropout dropout;
 
  private:
   const int64_t bias_;

@@ -247,9 +247,7 @@ def _refusal(query: Tensor, key: Tensor, value: Tensor, modifiers: tuple[Tensor 
         return "there are no CUDA kernels for attention"
     if query.dtype not in _DTYPES:
         return f"query of dtype {query.dtype}"
-    _, alibi_slopes, _, seed, lens, _ = modifiers
-    if seed is not None:
-        return "dropout"
+    _, alibi_slopes, _, _, lens, _ = modifiers
     if lens is not None:
         return "packed sequences (cu_seqlens_q)"
     if alibi_slopes is not None and wants_grad(alibi_slopes):
