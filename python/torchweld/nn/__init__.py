@@ -2,5 +2,20 @@
 
 from torchweld.nn.attention import MultiheadAttention
 from torchweld.nn.layer_norm import LayerNorm
+from torchweld.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
-__all__ = ["LayerNorm", "MultiheadAttention"]
+__all__ = [
+    "LayerNorm",
+    "MultiheadAttention",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]
