@@ -2,6 +2,7 @@
 
 from torchweld.nn.attention import MultiheadAttention
 from torchweld.nn.layer_norm import LayerNorm
+from torchweld.nn.rms_norm import RMSNorm
 from torchweld.nn.transformer import (
     Transformer,
     TransformerDecoder,
@@ -13,6 +14,7 @@ from torchweld.nn.transformer import (
 __all__ = [
     "LayerNorm",
     "MultiheadAttention",
+    "RMSNorm",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
