@@ -14,7 +14,7 @@ import torch
 
 from torchweld import nn
 from torchweld.nn.twins import TWINS
-from torchweld.testing.modules import check_module
+from torchweld.testing.modules import Trial, check_modules
 from transformer_cases import BATCH, HEADS, LAYERS, WIDTH, M, N, inputs, layers, masks, twins
 
 OPTIONS = [
@@ -39,8 +39,8 @@ def compare(
 
     relu = any(getattr(m, "activation", None) is torch.nn.functional.relu for m in theirs.modules())
     for dtype in (torch.float32,) if relu else (torch.float32, torch.bfloat16):
-        draws = [[x.to(dtype) for x in draw()] for _ in range(2)]
-        check_module(ours.to(dtype), theirs.to(dtype), call, draws, f"{case} {dtype}")
+        trials = [Trial(ours.to(dtype), theirs.to(dtype), call, [x.to(dtype) for x in draw()]) for _ in range(2)]
+        check_modules(trials, f"{case} {dtype}")
 
 
 @pytest.mark.parametrize("cls", LAYERS)
