@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import applier, double_backward, register
+from torchweld.ops.library import applier, double_backward, register, wants_definition
 
 ALIGNMENTS = ("top_left", "bottom_right")
 
@@ -261,7 +261,7 @@ class _Attention(torch.autograd.Function):
         query, key, value, bias, alibi_slopes, sinks, output, lse = ctx.saved_tensors
         need = ctx.needs_input_grad
         mask = (*need[:4], need[5])
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if wants_definition(doutput, dlse):
 
             def function(
                 q: Tensor, k: Tensor, v: Tensor, b: Tensor | None, s: Tensor | None

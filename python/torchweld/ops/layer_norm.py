@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import applier, double_backward, register, wants_grad
+from torchweld.ops.library import applier, double_backward, register, wants_definition, wants_grad
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -172,7 +172,7 @@ def _gradients(
     """Of what was normalised, of weight and of bias; None where `mask` does not ask."""
     x, weight, bias, stats = ctx.saved_tensors
     shape, eps = ctx.norm
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if wants_definition(doutput, dsum):
 
         def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
             return reference.layer_norm(x, shape, weight, bias, eps), x.clone()
