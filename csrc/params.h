@@ -11,11 +11,14 @@ enum class DType : int32_t { float32, bfloat16, float16 };
 // A CUDA stream; nullptr on the CPU.
 using Stream = void*;
 
-// y = (s - mean) * rstd * weight + bias over rows of N, where s = input (+ residual, when there is one).
+// y = (s - mean) * rstd * (weight + weight_offset) + bias over rows of N, where s = input (+ residual, when there is one).
+// RMS norm is a layer norm that is not centred: its mean is 0, and rstd that of the mean square.
 // M rows, N columns. `dtype` is that of the activations, `weight_dtype` that of weight, bias and their gradients.
 struct LayerNormForwardParams {
   int64_t rows, cols;
   float eps;
+  bool centred;
+  float weight_offset;  // 1 for a zero-centred weight, else 0
   DType dtype, weight_dtype;
   const void* input;     // [M, N]
   const void* residual;  // [M, N], nullptr: plain layer norm
@@ -23,18 +26,19 @@ struct LayerNormForwardParams {
   const void* bias;      // [N], nullptr: zeros
   void* sum;             // [M, N] input + residual, nullptr without a residual
   void* output;          // [M, N]
-  float* mean;           // [M], nullptr: no backward will follow
-  float* rstd;           // [M], likewise
+  float* mean;           // [M], nullptr: not centred, or no backward will follow
+  float* rstd;           // [M], nullptr: no backward will follow
 };
 
 struct LayerNormBackwardParams {
   int64_t rows, cols;
+  float weight_offset;
   DType dtype, weight_dtype;
   const void* doutput;  // [M, N]
   const void* dsum;     // [M, N] gradient that reaches the sum from elsewhere, nullptr: none
   const void* input;    // [M, N] what was normalised: input, or input + residual
   const void* weight;   // [N], nullptr: ones
-  const float* mean;    // [M]
+  const float* mean;    // [M], nullptr: not centred
   const float* rstd;    // [M]
   void* dinput;         // [M, N], nullptr: not wanted
   void* dweight;        // [N], nullptr: not wanted

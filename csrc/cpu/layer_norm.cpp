@@ -1,14 +1,17 @@
-// Layer norm, with or without a residual add in front, forward and backward.
+// Layer norm and RMS norm, with or without a residual add in front, forward and backward.
 //
 //   s = input + residual           xhat = (s - mean) * rstd        output = xhat * weight + bias
 //   g = doutput * weight           dinput = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum
 //   dweight = sum over rows of doutput * xhat                      dbias = sum over rows of doutput
 //
+// RMS norm is the same without mean, mean(g) and bias. weight stands for weight + weight_offset.
+//
 // Forward: a thread owns whole rows; a row stays in cache between the passes for mean, variance (about that mean, so no
 // cancellation) and output. Memory is read and written once: 2 values per element, 4 with a residual.
 // Backward: a row block owns its rows' dinput and one fp32 partial of the weight gradients; blocks are fixed by the
 // shape, so the sums have one order at any number of threads. 3 values per element, 4 with dsum.
-// Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450.
+// Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450. Zhang, Sennrich: Root Mean Square Layer Normalization,
+// arXiv:1910.07467.
 
 #include "cpu/kernels.h"
 #include "cpu/parallel.h"
@@ -25,9 +28,13 @@ constexpr int64_t kLongRow = 2048;
 int64_t row_grain(int64_t cols) { return cols < kElementsPerThread ? kElementsPerThread / cols : 1; }
 
 template <class T>
-const T* row(const void* base, int64_t index, int64_t cols) { return static_cast<const T*>(base) + index * cols; }
+const T* row(const void* base, int64_t index, int64_t cols) {
+  return static_cast<const T*>(base) + index * cols;
+}
 template <class T>
-T* row(void* base, int64_t index, int64_t cols) { return static_cast<T*>(base) + index * cols; }
+T* row(void* base, int64_t index, int64_t cols) {
+  return static_cast<T*>(base) + index * cols;
+}
 
 template <class T, class WT>
 void forward_row(const LayerNormForwardParams& p, int64_t m, bool streaming) {
@@ -44,7 +51,8 @@ void forward_row(const LayerNormForwardParams& p, int64_t m, bool streaming) {
     for_each_vector(N, [&](int64_t i, auto lanes) { store(s + i, load(x + i, lanes) + load(r + i, lanes), lanes); });
     x = s;
   }
-  const float mean = sum_over(N, [&](int64_t i, auto lanes) { return load(x + i, lanes); }) / static_cast<float>(N);
+  const float mean =
+      p.centred ? sum_over(N, [&](int64_t i, auto lanes) { return load(x + i, lanes); }) / static_cast<float>(N) : 0.0f;
 
   // Variance.
   const float squares = sum_over(N, [&](int64_t i, auto lanes) {
@@ -56,14 +64,12 @@ void forward_row(const LayerNormForwardParams& p, int64_t m, bool streaming) {
   // Normalise.
   for_each_vector(N, [&](int64_t i, auto lanes) {
     Vec v = (load(x + i, lanes) - mean) * rstd;
-    if (weight != nullptr) v = v * load(weight + i, lanes);
+    if (weight != nullptr) v = v * (load(weight + i, lanes) + p.weight_offset);
     if (bias != nullptr) v = v + load(bias + i, lanes);
     store_output(y + i, v, lanes, streaming);
   });
-  if (p.mean != nullptr) {
-    p.mean[m] = mean;
-    p.rstd[m] = rstd;
-  }
+  if (p.mean != nullptr) p.mean[m] = mean;
+  if (p.rstd != nullptr) p.rstd[m] = rstd;
 }
 
 // R rows at a time share each load of the weight and each update of the partial sums.
@@ -76,14 +82,14 @@ TW_INLINE void backward_rows(const LayerNormBackwardParams& p, int64_t m, float*
   for (int r = 0; r < R; ++r) {
     dy[r] = row<T>(p.doutput, m + r, N);
     x[r] = row<T>(p.input, m + r, N);
-    mean[r] = p.mean[m + r];
+    mean[r] = p.mean != nullptr ? p.mean[m + r] : 0.0f;
     rstd[r] = p.rstd[m + r];
   }
 
   // Row sums and weight gradients.
   Vec sum_g[R] = {}, sum_gx[R] = {};
   for_each_vector(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-    const Vec w = weight != nullptr ? load(weight + i, lanes) : splat(1.0f);
+    const Vec w = weight != nullptr ? load(weight + i, lanes) + p.weight_offset : splat(1.0f);
     Vec dw{}, db{};
     for (int r = 0; r < R; ++r) {
       const Vec d = load(dy[r] + i, lanes);  // zero in the lanes that are not there
@@ -103,12 +109,13 @@ TW_INLINE void backward_rows(const LayerNormBackwardParams& p, int64_t m, float*
   // Input gradient.
   const bool streaming = past_cache<T>(p.dinput, p.rows, N);
   for (int r = 0; r < R; ++r) {
-    const float mean_g = sum(sum_g[r]) / static_cast<float>(N), mean_gx = sum(sum_gx[r]) / static_cast<float>(N);
+    const float mean_g = p.mean != nullptr ? sum(sum_g[r]) / static_cast<float>(N) : 0.0f;
+    const float mean_gx = sum(sum_gx[r]) / static_cast<float>(N);
     const float scale = rstd[r] * mean_gx;
     const T* ds = p.dsum != nullptr ? row<T>(p.dsum, m + r, N) : nullptr;
     T* dx = row<T>(p.dinput, m + r, N);
     for_each_vector(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      const Vec w = weight != nullptr ? load(weight + i, lanes) : splat(1.0f);
+      const Vec w = weight != nullptr ? load(weight + i, lanes) + p.weight_offset : splat(1.0f);
       Vec v = (load(dy[r] + i, lanes) * w - mean_g - (load(x[r] + i, lanes) - mean[r]) * scale) * rstd[r];
       if (ds != nullptr) v += load(ds + i, lanes);
       store_output(dx + i, v, lanes, streaming);
@@ -174,16 +181,17 @@ void layer_norm_backward(const LayerNormBackwardParams& p) {
     using T = typename decltype(t)::type;
     using WT = typename decltype(wt)::type;
     if (p.partial == nullptr) {
-      parallel_for(p.rows, row_grain(p.cols), [&](int64_t begin, int64_t end) {
-        backward_block<T, WT, false>(p, begin, end, nullptr);
-      });
+      parallel_for(p.rows, row_grain(p.cols),
+                   [&](int64_t begin, int64_t end) { backward_block<T, WT, false>(p, begin, end, nullptr); });
       return;
     }
     const int64_t rows_per_block = (p.rows + p.blocks - 1) / p.blocks;
-    parallel_for(p.blocks, row_grain(p.cols * (rows_per_block > 0 ? rows_per_block : 1)), [&](int64_t begin, int64_t end) {
-      for (int64_t b = begin; b < end; ++b)
-        backward_block<T, WT, true>(p, p.rows * b / p.blocks, p.rows * (b + 1) / p.blocks, p.partial + b * 2 * p.cols);
-    });
+    parallel_for(p.blocks, row_grain(p.cols * (rows_per_block > 0 ? rows_per_block : 1)),
+                 [&](int64_t begin, int64_t end) {
+                   for (int64_t b = begin; b < end; ++b)
+                     backward_block<T, WT, true>(p, p.rows * b / p.blocks, p.rows * (b + 1) / p.blocks,
+                                                 p.partial + b * 2 * p.cols);
+                 });
     reduce_partials<WT>(p);
   });
 }

@@ -2,5 +2,6 @@
 
 from torchweld.nn.attention import MultiheadAttention
 from torchweld.nn.layer_norm import LayerNorm
+from torchweld.nn.rms_norm import RMSNorm
 
-__all__ = ["LayerNorm", "MultiheadAttention"]
+__all__ = ["LayerNorm", "MultiheadAttention", "RMSNorm"]

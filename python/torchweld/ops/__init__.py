@@ -5,14 +5,17 @@ from torchweld.ops.attention import attention, scaled_dot_product_attention
 from torchweld.ops.cross_entropy import cross_entropy
 from torchweld.ops.gelu import gelu
 from torchweld.ops.layer_norm import add_layer_norm, layer_norm
+from torchweld.ops.rms_norm import add_rms_norm, rms_norm
 
 __all__ = [
     "adamw_",
     "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "cross_entropy",
     "gelu",
     "grad_norm",
     "layer_norm",
+    "rms_norm",
     "scaled_dot_product_attention",
 ]

@@ -5,14 +5,17 @@ from torchweld.reference.attention import attention, scaled_dot_product_attentio
 from torchweld.reference.cross_entropy import cross_entropy
 from torchweld.reference.gelu import gelu
 from torchweld.reference.layer_norm import add_layer_norm, layer_norm
+from torchweld.reference.rms_norm import add_rms_norm, rms_norm
 
 __all__ = [
     "adamw_",
     "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "cross_entropy",
     "gelu",
     "grad_norm",
     "layer_norm",
+    "rms_norm",
     "scaled_dot_product_attention",
 ]
