@@ -12,7 +12,7 @@
 // 2 Nq Nk (D + Dv) FLOPs per head; memory is O(N): the packed keys and values and the tiles of each thread.
 
 #include "cpu/attention_decode.h"
-#include "cpu/attention_scores.h"
+#include "cpu/attention_sequences.h"
 #include "cpu/kernels.h"
 
 namespace torchweld::cpu {
@@ -35,7 +35,7 @@ constexpr int64_t kChunk = Compute::tiles ? 128 : kTileKeys<Compute>;
 template <class Compute>
 constexpr float kMostWeight = Compute::per_word == 2 ? 0x1p40f : 0x1p12f;
 
-// Sizes, all in words. Every part of the workspace starts on a cache line.
+// Sizes of a sequence, all in words. Every part of the workspace starts on a cache line.
 template <class T>
 struct ForwardPlan {
   using Compute = typename ComputeOf<T>::type;
@@ -45,11 +45,9 @@ struct ForwardPlan {
   // Of products: those at hand, and with tiles those of the next chunk, or of a whole row of chunks to be weighed again.
   static constexpr int64_t product_words = Compute::tiles ? kGroup<Compute> * product_stride * (kTileKeys<Compute> / kChunk<Compute>) : 0;
 
-  int64_t steps, value_width;       // of a query or key, of a value
-  int64_t key_words, value_words;   // packed, per head
-  int64_t tile, tiles;              // of queries
-  int64_t threads, scratch;
-  bool whole_heads;
+  int64_t steps, value_width;      // of a query or key, of a value
+  int64_t key_words, value_words;  // packed, per head
+  int64_t tile, tiles;             // of queries
 
   explicit ForwardPlan(const AttentionInputs& p) {
     steps = words_of<Compute>(p.dim);
@@ -59,14 +57,40 @@ struct ForwardPlan {
     value_words = round_up(value_words, 16);
     tiles = max_of(ceil_div(p.queries, kTileQueries), 1);
     tile = round_up(ceil_div(p.queries, tiles), Compute::block_rows);
-    threads = threads_for(p, 2);
-    whole_heads = p.batch * p.kv_heads >= 4 * threads || tiles * (p.heads / p.kv_heads) == 1 || threads == 1;
-    scratch = round_up(kTileQueries * steps, 16) + kTileQueries * (weight_stride + value_width) + product_words;
-    if (whole_heads) scratch += key_words + value_words;
   }
 
-  int64_t shared() const { return whole_heads ? 0 : key_words + value_words; }
-  int64_t workspace(const AttentionInputs& p) const { return threads * scratch + p.batch * p.kv_heads * shared(); }
+  int64_t tile_words() const {
+    return round_up(kTileQueries * steps, 16) + kTileQueries * (weight_stride + value_width) + product_words;
+  }
+  int64_t packed_words() const { return key_words + value_words; }
+};
+
+// How the work is shared out, and the workspace: the table of the sequences, what is packed once, each thread's scratch.
+template <class T>
+struct ForwardLayout {
+  int64_t threads, shared = 0, scratch = 0;
+  bool whole_heads;
+
+  explicit ForwardLayout(const AttentionForwardParams& p) : threads(threads_for(p, 2)) {
+    const Pairs pairs(p);
+    const bool one_tile = p.queries <= kTileQueries && p.heads == p.kv_heads;
+    whole_heads = threads == 1 || one_tile || pairs.total * p.kv_heads >= 4 * threads * pairs.most;
+    int64_t packed = 0;
+    for_each_sequence(p, [&](const AttentionForwardParams& sequence) {
+      const ForwardPlan<T> plan(sequence);
+      packed = max_of(packed, plan.packed_words());
+      scratch = plan.tile_words();
+      shared += own_words(sequence);
+    });
+    scratch += whole_heads ? packed : 0;
+  }
+
+  int64_t own_words(const AttentionForwardParams& sequence) const {
+    return whole_heads ? 0 : sequence.batch * sequence.kv_heads * ForwardPlan<T>(sequence).packed_words();
+  }
+  int64_t workspace(const AttentionForwardParams& p) const {
+    return threads * scratch + Sequences<AttentionForwardParams>::table_words(p) + shared;
+  }
 };
 
 // m and l of the rows of a tile; m is in units of log2, l a sum per lane.
@@ -74,8 +98,8 @@ struct SoftmaxState {
   alignas(64) float max[kTileQueries];
   Vec sum[kTileQueries], weight[kTileQueries];  // weight: of the tile of keys at hand
 
-  void init() {
-    for (int64_t r = 0; r < kTileQueries; ++r) {
+  void init(int64_t rows) {
+    for (int64_t r = 0; r < rows; ++r) {
       max[r] = -kInfinity;
       sum[r] = zero();
     }
@@ -115,36 +139,43 @@ class Forward {
   static_assert(kTileQueries % kBlockRows == 0 && (kGroup<Compute> % kBlockRows == 0 || kBlockRows % kGroup<Compute> == 0),
                 "whole blocks");
 
- public:
-  explicit Forward(const AttentionForwardParams& p) : p_(p), plan_(p), group_(p.heads / p.kv_heads) {}
+  using Params = AttentionForwardParams;
 
-  void run() const {
-    const int64_t heads = p_.batch * p_.kv_heads;
-    if (plan_.whole_heads) {
-      parallel_queue(heads, plan_.threads, [&](int64_t head, int64_t thread) {
-        float* packed = scratch(thread) + plan_.scratch - plan_.key_words - plan_.value_words;
-        pack(head, 0, p_.keys, packed);
-        for (int64_t g = 0; g < group_; ++g)
-          for (int64_t t = 0; t < plan_.tiles; ++t) attend(head, g, t, packed, scratch(thread));
+ public:
+  static void run(const Params& p) {
+    const ForwardLayout<T> layout(p);
+    auto scratch = [&](int64_t thread) { return p.workspace + thread * layout.scratch; };
+    Sequences<Params> sequences(p, scratch(layout.threads), [&](const Params& one) { return layout.own_words(one); });
+    if (layout.whole_heads) {
+      auto heads = [](const Params& one) { return one.batch * one.kv_heads; };
+      sequences.for_each_unit(layout.threads, heads, [&](const Params& one, int64_t head, int64_t thread, float*) {
+        const Forward call(one);
+        float* packed = scratch(thread) + call.plan_.tile_words();
+        call.pack(head, 0, one.keys, packed);
+        for (int64_t g = 0; g < call.group_; ++g)
+          for (int64_t t = 0; t < call.plan_.tiles; ++t) call.attend(head, g, t, packed, scratch(thread));
       });
       return;
     }
-    float* shared = scratch(plan_.threads);
     constexpr int64_t kKeys = 4 * kPanel;
-    const int64_t chunks = ceil_div(p_.keys, kKeys);
-    parallel_queue(heads * chunks, plan_.threads, [&](int64_t task, int64_t) {
-      const int64_t head = task / chunks, begin = task % chunks * kKeys;
-      pack(head, begin, min_of(begin + kKeys, p_.keys), shared + head * plan_.shared());
+    auto chunks = [](const Params& one) { return one.batch * one.kv_heads * ceil_div(one.keys, kKeys); };
+    sequences.for_each_unit(layout.threads, chunks, [](const Params& one, int64_t unit, int64_t, float* shared) {
+      const Forward call(one);
+      const int64_t count = ceil_div(one.keys, kKeys), head = unit / count, begin = unit % count * kKeys;
+      call.pack(head, begin, min_of(begin + kKeys, one.keys), shared + head * call.plan_.packed_words());
     });
     // Last tiles first: under a causal mask they are the longest.
-    parallel_queue(plan_.tiles * heads * group_, plan_.threads, [&](int64_t task, int64_t thread) {
-      const int64_t tile = plan_.tiles - 1 - task / (heads * group_), head = task % (heads * group_);
-      attend(head / group_, head % group_, tile, shared + head / group_ * plan_.shared(), scratch(thread));
+    auto tiles = [](const Params& one) { return one.batch * one.heads * ForwardPlan<T>(one).tiles; };
+    sequences.for_each_unit(layout.threads, tiles, [&](const Params& one, int64_t unit, int64_t thread, float* shared) {
+      const Forward call(one);
+      const int64_t heads = one.batch * one.heads, tile = call.plan_.tiles - 1 - unit / heads, head = unit % heads;
+      const float* packed = shared + head / call.group_ * call.plan_.packed_words();
+      call.attend(head / call.group_, head % call.group_, tile, packed, scratch(thread));
     });
   }
 
  private:
-  float* scratch(int64_t thread) const { return p_.workspace + thread * plan_.scratch; }
+  explicit Forward(const Params& p) : p_(p), plan_(p), group_(p.heads / p.kv_heads) {}
 
   // Of packed values.
   int64_t value_step() const { return Compute::tiles ? 16 : plan_.value_width; }
@@ -185,7 +216,7 @@ class Forward {
       values = {reinterpret_cast<const float*>(head_of<T>(p_.value, p_.value_strides, b, hk)), p_.value_strides.row, kPanel};
     const Right keys{packed, Compute::panel, Compute::panel * plan_.steps};
     SoftmaxState state;
-    state.init();
+    state.init(rows);
     std::memset(o, 0, sizeof(float) * rows * plan_.value_width);
 
     const TileScope tiles;
@@ -214,10 +245,11 @@ class Forward {
 
     // Normalise. Store.
     T* out = head_of<T>(p_.output, p_.output_strides, b, h) + i0 * p_.output_strides.row;
-    float* lse = p_.lse != nullptr ? p_.lse + (b * p_.heads + h) * p_.queries + i0 : nullptr;
+    float* lse = p_.lse != nullptr ? p_.lse + p_.row(b, h) + i0 : nullptr;
     for (int64_t r = 0; r < rows; ++r) {
       float inverse, denominator;
       state.finish(r, p_.sinks != nullptr ? p_.sinks + h : nullptr, inverse, denominator);
+      inverse *= scores.dropout.scale();
       for_each_vector(p_.value_dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
         store(out + r * p_.output_strides.row + i, load(o + r * plan_.value_width + i) * inverse, lanes);
       });
@@ -283,6 +315,15 @@ class Forward {
     return a + b;
   }
 
+  // P of row r in the chunk of columns that starts at c, of which it sees `span`; returns the sums.
+  TW_INLINE Vec weigh_row(const Scores& scores, const SoftmaxState& state, const Tile& at, int64_t r, int64_t c, Span span,
+                          const float* row) const {
+    float* p = Compute::row_of(at.weights, Plan::weight_stride, r) + Compute::element(c) / Compute::per_word;
+    const Vec sums = exponentiate(row, p, span, scores.unit(), state.subtract(r));
+    if (scores.dropout.active()) scores.dropout.template drop<Compute>(p, at.i0 + r, at.j0 + c, span);
+    return sums;
+  }
+
   // P of the tile, and its sums as state.weight. Products of the next part are made before one is weighed: the tile unit
   // multiplies while the vector units are at it. A chunk of keys stays in cache for all rows.
   TW_INLINE void weigh(const Scores& scores, SoftmaxState& state, const Tile& at) const {
@@ -311,10 +352,9 @@ class Forward {
         const Span span = at.seen(r, c);
         if (span.begin >= span.end) continue;
         float* row = products(part) + (r - first) * Plan::product_stride;
-        float* p = Compute::row_of(at.weights, Plan::weight_stride, r) + Compute::column(c);
         if (!bare) scores.finish(row, at.i0 + r, at.j0 + c, span, nullptr);
         if (state.max[r] == -kInfinity) state.max[r] = cpu::max_of(largest(row, span)) * scores.unit();
-        state.weight[r] += exponentiate(row, p, span, scores.unit(), state.subtract(r));
+        state.weight[r] += weigh_row(scores, state, at, r, c, span, row);
       }
     }
   }
@@ -348,8 +388,7 @@ class Forward {
       for (int64_t i = 0; i < plan_.value_width; i += W) store(out + i, load(out + i) * factor);
       for (int64_t chunk = 0; chunk < kChunks; ++chunk) {
         const Span span = at.seen(r, chunk * kChunk<Compute>);
-        float* p = Compute::row_of(at.weights, Plan::weight_stride, r) + Compute::column(chunk * kChunk<Compute>);
-        if (span.begin < span.end) state.sum[r] += exponentiate(row_of(chunk, r), p, span, scores.unit(), state.subtract(r));
+        if (span.begin < span.end) state.sum[r] += weigh_row(scores, state, at, r, chunk * kChunk<Compute>, span, row_of(chunk, r));
       }
     }
   }
@@ -366,14 +405,14 @@ namespace TORCHWELD_ISA {
 int64_t attention_forward_workspace(const AttentionForwardParams& p) {
   if (decodes(p)) return attention_decode_workspace(p);
   int64_t size = 0;
-  dispatch(p.dtype, [&](auto t) { size = ForwardPlan<typename decltype(t)::type>(p).workspace(p); });
+  dispatch(p.dtype, [&](auto t) { size = ForwardLayout<typename decltype(t)::type>(p).workspace(p); });
   return size;
 }
 
 void attention_forward(const AttentionForwardParams& p) {
-  if (p.batch * p.heads * p.queries == 0) return;
+  if (p.batch * p.heads * p.total_q == 0) return;
   if (decodes(p)) return attention_decode(p);
-  dispatch(p.dtype, [&](auto t) { Forward<typename decltype(t)::type>(p).run(); });
+  dispatch(p.dtype, [&](auto t) { Forward<typename decltype(t)::type>::run(p); });
 }
 
 }  // namespace TORCHWELD_ISA

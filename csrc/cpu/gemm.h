@@ -33,9 +33,9 @@ struct Fp32 {
   static constexpr int64_t panel = kPanel;      // columns of a right operand that lie side by side
   TW_INLINE static Vec dot(Vec a, Vec b, Vec c) { return a * b + c; }
 
-  // Making a left operand of words along k: where row m starts, how far from there element i is, and W elements from i on.
+  // A left operand in the making: where its row m starts, how far from there element i is, and a store from it on.
   TW_INLINE static float* row_of(float* data, int64_t row, int64_t m) { return data + m * row; }
-  TW_INLINE static int64_t column(int64_t i) { return i; }
+  TW_INLINE static int64_t element(int64_t i) { return i; }
   TW_INLINE static void store_row(float* row, int64_t i, Vec v) { store(row + i, v); }
 };
 
@@ -47,7 +47,6 @@ struct Bf16Pairs : Fp32 {
   static constexpr int per_word = 2, exp_degree = 3;
   static constexpr int64_t chain = 128;
   TW_INLINE static Vec dot(Vec a, Vec b, Vec c) { return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
-  TW_INLINE static int64_t column(int64_t i) { return i / 2; }
   TW_INLINE static void store_row(float* row, int64_t i, Vec v) { store(reinterpret_cast<bf16*>(row) + i, v); }
 };
 
@@ -57,10 +56,8 @@ struct Bf16Tiles : Bf16Pairs {
   static constexpr bool tiles = true;
   static constexpr int64_t block_rows = 32, step_unit = 16, column_unit = 32, panel = 16;
   TW_INLINE static float* row_of(float* data, int64_t row, int64_t m) { return data + m / 16 * 16 * row + m % 16 * 16; }
-  TW_INLINE static int64_t column(int64_t i) { return i / 32 * 256 + i % 32 / 2; }
-  TW_INLINE static void store_row(float* row, int64_t i, Vec v) {
-    store(reinterpret_cast<bf16*>(row) + i / 32 * 512 + i % 32, v);
-  }
+  TW_INLINE static int64_t element(int64_t i) { return i / 32 * 512 + i % 32; }
+  TW_INLINE static void store_row(float* row, int64_t i, Vec v) { store(reinterpret_cast<bf16*>(row) + element(i), v); }
 };
 
 template <>
