@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchweld import _cpu, backend, ops, reference
+from torchweld import _cpu, backend, ops
 from torchweld.testing import Case, Oracle, cases
 from torchweld.testing.attention import AttentionCase
 
@@ -231,19 +231,43 @@ def test_what_the_kernels_do_not_take_runs_on_the_reference_and_says_so(
 ) -> None:
     monkeypatch.setattr(backend, "_logged", set())
     q = torch.randn(1, 2, 6, 8)
-    lens = torch.tensor([0, 4, 6], dtype=torch.int32)
-    packed = q[0].transpose(0, 1)
     with caplog.at_level(logging.INFO, logger="torchweld"):
-        ops.attention(q, q, q, dropout_p=0.5)
-        ops.attention(q.double(), q.double(), q.double())
-        ops.attention(q[:, :, :0], q, q)
-        out = ops.attention(packed, packed, packed, causal=True, cu_seqlens_q=lens, cu_seqlens_k=lens)
-        assert ops.attention(q, q, q) is not None
-    assert [r.message.split(": ")[1] for r in caplog.records] == [
-        "query of dtype torch.float64",
-        "a tensor without elements",
-        "packed sequences (cu_seqlens_q)",
-    ]
-    first = reference.attention(q[:, :, :4], q[:, :, :4], q[:, :, :4], causal=True)
-    assert isinstance(out, Tensor) and isinstance(first, Tensor)
-    torch.testing.assert_close(out[:4], first[0].transpose(0, 1))
+        assert ops.attention(q.double(), q.double(), q.double()) is not None
+        assert ops.attention(q, q, q, dropout_p=0.5, alibi_slopes=torch.rand(2, requires_grad=True)) is not None
+    assert [r.message.split(": ")[1] for r in caplog.records] == ["query of dtype torch.float64"]
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 2, 3, 4, 8), (2, 0, 3, 4, 8), (2, 2, 0, 4, 8), (2, 2, 3, 0, 8), (2, 2, 3, 4, 0)], ids=str
+)
+def test_tensors_without_elements_run_on_the_kernels(shape: tuple[int, ...]) -> None:
+    """Nothing to sum: zeros, where there is anything at all. With a head size of 0 all keys weigh the same."""
+    batch, heads, queries, keys, size = shape
+    sizes = (
+        (batch, heads, queries, size),
+        (batch, heads, keys, size),
+        (batch, heads, keys, 5),
+        (heads, queries, keys),
+        (heads,),
+        (heads,),
+    )
+    x = [torch.randn(s).requires_grad_() for s in sizes]
+
+    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, slopes: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
+        return ops.attention(q, k, v, bias=bias, alibi_slopes=slopes, sinks=sinks, return_lse=True)  # type: ignore[return-value]
+
+    douts = [torch.randn(batch, heads, queries, 5), torch.randn(batch, heads, queries)]
+    with backend.strict():
+        ours = gradients(call, x, douts)
+    with backend.use_backend("reference"):
+        expected = gradients(call, x, douts)
+    for got, want in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("dim", [*range(8, 257, 8), 1, 3, 17, 33, 61, 127, 253])
+def test_head_sizes(dim: int, one_thread: None) -> None:
+    """Every multiple of 8, and what is none; values of another size, so that no two sizes can be mixed up."""
+    case = wide(f"D {dim}", 7, 19, heads=1, dim=dim, value_dim=264 - dim, causal=True, bottom_right=True)
+    for dtype in (torch.float32, torch.bfloat16):
+        Oracle(case, dtype).check()

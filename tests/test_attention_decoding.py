@@ -7,7 +7,7 @@ import torch
 
 from torchweld import ops
 from torchweld.testing import assert_parity
-from torchweld.testing.attention import AttentionCase
+from torchweld.testing.attention import AttentionCase, PackedAttentionCase
 
 
 def wide(name: str, queries: int, keys: int, **flags: object) -> AttentionCase:
@@ -24,6 +24,9 @@ DECODING = [
     wide("mask", 2, 70, bias=(1, 1, 2, 70), masks=True),
     wide("everything", 2, 700, heads=4, kv_heads=2, causal=True, bottom_right=True, window=(500, None), softcap=3.0,
          bias=(1, 4, 2, 700), alibi=True, sinks=True),
+    wide("dropout", 2, 700, dropout=0.3, causal=True, bottom_right=True),
+    PackedAttentionCase(name="packed", regime="", queries=4, keys=873, lengths=((1, 600), (0, 3), (2, 270), (1, 0)),
+                        heads=4, kv_heads=2, causal=True, bottom_right=True, dropout=0.1, alibi=True, sinks=True),
 ]  # fmt: skip
 
 

@@ -48,9 +48,9 @@ struct BackwardPlan {
   int64_t tile_words(const AttentionBackwardParams& p) const {
     return Tile::scratch_words(p, tile_keys) + max_of(tile_keys * (key_width + value_width), Tile::kQueries * tile_keys);
   }
-  // dalibi_slopes has a sum of its own for every query head and chunk.
+  // dalibi_slopes has a sum of its own for every query head and block of its queries.
   int64_t own_words(const AttentionBackwardParams& p) const {
-    return p.batch * p.heads * (packed + chunks * partial) + round_up(p.batch * p.heads * chunks * 2, 16);
+    return p.batch * p.heads * (packed + chunks * partial) + round_up(p.batch * p.heads * ceil_div(p.queries, Tile::kQueries) * 2, 16);
   }
 };
 
@@ -110,9 +110,9 @@ class Backward {
     });
     if (p.dbias != nullptr) Backward(p, layout, scratch(layout.threads)).bias_gradient(layout.threads, layout.scratch);
     if (p.dalibi_slopes != nullptr) {
-      for_each_unit(chunks, [&](const Backward& call, int64_t unit, int64_t thread) {
-        const int64_t kv_heads = call.p_.batch * call.p_.kv_heads;
-        call.slope_gradient(unit % kv_heads, unit / kv_heads, scratch(thread));
+      auto slope_blocks = [](const Backward& call) { return call.p_.batch * call.p_.heads * call.slope_blocks(); };
+      for_each_unit(slope_blocks, [&](const Backward& call, int64_t unit, int64_t thread) {
+        call.slope_gradient(unit / call.slope_blocks(), unit % call.slope_blocks(), scratch(thread));
       });
       for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.store_dslope(head); });
     }
@@ -213,31 +213,36 @@ class Backward {
     });
   }
 
+  int64_t slope_blocks() const { return ceil_div(p_.queries, Tile::kQueries); }
+
   double* slope_sums(int64_t head) const {
-    return reinterpret_cast<double*>(partials_ + p_.batch * p_.heads * plan_.chunks * plan_.partial) + head * plan_.chunks;
+    return reinterpret_cast<double*>(partials_ + p_.batch * p_.heads * plan_.chunks * plan_.partial) + head * slope_blocks();
   }
 
-  // A chunk's part of the gradient of the slopes. Makes the products again, as that of the bias does.
-  void slope_gradient(int64_t kv_head, int64_t chunk, float* scratch) const {
+  // The part of a block of queries in the gradient of their head's slope: the sum of dscores * -|i + shift - j|. Makes the
+  // products again, as that of the bias does. delta is summed up again too, for one from an output that was rounded to 16
+  // bits is off by the same for all keys of a row, which the distances would make much of.
+  void slope_gradient(int64_t head, int64_t block, float* scratch) const {
     const TileScope tiles;
-    const int64_t b = kv_head / p_.kv_heads, hk = kv_head % p_.kv_heads, first_head = b * p_.heads + hk * group_;
-    const int64_t begin = chunk * plan_.chunk, end = min_of(begin + plan_.chunk, p_.keys);
-    for (int64_t g = 0; g < group_; ++g) slope_sums(first_head + g)[chunk] = 0;
-    for (int64_t j0 = begin; j0 < end; j0 += plan_.tile_keys) {
-      Tile tile(p_, b, hk, j0, min_of(plan_.tile_keys, end - j0), plan_.tile_keys, scratch);
-      for (int64_t g = 0; g < group_; ++g) {
-        const Scores scores(p_, b, hk * group_ + g);
-        const int64_t last = scores.band.last(min_of(j0 + plan_.tile_keys, end));
-        for (int64_t i0 = round_down(scores.band.first(j0), 2 * Compute::step_unit); i0 < last; i0 += Tile::kQueries)
-          slope_sums(first_head + g)[chunk] +=
-              tile.slope_gradient(scores, queries(first_head + g), {i0, min_of(i0 + Tile::kQueries, last)});
-      }
+    const int64_t b = head / p_.heads, h = head % p_.heads;
+    const Span span{block * Tile::kQueries, min_of((block + 1) * Tile::kQueries, p_.queries)};
+    const Scores scores(p_, b, h);
+    double sums[Tile::kQueries * 3] = {}, total = 0;
+    const int64_t end = scores.band.high(span.end - 1);
+    for (int64_t j0 = round_down(scores.band.low(span.begin), kPanel); j0 < end; j0 += plan_.tile_keys)
+      Tile(p_, b, h / group_, j0, min_of(plan_.tile_keys, p_.keys - j0), plan_.tile_keys, scratch)
+          .add_distances(scores, queries(head), span, sums);
+    for (int64_t i = span.begin; i < span.end; ++i) {
+      const double* row = sums + (i - span.begin) * 3;
+      const double dlse = p_.dlse != nullptr ? p_.dlse[p_.row(b, h) + i] : 0.0f;
+      total -= row[0] - (row[2] - dlse) * row[1];
     }
+    slope_sums(head)[block] = total;
   }
 
   void store_dslope(int64_t head) const {
     double total = 0;
-    for (int64_t c = 0; c < plan_.chunks; ++c) total += slope_sums(head)[c];
+    for (int64_t n = 0; n < slope_blocks(); ++n) total += slope_sums(head)[n];
     p_.dalibi_slopes[head] = static_cast<float>(total);
   }
 

@@ -9,7 +9,7 @@ namespace {
 constexpr int64_t kDecodeRows = 4;  // from about here on the packed products win
 
 inline bool decodes(const AttentionForwardParams& p) {
-  return p.lse == nullptr && p.heads / p.kv_heads * p.queries <= kDecodeRows;
+  return p.lse == nullptr && p.kv_heads > 0 && p.heads / p.kv_heads * p.queries <= kDecodeRows;
 }
 
 }  // namespace

@@ -116,7 +116,7 @@ TW_INLINE void multiply(int64_t steps, const float* const (&a)[kRows], int64_t a
 // A block of at most kRows rows and exactly N vectors; the last row is repeated in the place of those that are not there.
 template <class Compute, int N, bool kAccumulate>
 void multiply_block(int64_t rows, Span steps, const Left& a, const float* b, int64_t b_step, float* c, int64_t ldc) {
-  for (int64_t k = steps.begin; k < steps.end; k += Compute::chain) {
+  for (int64_t k = steps.begin; k < steps.end || !kAccumulate; k += Compute::chain) {  // no steps: zeros are stored
     const float* left[kRows];
     for (int r = 0; r < kRows; ++r) left[r] = a.data + (r < rows ? r : rows - 1) * a.row + k * a.step;
     Vec acc[kRows][N];

@@ -12,7 +12,7 @@ typedef uint64_t VecL __attribute__((vector_size(4 * W)));  // W / 2 numbers of 
 // 64-bit products of the low halves of the lanes; what the high halves hold does not matter.
 TW_INLINE VecL multiply_low(VecL a, uint32_t b) {
 #if defined(__AVX512F__)
-  return (VecL)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));  // the plain one warns in GCC 12
+  return (VecL)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));  // GCC 12 warns of the plain one
 #elif defined(__AVX2__)
   return (VecL)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b));
 #else

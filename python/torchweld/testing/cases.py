@@ -17,7 +17,7 @@ Tensors = dict[str, Tensor]
 Provider = Callable[[Tensors], Tensors]
 
 # Elements below which a case is drawn several times; elements from which torch works on it with all threads.
-_SMALL, _DRAWS, _LARGE = 1 << 16, 4, 1 << 22
+_SMALL, _DRAWS, _LARGE = 1 << 17, 4, 1 << 22
 
 
 @dataclass(frozen=True, kw_only=True)
