@@ -130,6 +130,9 @@ class GradientTile {
     dscore_rows_ = kPairs ? take(kQueries * stride_ / 2) : dscore_;
   }
 
+  // Where score() leaves the gradient of the bias of this head, [Nq, Nk]; nullptr: nowhere.
+  void* dbias = nullptr;
+
   // P and dscores of queries [queries.begin, queries.end), begin even.
   void score(const Scores& scores, const Queries& rows, Span queries) {
     products(scores, rows, queries, [&](int64_t i, int64_t count, int64_t r, Span span) __attribute__((always_inline)) {
@@ -282,12 +285,25 @@ class GradientTile {
         if (n >= count) continue;
         const int64_t at = (r + n) * stride_ + j;
         score[n] = dscore(at, scores.unit(), lse[n], rest[n], delta[n]);
+        if (dbias != nullptr) store(dprobability_ + at, score[n].gradient);
         if (capped) score[n].gradient = score[n].gradient * load(slopes_ + at);
         if (dropping) score[n].probability = score[n].probability * load(factors[n] + j);
       }
       write(j, score);
     }
     for (int64_t j = span.end; j < keys_; j += W) write(j, nothing);
+    if (dbias != nullptr)
+      for (int64_t n = 0; n < count; ++n) store_dbias(dprobability_ + (r + n) * stride_, i + n, span);
+  }
+
+  // The row of query i of a bias that is not broadcast.
+  __attribute__((noinline)) void store_dbias(const float* gradient, int64_t i, Span span) const {
+    dispatch(p_.bias_dtype(), [&](auto t) {
+      auto* out = static_cast<typename decltype(t)::type*>(dbias) + i * p_.keys + j0_;
+      for_each_vector(keys_, [&](int64_t j, auto lanes) {
+        store(out + j, j >= span.begin && j < span.end ? load(gradient + j) : zero(), lanes);
+      });
+    });
   }
 
   TW_INLINE static Vec pair(VecH even, VecH odd) {
