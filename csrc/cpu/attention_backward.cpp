@@ -103,12 +103,15 @@ class Backward {
       call.queries(head).pack(call.p_, head / heads, head % heads, rows.begin, rows.end);
     });
     if (p.dsinks != nullptr) for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.sink_gradient(head); });
+    const bool broadcast = p.dbias != nullptr && !Backward(p, layout, scratch(layout.threads)).dense_dbias();
+    if (p.dbias != nullptr && !broadcast)
+      for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.clear_dbias(head); });
     // First chunks first: under a causal mask they are the longest.
     for_each_unit(chunks, [&](const Backward& call, int64_t unit, int64_t thread) {
       const int64_t kv_heads = call.p_.batch * call.p_.kv_heads;
       call.differentiate(unit % kv_heads, unit / kv_heads, scratch(thread));
     });
-    if (p.dbias != nullptr) Backward(p, layout, scratch(layout.threads)).bias_gradient(layout.threads, layout.scratch);
+    if (broadcast) Backward(p, layout, scratch(layout.threads)).bias_gradient(layout.threads, layout.scratch);
     if (p.dalibi_slopes != nullptr) {
       auto slope_blocks = [](const Backward& call) { return call.p_.batch * call.p_.heads * call.slope_blocks(); };
       for_each_unit(slope_blocks, [&](const Backward& call, int64_t unit, int64_t thread) {
@@ -170,6 +173,7 @@ class Backward {
         const int64_t last = scores.band.last(j0 + keys);
         for (int64_t i0 = round_down(scores.band.first(j0), 2 * Compute::step_unit); i0 < last; i0 += Tile::kQueries) {
           const Span span{i0, min_of(i0 + Tile::kQueries, last)};
+          tile.dbias = dense_dbias() ? dbias_of(first_head + g) : nullptr;
           tile.score(scores, rows, span);
           if (p_.dvalue != nullptr) tile.add_dvalue(rows, span, dv);
           if (p_.dkey != nullptr) tile.add_dkey(rows, span, dk);
@@ -185,7 +189,18 @@ class Backward {
     }
   }
 
-  // A task owns a tile of dbias and sums over whatever bias is broadcast to, in one order. It makes the products again,
+  // Whether every score has a bias of its own: its gradient is then stored as it is made.
+  bool dense_dbias() const {
+    const int64_t* extent = p_.dbias_extents;
+    return p_.dbias != nullptr && extent[0] == p_.batch && extent[1] == p_.heads && extent[2] == p_.queries && extent[3] == p_.keys;
+  }
+  int64_t dbias_bytes() const { return p_.queries * p_.keys * (p_.bias_type == MaskType::float32 ? 4 : 2); }
+  void* dbias_of(int64_t head) const { return static_cast<char*>(p_.dbias) + head * dbias_bytes(); }
+  void clear_dbias(int64_t head) const {
+    if (p_.left < kUnbounded || p_.right < kUnbounded) std::memset(dbias_of(head), 0, dbias_bytes());
+  }
+
+  // Of a bias that is broadcast. A task owns a tile of dbias and sums over whatever bias is broadcast to, in one order. It makes the products again,
   // which costs 2 Nq Nk (D + Dv) FLOPs per head but no memory, and needs no sum over tasks whatever the broadcast is.
   void bias_gradient(int64_t threads, int64_t scratch_words) const {
     const int64_t* extent = p_.dbias_extents;

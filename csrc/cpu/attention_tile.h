@@ -124,15 +124,17 @@ class GradientTile {
     float* key = take(tile_keys * key_steps);
     float* value = take(tile_keys * value_steps);
     float* steps = take(tile_keys / Compute::per_word * round_up(p.dim, W));
-    pack_transposed<T, Compute>(k, p.key_strides.row, keys, p.dim, key);
-    pack_transposed<T, Compute>(v, p.value_strides.row, keys, p.value_dim, value);
+    // Blocks reach past the keys that queries see: what no query sees may be NaN, and zeros stand for it.
+    const int64_t seen = max_of(min_of(keys, Band(p).high(p.queries - 1) - j0), 0);
+    pack_transposed<T, Compute>(k, p.key_strides.row, seen, p.dim, key);
+    pack_transposed<T, Compute>(v, p.value_strides.row, seen, p.value_dim, value);
     key_ = {key, Compute::panel, Compute::panel * key_steps};
     value_ = {value, Compute::panel, Compute::panel * value_steps};
     if (right_in_place<T, Compute>(p.dim)) {
       key_steps_ = {reinterpret_cast<const float*>(k), p.key_strides.row, kPanel};
     } else {
       const int64_t panel = Compute::tiles ? 16 * words_of<Compute>(keys) : kPanel;
-      pack_rows<T, Compute>(k, p.key_strides.row, keys, p.dim, steps, panel);
+      pack_rows<T, Compute>(k, p.key_strides.row, seen, p.dim, steps, panel);
       key_steps_ = {steps, Compute::tiles ? 16 : round_up(p.dim, W), panel};
     }
     products_ = take(kScoreRows * stride_);
@@ -142,6 +144,9 @@ class GradientTile {
     dscore_ = take(kQueries / Compute::per_word * stride_);
     dscore_rows_ = kPairs ? take(kQueries * stride_ / 2) : dscore_;
   }
+
+  // Where score() leaves the gradient of the bias of this head, [Nq, Nk]; nullptr: nowhere.
+  void* dbias = nullptr;
 
   // P and dscores of queries [queries.begin, queries.end), begin even.
   void score(const Scores& scores, const Queries& rows, Span queries) {
@@ -305,12 +310,25 @@ class GradientTile {
         if (n >= count) continue;
         const int64_t at = (r + n) * stride_ + j;
         score[n] = dscore(at, scores.unit(), lse[n], rest[n], delta[n]);
+        if (dbias != nullptr) store(dprobability_ + at, score[n].gradient);
         if (capped) score[n].gradient = score[n].gradient * load(slopes_ + at);
         if (dropping) score[n].probability = score[n].probability * load(factors[n] + j);
       }
       write(t, j, score);
     }
     for (int64_t j = span.end; j < width_; j += W) write(t, j, nothing);
+    if (dbias != nullptr)
+      for (int64_t n = 0; n < count; ++n) store_dbias(dprobability_ + (r + n) * stride_, i + n, span);
+  }
+
+  // The row of query i of a bias that is not broadcast.
+  __attribute__((noinline)) void store_dbias(const float* gradient, int64_t i, Span span) const {
+    dispatch(p_.bias_dtype(), [&](auto t) {
+      auto* out = static_cast<typename decltype(t)::type*>(dbias) + i * p_.keys + j0_;
+      for_each_vector(keys_, [&](int64_t j, auto lanes) {
+        store(out + j, j >= span.begin && j < span.end ? load(gradient + j) : zero(), lanes);
+      });
+    });
   }
 
   // Row t of the tile, and its neighbour where rows go in pairs, columns [j, j + W).

@@ -116,20 +116,19 @@ TW_INLINE void multiply(int64_t steps, const float* const (&a)[kRows], int64_t a
 // A block of at most kRows rows and exactly N vectors; the last row is repeated in the place of those that are not there.
 template <class Compute, int N, bool kAccumulate>
 void multiply_block(int64_t rows, Span steps, const Left& a, const float* b, int64_t b_step, float* c, int64_t ldc) {
-  for (int64_t k = steps.begin; k < steps.end || !kAccumulate; k += Compute::chain) {  // no steps: zeros are stored
+  bool add = kAccumulate;
+  for (int64_t k = steps.begin; k < steps.end || !add; k += Compute::chain, add = true) {  // no steps: zeros are stored
     const float* left[kRows];
     for (int r = 0; r < kRows; ++r) left[r] = a.data + (r < rows ? r : rows - 1) * a.row + k * a.step;
     Vec acc[kRows][N];
-    const int64_t count = kAccumulate ? min_of(Compute::chain, steps.end - k) : steps.end - k;
-    multiply<Compute, N>(count, left, a.step, b + k * b_step, b_step, acc);
+    multiply<Compute, N>(min_of(Compute::chain, steps.end - k), left, a.step, b + k * b_step, b_step, acc);
     for (int r = 0; r < kRows; ++r) {
       if (r >= rows) break;
       for (int v = 0; v < N; ++v) {
         float* out = c + r * ldc + v * W;
-        store(out, kAccumulate ? load(out) + acc[r][v] : acc[r][v]);
+        store(out, add ? load(out) + acc[r][v] : acc[r][v]);
       }
     }
-    if (!kAccumulate) break;
   }
 }
 

@@ -9,7 +9,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchweld.bench.functional import works
 from torchweld.bench.harness import Settings, Work
-from torchweld.testing.attention import AttentionCase
+from torchweld.testing.attention import AttentionCase, PackedAttentionCase
 from torchweld.testing.cases import Provider, Tensors
 
 
@@ -21,8 +21,11 @@ def _case(
     return AttentionCase(name=name, regime="bench", **sizes)  # type: ignore[arg-type]
 
 
+_LENGTHS = 2 * (512, 384, 256, 200, 128, 100, 64, 50, 33, 17)
+
 # The first five are those that torch's own CPU kernel is good at; then short sequences, a bias that learns, a window,
-# and one query over a long cache.
+# dropout (torch is given a mask made beforehand), packed sequences (torch is called for each of them), and one query
+# over a long cache.
 _CPU = (
     _case(1, 12, 1024, 64),
     _case(1, 12, 1024, 64, True),
@@ -34,6 +37,16 @@ _CPU = (
     _case(1, 1, 2048, 64, True),
     _case(1, 12, 1024, 64, also=", bias with gradient", bias=(1, 12, 1024, 1024)),
     _case(1, 8, 4096, 64, True, ", window 256", window=(256, None)),
+    _case(1, 12, 1024, 64, True, ", dropout 0.1", dropout=0.1),
+    PackedAttentionCase(
+        name="12 x 64 causal, 20 packed sequences of 17 to 512",
+        regime="bench",
+        heads=12,
+        queries=sum(_LENGTHS),
+        keys=sum(_LENGTHS),
+        causal=True,
+        lengths=tuple((n, n) for n in _LENGTHS),
+    ),
     _case(1, 32, 1, 128, also=", 8192 keys of 8 heads", keys=8192, kv_heads=8),
 )
 _CUDA = tuple(
@@ -48,6 +61,8 @@ _BACKENDS = {"torch:flash": SDPBackend.FLASH_ATTENTION, "torch:cudnn": SDPBacken
 def _pairs(case: AttentionCase) -> float:
     """Pairs of a query and a key that it sees: half of them if causal, a band if there is a window."""
     pairs = float(case.queries * case.keys)
+    if isinstance(case, PackedAttentionCase):
+        pairs = float(sum(queries * keys for queries, keys in case.lengths))
     if case.window is not None and case.window[0] is not None:
         pairs = float(sum(min(i, case.window[0]) + 1 for i in range(case.queries)))
     elif case.causal:
@@ -72,6 +87,10 @@ def attention(settings: Settings) -> Iterator[Work]:
             # FLOPs: two products of 2 * D per pair forward (Q K^T, P V); backward five, P from the scores again.
             flops = {"forward": 4 * case.dim * _pairs(case), "backward": 10 * case.dim * _pairs(case)}
             sizes = {n: getattr(case, n) for n in ("name", "batch", "heads", "queries", "keys", "dim", "causal")}
-            sizes |= {n: value for n in ("kv_heads", "window", "bias") if (value := getattr(case, n)) is not None}
+            sizes |= {
+                n: value
+                for n in ("kv_heads", "window", "bias", "dropout", "lengths")
+                if (value := getattr(case, n, None))
+            }
             cost = {direction: {"flops": count} for direction, count in flops.items()}
             yield from works(case, sizes, dtype, settings, cost, **others)

@@ -50,12 +50,15 @@ class PackedAttentionCase(AttentionCase):
             ):
                 if name in x:
                     part[name] = x[name][start : start + count].transpose(0, 1).unsqueeze(0)
-            rows = torch.arange(self.heads * self.queries, device=x["query"].device).view(self.heads, -1)
-            part["rows"] = rows[:, q : q + queries].flatten()
+            if self.dropout:
+                part["kept"] = x["kept"][:, :, q : q + queries, :keys]
             yield AttentionCase(**flags | {"queries": queries, "keys": keys}), part
 
     def torch(self, x: Tensors) -> Tensors:
-        found = [case._composed(part) for case, part in self._sequences(x)]
+        found = [
+            case.torch(part) if case.queries and case.keys else case._composed(part)
+            for case, part in self._sequences(x)
+        ]
         outputs = {"output": torch.cat([f["output"][0].transpose(0, 1) for f in found])}
         return outputs | ({"lse": torch.cat([f["lse"][0] for f in found], 1)} if self.lse else {})
 
