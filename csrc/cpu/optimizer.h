@@ -46,7 +46,7 @@ class RandomHalves {
   TW_INLINE VecU at(int64_t i) {
     const int64_t batch = i / (8 * W);
     if (batch != batch_) philox_words(seed_, row_, batch_ = batch, words_);
-    return __builtin_convertvector(load_bits(reinterpret_cast<const char*>(words_) + i % (8 * W) * 2, All{}), VecU);
+    return widen(load_bits(reinterpret_cast<const char*>(words_) + i % (8 * W) * 2, All{}));
   }
 
  private:
@@ -55,10 +55,10 @@ class RandomHalves {
   alignas(64) uint32_t words_[4 * W];
 };
 
+// Infinities and NaNs stay: the NaNs of arithmetic have the highest bit of their mantissa set.
 TW_INLINE VecH narrow_bf16_at_random(Vec v, VecU random) {
-  const VecU rounded = (bits(v) + random) >> 16, kept = bits(v) >> 16;
-  const VecU special = v == v ? kept : kept | 0x40u;
-  return __builtin_convertvector((bits(v) & 0x7f800000u) == VecU{} + 0x7f800000u ? special : rounded, VecH);
+  const VecU added = (bits(v) & 0x7f800000u) != VecU{} + 0x7f800000u ? random : VecU{};
+  return narrow((bits(v) + added) >> 16);
 }
 
 // ---- Step
