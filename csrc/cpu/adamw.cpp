@@ -45,6 +45,8 @@ struct AdamWRule {
   template <class ST, class Lanes>
   TW_INLINE Vec operator()(const OptimizerTensor& t, Vec p, Vec g, int64_t i, Lanes lanes) const {
     ST *exp_avg = at<ST>(t.state[0], i), *exp_avg_sq = at<ST>(t.state[1], i);
+    prefetch(exp_avg);
+    prefetch(exp_avg_sq);
     if (l2 != 0) g = g + l2 * p;
     Vec m = load(exp_avg, lanes), v = load(exp_avg_sq, lanes);
     m = m + gain1 * (g - m);
