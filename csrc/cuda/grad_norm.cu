@@ -27,7 +27,7 @@ __device__ __forceinline__ double block_sum(double v) {
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
   }
-  return sums[0];
+  return threadIdx.x == 0 ? sums[0] : 0.0;
 }
 
 template <class GT, int V>
