@@ -18,7 +18,6 @@ float sum_of_squares(const GT* grad, int64_t n) {
     Vec sums[4] = {};
     for (const int64_t end = smaller(i + kChain, quarter); i < end; i += W) {
       for (int k = 0; k < 4; ++k) {
-        prefetch(grad + k * quarter + i);
         const Vec g = load(grad + k * quarter + i);
         sums[k] += g * g;
       }
