@@ -66,7 +66,7 @@ struct OptimizerTensor {
   int64_t numel;
   int64_t begin;                           // where it starts in the concatenation
   DType dtype, grad_dtype, state_dtype;    // of param, of grad, of the state
-  float step_size, inv_sqrt_bias2, decay;  // filled by the kernel, from the step
+  float step_size, inv_sqrt_bias2, decay;  // filled by the kernel, from lr and the step
 };
 
 constexpr int64_t kOptimizerChunkCpu = 64;      // elements; also what a tiny tensor costs, about

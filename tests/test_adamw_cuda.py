@@ -26,6 +26,7 @@ from adamw_lists import (
 )
 from optim_parameters import parameters, run, set_grads
 from torchweld import ops, optim, reference
+from torchweld.testing import Case, Oracle, cases
 
 pytestmark = pytest.mark.cuda
 
@@ -166,3 +167,33 @@ def test_a_captured_step_replays() -> None:
         torch.nn.utils.clip_grad_norm_(eager, 0.5)
         b.step()
     torch.testing.assert_close(captured, eager)
+
+
+@pytest.mark.parametrize(("case", "dtype"), [(c, d) for op in ("adamw", "sgd") for c in cases(op) for d in c.dtypes])
+def test_every_case(case: Case, dtype: torch.dtype) -> None:
+    Oracle(case, dtype, "cuda").check()
+
+
+def test_stochastic_rounding_has_the_bits_of_the_cpu() -> None:
+    found = []
+    for device in ("cpu", "cuda"):
+        lists = make(LONG, BF16, BF16, F32, device=device)
+        for each in lists[GRAD:STEP]:
+            for t in each:
+                t.zero_()  # the decay alone moves: one product, the same everywhere
+        for _ in range(2):
+            ops.adamw_(*lists, **HYPER, rounding_seed=2**40 + 3)
+        found.append([p.cpu() for p in lists[PARAM]])
+    assert same_bits([found[0]], [found[1]])
+
+
+@pytest.mark.parametrize("options", [{}, {"master_weights": True}, {"stochastic_rounding": True}], ids=str)
+def test_offloaded_steps_are_those_of_the_cpu(options: dict[str, bool]) -> None:
+    there, here = on_gpu(), parameters()
+    for params in (there, here):
+        for p in params:
+            p.data = p.data.to(BF16 if options else F32)
+    a, b = optim.AdamW(there, offload="cpu", **options), optim.AdamW(here, **options)
+    found, expected = run(a, there), run(b, here)
+    assert all(torch.equal(p.cpu(), q) for p, q in zip(found, expected, strict=True))
+    assert all(t.is_cpu for state in a.state.values() for t in state.values())

@@ -1,4 +1,4 @@
-"""The CUDA kernels of adamw_ and grad_norm, compiled for the CPU (tests/emulation): edges and long lists."""
+"""The CUDA kernels of adamw_, sgd_ and grad_norm, compiled for the CPU (tests/emulation): edges and long lists."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
-from torchweld import ops, reference
+from torchweld import ops, reference, use_backend
 
 CHUNK = 16384  # elements of one thread block
 
@@ -77,3 +77,45 @@ def test_scaled_gradients_are_stored_unscaled() -> None:
     ops.adamw_(*plain.values(), **OPTIONS)
     for name in ("params", "grads", "exp_avgs", "exp_avg_sqs"):
         assert all(torch.equal(a, b) for a, b in zip(ours[name], plain[name], strict=True))
+
+
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.usefixtures("kernels")
+def test_stochastic_rounding_has_the_references_bits(offset: int) -> None:
+    """Packets and single elements, at the edges of chunks; where only the decay moves, the values have no two ways."""
+    sizes = (CHUNK + 11, 0, 3, 700)
+    found = []
+    for backend_name in ("cpu", "reference"):
+        lists = tensors(sizes)
+        narrow = [torch.zeros(offset + p.numel(), dtype=torch.bfloat16)[offset:].copy_(p) for p in lists["params"]]
+        lists["params"], lists["grads"] = narrow, [torch.zeros_like(p) for p in narrow]
+        for name in ("exp_avgs", "exp_avg_sqs"):
+            lists[name] = [torch.zeros(p.shape) for p in narrow]
+        with use_backend(backend_name):
+            ops.adamw_(*lists.values(), **OPTIONS, rounding_seed=2**35 + 1)
+        found.append(narrow)
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_gradients_are_zeroed_also_after_an_overflow() -> None:
+    for found_inf in (0.0, 1.0):
+        ours, plain = tensors((5, 300)), tensors((5, 300))
+        for lists in (ours, plain):
+            lists["grads"][1] = lists["grads"][1].bfloat16()
+            lists["params"][1] = lists["params"][1].bfloat16()
+        ops.adamw_(*ours.values(), **OPTIONS, zero_grads=True, found_inf=torch.tensor(found_inf))
+        ops.adamw_(*plain.values(), **OPTIONS, found_inf=torch.tensor(found_inf))
+        assert not any(g.any() for g in ours["grads"])
+        for name in ("params", "exp_avgs", "exp_avg_sqs", "steps"):
+            assert all(torch.equal(a, b) for a, b in zip(ours[name], plain[name], strict=True))
+
+
+@pytest.mark.usefixtures("kernels")
+def test_sgd_reads_its_rate_on_the_device_and_dampens_from_the_second_step() -> None:
+    ours, exact = (list(tensors((5, CHUNK + 3)).values())[:3] for _ in range(2))
+    options = {"lr": torch.tensor(0.1), "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1, "nesterov": False}
+    for first in (True, False):
+        ops.sgd_(*ours, **options, first_step=first)
+        reference.sgd_(*exact, **options, first_step=first)
+    torch.testing.assert_close(ours, exact)

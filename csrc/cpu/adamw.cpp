@@ -17,12 +17,36 @@
 namespace torchweld::cpu {
 namespace {
 
+// Root and quotient to an ulp. Of 16 floats, the divider of a core takes some 35 cycles for the two, as long as memory
+// takes for a whole step in 16 bits; approximations of 14 bits and one step of Newton's method take a quarter of that.
+TW_INLINE Vec root(Vec v) {
+#if defined(__AVX512F__)
+  constexpr int kZeroOrInfinite = 0x0e;
+  const Vec y = (Vec)_mm512_rsqrt14_ps((__m512)v), s = v * y;
+  const Vec refined = s + 0.5f * y * (v - s * s);
+  return (Vec)_mm512_mask_mov_ps((__m512)refined, _mm512_fpclass_ps_mask((__m512)v, kZeroOrInfinite), (__m512)v);
+#else
+  return vsqrt(v);
+#endif
+}
+
+TW_INLINE Vec quotient(Vec a, Vec b) {
+#if defined(__AVX512F__)
+  const Vec r = (Vec)_mm512_rcp14_ps((__m512)b), error = 1.0f - b * r;
+  return a * (error == error ? r + r * error : r);  // of 0 and infinity the reciprocal is exact
+#else
+  return a / b;
+#endif
+}
+
 struct AdamWRule {
   float gain1, keep2, gain2, eps, l2;
 
   template <class ST, class Lanes>
   TW_INLINE Vec operator()(const OptimizerTensor& t, Vec p, Vec g, int64_t i, Lanes lanes) const {
     ST *exp_avg = at<ST>(t.state[0], i), *exp_avg_sq = at<ST>(t.state[1], i);
+    prefetch(exp_avg);
+    prefetch(exp_avg_sq);
     if (l2 != 0) g = g + l2 * p;
     Vec m = load(exp_avg, lanes), v = load(exp_avg_sq, lanes);
     m = m + gain1 * (g - m);
@@ -34,7 +58,7 @@ struct AdamWRule {
       v = vmax(load(largest, lanes), v);
       store(largest, v, lanes);
     }
-    return t.decay * p - t.step_size * m / (vsqrt(v) * t.inv_sqrt_bias2 + eps);
+    return t.decay * p - t.step_size * quotient(m, root(v) * t.inv_sqrt_bias2 + eps);
   }
 };
 

@@ -24,9 +24,10 @@ TW_INLINE VecL multiply_low(VecL a, uint32_t b) {
 // are under way at once, to hide the latency of the products.
 TW_INLINE void philox_words(uint64_t seed, uint64_t row, int64_t batch, uint32_t* words) {
   constexpr int kLanes = W / 2;
-  VecL c0[2], c1[2], c2[2], c3[2] = {};
+  VecL c0[2], c1[2], c2[2], c3[2] = {}, lane;
+  for (int l = 0; l < kLanes; ++l) lane[l] = static_cast<uint64_t>(l);
   for (int k = 0; k < 2; ++k) {
-    for (int l = 0; l < kLanes; ++l) c0[k][l] = static_cast<uint64_t>(batch * W + k * kLanes + l);
+    c0[k] = lane + static_cast<uint64_t>(batch * W + k * kLanes);
     c1[k] = VecL{} + static_cast<uint32_t>(row);
     c2[k] = VecL{} + (row >> 32);
   }
@@ -42,11 +43,7 @@ TW_INLINE void philox_words(uint64_t seed, uint64_t row, int64_t batch, uint32_t
     }
   }
   // Words 0 and 1 of each block, then 2 and 3, as one number each: interleaved, they are in the order of the columns.
-  VecL low, high;
-  for (int l = 0; l < kLanes; ++l) {
-    low[l] = static_cast<uint64_t>(l / 2 + l % 2 * kLanes);
-    high[l] = low[l] + kLanes / 2;
-  }
+  const VecL low = (lane >> 1) + (lane & 1) * kLanes, high = low + kLanes / 2;
   for (int k = 0; k < 2; ++k) {
     const VecL first = (c0[k] & 0xffffffffu) | (c1[k] << 32), second = (c2[k] & 0xffffffffu) | (c3[k] << 32);
     const VecL in_order[2] = {__builtin_shuffle(first, second, low), __builtin_shuffle(first, second, high)};

@@ -22,6 +22,7 @@ struct SgdRule {
     if (weight_decay != 0) g = g + weight_decay * p;
     if (t.state[0] != nullptr) {
       ST* buffer = at<ST>(t.state[0], i);
+      prefetch(buffer);
       const Vec b = momentum * load(buffer, lanes) + gain * g;
       store(buffer, b, lanes);
       g = nesterov ? g + momentum * b : b;

@@ -95,7 +95,24 @@ TW_INLINE Vec keep(Vec v, First lanes, float other) {
 
 // ---- Conversions between 16 bits and float.
 
-TW_INLINE Vec widen_bf16(VecH h) { return from_bits(__builtin_convertvector(h, VecU) << 16); }
+// In one instruction, where GCC takes a vector of 16 apart.
+TW_INLINE VecU widen(VecH h) {
+#if defined(__AVX512F__)
+  return (VecU)_mm512_cvtepu16_epi32((__m256i)h);
+#else
+  return __builtin_convertvector(h, VecU);
+#endif
+}
+
+TW_INLINE VecH narrow(VecU u) {
+#if defined(__AVX512F__)
+  return (VecH)_mm512_cvtepi32_epi16((__m512i)u);
+#else
+  return __builtin_convertvector(u, VecH);
+#endif
+}
+
+TW_INLINE Vec widen_bf16(VecH h) { return from_bits(widen(h) << 16); }
 
 TW_INLINE VecH narrow_bf16(Vec v) {
 #if defined(__AVX512BF16__)
@@ -104,7 +121,7 @@ TW_INLINE VecH narrow_bf16(Vec v) {
   const VecU u = bits(v);
   const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const VecU nan = (u >> 16) | 0x40u;
-  return __builtin_convertvector(v == v ? rounded : nan, VecH);
+  return narrow(v == v ? rounded : nan);
 #endif
 }
 

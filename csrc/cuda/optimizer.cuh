@@ -31,7 +31,7 @@ __device__ __forceinline__ bool overflowed(const float* found_inf) {
 
 // ---- Table
 
-// How a row's step is counted, and what depends on it worked out, in double: of AdamW.
+// What a row's step size is made of, in double: for AdamW with the count of its steps, for SGD the learning rate.
 struct Counting {
   double lr, beta1, beta2, weight_decay;
   const float *lr_tensor, *found_inf;
@@ -50,8 +50,10 @@ static __global__ void __launch_bounds__(kThreads) fill_rows(const __grid_consta
   if (i >= p.count) return;
   OptimizerTensor t = p.rows[i];
   const Counting& c = p.counting;
-  if (t.step != nullptr && !overflowed(c.found_inf)) {
-    const double lr = c.lr_tensor != nullptr ? *c.lr_tensor : c.lr;
+  const double lr = c.lr_tensor != nullptr ? *c.lr_tensor : c.lr;
+  if (t.step == nullptr) {
+    t.step_size = static_cast<float>(lr);
+  } else if (!overflowed(c.found_inf)) {
     const float step = *t.step + 1.0f;
     *t.step = step;
     t.step_size = static_cast<float>(lr / (1.0 - pow(c.beta1, static_cast<double>(step))));

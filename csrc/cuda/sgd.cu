@@ -9,9 +9,8 @@ namespace {
 
 struct SgdRule {
   static constexpr bool kCountsSteps = false;  // so nothing can be rounded at random
-  float lr, weight_decay, momentum, gain;
+  float weight_decay, momentum, gain;
   bool nesterov;
-  const float* lr_tensor;
 
   template <class ST, int V>
   struct State {
@@ -37,20 +36,16 @@ struct SgdRule {
       state.b[k] = momentum * state.buffer[k] + gain * g;
       g = nesterov ? g + momentum * state.b[k] : state.b[k];
     }
-    p -= (lr_tensor != nullptr ? __ldg(lr_tensor) : lr) * g;
+    p -= t.step_size * g;
   }
 };
 
 }  // namespace
 
 void sgd(const SgdParams& p, Stream stream) {
-  fill_table("sgd_", p.tensors, p.count, Counting{}, p.table, stream);
-  const SgdRule rule{static_cast<float>(p.lr),
-                     static_cast<float>(p.weight_decay),
-                     static_cast<float>(p.momentum),
-                     p.first_step ? 1.0f : static_cast<float>(1 - p.dampening),
-                     p.nesterov,
-                     p.lr_tensor};
+  fill_table("sgd_", p.tensors, p.count, Counting{p.lr, 0, 0, 0, p.lr_tensor, p.found_inf}, p.table, stream);
+  const SgdRule rule{static_cast<float>(p.weight_decay), static_cast<float>(p.momentum),
+                     p.first_step ? 1.0f : static_cast<float>(1 - p.dampening), p.nesterov};
   launch_step("sgd_", p, rule, stream);
 }
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 NORMS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")
-OPS = ("attention", *NORMS, "adamw", "overhead")
+OPTIMIZERS = ("adamw", "sgd")
+OPS = ("attention", *NORMS, *OPTIMIZERS, "overhead")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DIRECTIONS = ("forward", "backward", "step")
 
@@ -77,15 +78,15 @@ def _check(args: argparse.Namespace) -> None:
 
 def sources() -> dict[str, Callable[[Settings], Iterator[Work]]]:
     """By op, what there is to measure."""
-    from torchweld.bench.adamw import adamw  # noqa: PLC0415
     from torchweld.bench.attention import attention  # noqa: PLC0415
     from torchweld.bench.layer_norm import norms  # noqa: PLC0415
+    from torchweld.bench.optimizers import optimizers  # noqa: PLC0415
     from torchweld.bench.overhead import overhead  # noqa: PLC0415
 
     return {
         "attention": attention,
         **{op: partial(norms, op) for op in NORMS},
-        "adamw": adamw,
+        **{op: partial(optimizers, op) for op in OPTIMIZERS},
         "overhead": overhead,
     }
 
