@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 NORMS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")
-OPS = ("attention", *NORMS, "adamw", "overhead")
+OPS = ("attention", *NORMS, "adamw", "transformer_layer", "overhead")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DIRECTIONS = ("forward", "backward", "step")
 
@@ -81,11 +81,13 @@ def sources() -> dict[str, Callable[[Settings], Iterator[Work]]]:
     from torchweld.bench.attention import attention  # noqa: PLC0415
     from torchweld.bench.layer_norm import norms  # noqa: PLC0415
     from torchweld.bench.overhead import overhead  # noqa: PLC0415
+    from torchweld.bench.transformer_layer import transformer_layer  # noqa: PLC0415
 
     return {
         "attention": attention,
         **{op: partial(norms, op) for op in NORMS},
         "adamw": adamw,
+        "transformer_layer": transformer_layer,
         "overhead": overhead,
     }
 
