@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import time
+import types
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ import torch
 
 import torchweld
 from patch_models import HEADS, WIDTH, Attention, IndirectAttention, Model, results
-from torchweld import nn, ops
+from torchweld import backend, nn, ops
 from torchweld.nn.twins import TWINS
 from torchweld.patching.attention import calls_attention
 
@@ -100,13 +101,29 @@ def test_the_root_is_swapped_too() -> None:
 
 
 def test_only_what_is_asked_for() -> None:
-    for options, untouched in (
-        ({"norms": False}, {"LayerNorm", "RMSNorm", "TransformerEncoderLayer"}),
-        ({"attention": False}, {"MultiheadAttention", "TransformerEncoderLayer", "Attention"}),
-        ({"activations": False}, {"GELU"}),
+    for kind, untouched in (
+        ("norms", {"LayerNorm", "RMSNorm", "TransformerEncoderLayer"}),
+        ("attention", {"MultiheadAttention", "TransformerEncoderLayer", "Attention", "IndirectAttention"}),
+        ("activations", {"GELU"}),
     ):
-        swapped = {e.was.rsplit(".", 1)[-1] for e in torchweld.patch(Model(), **options).swapped}
-        assert swapped and not swapped & untouched
+        report = torchweld.patch(Model(), **{kind: False})
+        assert not {e.was.rsplit(".", 1)[-1] for e in report.swapped} & untouched
+        assert {e.was.rsplit(".", 1)[-1] for e in report.left} == untouched
+        assert {e.why for e in report.left} == {f"patch(..., {kind}=False)"}
+
+
+def test_nothing_is_swapped_for_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a device has no kernels, the drop-ins would be slower than torch."""
+    norms = types.SimpleNamespace(layer_norm_forward=None)
+    monkeypatch.setattr(backend, "kernels", {"cpu": norms})
+    model = Model()
+    report = torchweld.patch(model)
+    assert {e.name for e in report.swapped} == {"layer.norm1", "layer.norm2", "rms", "norm"}
+    assert {e.why for e in report.left} == {
+        f"there are no kernels for {k} on 'cpu'" for k in ("attention", "activations")
+    }
+    with torch.device("meta"):
+        assert not torchweld.patch(Model()).left
 
 
 @pytest.mark.parametrize("bad", [None, 3, [torch.nn.LayerNorm(2)]])

@@ -85,10 +85,11 @@ def attention_forward(
     return attend(value, dropout).transpose(1, 2).contiguous(), weights
 
 
-class _AttentionChange:
+class AttentionChange:
     """`set_attn_implementation`, back to what each of the model's configs had."""
 
     def __init__(self, model: Any) -> None:
+        register()
         self.model, self.before = model, _implementations(model.config)
         model.set_attn_implementation(NAME)
 
@@ -107,21 +108,20 @@ def _implementations(config: Any) -> str | dict[str, Any]:
     return {"": config._attn_implementation, **found} if found else config._attn_implementation
 
 
-def set_attention(model: torch.nn.Module) -> tuple[str, _AttentionChange | None, str] | None:
-    """(what it was, the change, why there is none); None if `model` is none of transformers'."""
+def attention_of(model: torch.nn.Module) -> tuple[str, str | None] | None:
+    """What a model's attention is, and why it cannot be changed, if so; None if it is none of transformers' models."""
     from transformers.modeling_utils import PreTrainedModel  # noqa: PLC0415
 
     if not isinstance(model, PreTrainedModel):
         return None
-    was = f"{model.config._attn_implementation} attention"
-    if model.config._attn_implementation == NAME:
-        return was, None, "already torchweld's"
+    now = model.config._attn_implementation
+    if now == NAME:
+        return f"{now} attention", "already torchweld's"
     if not model._can_set_attn_implementation():
-        return was, None, "its attention does not go through AttentionInterface"
+        return f"{now} attention", "its attention does not go through AttentionInterface"
     if not (model._supports_sdpa or model._supports_attention_backend):
-        return was, None, "it does not say that its attention may be replaced"
-    register()
-    return was, _AttentionChange(model), ""
+        return f"{now} attention", "it does not say that its attention may be replaced"
+    return f"{now} attention", None
 
 
 # ---- Norms and activations. What a class computes is told by its code: most models carry copies of the same few.
@@ -153,21 +153,21 @@ def _body(cls: type, *methods: str) -> tuple[Any, ...] | None:
 
 
 @cache
-def recognise(cls: Any, norms: bool, activations: bool) -> tuple[Callable[..., Tensor], str] | None:
-    """The forward that does the same as that of `cls` and what it is called; None for a class that is not known."""
+def recognise(cls: Any) -> tuple[str, Callable[..., Tensor], str] | None:
+    """Norm or activation, the forward that does the same as that of `cls`, its name; None for a class not known."""
     if not cls.__module__.startswith("transformers."):
         return None
-    if activations and cls.__module__ == "transformers.activations":
-        return (_gelu_tanh, "torchweld.ops.gelu") if cls.__name__ in ("NewGELUActivation", "GELUTanh") else None
-    if not norms or "Norm" not in cls.__name__:
+    if cls.__module__ == "transformers.activations":
+        known = cls.__name__ in ("NewGELUActivation", "GELUTanh")
+        return ("activations", _gelu_tanh, "torchweld.ops.gelu") if known else None
+    if "Norm" not in cls.__name__:
         return None
     from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm  # noqa: PLC0415
     from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: PLC0415
     from transformers.models.t5.modeling_t5 import T5LayerNorm  # noqa: PLC0415
 
-    forward, name = _body(cls, "forward"), "torchweld.ops.rms_norm"
-    if forward in (_body(LlamaRMSNorm, "forward"), _body(T5LayerNorm, "forward")):
-        return _rms_norm, name
+    if _body(cls, "forward") in (_body(LlamaRMSNorm, "forward"), _body(T5LayerNorm, "forward")):
+        return "norms", _rms_norm, "torchweld.ops.rms_norm"
     if _body(cls, "forward", "_norm") == _body(Gemma2RMSNorm, "forward", "_norm"):
-        return _gemma_norm, name
+        return "norms", _gemma_norm, "torchweld.ops.rms_norm"
     return None

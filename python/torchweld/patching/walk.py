@@ -8,12 +8,19 @@ from typing import Any
 
 import torch
 
+from torchweld import backend
 from torchweld.nn.twins import TWINS
 from torchweld.patching.attention import attend, calls_attention
 from torchweld.patching.changes import ClassChange, ForwardChange
 from torchweld.patching.report import Entry, Report
 
-_NORMS = (torch.nn.LayerNorm, torch.nn.RMSNorm)
+# What each kind of swap runs on, by the names of the compiled modules' functions.
+_KERNELS = {"norms": "layer_norm_forward", "attention": "attention_forward", "activations": "gelu_forward"}
+_NEEDS = {
+    torch.nn.LayerNorm: ("norms",),
+    torch.nn.RMSNorm: ("norms",),
+    torch.nn.MultiheadAttention: ("attention",),
+}
 
 
 def _gelu(module: Any, input: torch.Tensor) -> torch.Tensor:
@@ -60,11 +67,20 @@ def _why_left(module: torch.nn.Module) -> str | None:
 class _Walk:
     """One call of `patch`."""
 
-    def __init__(self, model: torch.nn.Module, norms: bool, attention: bool, activations: bool) -> None:
+    def __init__(self, model: torch.nn.Module, asked: dict[str, bool]) -> None:
         self.report, self.hugging_face = Report(model), _hugging_face()
-        self.norms, self.attention, self.activations = norms, attention, activations
+        self.kind = next((p.device.type for p in model.parameters()), "cpu")
+        self.not_now = {kind: self._why_not(kind, wanted) for kind, wanted in asked.items()}
         self.done: set[int] = set()  # the modules inside of what is dealt with as a whole
         self.pretrained: set[int] = set()
+
+    def _why_not(self, kind: str, wanted: bool) -> str | None:
+        """Why nothing of a kind is swapped: it is not asked for, or would run on the reference, slower than torch."""
+        if not wanted:
+            return f"patch(..., {kind}=False)"
+        if self.kind == "meta" or hasattr(backend.kernels.get(self.kind), _KERNELS[kind]):
+            return None
+        return f"there are no kernels for {kind} on {self.kind!r}"
 
     def run(self) -> Report:
         for name, module in self.report.model.named_modules():
@@ -74,56 +90,57 @@ class _Walk:
                 self.report.leave(name, module.original_name, "compiled by torch.jit")
                 self.done |= {id(m) for m in module.modules()}
                 continue
-            if self.hugging_face is not None and self.attention and id(module) not in self.pretrained:
+            if self.hugging_face is not None and id(module) not in self.pretrained:
                 self._pretrained(name, module)
             self._visit(name, module)
         return self.report
 
     def _pretrained(self, name: str, module: torch.nn.Module) -> None:
-        found = self.hugging_face.set_attention(module)
+        found = self.hugging_face.attention_of(module)
         if found is None:
             return
         self.pretrained |= {id(m) for m in module.modules()}
-        was, change, why = found
-        if change is not None:
-            self.report.swap(Entry(name, was, "torchweld attention"), change)
-        else:
+        was, why = found
+        if why := why or self.not_now["attention"]:
             self.report.leave(name, was, why)
+        else:
+            self.report.swap(Entry(name, was, "torchweld attention"), self.hugging_face.AttentionChange(module))
 
     def _visit(self, name: str, module: torch.nn.Module) -> None:
-        cls = type(module)
-        replaced = module.__dict__.get("forward")
+        cls, replaced = type(module), module.__dict__.get("forward")
         if cls in TWINS.values() or getattr(replaced, "func", None) in self._ours():
             self.report.leave(name, _full_name(cls), "already torchweld's")
             return
-        change = self._change(module)
-        if change is None:
-            if why := _why_left(module):
-                self.report.leave(name, _full_name(cls), why)
-        elif replaced is not None:
-            self.report.leave(name, _full_name(cls), "its forward was replaced on the instance")
+        found = self._change(module)
+        if found is None:
+            why = _why_left(module)
         else:
-            make, now = change
-            self.report.swap(Entry(name, _full_name(cls), now), make())
+            needs, make, now = found
+            why = next((reason for kind in needs if (reason := self.not_now[kind])), None)
+            if replaced is not None:
+                why = "its forward was replaced on the instance"
+            elif why is None:
+                self.report.swap(Entry(name, _full_name(cls), now), make())
+        if why is not None:
+            self.report.leave(name, _full_name(cls), why)
 
     def _ours(self) -> list[Any]:
         return [attend, _gelu, *(self.hugging_face.FORWARDS if self.hugging_face is not None else ())]
 
-    def _change(self, module: torch.nn.Module) -> tuple[Callable[[], Any], str] | None:
-        """How a module is swapped and what it is then called; None if it is none of ours to swap."""
+    def _change(self, module: torch.nn.Module) -> tuple[tuple[str, ...], Callable[[], Any], str] | None:
+        """The kinds of swap that it takes, how it is done and what it is then called; None if it is none of ours."""
         cls: Any = type(module)
         if twin := TWINS.get(cls):
-            wanted = {torch.nn.MultiheadAttention: self.attention, **dict.fromkeys(_NORMS, self.norms)}
-            if not wanted.get(cls, self.norms and self.attention):
-                return None
-            return (lambda: ClassChange(module, twin)), f"torchweld.nn.{twin.__name__}"
-        if self.activations and cls is torch.nn.GELU and getattr(module, "approximate", None) == "tanh":
-            return (lambda: ForwardChange(module, _gelu)), "torchweld.ops.gelu"
-        if self.hugging_face is not None and (found := self.hugging_face.recognise(cls, self.norms, self.activations)):
-            forward, now = found
-            return (lambda: ForwardChange(module, forward)), now
-        if self.attention and calls_attention(cls):
-            return (lambda: ForwardChange(module, attend)), "its attention: torchweld.ops.scaled_dot_product_attention"
+            needs = _NEEDS.get(cls, ("norms", "attention"))
+            return needs, (lambda: ClassChange(module, twin)), f"torchweld.nn.{twin.__name__}"
+        if cls is torch.nn.GELU and getattr(module, "approximate", None) == "tanh":
+            return ("activations",), (lambda: ForwardChange(module, _gelu)), "torchweld.ops.gelu"
+        if self.hugging_face is not None and (known := self.hugging_face.recognise(cls)):
+            kind, forward, now = known
+            return (kind,), (lambda: ForwardChange(module, forward)), now
+        if calls_attention(cls):
+            now = "its attention: torchweld.ops.scaled_dot_product_attention"
+            return ("attention",), (lambda: ForwardChange(module, attend)), now
         return None
 
 
@@ -132,7 +149,8 @@ def patch(model: torch.nn.Module, *, norms: bool = True, attention: bool = True,
 
     LayerNorm, RMSNorm, MultiheadAttention and the Transformer layers of torch.nn; modules that call
     `torch.nn.functional.scaled_dot_product_attention`; tanh GELU; the attention, norms and GELU of Hugging Face
-    transformers. Optimizers, tied weights and checkpoints are not touched by it. Only exact classes are swapped.
+    transformers. Optimizers, tied weights and checkpoints are not touched by it. Only exact classes are swapped, and
+    only what has kernels on the model's device.
 
     Args:
         model: any module, in training or not.
@@ -146,4 +164,4 @@ def patch(model: torch.nn.Module, *, norms: bool = True, attention: bool = True,
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"[patch] model: expected a torch.nn.Module, but got {type(model).__name__}")
-    return _Walk(model, norms, attention, activations).run()
+    return _Walk(model, {"norms": norms, "attention": attention, "activations": activations}).run()
