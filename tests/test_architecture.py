@@ -19,6 +19,8 @@ ALLOWED = {
     "errors": set(),
     "ops": {"ops", "backend", "reference"},
     "nn": {"nn", "ops"},
+    "hugging_face": {"ops"},
+    "patching": {"patching", "nn", "ops", "hugging_face", "backend"},
     "optim": {"optim", "ops", "backend"},
 }
 # What the files of each folder of csrc may include besides the system's headers.

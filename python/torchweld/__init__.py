@@ -1,9 +1,25 @@
 """torchweld: fused attention, layer norm and Adam kernels for PyTorch, on CPU and CUDA."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 import torch  # noqa: F401  (first: the kernels use the OpenMP runtime that torch loads)
 
 from torchweld import ops, reference
 from torchweld.backend import use_backend
 
+if TYPE_CHECKING:
+    from torchweld import nn, optim
+    from torchweld.patching import patch
+
 __version__ = "0.1.0"
-__all__ = ["ops", "reference", "use_backend"]
+__all__ = ["nn", "ops", "optim", "patch", "reference", "use_backend"]
+
+
+def __getattr__(name: str) -> Any:
+    """What an import of the package need not wait for."""
+    if name in ("nn", "optim"):
+        return importlib.import_module(f"torchweld.{name}")
+    if name == "patch":
+        return importlib.import_module("torchweld.patching").patch
+    raise AttributeError(f"module 'torchweld' has no attribute {name!r}")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NORMS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")
 OPTIMIZERS = ("adamw", "sgd")
-OPS = ("attention", *NORMS, *OPTIMIZERS, "overhead")
+OPS = ("attention", *NORMS, *OPTIMIZERS, "transformer_layer", "overhead")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DIRECTIONS = ("forward", "backward", "step")
 
@@ -82,11 +82,13 @@ def sources() -> dict[str, Callable[[Settings], Iterator[Work]]]:
     from torchweld.bench.layer_norm import norms  # noqa: PLC0415
     from torchweld.bench.optimizers import optimizers  # noqa: PLC0415
     from torchweld.bench.overhead import overhead  # noqa: PLC0415
+    from torchweld.bench.transformer_layer import transformer_layer  # noqa: PLC0415
 
     return {
         "attention": attention,
         **{op: partial(norms, op) for op in NORMS},
         **{op: partial(optimizers, op) for op in OPTIMIZERS},
+        "transformer_layer": transformer_layer,
         "overhead": overhead,
     }
 

@@ -36,8 +36,8 @@ def _attend(attention: Any, x: Tensor, memory: Tensor, *masks: Any) -> Tensor:
 def _add_norm(x: Tensor, residual: Tensor, dropout: Any, norm: Any) -> tuple[Tensor, Tensor]:
     """norm(residual + dropout(x)), and that sum."""
     dtype = torch.promote_types(x.dtype, residual.dtype)  # they differ under autocast
-    x = torch.nn.functional.dropout(x, dropout.p, dropout.training).to(dtype)
-    return ops.add_layer_norm(x, residual.to(dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+    shape, p = norm.normalized_shape, dropout.p if dropout.training else 0.0
+    return ops.add_layer_norm(x.to(dtype), residual.to(dtype), shape, norm.weight, norm.bias, norm.eps, dropout_p=p)
 
 
 def _feed_forward(layer: Any, x: Tensor) -> Tensor:

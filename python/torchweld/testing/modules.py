@@ -20,12 +20,21 @@ from torchweld.testing.parity import Parity, confirm, judge
 
 @dataclass(frozen=True)
 class Trial:
-    """One call of two modules: `call(module, *inputs)`, all inputs being such that they have a gradient."""
+    """One call of two modules: `call(module, *inputs)`, all inputs being such that they have a gradient.
+
+    `exact`: what is right in float64; None for `theirs`, where that computes in float64 what it is given in float64.
+    """
 
     ours: torch.nn.Module
     theirs: torch.nn.Module
     call: Callable[..., Tensor]
     inputs: Sequence[Tensor]
+    exact: torch.nn.Module | None = None
+
+    def evaluate_exactly(self) -> Tensors:
+        """In float64, on a copy."""
+        module = copy.deepcopy(self.theirs if self.exact is None else self.exact).double()
+        return evaluate_module(module, self.call, [x.double() for x in self.inputs])
 
 
 def evaluate_module(module: torch.nn.Module, call: Callable[..., Tensor], inputs: Sequence[Tensor]) -> Tensors:
@@ -60,7 +69,7 @@ def _verdict(what: str, error: Tensor, torch_error: Tensor, factor: int, dtype: 
 
 def judge_modules(trials: Sequence[Trial], gradients: bool = True) -> list[Parity]:
     """The verdicts on the outputs and on all gradients of all trials together."""
-    exact = [evaluate_module(copy.deepcopy(t.theirs).double(), t.call, [x.double() for x in t.inputs]) for t in trials]
+    exact = [t.evaluate_exactly() for t in trials]
     ours = [evaluate_module(t.ours, t.call, t.inputs) for t in trials]
     theirs = [evaluate_module(t.theirs, t.call, t.inputs) for t in trials]
     got, expected, right = (

@@ -1,0 +1,173 @@
+"""Hugging Face transformers on the kernels: `attn_implementation="torchweld"`, and the norms and GELU of its models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchweld import ops
+
+NAME = "torchweld"
+
+
+# ---- Attention
+
+
+def register() -> None:
+    """Makes `attn_implementation="torchweld"` known to transformers, with its mask; `patch` does it by itself."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # noqa: PLC0415
+    from transformers.masking_utils import sdpa_mask  # noqa: PLC0415
+
+    AttentionInterface.register(NAME, attention_forward)
+    # Without a mask function of its name, padding and causality would be dropped in silence.
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface: (B, H, N, D) to (B, N, H, D); a key's heads serve groups of the query's.
+
+    The weights come with it where `output_attentions` asks for them. Keywords that speak of the mask alone
+    (sliding_window, position_ids) have done so when the mask was made.
+    """
+    if torch.is_autocast_enabled(query.device.type):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(query.shape[2] > 1 and attention_mask is None and causal)
+    bias = attention_mask
+    if position_bias is not None:
+        if bias is None:
+            bias = position_bias
+        elif bias.dtype == torch.bool:
+            bias = torch.where(bias, position_bias, torch.finfo(position_bias.dtype).min)
+        else:
+            bias = position_bias + bias
+    if bias is not None and bias.dtype not in (torch.bool, torch.float32):
+        bias = bias.to(query.dtype)
+    if query.shape[0] != key.shape[0]:  # learned queries are one for all of the batch
+        query = query.expand(key.shape[0], -1, -1, -1)
+    softcap = softcap or 0.0
+
+    def attend(value: Tensor, dropout: float) -> Any:
+        return ops.attention(
+            query,
+            key,
+            value,
+            causal=causal,
+            softcap=softcap,
+            bias=bias,
+            sinks=s_aux,
+            dropout_p=dropout,
+            scale=scaling,
+        )
+
+    weights = None
+    if kwargs.get("output_attentions"):
+        weights = attend(torch.eye(key.shape[2]).to(value).expand(*value.shape[:2], -1, -1), 0.0)
+    return attend(value, dropout).transpose(1, 2).contiguous(), weights
+
+
+class AttentionChange:
+    """`set_attn_implementation`, back to what each of the model's configs had."""
+
+    def __init__(self, model: Any) -> None:
+        register()
+        self.model, self.before = model, _implementations(model.config)
+        model.set_attn_implementation(NAME)
+
+    def undo(self) -> str | None:
+        now = self.model.config._attn_implementation
+        if now != NAME:
+            return f"its attention was set to {now!r} since"
+        self.model.set_attn_implementation(self.before)
+        return None
+
+
+def _implementations(config: Any) -> str | dict[str, Any]:
+    """What `set_attn_implementation` takes to give a config, and those inside of it, what they have now."""
+    inner = {key: getattr(config, key, None) for key in config.sub_configs}
+    found = {key: _implementations(sub) for key, sub in inner.items() if sub is not None}
+    return {"": config._attn_implementation, **found} if found else config._attn_implementation
+
+
+def attention_of(model: torch.nn.Module) -> tuple[str, str | None] | None:
+    """What a model's attention is, and why it cannot be changed, if so; None if it is none of transformers' models."""
+    from transformers.modeling_utils import PreTrainedModel  # noqa: PLC0415
+
+    if not isinstance(model, PreTrainedModel):
+        return None
+    now = model.config._attn_implementation
+    if now == NAME:
+        return f"{now} attention", "already torchweld's"
+    if not model._can_set_attn_implementation():
+        return f"{now} attention", "its attention does not go through AttentionInterface"
+    if not (model._supports_sdpa or model._supports_attention_backend):
+        return f"{now} attention", "it does not say that its attention may be replaced"
+    return f"{now} attention", None
+
+
+# ---- Norms and activations. What a class computes is told by its code: most models carry copies of the same few.
+
+
+def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
+    if hidden_states.dtype != module.weight.dtype:  # each model mixes dtypes in its own way
+        return type(module).forward(module, hidden_states)
+    return ops.rms_norm(hidden_states, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def _gemma_norm(module: Any, x: Tensor) -> Tensor:
+    return ops.rms_norm(x, module.weight.shape, module.weight, module.eps, zero_centered_weight=True)
+
+
+def _gelu_tanh(module: Any, input: Tensor) -> Tensor:
+    return ops.gelu(input, "tanh")
+
+
+FORWARDS = (_rms_norm, _gemma_norm, _gelu_tanh)
+
+
+def _body(cls: type, *methods: str) -> tuple[Any, ...] | None:
+    """What the methods do: their instructions, and the names and constants in them."""
+    codes = [getattr(getattr(cls, method, None), "__code__", None) for method in methods]
+    if not all(isinstance(code, CodeType) for code in codes):
+        return None
+    return tuple((c.co_code, c.co_names, tuple(map(repr, c.co_consts))) for c in codes if c is not None)
+
+
+@cache
+def recognise(cls: Any) -> tuple[str, Callable[..., Tensor], str] | None:
+    """Norm or activation, the forward that does the same as that of `cls`, its name; None for a class not known."""
+    if not cls.__module__.startswith("transformers."):
+        return None
+    if cls.__module__ == "transformers.activations":
+        known = cls.__name__ in ("NewGELUActivation", "GELUTanh")
+        return ("activations", _gelu_tanh, "torchweld.ops.gelu") if known else None
+    if "Norm" not in cls.__name__:
+        return None
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm  # noqa: PLC0415
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: PLC0415
+    from transformers.models.t5.modeling_t5 import T5LayerNorm  # noqa: PLC0415
+
+    if _body(cls, "forward") in (_body(LlamaRMSNorm, "forward"), _body(T5LayerNorm, "forward")):
+        return "norms", _rms_norm, "torchweld.ops.rms_norm"
+    if _body(cls, "forward", "_norm") == _body(Gemma2RMSNorm, "forward", "_norm"):
+        return "norms", _gemma_norm, "torchweld.ops.rms_norm"
+    return None

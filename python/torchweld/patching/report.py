@@ -1,0 +1,82 @@
+"""What `patch` did, what it left and why, as a table; and how it is taken back."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+    from torchweld.patching.changes import Change
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One module. `name`: where it is in the model; `now`: what serves it, None where it was left, and `why`."""
+
+    name: str
+    was: str
+    now: str | None = None
+    why: str = ""
+
+
+@dataclass
+class Report:
+    """`print(report)` shows it; `report.undo()` takes back what was swapped."""
+
+    model: torch.nn.Module
+    swapped: list[Entry] = field(default_factory=list)
+    left: list[Entry] = field(default_factory=list)
+    title: str = "torchweld.patch"
+    _changes: list[tuple[Entry, Change]] = field(default_factory=list, repr=False)
+
+    def swap(self, entry: Entry, change: Change) -> None:
+        """Notes a change."""
+        self.swapped.append(entry)
+        self._changes.append((entry, change))
+
+    def leave(self, name: str, was: str, why: str) -> None:
+        """Notes a module that stays as it is."""
+        self.left.append(Entry(name, was, None, why))
+
+    def undo(self) -> Report:
+        """Takes everything back that is still as `patch` left it; reports what was, and what was not and why.
+
+        Modules that have left the model since are restored too: whoever holds them gets back what was theirs.
+        """
+        report = Report(self.model, title="torchweld.patch, undone")
+        changes, self._changes = self._changes, []
+        for entry, change in reversed(changes):
+            if why := change.undo():
+                report.leave(entry.name, entry.now or "", why)
+            else:
+                report.swapped.append(Entry(entry.name, entry.now or "", entry.was))
+        return report
+
+    def __rich__(self) -> Table:
+        from rich.table import Table  # noqa: PLC0415  (only a report that is shown needs it)
+
+        table = Table("modules", "", "was", "now", title=self.title, title_justify="left", show_edge=False)
+        for entries, style in ((self.swapped, None), (self.left, "yellow")):
+            groups: dict[tuple[str, str, str], int] = {}
+            for e in entries:
+                # Layers that differ by a number only are one line.
+                key = (re.sub(r"\b\d+\b", "*", e.name) or "(the model)", e.was, e.now or f"left: {e.why}")
+                groups[key] = groups.get(key, 0) + 1
+            for (name, was, now), count in groups.items():
+                table.add_row(name, f"x {count}" if count > 1 else "", was, now, style=style)
+        if not self.swapped and not self.left:
+            table.add_row("nothing to swap", "", "", "")
+        return table
+
+    def __str__(self) -> str:
+        from rich.console import Console  # noqa: PLC0415
+
+        console = Console(width=160, highlight=False, color_system=None)
+        with console.capture() as capture:
+            console.print(self)
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
