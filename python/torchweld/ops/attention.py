@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchweld import backend, reference
 from torchweld.ops.attention_op import ALIGNMENTS, attention_with_grad, forward_op, inference_op, on_reference
-from torchweld.ops.library import wants_grad
+from torchweld.ops.library import check_dense, wants_grad
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -151,6 +151,7 @@ def attention(
         ValueError: window, softcap or causal_align is not as above.
     """
     op = "attention"
+    check_dense(op, query=query, key=key, value=value)
     if causal_align not in ALIGNMENTS:
         raise ValueError(f"[{op}] causal_align: expected 'top_left' or 'bottom_right', but got {causal_align!r}")
     if not 0.0 <= softcap < math.inf:
@@ -305,6 +306,7 @@ def scaled_dot_product_attention(
         TypeError: query is not floating point.
     """
     op = "scaled_dot_product_attention"
+    check_dense(op, query=query, key=key, value=value)
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
         attn_mask = None if attn_mask is None else _autocast(attn_mask)

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from torchweld import backend, reference
 from torchweld.ops.layer_norm_op import add_forward_op, add_layer_norm_function, inference_op, layer_norm_function
-from torchweld.ops.library import wants_grad
+from torchweld.ops.library import check_dense, float32_under_autocast, wants_grad
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> str | None:
     """Raises on arguments that no backend takes; returns why the kernels do not take these, None if they do."""
+    check_dense(op, input=x)
     tail, dtype = x.shape[-len(shape) :] if shape else None, x.dtype
     if tail is None or (tail != shape and tuple(tail) != tuple(shape)):
         raise RuntimeError(
@@ -39,6 +40,7 @@ def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, 
 
 def check_residual(op: str, x: Tensor, residual: Tensor) -> None:
     """Raises where the two cannot be added up."""
+    check_dense(op, x=x, residual=residual)
     for what, expected, got in (
         ("shape", x.shape, residual.shape),
         ("dtype", x.dtype, residual.dtype),
@@ -70,6 +72,8 @@ def layer_norm(
         RuntimeError: a shape or device does not fit.
         TypeError: input is not floating point.
     """
+    if input.is_cuda:  # as torch's; on the CPU its norms keep their dtype
+        input, weight, bias = float32_under_autocast(input, weight, bias)
     refusal = refusal_of("layer_norm", input, normalized_shape, weight, bias)
     if backend.choose("layer_norm", input.device, refusal) == "reference":
         return reference.layer_norm(input, normalized_shape, weight, bias, eps)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend
+from torchweld.ops.flops import inform_counters
 
 _library = torch.library.Library("torchweld", "DEF")
 
@@ -33,7 +34,10 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     op = getattr(torch.ops.torchweld, name).default
 
     def call(first: Tensor | Sequence[Tensor], *rest: Any) -> Any:
-        if torch.compiler.is_compiling() or _dispatch_modes() or _profiling():
+        if torch.compiler.is_compiling() or _profiling():
+            return op(first, *rest)
+        if _dispatch_modes():
+            inform_counters()
             return op(first, *rest)
         if type(first) in _PLAIN or (isinstance(first, (list, tuple)) and _PLAIN.issuperset(map(type, first))):
             return kernel(first, *rest)
@@ -49,6 +53,23 @@ def wants_grad(*tensors: Tensor | None) -> bool:
             if t is not None and t.requires_grad:
                 return True
     return False
+
+
+def check_dense(op: str, **tensors: Tensor) -> None:
+    """Raises TypeError for a nested or sparse tensor, of which the ops know nothing."""
+    for name, t in tensors.items():
+        if t.is_nested or t.layout is not torch.strided:
+            kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
+            remedy = "torch.nested.to_padded_tensor(x, 0.0)" if t.is_nested else "x.to_dense()"
+            raise TypeError(f"[{op}] {name}: expected a dense tensor, but got a {kind} one; convert it with {remedy}")
+
+
+def float32_under_autocast(first: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
+    """The tensors, those of 16 bits in float32 where autocast is on: what it does to torch's norms and losses."""
+    tensors = (first, *rest)
+    if not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    return tuple(t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
 
 
 def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:

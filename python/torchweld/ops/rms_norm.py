@@ -10,7 +10,7 @@ from torch import Tensor
 from torchweld import backend, reference
 from torchweld.ops.layer_norm import check_residual, refusal_of
 from torchweld.ops.layer_norm_op import add_forward_op, add_layer_norm_function, inference_op, layer_norm_function
-from torchweld.ops.library import wants_grad
+from torchweld.ops.library import float32_under_autocast, wants_grad
 from torchweld.reference.rms_norm import default_eps
 
 
@@ -38,6 +38,8 @@ def rms_norm(
         RuntimeError: a shape or device does not fit.
         TypeError: input is not floating point.
     """
+    if input.is_cuda:  # as torch's; on the CPU its norms keep their dtype
+        input, weight = float32_under_autocast(input, weight)
     refusal = refusal_of("rms_norm", input, normalized_shape, weight, None)
     if eps is None:
         eps = default_eps(input.dtype)
