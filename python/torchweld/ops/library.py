@@ -55,6 +55,15 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def _distinct(args: Sequence[Any]) -> list[Any]:
+    """`args` without a tensor that comes twice (keys that are the values too), which Dynamo refuses."""
+    distinct: list[Any] = []
+    for a in args:
+        again = isinstance(a, Tensor) and any(a is other for other in distinct)
+        distinct.append(a.view_as(a) if again else a)
+    return distinct
+
+
 def check_dense(op: str, **tensors: Tensor) -> None:
     """Raises TypeError for a nested or sparse tensor, of which the ops know nothing."""
     for name, t in tensors.items():
@@ -80,7 +89,7 @@ def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     fast = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def apply(*args: Any) -> Any:
-        return function.apply(*args) if torch.compiler.is_compiling() else fast(*args)
+        return function.apply(*_distinct(args)) if torch.compiler.is_compiling() else fast(*args)
 
     return apply
 
