@@ -72,9 +72,14 @@ def test_registered_ops_pass_opcheck() -> None:
     torch.library.opcheck(library.add_layer_norm_forward.default, (x, r, 33, w, None, 1e-5, False, 1.0))
     _, total, stats = library.add_layer_norm_forward(x, r, 33, w, None, 1e-5, False, 1.0)
     backward = library.layer_norm_backward.default
-    torch.library.opcheck(backward, (r, x, total, 33, w, None, stats, [True, True, False], 1.0))
+    torch.library.opcheck(backward, (r, x, total, 33, w, None, stats, [True, False, True, False], 1.0))
+    dropout = (0.5, torch.tensor([7]))
+    torch.library.opcheck(
+        library.add_layer_norm_forward.default, (x.bfloat16(), r, 33, w, b, 1e-5, True, 0.0, *dropout)
+    )
+    torch.library.opcheck(backward, (r.bfloat16(), x, r, 33, w, None, stats, [True, True, True, False], 0.0, *dropout))
     _, total, stats = library.add_layer_norm_forward(x, r, 33, w, b, 1e-5)
-    for mask in ([True, True, True], [True, False, False], [False, False, True]):
+    for mask in ([True, False, True, True], [True, False, False, False], [False, False, False, True]):
         torch.library.opcheck(backward, (r, x, total, 33, w, b, stats, mask))
 
 
@@ -85,7 +90,8 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *t: ops.add_layer_norm(t[0], t[1], (2, 5), *t[2:]), (x, r, w, b))
     assert torch.autograd.gradgradcheck(lambda *t: ops.layer_norm(t[0], (2, 5), *t[1:]), (x, w, b))
     assert torch.autograd.gradcheck(lambda *t: ops.rms_norm(t[0], (2, 5), t[1], zero_centered_weight=True), (x, w))
-    assert torch.autograd.gradcheck(lambda *t: ops.add_rms_norm(t[0], t[1], (2, 5), t[2]), (x, r, w))
+    dropout = {"dropout_p": 0.4, "seed": torch.tensor([1])}
+    assert torch.autograd.gradcheck(lambda *t: ops.add_rms_norm(t[0], t[1], (2, 5), t[2], **dropout), (x, r, w))
     assert torch.autograd.gradgradcheck(lambda *t: ops.rms_norm(t[0], (2, 5), t[1]), (x, w))
 
 
@@ -198,13 +204,17 @@ def test_rms_norms_own_eps_is_torchs(dtype: torch.dtype) -> None:
 
 def test_bad_residual_is_named() -> None:
     x = torch.ones(3, 4)
-    for residual, message in (
-        (x.new_ones(3, 5), r"residual: expected x's shape torch.Size\(\[3, 4\]\)"),
-        (x.bfloat16(), r"residual: expected x's dtype torch\.float32, but got torch\.bfloat16"),
-        (x.to("meta"), "residual: expected x's device cpu, but got meta"),
+    for residual, error, message in (
+        (x.new_ones(3, 5), RuntimeError, r"residual: expected x's shape torch.Size\(\[3, 4\]\)"),
+        (x.int(), TypeError, r"residual: expected a floating-point dtype, but got torch\.int32"),
+        (x.to("meta"), RuntimeError, "residual: expected x's device cpu, but got meta"),
     ):
-        with pytest.raises(RuntimeError, match=message):
+        with pytest.raises(error, match=message):
             ops.add_layer_norm(x, residual, (4,))
+    with pytest.raises(ValueError, match=r"dropout_p: expected a probability from 0 to 1, but got 1\.5"):
+        ops.add_rms_norm(x, x, (4,), dropout_p=1.5)
+    with pytest.raises(RuntimeError, match=r"seed: expected one int64 element on cpu, but got torch\.float32 of shape"):
+        ops.add_rms_norm(x, x, (4,), dropout_p=0.5, seed=torch.ones(1))
 
 
 def test_the_kernels_check_again() -> None:
@@ -231,4 +241,4 @@ def test_the_kernels_check_again() -> None:
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            _cpu.layer_norm_forward(*arguments)
+            _cpu.layer_norm_forward(*arguments, 0.0, None)

@@ -45,8 +45,7 @@ class OptimizerRows {
   static constexpr int64_t words = Backend::optimizer_table ? sizeof(OptimizerTensor) / 8 : 0;
   static_assert(sizeof(OptimizerTensor) % 8 == 0, "a row of the table is a whole number of 64-bit words");
 
-  OptimizerRows(const Arguments& args, const TensorList& first)
-      : rows(first.size()), args_(args), first_(first) {}
+  OptimizerRows(const Arguments& args, const TensorList& first) : rows(first.size()), args_(args), first_(first) {}
 
   void check_length(const TensorList& list, const char* name) const {
     if (list.size() != rows.size())
@@ -57,12 +56,15 @@ class OptimizerRows {
   void* memory(const TensorList& list, size_t i, const char* name, DType* dtype) {
     const TensorView &t = list[i], &twin = first_[i];
     if (!args_.is_here(t)) args_.check_device(t, label(name, i).c_str());
-    if (const auto found = dtype_of(t.dtype)) *dtype = *found;
+    if (const auto found = dtype_of(t.dtype))
+      *dtype = *found;
     else if (t.dtype.code == dlpack::kInt || t.dtype.code == dlpack::kUInt || t.dtype.code == dlpack::kBool)
       args_.fail(label(name, i).c_str(), "a floating-point dtype", name_of(t.dtype));
-    else refuse(i, std::string(name) + " of dtype " + name_of(t.dtype));
+    else
+      refuse(i, std::string(name) + " of dtype " + name_of(t.dtype));
     if (!same_shape(t, twin))
-      args_.fail(label(name, i).c_str(), "shape " + Arguments::list(twin.shape, twin.ndim), Arguments::list(t.shape, t.ndim));
+      args_.fail(label(name, i).c_str(), "shape " + Arguments::list(twin.shape, twin.ndim),
+                 Arguments::list(t.shape, t.ndim));
     if (!same_strides(t, twin)) refuse(i, std::string(name) + " with other strides than the parameter");
     return static_cast<char*>(t.data) + t.byte_offset;
   }
@@ -94,7 +96,8 @@ class OptimizerRows {
   void step(const TensorList& steps, size_t i) {
     const TensorView& t = steps[i];
     if (!args_.is_here(t)) args_.check_device(t, label("steps", i).c_str());
-    if (t.numel() != 1) args_.fail(label("steps", i).c_str(), "one element", "shape " + Arguments::list(t.shape, t.ndim));
+    if (t.numel() != 1)
+      args_.fail(label("steps", i).c_str(), "one element", "shape " + Arguments::list(t.shape, t.ndim));
     if (dtype_of(t.dtype) != DType::float32) refuse(i, "steps of dtype " + name_of(t.dtype));
     rows[i].step = reinterpret_cast<float*>(static_cast<char*>(t.data) + t.byte_offset);
   }

@@ -1,4 +1,5 @@
-// The norm of a list of gradients: one read of them. kGradNormBlocks sums over fixed stretches, added in order, in double.
+// The norm of a list of gradients: one read of them. kGradNormBlocks sums over fixed stretches, added in order, in
+// double.
 
 #include "cpu/kernels.h"
 #include "cpu/optimizer.h"
@@ -25,9 +26,9 @@ float sum_of_squares(const GT* grad, int64_t n) {
   }
   const GT* rest = grad + 4 * quarter;
   return sum(total) + sum_over(n - 4 * quarter, [&](int64_t i, auto lanes) {
-    const Vec g = load(rest + i, lanes);
-    return g * g;
-  });
+           const Vec g = load(rest + i, lanes);
+           return g * g;
+         });
 }
 
 }  // namespace
@@ -52,7 +53,8 @@ void grad_norm(const GradNormParams& p) {
   });
   double total = 0;
   for (int64_t b = 0; b < blocks; ++b) total += p.partial[b];
-  *p.norm = static_cast<float>(__builtin_sqrt(total) / (p.grad_scale != nullptr ? __builtin_fabsf(*p.grad_scale) : 1.0f));
+  *p.norm =
+      static_cast<float>(__builtin_sqrt(total) / (p.grad_scale != nullptr ? __builtin_fabsf(*p.grad_scale) : 1.0f));
 }
 
 }  // namespace TORCHWELD_ISA

@@ -15,7 +15,9 @@ constexpr int64_t kElementsPerThread = 32768;  // below this a second thread cos
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 template <class T>
-T* at(void* base, int64_t index) { return static_cast<T*>(base) + index; }
+T* at(void* base, int64_t index) {
+  return static_cast<T*>(base) + index;
+}
 
 // f(i, begin, end) for the elements of each tensor i that lie in chunks [first, last) of the concatenation.
 template <class F>
@@ -90,7 +92,8 @@ void update(const OptimizerTensor t, int64_t index, const Call call, const Rule 
   T* param = at<T>(t.param, begin);
   GT* grad = at<GT>(t.grad, begin);
   float* master = t.master != nullptr ? t.master + begin : nullptr;
-  RandomHalves random(call.seed, (t.step != nullptr ? static_cast<uint64_t>(*t.step) << 32 : 0) | static_cast<uint64_t>(index));
+  RandomHalves random(call.seed,
+                      (t.step != nullptr ? static_cast<uint64_t>(*t.step) << 32 : 0) | static_cast<uint64_t>(index));
 
   for_each_vector(end - begin, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     // Load.
@@ -137,13 +140,14 @@ void step(const OptimizerParams& p, const Rule& rule) {
 inline bool overflowed(const OptimizerParams& p) {
   if (p.found_inf == nullptr || *p.found_inf == 0) return false;
   if (p.zero_grads) {
-    parallel_for(p.total / kOptimizerChunkCpu, kElementsPerThread / kOptimizerChunkCpu, [&](int64_t first, int64_t last) {
-      for_each_stretch(p.tensors, p.count, first, last, [&](int64_t index, int64_t begin, int64_t end) {
-        const OptimizerTensor& t = p.tensors[index];
-        const int64_t bytes = t.grad_dtype == DType::float32 ? 4 : 2;
-        std::memset(at<char>(t.grad, begin * bytes), 0, (end - begin) * bytes);
-      });
-    });
+    parallel_for(p.total / kOptimizerChunkCpu, kElementsPerThread / kOptimizerChunkCpu,
+                 [&](int64_t first, int64_t last) {
+                   for_each_stretch(p.tensors, p.count, first, last, [&](int64_t index, int64_t begin, int64_t end) {
+                     const OptimizerTensor& t = p.tensors[index];
+                     const int64_t bytes = t.grad_dtype == DType::float32 ? 4 : 2;
+                     std::memset(at<char>(t.grad, begin * bytes), 0, (end - begin) * bytes);
+                   });
+                 });
   }
   return true;
 }

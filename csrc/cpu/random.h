@@ -33,7 +33,8 @@ TW_INLINE void philox_words(uint64_t seed, uint64_t row, int64_t batch, uint32_t
   uint32_t key0 = static_cast<uint32_t>(seed), key1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < philox::kRounds; ++round, key0 += philox::kWeyl0, key1 += philox::kWeyl1) {
     for (int k = 0; k < 2; ++k) {
-      const VecL product0 = multiply_low(c0[k], philox::kMultiplier0), product1 = multiply_low(c2[k], philox::kMultiplier1);
+      const VecL product0 = multiply_low(c0[k], philox::kMultiplier0),
+                 product1 = multiply_low(c2[k], philox::kMultiplier1);
       c0[k] = (product1 >> 32) ^ c1[k] ^ static_cast<uint64_t>(key0);
       c1[k] = product1;
       c2[k] = (product0 >> 32) ^ c3[k] ^ static_cast<uint64_t>(key1);

@@ -36,8 +36,9 @@ namespace TORCHWELD_ISA {
 
 void sgd(const SgdParams& p) {
   if (overflowed(p)) return;
-  step(p, SgdRule{static_cast<float>(learning_rate(p)), static_cast<float>(p.weight_decay), static_cast<float>(p.momentum),
-                  p.first_step ? 1.0f : static_cast<float>(1 - p.dampening), p.nesterov});
+  step(p,
+       SgdRule{static_cast<float>(learning_rate(p)), static_cast<float>(p.weight_decay), static_cast<float>(p.momentum),
+               p.first_step ? 1.0f : static_cast<float>(1 - p.dampening), p.nesterov});
 }
 
 }  // namespace TORCHWELD_ISA

@@ -21,8 +21,10 @@ struct AdamWRule {
     __device__ __forceinline__ void load(const OptimizerTensor& t, int64_t i) {
       exp_avg.load_once(at<ST>(t.state[0], i));
       exp_avg_sq.load_once(at<ST>(t.state[1], i));
-      if (t.state[2] != nullptr) largest.load_once(at<ST>(t.state[2], i));
-      else largest.set([](int) { return 0.0f; });
+      if (t.state[2] != nullptr)
+        largest.load_once(at<ST>(t.state[2], i));
+      else
+        largest.set([](int) { return 0.0f; });
     }
 
     __device__ __forceinline__ void store(const OptimizerTensor& t, int64_t i) {

@@ -27,7 +27,7 @@ __device__ __forceinline__ double block_sum(double v) {
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
   }
-  return sums[0];
+  return threadIdx.x == 0 ? sums[0] : 0.0;
 }
 
 template <class GT, int V>
@@ -64,7 +64,8 @@ __global__ void __launch_bounds__(kThreads) square_sums(const __grid_constant__ 
 
 __global__ void __launch_bounds__(kGradNormBlocks) finish_norm(const __grid_constant__ Norm p) {
   const double total = block_sum(p.partial[threadIdx.x]);
-  if (threadIdx.x == 0) *p.norm = static_cast<float>(sqrt(total)) / (p.grad_scale != nullptr ? fabsf(*p.grad_scale) : 1.0f);
+  if (threadIdx.x == 0)
+    *p.norm = static_cast<float>(sqrt(total)) / (p.grad_scale != nullptr ? fabsf(*p.grad_scale) : 1.0f);
 }
 
 }  // namespace

@@ -125,6 +125,8 @@ int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int devic
 }
 
 void layer_norm_backward(const LayerNormBackwardParams& params, Stream stream) {
+  if (params.dropout.seed != nullptr || params.sum_dtype != params.dtype)
+    throw std::invalid_argument(std::string("[") + kName + "] no dropout and no residual of another dtype on CUDA");
   Backward p{params, nullptr, params.dweight != nullptr || params.dbias != nullptr};
   const int64_t sums = blocks_of_sums(p.rows, p.cols);
   if (p.blocks < sums + p.weights)

@@ -188,6 +188,8 @@ dim3 block_for(int64_t cols) {
 }  // namespace
 
 void layer_norm_forward(const LayerNormForwardParams& p, Stream stream) {
+  if (p.dropout.seed != nullptr || p.sum_dtype != p.dtype)
+    throw std::invalid_argument(std::string("[") + kName + "] no dropout and no residual of another dtype on CUDA");
   if (p.rows == 0) return;
   dispatch_types(kName, p.dtype, p.weight_dtype, [&](auto t, auto wt) {
     using T = typename decltype(t)::type;

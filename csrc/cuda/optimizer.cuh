@@ -21,9 +21,13 @@ constexpr int kArgumentBytes = CUDART_VERSION >= 12010 ? 32764 : 4096;
 constexpr int kRowsPerLaunch = (kArgumentBytes - 128) / sizeof(OptimizerTensor);
 
 template <class T>
-__device__ __forceinline__ T* at(void* base, int64_t index) { return static_cast<T*>(base) + index; }
+__device__ __forceinline__ T* at(void* base, int64_t index) {
+  return static_cast<T*>(base) + index;
+}
 
-__device__ __forceinline__ bool overflowed(const float* found_inf) { return found_inf != nullptr && *found_inf != 0.0f; }
+__device__ __forceinline__ bool overflowed(const float* found_inf) {
+  return found_inf != nullptr && *found_inf != 0.0f;
+}
 
 // ---- Table
 
@@ -82,9 +86,12 @@ __device__ __forceinline__ int64_t index_at(const OptimizerTensor* table, int64_
 // f(Tag<T>) for the type behind `dtype`.
 template <class F>
 __device__ __forceinline__ void with_type(DType dtype, F&& f) {
-  if (dtype == DType::float32) f(Tag<float>{});
-  else if (dtype == DType::bfloat16) f(Tag<__nv_bfloat16>{});
-  else f(Tag<__half>{});
+  if (dtype == DType::float32)
+    f(Tag<float>{});
+  else if (dtype == DType::bfloat16)
+    f(Tag<__nv_bfloat16>{});
+  else
+    f(Tag<__half>{});
 }
 
 // ---- Step
@@ -120,10 +127,12 @@ __device__ __forceinline__ Factors factors_of(const Step<Rule>& s) {
     const float ratio = s.max_grad_norm / (*s.grad_norm + 1e-6f);
     clip = ratio >= 1.0f ? 1.0f : ratio;  // NaN stays NaN, as in clip_grad_norm_
   }
-  return {s.grad_scale != nullptr ? 1.0f / *s.grad_scale : 1.0f, s.sign * clip, s.grad_scale != nullptr || s.zero_grads};
+  return {s.grad_scale != nullptr ? 1.0f / *s.grad_scale : 1.0f, s.sign * clip,
+          s.grad_scale != nullptr || s.zero_grads};
 }
 
-// p as the bits of a float whose high half is the bfloat16 that chance picks; reference/optimizer.py has the definition.
+// p as the bits of a float whose high half is the bfloat16 that chance picks; reference/optimizer.py has the
+// definition.
 __device__ __forceinline__ float round_at_random(float p, uint32_t half) {
   const uint32_t bits = __float_as_uint(p);
   return (bits & 0x7f800000u) == 0x7f800000u ? p : __uint_as_float((bits + half) & 0xffff0000u);
@@ -138,8 +147,10 @@ __device__ __forceinline__ void update(const OptimizerTensor& t, uint64_t row, c
     Run<T, V> param;
     Run<float, V> master;
     Run<GT, V> grad;
-    if constexpr (kKept == Kept::mastered) master.load_once(t.master + i);
-    else param.load_once(at<T>(t.param, i));
+    if constexpr (kKept == Kept::mastered)
+      master.load_once(t.master + i);
+    else
+      param.load_once(at<T>(t.param, i));
     grad.load_once(at<GT>(t.grad, i));
     typename Rule::template State<ST, V> state;
     state.load(t, i);
@@ -165,10 +176,8 @@ __device__ __forceinline__ void update(const OptimizerTensor& t, uint64_t row, c
     if constexpr (kKept == Kept::at_random && std::is_same_v<T, __nv_bfloat16>) {
       const philox::Words random = philox::words(s.seed, row, static_cast<uint32_t>(i / 8));
 #pragma unroll
-      for (int k = 0; k < V; ++k) {
-        const int half = V == 8 ? k : static_cast<int>(i % 8);
-        p[k] = round_at_random(p[k], random.word[half / 2] >> (half % 2 * 16) & 0xffffu);
-      }
+      for (int k = 0; k < 8; ++k)
+        if (V == 8 || i % 8 == k) p[k % V] = round_at_random(p[k % V], random.word[k / 2] >> (k % 2 * 16) & 0xffffu);
     }
     param.set([&](int k) { return p[k]; });
     param.store(at<T>(t.param, i));
@@ -177,11 +186,15 @@ __device__ __forceinline__ void update(const OptimizerTensor& t, uint64_t row, c
 
 __device__ __forceinline__ bool packed(const OptimizerTensor& t) {
   const auto address = [](const void* p) { return reinterpret_cast<uintptr_t>(p); };
-  return (address(t.param) | address(t.grad) | address(t.master) | address(t.state[0]) | address(t.state[1]) | address(t.state[2])) % 16 == 0;
+  return (address(t.param) | address(t.grad) | address(t.master) | address(t.state[0]) | address(t.state[1]) |
+          address(t.state[2])) %
+             16 ==
+         0;
 }
 
 template <Kept kKept, class Rule>
-__global__ void __launch_bounds__(kThreads, 4) step(const __grid_constant__ Step<Rule> s) {
+__global__ void __launch_bounds__(kThreads, kKept == Kept::mastered ? 2 : 3)
+    step(const __grid_constant__ Step<Rule> s) {
   const int64_t position = blockIdx.x * kOptimizerChunkCuda, index = index_at(s.table, s.count, position);
   const OptimizerTensor t = s.table[index];
   const int64_t begin = position - t.begin, left = t.numel - begin;
@@ -189,8 +202,10 @@ __global__ void __launch_bounds__(kThreads, 4) step(const __grid_constant__ Step
   if (overflowed(s.found_inf)) {  // nothing moves, but gradients that are to be zeroed are
     if (!s.zero_grads) return;
     for (int64_t i = begin + threadIdx.x; i < end; i += kThreads) {
-      if (t.grad_dtype == DType::float32) *at<float>(t.grad, i) = 0.0f;
-      else *at<uint16_t>(t.grad, i) = 0;
+      if (t.grad_dtype == DType::float32)
+        *at<float>(t.grad, i) = 0.0f;
+      else
+        *at<uint16_t>(t.grad, i) = 0;
     }
     return;
   }
@@ -218,8 +233,16 @@ __global__ void __launch_bounds__(kThreads, 4) step(const __grid_constant__ Step
 // One step of the whole list, whose table is filled.
 template <class Rule>
 void launch_step(const char* name, const OptimizerParams& p, const Rule& rule, Stream stream) {
-  const Step<Rule> s{p.table, p.count, static_cast<float>(p.max_grad_norm), p.maximize ? -1.0f : 1.0f, p.zero_grads,
-                     p.rounding_seed, p.grad_norm, p.grad_scale, p.found_inf, rule};
+  const Step<Rule> s{p.table,
+                     p.count,
+                     static_cast<float>(p.max_grad_norm),
+                     p.maximize ? -1.0f : 1.0f,
+                     p.zero_grads,
+                     p.rounding_seed,
+                     p.grad_norm,
+                     p.grad_scale,
+                     p.found_inf,
+                     rule};
   const auto chunks = static_cast<unsigned>(p.total / kOptimizerChunkCuda);
   if (chunks == 0) return;
   auto kernel = p.tensors[0].master != nullptr ? step<Kept::mastered, Rule> : step<Kept::itself, Rule>;

@@ -45,8 +45,12 @@ struct SgdRule {
 
 void sgd(const SgdParams& p, Stream stream) {
   fill_table("sgd_", p.tensors, p.count, Counting{}, p.table, stream);
-  const SgdRule rule{static_cast<float>(p.lr), static_cast<float>(p.weight_decay), static_cast<float>(p.momentum),
-                     p.first_step ? 1.0f : static_cast<float>(1 - p.dampening), p.nesterov, p.lr_tensor};
+  const SgdRule rule{static_cast<float>(p.lr),
+                     static_cast<float>(p.weight_decay),
+                     static_cast<float>(p.momentum),
+                     p.first_step ? 1.0f : static_cast<float>(1 - p.dampening),
+                     p.nesterov,
+                     p.lr_tensor};
   launch_step("sgd_", p, rule, stream);
 }
 

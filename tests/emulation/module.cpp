@@ -25,10 +25,18 @@ struct Emulated {
 
 }  // namespace
 
+extern "C" void __gcov_dump() __attribute__((weak));  // there if the kernels were compiled to count their lines
+
 PYBIND11_MODULE(emulated, m) {
   m.doc() = "CUDA kernels of torchweld, run on the CPU";
-  m.def("set_machine", [](int multiprocessors, int shared_bytes_per_block, bool falling) {
-    emulation::machine() = {multiprocessors, shared_bytes_per_block, falling};
+  m.def(
+      "set_machine",
+      [](int multiprocessors, int shared_bytes_per_block, unsigned seed) {
+        emulation::machine() = {multiprocessors, shared_bytes_per_block, seed};
+      },
+      py::arg("multiprocessors") = 4, py::arg("shared_bytes_per_block") = 232448, py::arg("seed") = 0);
+  m.def("write_coverage", [] {
+    if (__gcov_dump != nullptr) __gcov_dump();
   });
   bind_optimizers<Emulated>(m);
   bind_layer_norm<Emulated>(m);

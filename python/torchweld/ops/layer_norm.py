@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.layer_norm_op import add_forward_op, add_layer_norm_function, inference_op, layer_norm_function
+from torchweld.ops.layer_norm_autograd import add_layer_norm_function, layer_norm_function
+from torchweld.ops.layer_norm_op import add_forward_op, inference_op
 from torchweld.ops.library import check_dense, float32_under_autocast, wants_grad
+from torchweld.reference.philox import draw_seed
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -38,16 +40,24 @@ def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, 
     return "rows without elements" if 0 in tail else None
 
 
-def check_residual(op: str, x: Tensor, residual: Tensor) -> None:
-    """Raises where the two cannot be added up."""
+def residual_refusal(op: str, x: Tensor, residual: Tensor, dropout_p: float, seed: Tensor | None) -> str | None:
+    """As `refusal_of`, for what an add_ form has in front of its norm."""
     check_dense(op, x=x, residual=residual)
-    for what, expected, got in (
-        ("shape", x.shape, residual.shape),
-        ("dtype", x.dtype, residual.dtype),
-        ("device", x.device, residual.device),
-    ):
+    for what, expected, got in (("shape", x.shape, residual.shape), ("device", x.device, residual.device)):
         if expected != got:
             raise RuntimeError(f"[{op}] residual: expected x's {what} {expected}, but got {got}")
+    if not residual.dtype.is_floating_point:
+        raise TypeError(f"[{op}] residual: expected a floating-point dtype, but got {residual.dtype}")
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"[{op}] dropout_p: expected a probability from 0 to 1, but got {dropout_p}")
+    if seed is not None and (seed.dtype is not torch.int64 or seed.numel() != 1 or seed.device != x.device):
+        raise RuntimeError(
+            f"[{op}] seed: expected one int64 element on {x.device}, but got {seed.dtype} of shape "
+            f"{list(seed.shape)} on {seed.device}"
+        )
+    if residual.dtype not in (x.dtype, torch.float32):
+        return f"a residual of dtype {residual.dtype} beside x of dtype {x.dtype}"
+    return None
 
 
 def layer_norm(
@@ -89,23 +99,39 @@ def add_layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    *,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Residual add and layer norm in one pass: new_residual = x + residual, normed = layer_norm(new_residual).
+    """Dropout, residual add and layer norm in one pass.
+
+    new_residual = residual + dropout(x, dropout_p), normed = layer_norm(new_residual). Nothing but the seed is kept of
+    the mask: the backward makes it again.
 
     Args:
-        x, residual: (*, *normalized_shape), of one shape, dtype and device.
+        x: (*, *normalized_shape), as `layer_norm`'s input.
+        residual: of x's shape and device, in x's dtype or in float32 (other pairs run on the reference): a residual
+            stream in float32 beside bfloat16 activations loses nothing on its way through the layers.
         normalized_shape, weight, bias, eps: as in `layer_norm`.
+        dropout_p: probability that an element of x is dropped; the others are divided by 1 - dropout_p. Pass 0 when
+            not training.
+        seed: int64 of one element on x's device, which decides what is dropped (Philox, by row and column: the same on
+            every backend); None: drawn from torch's default generator.
 
     Returns:
-        (normed, new_residual), both in x's dtype. new_residual is rounded to that dtype before it is normalised.
+        (normed, new_residual): normed in x's dtype, new_residual in residual's, to which it is rounded before it is
+        normalised.
 
     Raises:
-        RuntimeError, TypeError: as in `layer_norm`; also when x and residual differ in shape, dtype or device.
+        RuntimeError, TypeError: as in `layer_norm`; also when x and residual differ in shape or device.
+        ValueError: dropout_p is no probability.
     """
-    check_residual("add_layer_norm", x, residual)
-    refusal = refusal_of("add_layer_norm", x, normalized_shape, weight, bias)
+    refusal = residual_refusal("add_layer_norm", x, residual, dropout_p, seed)
+    refusal = refusal_of("add_layer_norm", x, normalized_shape, weight, bias) or refusal
+    seed = (draw_seed(x.device) if seed is None else seed) if dropout_p > 0 else None
     if backend.choose("add_layer_norm", x.device, refusal) == "reference":
-        return reference.add_layer_norm(x, residual, normalized_shape, weight, bias, eps)
+        return reference.add_layer_norm(x, residual, normalized_shape, weight, bias, eps, dropout_p, seed=seed)
     if wants_grad(x, residual, weight, bias):
-        return add_layer_norm_function(x, residual, normalized_shape, weight, bias, eps, True, 0.0)
-    return add_forward_op(x, residual, math.prod(normalized_shape), weight, bias, eps)[:2]
+        return add_layer_norm_function(x, residual, normalized_shape, weight, bias, eps, True, 0.0, dropout_p, seed)
+    cols = math.prod(normalized_shape)
+    return add_forward_op(x, residual, cols, weight, bias, eps, True, 0.0, dropout_p, seed)[:2]

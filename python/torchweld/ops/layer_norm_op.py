@@ -1,20 +1,19 @@
-"""The registered ops behind layer_norm, rms_norm and their add_ forms: implementation, fake and autograd.
+"""The registered ops behind layer_norm, rms_norm and their add_ forms: implementation and fake.
 
 One pair of kernels serves all four: a residual is added in front where there is one, and RMS norm is the layer norm
-that is not centred and has no bias. `weight_offset` is 1 for a zero-centred weight, else 0.
+that is not centred and has no bias. `weight_offset` is 1 for a zero-centred weight, else 0. The residual, and with it
+the sum, `dsum` and `dinput`, has a dtype of its own, x's or float32. `seed` is None without dropout.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from torchweld import backend, reference
-from torchweld.ops.library import applier, double_backward, register, wants_definition
+from torchweld import backend
+from torchweld.ops.library import register
 
 # ---- Implementation. The kernels see M rows of `cols` elements, whatever the shape; they fill what is allocated here.
 
@@ -38,11 +37,13 @@ def _run_forward(
     weight_offset: float,
     total: Tensor | None,
     stats: Tensor | None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     output = torch.empty_like(input)
     weight, bias = _parameters(input, weight, bias)
     backend.kernels[input.device.type].layer_norm_forward(
-        input, residual, cols, weight, bias, eps, centred, weight_offset, total, output, stats
+        input, residual, cols, weight, bias, eps, centred, weight_offset, total, output, stats, dropout_p, seed
     )
     return output
 
@@ -86,10 +87,12 @@ def _add_forward(
     eps: float,
     centred: bool = True,
     weight_offset: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, stats = x.contiguous(), _stats(x, cols, centred)
-    total = torch.empty_like(x)
-    output = _run_forward(x, residual.contiguous(), cols, weight, bias, eps, centred, weight_offset, total, stats)
+    x, residual, stats = x.contiguous(), residual.contiguous(), _stats(x, cols, centred)
+    total = torch.empty_like(residual)
+    output = _run_forward(x, residual, cols, weight, bias, eps, centred, weight_offset, total, stats, dropout_p, seed)
     return output, total, stats
 
 
@@ -103,17 +106,20 @@ def _backward(
     stats: Tensor,
     mask: Sequence[bool],
     weight_offset: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    x = input.contiguous()
-    w, b = _parameters(x, weight, bias)
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    doutput, x = doutput.contiguous(), input.contiguous()
+    w, b = _parameters(doutput, weight, bias)
     dinput = torch.empty_like(x) if mask[0] else None
-    dweight = torch.empty_like(w) if w is not None and mask[1] else None
-    dbias = torch.empty_like(b) if b is not None and mask[2] else None
+    dx = torch.empty_like(doutput) if mask[1] else None
+    dweight = torch.empty_like(w) if w is not None and mask[2] else None
+    dbias = torch.empty_like(b) if b is not None and mask[3] else None
     kernels = backend.kernels[x.device.type]
     weights = dweight is not None or dbias is not None
     blocks = kernels.layer_norm_workspace(x.numel() // cols, cols, weights, x.get_device())
     kernels.layer_norm_backward(
-        doutput.contiguous(),
+        doutput,
         None if dsum is None else dsum.contiguous(),
         x,
         cols,
@@ -122,12 +128,16 @@ def _backward(
         weight_offset,
         stats,
         dinput,
+        dx,
         dweight,
         dbias,
         x.new_empty((blocks, 2, cols), dtype=torch.float32) if blocks else None,
+        dropout_p,
+        seed,
     )
     return (
         x.new_empty(0) if dinput is None else dinput,
+        x.new_empty(0) if dx is None else dx,
         x.new_empty(0) if dweight is None or weight is None else dweight.to(weight.dtype),
         x.new_empty(0) if dbias is None or bias is None else dbias.to(bias.dtype),
     )
@@ -169,9 +179,11 @@ def _add_forward_fake(
     eps: float,
     centred: bool = True,
     weight_offset: float = 0.0,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     output, stats = _forward_fake(x, cols, weight, bias, eps, centred)
-    return output, torch.empty_like(output), stats
+    return output, torch.empty_like(residual, memory_format=torch.contiguous_format), stats
 
 
 def _backward_fake(
@@ -184,13 +196,15 @@ def _backward_fake(
     stats: Tensor,
     mask: Sequence[bool],
     weight_offset: float = 0.0,
-) -> tuple[Tensor, Tensor, Tensor]:
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def like(t: Tensor | None, wanted: bool) -> Tensor:
         if t is None or not wanted:
             return input.new_empty(0)
         return torch.empty_like(t, memory_format=torch.contiguous_format)
 
-    return like(input, mask[0]), like(weight, mask[1]), like(bias, mask[2])
+    return like(input, mask[0]), like(doutput, mask[1]), like(weight, mask[2]), like(bias, mask[3])
 
 
 inference_op = register(
@@ -199,7 +213,7 @@ inference_op = register(
     _inference,
     _inference_fake,
 )
-_forward_op = register(
+forward_op = register(
     "layer_norm_forward(Tensor input, SymInt cols, Tensor? weight, Tensor? bias, float eps, bool centred=True,"
     " float weight_offset=0.0) -> (Tensor output, Tensor stats)",
     _forward,
@@ -207,91 +221,17 @@ _forward_op = register(
 )
 add_forward_op = register(
     "add_layer_norm_forward(Tensor x, Tensor residual, SymInt cols, Tensor? weight, Tensor? bias, float eps,"
-    " bool centred=True, float weight_offset=0.0) -> (Tensor output, Tensor sum, Tensor stats)",
+    " bool centred=True, float weight_offset=0.0, float dropout_p=0.0, Tensor? seed=None)"
+    " -> (Tensor output, Tensor sum, Tensor stats)",
     _add_forward,
     _add_forward_fake,
 )
-_backward_op = register(
+# dinput is the gradient of what was normalised, dx the same through the dropout and in doutput's dtype; `mask` says
+# which of the four are wanted.
+backward_op = register(
     "layer_norm_backward(Tensor doutput, Tensor? dsum, Tensor input, SymInt cols, Tensor? weight, Tensor? bias,"
-    " Tensor stats, bool[3] mask, float weight_offset=0.0) -> (Tensor dinput, Tensor dweight, Tensor dbias)",
+    " Tensor stats, bool[4] mask, float weight_offset=0.0, float dropout_p=0.0, Tensor? seed=None)"
+    " -> (Tensor dinput, Tensor dx, Tensor dweight, Tensor dbias)",
     _backward,
     _backward_fake,
 )
-
-# ---- Autograd
-
-
-def _gradients(
-    ctx: Any, doutput: Tensor, dsum: Tensor | None, mask: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Of what was normalised, of weight and of bias; None where `mask` does not ask."""
-    x, weight, bias, stats = ctx.saved_tensors
-    shape, eps, centred, weight_offset = ctx.norm
-    if wants_definition(doutput, dsum):
-
-        def function(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-            if centred:
-                return reference.layer_norm(x, shape, weight, bias, eps), x.clone()
-            return reference.rms_norm(x, shape, weight, eps, zero_centered_weight=weight_offset != 0), x.clone()
-
-        dx, dw, db = double_backward(function, (x, weight, bias), (doutput, dsum), mask)
-    else:
-        dx, dw, db = _backward_op(doutput, dsum, x, math.prod(shape), weight, bias, stats, mask, weight_offset)
-    return dx if mask[0] else None, dw if mask[1] else None, db if mask[2] else None
-
-
-class _LayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        shape: Sequence[int],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        centred: bool,
-        weight_offset: float,
-    ) -> Tensor:
-        output, stats = _forward_op(input, math.prod(shape), weight, bias, eps, centred, weight_offset)
-        ctx.save_for_backward(input, weight, bias, stats)
-        ctx.norm = shape, eps, centred, weight_offset
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
-        need = ctx.needs_input_grad
-        dx, dw, db = _gradients(ctx, doutput, None, (need[0], need[2], need[3]))
-        return dx, None, dw, db, None, None, None
-
-
-class _AddLayerNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        residual: Tensor,
-        shape: Sequence[int],
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        centred: bool,
-        weight_offset: float,
-    ) -> tuple[Tensor, Tensor]:
-        output, total, stats = add_forward_op(x, residual, math.prod(shape), weight, bias, eps, centred, weight_offset)
-        # Only the sum is kept for the backward: x and residual can be freed.
-        ctx.save_for_backward(total, weight, bias, stats)
-        ctx.norm = shape, eps, centred, weight_offset
-        ctx.set_materialize_grads(False)
-        return output, total
-
-    @staticmethod
-    def backward(ctx: Any, doutput: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
-        need = ctx.needs_input_grad
-        if doutput is None:  # only new_residual was used
-            return dsum, dsum, None, None, None, None, None, None
-        ds, dw, db = _gradients(ctx, doutput, dsum, (need[0] or need[1], need[3], need[4]))
-        return ds if need[0] else None, ds if need[1] else None, None, dw, db, None, None, None
-
-
-layer_norm_function = applier(_LayerNorm)
-add_layer_norm_function = applier(_AddLayerNorm)

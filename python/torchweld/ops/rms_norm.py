@@ -8,9 +8,11 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.layer_norm import check_residual, refusal_of
-from torchweld.ops.layer_norm_op import add_forward_op, add_layer_norm_function, inference_op, layer_norm_function
+from torchweld.ops.layer_norm import refusal_of, residual_refusal
+from torchweld.ops.layer_norm_autograd import add_layer_norm_function, layer_norm_function
+from torchweld.ops.layer_norm_op import add_forward_op, inference_op
 from torchweld.ops.library import float32_under_autocast, wants_grad
+from torchweld.reference.philox import draw_seed
 from torchweld.reference.rms_norm import default_eps
 
 
@@ -56,30 +58,43 @@ def add_rms_norm(
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
+    dropout_p: float = 0.0,
     *,
     zero_centered_weight: bool = False,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Residual add and RMS norm in one pass: new_residual = x + residual, normed = rms_norm(new_residual).
+    """Dropout, residual add and RMS norm in one pass.
+
+    new_residual = residual + dropout(x, dropout_p), normed = rms_norm(new_residual).
 
     Args:
-        x, residual: (*, *normalized_shape), of one shape, dtype and device.
-        normalized_shape, weight, eps, zero_centered_weight: as in `rms_norm`.
+        normalized_shape, weight, eps, zero_centered_weight: as in `rms_norm`; eps=None goes by x's dtype.
+        x, residual, dropout_p, seed: as in `add_layer_norm`.
 
     Returns:
-        (normed, new_residual), both in x's dtype. new_residual is rounded to that dtype before it is normalised.
+        (normed, new_residual), as `add_layer_norm`.
 
     Raises:
-        RuntimeError, TypeError: as in `rms_norm`; also when x and residual differ in shape, dtype or device.
+        RuntimeError, TypeError, ValueError: as `add_layer_norm`.
     """
-    check_residual("add_rms_norm", x, residual)
-    refusal = refusal_of("add_rms_norm", x, normalized_shape, weight, None)
+    refusal = residual_refusal("add_rms_norm", x, residual, dropout_p, seed)
+    refusal = refusal_of("add_rms_norm", x, normalized_shape, weight, None) or refusal
+    seed = (draw_seed(x.device) if seed is None else seed) if dropout_p > 0 else None
     if eps is None:
         eps = default_eps(x.dtype)
     if backend.choose("add_rms_norm", x.device, refusal) == "reference":
         return reference.add_rms_norm(
-            x, residual, normalized_shape, weight, eps, zero_centered_weight=zero_centered_weight
+            x,
+            residual,
+            normalized_shape,
+            weight,
+            eps,
+            dropout_p,
+            zero_centered_weight=zero_centered_weight,
+            seed=seed,
         )
     offset = float(zero_centered_weight)
     if wants_grad(x, residual, weight):
-        return add_layer_norm_function(x, residual, normalized_shape, weight, None, eps, False, offset)
-    return add_forward_op(x, residual, math.prod(normalized_shape), weight, None, eps, False, offset)[:2]
+        return add_layer_norm_function(x, residual, normalized_shape, weight, None, eps, False, offset, dropout_p, seed)
+    cols = math.prod(normalized_shape)
+    return add_forward_op(x, residual, cols, weight, None, eps, False, offset, dropout_p, seed)[:2]

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused, _get_scalar_dtype
 
 from torchweld import ops
-from torchweld.optim.fused import FusedOptimizer, Group, Work
+from torchweld.optim.fused import FusedOptimizer, Work
+from torchweld.optim.state import Group, State
 
 
 class _FusedAdam(FusedOptimizer):
@@ -31,17 +34,20 @@ class _FusedAdam(FusedOptimizer):
     def _state_names(self, group: Group) -> tuple[str, ...]:
         return ("step", "exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if group["amsgrad"] else ()))
 
-    def _init_state(self, group: Group, param: Tensor, state: dict[str, Tensor]) -> None:
+    def _init_state(self, group: Group, param: Tensor, state: State) -> None:
         if group["fused"]:
             _device_dtype_check_for_fused(param)
-        on_device = group["capturable"] or group["fused"]
+        beside = (group["capturable"] or group["fused"]) and not group["offload"]
         dtype = _get_scalar_dtype(is_fused=group["fused"])
-        state["step"] = torch.zeros((), dtype=dtype, device=param.device if on_device else "cpu")
+        state["step"] = torch.zeros((), dtype=dtype, device=param.device if beside else "cpu")
         for name in self._state_names(group)[1:]:
-            state[name] = torch.zeros_like(param, memory_format=torch.preserve_format)
+            state[name] = self._like(group, param)
 
-    def _update(self, work: Work, **scalars: Tensor | float | None) -> None:
+    def _update(self, work: Work, **scalars: Any) -> None:
         group, lists = work.group, work.lists
+        # Masters aside, nothing but the step and the place in the list tells parameters apart: the same on every
+        # process, so that copies stay copies.
+        seed = next(i for i, each in enumerate(self.param_groups) if each is group)
         ops.adamw_(
             lists["param"],
             lists["grad"],
@@ -57,7 +63,9 @@ class _FusedAdam(FusedOptimizer):
             decoupled=group["decoupled_weight_decay"],
             amsgrad=group["amsgrad"],
             maximize=group["maximize"],
-            **scalars,  # type: ignore[arg-type]
+            masters=lists.get("master", ()),
+            rounding_seed=seed if group["stochastic_rounding"] else None,
+            **scalars,
         )
 
     def _steps(self, work: Work) -> list[Tensor]:
@@ -77,14 +85,25 @@ class AdamW(_FusedAdam, torch.optim.AdamW):
     1.0)` before each step does, for one more read of the gradients; `grad_norm` then holds the norm, over the gradients
     of all groups. The stored gradients are not clipped.
 
-    The kernels serve float32, bfloat16 and float16 on the CPU and on CUDA, whatever `fused` says; other dtypes run on
-    the reference. foreach=True, differentiable=True, betas given as tensors, complex parameters, tensor subclasses that
-    carry their own kernels and devices without ours get torch's own step, clipped as well.
+    The kernels serve float32, bfloat16 and float16 on the CPU and on CUDA, whatever `fused` says; complex parameters as
+    pairs of real ones, DTensors by their local shards, with a norm over all processes; other dtypes run on the
+    reference. foreach=True, differentiable=True, betas given as tensors, other tensor subclasses and devices without
+    kernels get torch's own step, clipped as well.
 
     Args:
         params, lr, betas, eps, weight_decay, amsgrad: as in torch, and so
         maximize, foreach, capturable, differentiable, fused.
-        max_grad_norm: clip to this global norm; None: no clipping. May differ from group to group.
+        max_grad_norm: clip to this global norm; None: no clipping. May differ from group to group, and so may
+        master_weights: keep a float32 master of each bfloat16 or float16 parameter, and float32 moments, in the state;
+            the master is stepped, the parameter is its rounding, written in the same pass. Where somebody else writes
+            to a parameter, its master follows at the next step; writes through `.data` go unnoticed.
+        stochastic_rounding: round bfloat16 parameters up or down at random so that small updates count on average,
+            without masters; the moments are float32. The bits depend on the step and the position alone.
+        zero_grads: leave the gradients as zeros, in the same pass, also after an overflow; for those who do not set
+            them to None.
+        offload: "cpu" keeps the state, with the masters, in the CPU's memory and steps there; gradients are copied over
+            while the CPU works, and are left as they are (a GradScaler's scale stays in them). A checkpoint neither
+            brings nor takes away an offload.
 
     Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv:1711.05101.
     """
@@ -104,6 +123,10 @@ class AdamW(_FusedAdam, torch.optim.AdamW):
         differentiable: bool = False,
         fused: bool | None = None,
         max_grad_norm: float | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        zero_grads: bool = False,
+        offload: str | None = None,
     ) -> None:
         torch.optim.AdamW.__init__(
             self,
@@ -119,7 +142,13 @@ class AdamW(_FusedAdam, torch.optim.AdamW):
             differentiable=differentiable,
             fused=fused,
         )
-        self._add_options(max_grad_norm)
+        self._add_options(
+            max_grad_norm=max_grad_norm,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            zero_grads=zero_grads,
+            offload=offload,
+        )
 
 
 class Adam(_FusedAdam, torch.optim.Adam):
@@ -144,6 +173,10 @@ class Adam(_FusedAdam, torch.optim.Adam):
         fused: bool | None = None,
         decoupled_weight_decay: bool = False,
         max_grad_norm: float | None = None,
+        master_weights: bool = False,
+        stochastic_rounding: bool = False,
+        zero_grads: bool = False,
+        offload: str | None = None,
     ) -> None:
         torch.optim.Adam.__init__(
             self,
@@ -160,4 +193,10 @@ class Adam(_FusedAdam, torch.optim.Adam):
             fused=fused,
             decoupled_weight_decay=decoupled_weight_decay,
         )
-        self._add_options(max_grad_norm)
+        self._add_options(
+            max_grad_norm=max_grad_norm,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
+            zero_grads=zero_grads,
+            offload=offload,
+        )

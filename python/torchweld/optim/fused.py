@@ -3,37 +3,40 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from torchweld import backend
-from torchweld.optim import sharding
+from torchweld.optim import offload, sharding
+from torchweld.optim.state import Group, KeptState, State
 
-Group = dict[str, Any]
 Lists = dict[str, list[Tensor]]  # by what they hold: "param", "grad", then the names of the state
 
 
 @dataclass
 class Work:
-    """The parameters of one group on one device, with what belongs to each: one call of a kernel."""
+    """Parameters of one group on one device, with what belongs to each: one call of a kernel."""
 
     group: Group
     params: list[Tensor]  # as the user sees them
     lists: Lists  # as the kernel sees them: shards of DTensors, complex tensors as real ones
     shardings: list[sharding.Sharding | None]  # by parameter: how a DTensor is spread over processes; None: it is not
+    fresh: bool  # whether their state is new, where that matters to the optimizer
 
 
-class FusedOptimizer(torch.optim.Optimizer):
+class FusedOptimizer(KeptState):
     """Mixed in before torch's optimizer `_torch`, whose constructor, state_dict and behaviour it keeps."""
 
     _torch: ClassVar[type[torch.optim.Optimizer]]
     # GradScaler hands its scale and its verdict to step(), as `grad_scale` and `found_inf`.
     _step_supports_amp_scaling = True
     _grad_norm: Tensor | None = None
+    _mirrors: offload.Mirrors | None = None
 
     # ---- What differs from optimizer to optimizer
 
@@ -46,31 +49,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         """The tensors that every parameter of this group has in its state."""
 
     @abstractmethod
-    def _init_state(self, group: Group, param: Tensor, state: dict[str, Tensor]) -> None:
+    def _init_state(self, group: Group, param: Tensor, state: State) -> None:
         """Fills the state of a parameter that has none yet, as torch does."""
 
     @abstractmethod
-    def _update(self, work: Work, **scalars: Tensor | float | None) -> None:
+    def _update(self, work: Work, **scalars: Any) -> None:
         """One step; the scalars are max_grad_norm, grad_norm, grad_scale and found_inf of ops.adamw_."""
 
     def _sparse(self) -> str:
         """What a sparse gradient means: why torch's own step is to serve it, or an error."""
         return "sparse gradients"
-
-    # ---- Options
-
-    def _add_options(self, max_grad_norm: float | None) -> None:
-        """Adds what torch's constructor does not know to the defaults and the groups."""
-        if max_grad_norm is not None and not max_grad_norm > 0:
-            raise ValueError(f"Invalid max_grad_norm value: {max_grad_norm}; expected a number above 0, or None")
-        self.defaults["max_grad_norm"] = max_grad_norm
-        for group in self.param_groups:
-            group.setdefault("max_grad_norm", max_grad_norm)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        for group in self.param_groups:  # a checkpoint of torch's optimizer does not know it
-            group.setdefault("max_grad_norm", self.defaults.get("max_grad_norm"))
 
     @property
     def grad_norm(self) -> Tensor | None:
@@ -94,6 +82,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not isinstance(works, str):
                 self._fused_step(works)
                 return loss
+            if beyond := self._beyond_torch():
+                raise RuntimeError(f"[{type(self).__name__}] {beyond} cannot serve {works}; torch's own step would")
             device = self.param_groups[0]["params"][0].device
             backend.choose(type(self).__name__, device, f"{works} (torch's own step does)")
             serve = self._prepare_for_torch()
@@ -104,6 +94,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _gather(self) -> list[Work] | str:
         """All there is to do; or why torch's own step is to do it."""
         works: list[Work] = []
+        beyond = self._beyond_torch()
         for group in self.param_groups:
             if reason := self._unserved(group):
                 return reason
@@ -112,23 +103,44 @@ class FusedOptimizer(torch.optim.Optimizer):
             if any(g.is_sparse for g in grads):
                 return self._sparse()
             lists: Lists = {"param": params, "grad": grads}
-            if names := self._state_names(group):
-                states = [self.state[p] for p in params]
-                for p, state in zip(params, states, strict=True):
-                    if not state:
-                        self._init_state(group, p, state)
-                lists |= {name: [s[name] for s in states] for name in names}
-            for device, chosen in _split(lists, [p.device for p in params]):
-                if device.type not in ("cpu", "cuda"):
-                    return f"parameters on {device.type!r}"
-                if reason := backend.unavailable(device.type):
-                    return reason
+            fresh = self._add_state(group, params, lists)
+            keys = [p.device for p in params]
+            if fresh and group.get("dampening"):
+                keys = list(zip(keys, fresh, strict=True))
+            if group["master_weights"]:
+                lists["master"] = self._masters(params)
+                keys = list(zip(keys, (m is not p for m, p in zip(lists["master"], params, strict=True)), strict=True))
+            for first, chosen in _split(lists, keys):
+                device = chosen["param"][0].device
+                if not beyond:
+                    if device.type not in ("cpu", "cuda"):
+                        return f"parameters on {device.type!r}"
+                    if reason := backend.unavailable(device.type):
+                        return reason
+                if "master" in chosen and chosen["master"][0] is chosen["param"][0]:
+                    del chosen["master"]
                 owners = list(chosen["param"])
                 found = sharding.localise(chosen)
                 if isinstance(found, str):
                     return found
-                works.append(Work(group, owners, {name: _real(each) for name, each in chosen.items()}, found))
+                real = {name: _real(each) for name, each in chosen.items()}
+                works.append(Work(group, owners, real, found, bool(fresh) and fresh[first]))
         return works
+
+    def _add_state(self, group: Group, params: list[Tensor], lists: Lists) -> list[bool]:
+        """Adds the state to the lists, making what is missing; by parameter, whether it was. Nothing was: empty."""
+        names = self._state_names(group)
+        if not names:
+            return []
+        states = [self.state[p] for p in params]
+        fresh = [s.get(names[0]) is None for s in states]
+        made = any(fresh)
+        if made:
+            for p, state, new in zip(params, states, fresh, strict=True):
+                if new:
+                    self._init_state(group, p, state)
+        lists |= {name: [s.get(name) for s in states] for name in names}
+        return fresh if made else []
 
     def _fused_step(self, works: list[Work]) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
@@ -138,16 +150,25 @@ class FusedOptimizer(torch.optim.Optimizer):
             norm = sharding.global_norm(grads, grad_scale)
         self._grad_norm = norm
         for work in works:
-            self._update(
-                work,
-                max_grad_norm=work.group["max_grad_norm"],
-                grad_norm=None if norm is None else norm.to(work.lists["param"][0].device, non_blocking=True),
-                grad_scale=grad_scale,
-                found_inf=found_inf,
-            )
+            scalars = {"grad_norm": norm, "grad_scale": grad_scale, "found_inf": found_inf}
+            if self.defaults["offload"] is not None and offload.is_away(work.lists["param"][0]):
+                self._mirrors = self._mirrors or offload.Mirrors()
+                here = partial(self._step_here, work)
+                self._mirrors.step(work.params, work.lists, scalars, work.group["zero_grads"], here)
+            else:
+                self._step_here(work, work.lists, scalars)
             # The kernels count the versions of what they write to; a DTensor is a tensor around that.
             wrapped = [p for p, s in zip(work.params, work.shardings, strict=True) if s is not None]
             torch.autograd.graph.increment_version(wrapped)
+            if "master" in work.lists:
+                self._agree(work.params)
+
+    def _step_here(self, work: Work, lists: Lists, scalars: dict[str, Tensor | None]) -> None:
+        """One call of a kernel, on the device where `lists` are."""
+        device = lists["param"][0].device
+        here = {n: None if t is None else t.to(device, non_blocking=device.type != "cpu") for n, t in scalars.items()}
+        options = {"max_grad_norm": work.group["max_grad_norm"], "zero_grads": work.group["zero_grads"]}
+        self._update(Work(work.group, work.params, lists, work.shardings, work.fresh), **here, **options)
 
     # ---- Where torch's own step serves
 
@@ -178,13 +199,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         return True
 
 
-def _split(lists: Lists, keys: list[Any]) -> Iterator[tuple[Any, Lists]]:
-    """The lists, split by a key of each parameter."""
-    indices: dict[Hashable, list[int]] = {}
+def _split(lists: Lists, keys: list[Any]) -> Iterator[tuple[int, Lists]]:
+    """The lists, split by a key of each parameter; with the index of the first parameter of each part."""
+    indices: dict[Any, list[int]] = {}
     for i, key in enumerate(keys):
         indices.setdefault(key, []).append(i)
-    for key, chosen in indices.items():
-        yield key, lists if len(indices) == 1 else {n: [each[i] for i in chosen] for n, each in lists.items()}
+    for chosen in indices.values():
+        whole = len(indices) == 1
+        yield chosen[0], lists if whole else {n: [each[i] for i in chosen] for n, each in lists.items()}
 
 
 def _real(tensors: list[Tensor]) -> list[Tensor]:

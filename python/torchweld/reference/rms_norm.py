@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from torchweld.reference.layer_norm import residual_sum
+
 
 def default_eps(dtype: torch.dtype) -> float:
     """What `eps=None` stands for, as in torch: the machine epsilon of the arithmetic, float32 at least."""
@@ -41,10 +43,18 @@ def add_rms_norm(
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
+    dropout_p: float = 0.0,
     *,
     zero_centered_weight: bool = False,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """new_residual = x + residual; returns (rms_norm(new_residual), new_residual)."""
-    new_residual = x + residual
-    normed = rms_norm(new_residual, normalized_shape, weight, eps, zero_centered_weight=zero_centered_weight)
-    return normed, new_residual
+    """new_residual = residual + dropout(x), in residual's dtype; returns (rms_norm(new_residual), new_residual).
+
+    The norm has x's dtype.
+    """
+    new_residual = residual_sum(x, residual, normalized_shape, dropout_p, seed)
+    compute = torch.promote_types(new_residual.dtype, torch.promote_types(x.dtype, torch.float32))
+    normed = rms_norm(
+        new_residual.to(compute), normalized_shape, weight, eps, zero_centered_weight=zero_centered_weight
+    )
+    return normed.to(x.dtype), new_residual

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -9,10 +10,12 @@ import torch
 from torch import Tensor
 
 from torchweld import ops, reference
+from torchweld.reference.philox import dropout_factors
 from torchweld.testing.cases import Case, Tensors
 from torchweld.testing.inputs import Random
 
 EPS = 1e-5
+_WIDE = torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +34,8 @@ class LayerNormCase(Case):
     add: bool = False
     rms: bool = False
     zero_centered: bool = False
+    residual_dtype: torch.dtype | None = None
+    dropout_p: float = 0.0
 
     @property
     def op(self) -> str:
@@ -43,14 +48,17 @@ class LayerNormCase(Case):
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Tensors:
         random, full = Random(seed, device), (*self.rows, *self.shape)
 
-        def activations(scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        def activations(scale: float = 1.0, shift: float = 0.0, dtype: torch.dtype = dtype) -> Tensor:
             return random.normal(*full, dtype=dtype, scale=scale, shift=shift, layout=self.layout)
 
         x = {"x": activations(self.scale, self.shift), "doutput": activations()}
         if self.huge_row:
             x["x"][-1] *= 1e4
         if self.add:
-            x |= {"residual": activations(self.scale), "dsum": activations()}
+            wide = self.residual_dtype or dtype
+            x |= {"residual": activations(self.scale, dtype=wide), "dsum": activations(dtype=wide)}
+        if self.dropout_p > 0:
+            x["seed"] = torch.tensor([0x1234567890ABCDEF + seed], device=x["x"].device)
         # Parameters are always contiguous in a model, but may start anywhere.
         layout = "unaligned" if self.layout == "unaligned" else "contiguous"
         one = 0.0 if self.zero_centered else 1.0
@@ -68,15 +76,26 @@ class LayerNormCase(Case):
         return self._call(reference, x)
 
     def _call(self, module: ModuleType, x: Tensors) -> Tensors:
-        function, inputs = getattr(module, self.op), [x["x"], x["residual"]] if self.add else [x["x"]]
+        inputs = [x["x"], x["residual"]] if self.add else [x["x"]]
+        parameters = [x.get("weight")] if self.rms else [x.get("weight"), x.get("bias")]
+        options = {"dropout_p": self.dropout_p, "seed": x.get("seed")} if self.add else {}
         if self.rms:
-            found = function(*inputs, self.shape, x.get("weight"), EPS, zero_centered_weight=self.zero_centered)
-        else:
-            found = function(*inputs, self.shape, x.get("weight"), x.get("bias"), EPS)
+            options["zero_centered_weight"] = self.zero_centered
+        found = getattr(module, self.op)(*inputs, self.shape, *parameters, EPS, **options)
         return {"output": found[0], "sum": found[1]} if self.add else {"output": found}
 
+    def _normalised(self, x: Tensors) -> Tensor:
+        if not self.add:
+            return x["x"]
+        if self.dropout_p == 0:
+            return x["residual"] + x["x"]
+        # torch has no dropout by a seed: the mask is given to it, the arithmetic is its own.
+        cols = math.prod(self.shape)
+        factors = dropout_factors(x["seed"], x["x"].numel() // cols, cols, self.dropout_p)
+        return x["residual"] + x["x"] * factors.view(x["x"].shape).to(x["x"].dtype)
+
     def torch(self, x: Tensors) -> Tensors:
-        total, parameters = x["x"] + x["residual"] if self.add else x["x"], [x.get("weight"), x.get("bias")]
+        total, parameters = self._normalised(x), [x.get("weight"), x.get("bias")]
         # torch refuses some pairs of dtypes; with those, and with 1 + weight, its user would compute in float32.
         same = all(p is None or p.dtype == total.dtype for p in parameters) and not self.zero_centered
         compute = total.dtype if same else torch.promote_types(total.dtype, torch.float32)
@@ -87,16 +106,17 @@ class LayerNormCase(Case):
             output = torch.nn.functional.rms_norm(total.to(compute), list(self.shape), weight, EPS)
         else:
             output = torch.nn.functional.layer_norm(total.to(compute), list(self.shape), weight, bias, EPS)
-        output = output.to(total.dtype)
+        output = output.to(x["x"].dtype)
         return {"output": output, "sum": total} if self.add else {"output": output}
 
     def terms(self, x: Tensors) -> dict[str, float]:
-        """With g = doutput * weight: of dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) the size of the first term.
+        """With g = doutput * weight: of dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) the size of the first term,
+        and of the last, which is nothing where a single column is centred.
 
         Of the weight gradients, sums over rows, the size of a random walk with those steps: with a column or two the
         sum can be far smaller than what was added up.
         """
-        total = x["x"] + x["residual"] if self.add else x["x"]
+        total = self._normalised(x)
         if total.numel() == 0:
             return {}
         dims = tuple(range(-len(self.shape), 0))
@@ -106,8 +126,9 @@ class LayerNormCase(Case):
         def walk(steps: Tensor) -> float:
             return float(steps.flatten(0, len(self.rows) - 1).norm(dim=0).amax())
 
-        weight = x.get("weight", 1.0) + (1.0 if self.zero_centered else 0.0)
-        dx = float((rstd * x["doutput"] * weight).abs().amax())
+        g = x["doutput"] * (x.get("weight", 1.0) + (1.0 if self.zero_centered else 0.0))
+        last = centred * rstd * (g * centred * rstd).mean(dims, keepdim=True)
+        dx = float((rstd * (g.abs() + last.abs())).amax())
         return {
             "dx": dx,
             "dresidual": dx,
@@ -151,7 +172,17 @@ LAYER_NORM = (
     _case("16 x 200 of 1e-6", "variance below eps", 16, 200, scale=1e-6),
 )
 
-ADD_LAYER_NORM = tuple(replace(c, add=True) for c in LAYER_NORM)
+_ADD = (
+    _case("64 x 136 fp32 residual", "a residual stream wider than the activations", 64, 136, residual_dtype=_WIDE),
+    _case("5 x 9001 fp32 residual", "the same in rows too long for a buffer", 5, 9001, residual_dtype=_WIDE),
+    _case("64 x 136 dropout", "whole vectors of a mask", 64, 136, dropout_p=0.3),
+    _case(
+        "30 x 77 dropout", "a mask with a tail, an odd number of columns", 30, 77, dropout_p=0.3, residual_dtype=_WIDE
+    ),
+    _case("5 x 9001 dropout", "long rows", 5, 9001, dropout_p=0.1),
+    _case("9 x 40 all dropped", "nothing is left of x", 9, 40, dropout_p=1.0),
+)
+ADD_LAYER_NORM = tuple(replace(c, add=True) for c in (*LAYER_NORM, *_ADD))
 RMS_NORM = (
     *(replace(c, rms=True) for c in LAYER_NORM if c.weight or not c.bias),
     _case("64 x 136 zero-centred", "1 + weight", 64, 136, rms=True, zero_centered=True),
@@ -165,4 +196,4 @@ RMS_NORM = (
         weight_dtype=torch.float32,
     ),
 )
-ADD_RMS_NORM = tuple(replace(c, add=True) for c in RMS_NORM)
+ADD_RMS_NORM = tuple(replace(c, add=True, rms=True) for c in (*RMS_NORM, *_ADD))
