@@ -1,7 +1,8 @@
-"""torch.func and autograd's other ways: grad, vmap, functional_call, jvp, batched gradients."""
+"""torch.func and autograd's other ways: grad, vmap, functional_call, jvp, batched gradients; refused layouts."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +18,7 @@ KEY, VALUE = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "layer_norm": lambda of, x: of.layer_norm(x, (8,), W.to(x.dtype), B.to(x.dtype)),
     "add_layer_norm": lambda of, x: torch.cat(of.add_layer_norm(x, x.flip(-1), (8,), W.to(x.dtype), B.to(x.dtype))),
+    "rms_norm": lambda of, x: of.rms_norm(x, (8,), W.to(x.dtype)),
     "gelu": lambda of, x: of.gelu(x, "tanh"),
     "cross_entropy": lambda of, x: of.cross_entropy(x.flatten(0, -2), TARGET.repeat(x.shape[0]), reduction="none"),
     "scaled_dot_product_attention": lambda of, x: of.scaled_dot_product_attention(
@@ -92,3 +94,28 @@ def test_per_sample_gradients_of_modules() -> None:
         expected = torch.autograd.grad(loss(parameters, sample), list(parameters.values()))
         for key, g in zip(parameters, expected, strict=True):
             close(got[key][i], g)
+
+
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
+def test_nested_inputs_are_refused(layout: torch.layout) -> None:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype")
+        nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
+    for function, argument in (
+        (lambda: ops.layer_norm(nested, (8,)), "layer_norm] input"),
+        (lambda: ops.rms_norm(nested, (8,)), "rms_norm] input"),
+        (lambda: ops.add_layer_norm(nested, nested, (8,)), "add_layer_norm] x"),
+        (lambda: ops.gelu(nested), "gelu] input"),
+        (lambda: ops.cross_entropy(nested, TARGET), "cross_entropy] input"),
+        (lambda: ops.scaled_dot_product_attention(nested, nested, nested), "scaled_dot_product_attention] query"),
+        (lambda: ops.attention(KEY[None], nested, nested), "attention] key"),
+    ):
+        with pytest.raises(TypeError, match=rf"{argument}: expected a dense tensor, but got a nested one; convert it"):
+            function()
+
+
+def test_sparse_inputs_are_refused() -> None:
+    with pytest.raises(
+        TypeError, match=r"input: expected a dense tensor, but got a sparse_coo one; .* x\.to_dense\(\)"
+    ):
+        ops.layer_norm(torch.eye(8).to_sparse(), (8,))

@@ -66,9 +66,10 @@ class NotServedError(RuntimeError):
 class _Settings:
     """Read from the environment at the first call, then changed only by `use_backend` and `strict`."""
 
-    forced: str | None = None
-    strict: bool = False
-    loaded: bool = False
+    def __init__(self) -> None:
+        self.forced: str | None = None
+        self.strict = False
+        self.loaded = False
 
     def load(self) -> None:
         self.strict = os.environ.get("TORCHWELD_STRICT", "") not in ("", "0")
@@ -78,6 +79,15 @@ class _Settings:
 
 
 _settings = _Settings()
+
+
+def _load_once() -> None:
+    if not _settings.loaded:
+        _settings.load()
+
+
+# Dynamo calls it while it traces. Traced itself, it would hold only for the first call of a compiled function.
+_load_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def unavailable(name: str) -> str | None:
@@ -107,8 +117,7 @@ def use_backend(name: str) -> Iterator[None]:
         ValueError: `name` is not a backend.
         RuntimeError: it cannot run here; the message says why and what to do.
     """
-    if not _settings.loaded:
-        _settings.load()
+    _load_once()
     before = _settings.forced
     _settings.forced = _checked(name, "use_backend")
     try:
@@ -120,8 +129,7 @@ def use_backend(name: str) -> Iterator[None]:
 @contextmanager
 def strict() -> Iterator[None]:
     """Inside the block a call that its kernels do not take raises `NotServedError`, as under `TORCHWELD_STRICT=1`."""
-    if not _settings.loaded:
-        _settings.load()
+    _load_once()
     before, _settings.strict = _settings.strict, True
     try:
         yield
@@ -136,8 +144,7 @@ def active(device: torch.device | str = "cpu") -> str:
 
 def choose(op: str, device: torch.device, refusal: str | None) -> str:
     """The backend for one call of `op` on `device`; `refusal` says why its kernels do not take it, None if they do."""
-    if not _settings.loaded:
-        _settings.load()
+    _load_once()
     forced = _settings.forced
     # torch.func's transforms and forward-mode derivatives see through the reference's operators, not into a kernel.
     if forced == "reference" or transforms_active() or forward_ad._current_level >= 0:

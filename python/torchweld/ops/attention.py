@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchweld.ops.attention_checks import check_bias, check_common, check_device, check_heads, check_sequences, fail
 from torchweld.ops.attention_op import ALIGNMENTS, attend
+from torchweld.ops.library import check_dense
 from torchweld.reference.philox import draw_seed
 
 
@@ -73,6 +74,7 @@ def attention(
         ValueError: window, softcap, causal_align or what cu_seqlens say is not as above.
     """
     op = "attention"
+    check_dense(op, query=query, key=key, value=value)
     if causal_align not in ALIGNMENTS:
         raise ValueError(f"[{op}] causal_align: expected 'top_left' or 'bottom_right', but got {causal_align!r}")
     if not 0.0 <= softcap < math.inf:

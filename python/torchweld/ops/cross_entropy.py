@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import applier, double_backward, register, wants_definition, wants_grad
+from torchweld.ops.library import applier, check_dense, double_backward, register, wants_definition, wants_grad
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -145,7 +145,7 @@ def cross_entropy(
     """-log softmax(input)[target]; drop-in for `torch.nn.functional.cross_entropy`.
 
     The probabilities are never stored: the logits are read once forward, and once backward to write their gradient.
-    The loss of each row and their mean are float32, rounded to input's dtype at the end.
+    The loss of each row and their mean are float32, rounded to input's dtype at the end (under autocast they are not).
 
     Args:
         input: logits (N, C), float32, bfloat16 or float16 (other shapes and dtypes run on the reference).
@@ -166,8 +166,13 @@ def cross_entropy(
         raise ValueError(f"[cross_entropy] reduction: expected 'mean', 'sum' or 'none', but got {reduction!r}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"[cross_entropy] label_smoothing: expected a number in [0, 1], but got {label_smoothing}")
+    check_dense("cross_entropy", input=input, target=target)
+    # The kernels read 16 bits as they are; what they make is float32 until the end.
+    dtype = input.dtype
+    if torch.is_autocast_enabled(input.device.type) and dtype in _DTYPES:
+        dtype = torch.float32
     if backend.choose("cross_entropy", input.device, _refusal(input, target, weight)) == "reference":
-        return reference.cross_entropy(input, target, weight, ignore_index, reduction, label_smoothing)
+        return reference.cross_entropy(input.to(dtype), target, weight, ignore_index, reduction, label_smoothing)
     _check(input, target)
     if wants_grad(input):
         losses = _row_losses(input, target, ignore_index, label_smoothing)
@@ -177,4 +182,4 @@ def cross_entropy(
         losses = losses.sum() / (target != ignore_index).sum()
     elif reduction == "sum":
         losses = losses.sum()
-    return losses.to(input.dtype)
+    return losses.to(dtype)

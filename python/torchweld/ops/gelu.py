@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import applier, double_backward, register, wants_definition, wants_grad
+from torchweld.ops.library import applier, check_dense, double_backward, register, wants_definition, wants_grad
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -86,6 +86,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """
     if approximate not in ("none", "tanh"):
         raise RuntimeError(f"[gelu] approximate: expected 'none' or 'tanh', but got {approximate!r}")
+    check_dense("gelu", input=input)
     if not input.dtype.is_floating_point:
         raise TypeError(f"[gelu] input: expected a floating-point dtype, but got {input.dtype}")
     if approximate == "none":

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchweld import backend, reference
 from torchweld.ops.layer_norm_autograd import add_layer_norm_function, layer_norm_function
 from torchweld.ops.layer_norm_op import add_forward_op, inference_op
-from torchweld.ops.library import wants_grad
+from torchweld.ops.library import check_dense, float32_under_autocast, wants_grad
 from torchweld.reference.philox import draw_seed
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
@@ -19,6 +19,7 @@ _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> str | None:
     """Raises on arguments that no backend takes; returns why the kernels do not take these, None if they do."""
+    check_dense(op, input=x)
     tail, dtype = x.shape[-len(shape) :] if shape else None, x.dtype
     if tail is None or (tail != shape and tuple(tail) != tuple(shape)):
         raise RuntimeError(
@@ -41,6 +42,7 @@ def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, 
 
 def residual_refusal(op: str, x: Tensor, residual: Tensor, dropout_p: float, seed: Tensor | None) -> str | None:
     """As `refusal_of`, for what an add_ form has in front of its norm."""
+    check_dense(op, x=x, residual=residual)
     for what, expected, got in (("shape", x.shape, residual.shape), ("device", x.device, residual.device)):
         if expected != got:
             raise RuntimeError(f"[{op}] residual: expected x's {what} {expected}, but got {got}")
@@ -80,6 +82,8 @@ def layer_norm(
         RuntimeError: a shape or device does not fit.
         TypeError: input is not floating point.
     """
+    if input.is_cuda:  # as torch's; on the CPU its norms keep their dtype
+        input, weight, bias = float32_under_autocast(input, weight, bias)
     refusal = refusal_of("layer_norm", input, normalized_shape, weight, bias)
     if backend.choose("layer_norm", input.device, refusal) == "reference":
         return reference.layer_norm(input, normalized_shape, weight, bias, eps)

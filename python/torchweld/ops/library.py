@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend
+from torchweld.ops.flops import inform_counters
 
 _library = torch.library.Library("torchweld", "DEF")
 
@@ -33,7 +34,10 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     op = getattr(torch.ops.torchweld, name).default
 
     def call(first: Tensor | Sequence[Tensor], *rest: Any) -> Any:
-        if torch.compiler.is_compiling() or _dispatch_modes() or _profiling():
+        if torch.compiler.is_compiling() or _profiling():
+            return op(first, *rest)
+        if _dispatch_modes():
+            inform_counters()
             return op(first, *rest)
         if type(first) in _PLAIN or (isinstance(first, (list, tuple)) and _PLAIN.issuperset(map(type, first))):
             return kernel(first, *rest)
@@ -51,6 +55,32 @@ def wants_grad(*tensors: Tensor | None) -> bool:
     return False
 
 
+def _distinct(args: Sequence[Any]) -> list[Any]:
+    """`args` without a tensor that comes twice (keys that are the values too), which Dynamo refuses."""
+    distinct: list[Any] = []
+    for a in args:
+        again = isinstance(a, Tensor) and any(a is other for other in distinct)
+        distinct.append(a.view_as(a) if again else a)
+    return distinct
+
+
+def check_dense(op: str, **tensors: Tensor) -> None:
+    """Raises TypeError for a nested or sparse tensor, of which the ops know nothing."""
+    for name, t in tensors.items():
+        if t.is_nested or t.layout is not torch.strided:
+            kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
+            remedy = "torch.nested.to_padded_tensor(x, 0.0)" if t.is_nested else "x.to_dense()"
+            raise TypeError(f"[{op}] {name}: expected a dense tensor, but got a {kind} one; convert it with {remedy}")
+
+
+def float32_under_autocast(first: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
+    """The tensors, those of 16 bits in float32 where autocast is on: what it does to torch's norms and losses."""
+    tensors = (first, *rest)
+    if not torch.is_autocast_enabled(first.device.type):
+        return tensors
+    return tuple(t.float() if t is not None and t.dtype in (torch.bfloat16, torch.float16) else t for t in tensors)
+
+
 def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """`function.apply` without its look for functorch transforms, which `backend.choose` has sent to the reference.
 
@@ -59,7 +89,7 @@ def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     fast = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def apply(*args: Any) -> Any:
-        return function.apply(*args) if torch.compiler.is_compiling() else fast(*args)
+        return function.apply(*_distinct(args)) if torch.compiler.is_compiling() else fast(*args)
 
     return apply
 

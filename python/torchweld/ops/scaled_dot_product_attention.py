@@ -9,6 +9,7 @@ from torch import Tensor
 
 from torchweld.ops.attention_checks import check_bias, check_common, check_heads, fail
 from torchweld.ops.attention_op import attend
+from torchweld.ops.library import check_dense
 from torchweld.reference.philox import draw_seed
 
 
@@ -87,6 +88,7 @@ def scaled_dot_product_attention(
         TypeError: query is not floating point.
     """
     op = "scaled_dot_product_attention"
+    check_dense(op, query=query, key=key, value=value)
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
         attn_mask = None if attn_mask is None else _autocast(attn_mask)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +35,21 @@ def _band(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[i
     return -1 if left is None else left, -1 if right is None else right
 
 
+def _in_its_own_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function(query, ...)`, whose matrix products autocast would round."""
+
+    @functools.wraps(function)
+    def call(query: Tensor, *args: Any, **options: Any) -> Any:
+        kind = query.device.type
+        if not torch.amp.is_autocast_available(kind):
+            return function(query, *args, **options)
+        with torch.autocast(kind, enabled=False):
+            return function(query, *args, **options)
+
+    return call
+
+
+@_in_its_own_dtype
 def _dense(
     query: Tensor,
     key: Tensor,

@@ -1,0 +1,53 @@
+"""What our ops cost, for `torch.utils.flop_counter`: counted as torch counts its own attention; norms and such are 0.
+
+torch's module of that name imports Triton where there is one, so it is not imported here: the counters that are on
+when an op is called get the formulas then.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+
+def _scores(query: Tensor, key: Tensor, starts_q: Tensor | None, starts_k: Tensor | None) -> int:
+    """How many elements the scores have: all of them, for torch does not deduct what causal and window leave out."""
+    if starts_q is None or starts_k is None:
+        return math.prod(query.shape[:-1]) * key.shape[-2]
+    lengths = [starts.diff().long() for starts in (starts_q, starts_k)]  # packed: (total, H, D)
+    return query.shape[1] * int((lengths[0] * lengths[1]).sum())
+
+
+def _formula(op: str, by_key: int, by_value: int) -> Callable[..., int]:
+    """Of an op that makes so many products with the size of a key, or of a value, for each score."""
+
+    def flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        names = [argument.name for argument in getattr(torch.ops.torchweld, op).default._schema.arguments]
+        a = dict(zip(names, args, strict=False)) | kwargs
+        scores = _scores(a["query"], a["key"], a.get("cu_seqlens_q"), a.get("cu_seqlens_k"))
+        return 2 * scores * (by_key * a["key"].shape[-1] + by_value * a["value"].shape[-1])
+
+    return flops
+
+
+_FORMULAS = {
+    "attention": _formula("attention", 1, 1),
+    "attention_forward": _formula("attention_forward", 1, 1),
+    "attention_backward": _formula("attention_backward", 3, 2),  # the scores once more, dquery, dkey; dscores, dvalue
+}
+
+
+def inform_counters() -> None:
+    """Gives the formulas to the FLOP counters that are on."""
+    if "torch.utils.flop_counter" not in sys.modules:
+        return
+    for mode in _get_current_dispatch_mode_stack():
+        registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
+        if registry is not None and torch.ops.torchweld.attention not in registry:
+            registry.update({getattr(torch.ops.torchweld, op): formula for op, formula in _FORMULAS.items()})
