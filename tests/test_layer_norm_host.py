@@ -61,6 +61,26 @@ class TestParity:
         assert i.x.data_ptr() % 16 != 0 and i.x.is_contiguous()
         check(i)
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("cols", [9, 64, 768, 1023, 2049, 2056, 16392])
+    def test_dropout_and_residual_dtype(self, cols: int, dtype: torch.dtype) -> None:
+        rows = max(3, min(20, 20000 // cols))
+        for rms, residual_dtype in ((True, dtype), (False, torch.float32)):
+            i = inputs(rows, cols, dtype, dtype, add=True, rms=rms, dropout_p=0.3, residual_dtype=residual_dtype)
+            check(i)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("cols", COLUMNS)
+    def test_rms_norm(self, cols: int, dtype: torch.dtype) -> None:
+        check(inputs(max(3, min(20, 20000 // cols)), cols, dtype, dtype, add=False, rms=True))
+
+    @pytest.mark.parametrize("rms", [False, True])
+    @pytest.mark.parametrize("cols", [32769, 65544, 200_000])
+    def test_few_long_rows_are_cut(self, cols: int, rms: bool) -> None:
+        """Several slabs forward, several blocks for the sums of a row backward."""
+        check(inputs(3, cols, torch.float32, torch.float32, add=False, rms=rms))
+        check(inputs(2, cols, torch.bfloat16, torch.float32, add=True, rms=rms, residual_dtype=torch.float32))
+
     @pytest.mark.parametrize("rows", [0, 1, 2, 33])
     @pytest.mark.parametrize("cols", [1, 8, 768, 2056, 16392])
     def test_rows(self, rows: int, cols: int) -> None:
@@ -109,7 +129,7 @@ def test_workspace(kernels: ModuleType, rows: int, cols: int) -> None:
     kernels.set_machine(132, 232448, False)
     with_weights = kernels.layer_norm_workspace(rows, cols, True, 0)
     sums = kernels.layer_norm_workspace(rows, cols, False, 0)
-    assert sums * 2 * cols >= 2 * rows if cols > 2048 else sums == 0
+    assert sums * 2 * cols >= 4 * rows if cols > 2048 else sums == 0
     assert 1 <= with_weights - sums <= max(1, rows, 1) and with_weights - sums <= 16 * 132
     assert (with_weights - sums) * cols <= 16 * 132 * 2048, "the partials must stay in L2"
 
