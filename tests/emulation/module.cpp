@@ -1,5 +1,5 @@
 // The CUDA kernels as a Python module whose functions take CPU tensors.
-#include "bindings/adamw.h"
+#include "bindings/optimizer.h"
 #include "bindings/layer_norm.h"
 #include "cuda/kernels.h"
 #include "machine.h"
@@ -11,7 +11,7 @@ using namespace torchweld;
 struct Emulated {
   using Kernels = cuda::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
-  static constexpr bool adamw_table = true;
+  static constexpr bool optimizer_table = true;
 
   static int64_t layer_norm_forward_workspace(int64_t rows, int64_t cols, int32_t) {
     return cuda::layer_norm_forward_workspace(rows, cols, 0);
@@ -29,11 +29,19 @@ struct Emulated {
 
 }  // namespace
 
+extern "C" void __gcov_dump() __attribute__((weak));  // there if the kernels were compiled to count their lines
+
 PYBIND11_MODULE(emulated, m) {
   m.doc() = "CUDA kernels of torchweld, run on the CPU";
-  m.def("set_machine", [](int multiprocessors, int shared_bytes_per_block, bool falling) {
-    emulation::machine() = {multiprocessors, shared_bytes_per_block, falling};
+  m.def(
+      "set_machine",
+      [](int multiprocessors, int shared_bytes_per_block, unsigned seed) {
+        emulation::machine() = {multiprocessors, shared_bytes_per_block, seed};
+      },
+      py::arg("multiprocessors") = 4, py::arg("shared_bytes_per_block") = 232448, py::arg("seed") = 0);
+  m.def("write_coverage", [] {
+    if (__gcov_dump != nullptr) __gcov_dump();
   });
-  bind_adamw<Emulated>(m);
+  bind_optimizers<Emulated>(m);
   bind_layer_norm<Emulated>(m);
 }

@@ -145,6 +145,7 @@ def ops() -> dict[str, tuple[Case, ...]]:
     from torchweld.testing.cross_entropy import CROSS_ENTROPY  # noqa: PLC0415
     from torchweld.testing.gelu import GELU  # noqa: PLC0415
     from torchweld.testing.layer_norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM  # noqa: PLC0415
+    from torchweld.testing.sgd import SGD  # noqa: PLC0415
 
     return {
         "attention": ATTENTION,
@@ -155,6 +156,7 @@ def ops() -> dict[str, tuple[Case, ...]]:
         "gelu": GELU,
         "cross_entropy": CROSS_ENTROPY,
         "adamw": ADAMW,
+        "sgd": SGD,
     }
 
 
