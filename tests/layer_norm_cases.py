@@ -30,9 +30,9 @@ COLUMNS = {
     2049: "slabs: elements, two slabs",
     2056: "the shortest with weight gradients in shared memory",
     4096: "4 warps",
-    8193: "long rows forward: elements",
+    8193: "long rows forward: elements; cut into slabs where rows are few",
     16384: "the longest with weight gradients in shared memory, the longest on chip forward",
-    16392: "long rows forward, slabs backward: packets",
+    16392: "the same in packets; slabs backward",
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -60,6 +60,12 @@ class TestParity:
     def test_rms_norm(self, cols: int, dtype: torch.dtype) -> None:
         check(inputs(max(3, min(20, 20000 // cols)), cols, dtype, dtype, add=False, rms=True))
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("cols", [8193, 16392])
+    def test_long_rows_that_fill_the_device(self, kernels: ModuleType, cols: int, dtype: torch.dtype) -> None:
+        kernels.set_machine(multiprocessors=1)
+        check(inputs(3, cols, dtype, dtype, add=True, rms=dtype is torch.float16, dropout_p=0.2))
+
     @pytest.mark.parametrize("rms", [False, True])
     @pytest.mark.parametrize("cols", [32769, 65544, 200_000])
     def test_few_long_rows_are_cut(self, cols: int, rms: bool) -> None:
@@ -151,6 +157,14 @@ def test_nan_stays_in_its_row() -> None:
     others = [m for m in range(9) if m != 4]
     for name in ("output", "dx"):
         assert torch.equal(clean[name][others], dirty[name][others]) and dirty[name][4].isnan().all()
+
+
+def test_a_forward_without_its_workspace_is_refused(kernels: ModuleType) -> None:
+    x = torch.ones(2, 20000)
+    assert kernels.layer_norm_forward_workspace(2, 20000, 0) == 2 * 2 * 3
+    message = r"\[layer_norm_forward\] workspace: expected at least 8 elements, but got 0"
+    with pytest.raises(ValueError, match=message):
+        kernels.layer_norm_forward(x, None, 20000, None, None, 1e-5, True, 0.0, None, x.clone(), None, 0.0, None, None)
 
 
 def test_too_small_a_workspace_is_refused(kernels: ModuleType) -> None:
