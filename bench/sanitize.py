@@ -17,6 +17,10 @@ def layer_norm(cols: int, dtype: torch.dtype) -> None:
     output, total = torchweld.ops.add_layer_norm(x, residual, (cols,), weight, bias)
     ((output * doutput).sum() + (total * dsum).sum()).backward()
     torchweld.ops.layer_norm(x.detach(), (cols,))
+    wide = residual.float().requires_grad_()
+    normed, stream = torchweld.ops.add_rms_norm(x, wide, (cols,), weight, dropout_p=0.25)
+    ((normed * doutput).sum() + (stream * dsum).sum()).backward()
+    assert wide.grad is not None and wide.grad.isfinite().all()
     for t in (output, total, x.grad, weight.grad, bias.grad):
         assert t is not None and t.isfinite().all()
 

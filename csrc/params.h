@@ -32,6 +32,8 @@ struct LayerNormForwardParams {
   void* output;          // [M, N]
   float* mean;           // [M], nullptr: not centred, or no backward will follow
   float* rstd;           // [M], nullptr: no backward will follow
+  float* workspace;        // [workspace_size]
+  int64_t workspace_size;  // at least what layer_norm_forward_workspace asks for
 };
 
 struct LayerNormBackwardParams {

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import torchweld
+from torchweld.reference.philox import dropout_factors
 
 # Columns of a row, each with the code path that it reaches (csrc/cuda/layer_norm_{forward,backward}.cu). float32 rows
 # divisible by 4 and 16-bit rows divisible by 8 are accessed in packets of 16 bytes, the others element by element.
@@ -29,9 +30,9 @@ COLUMNS = {
     2049: "slabs: elements, two slabs",
     2056: "the shortest with weight gradients in shared memory",
     4096: "4 warps",
-    8193: "long rows forward: elements",
+    8193: "long rows forward: elements; cut into slabs where rows are few",
     16384: "the longest with weight gradients in shared memory, the longest on chip forward",
-    16392: "long rows forward, slabs backward: packets",
+    16392: "the same in packets; slabs backward",
 }
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -43,6 +44,11 @@ class Inputs(NamedTuple):
     bias: Tensor | None
     doutput: Tensor
     dsum: Tensor | None
+    rms: bool = False  # then without a bias
+    dropout_p: float = 0.0
+
+
+SEED = 2**40 + 17
 
 
 def inputs(
@@ -55,8 +61,12 @@ def inputs(
     device: str = "cpu",
     offset: int = 0,
     seed: int = 0,
+    rms: bool = False,
+    dropout_p: float = 0.0,
+    residual_dtype: torch.dtype | None = None,
 ) -> Inputs:
     """Random inputs between NaN that must not be read, `offset` elements into their storage (1: not on 16 bytes)."""
+    wide = residual_dtype or dtype
     generator = torch.Generator().manual_seed(seed)
 
     def tensor(*shape: int, dtype: torch.dtype, mean: float = 0.0) -> Tensor:
@@ -68,30 +78,47 @@ def inputs(
 
     return Inputs(
         tensor(rows, cols, dtype=dtype, mean=2.0),
-        tensor(rows, cols, dtype=dtype) if add else None,
+        tensor(rows, cols, dtype=wide) if add else None,
         None if weight_dtype is None else tensor(cols, dtype=weight_dtype, mean=1.0),
-        None if weight_dtype is None else tensor(cols, dtype=weight_dtype),
+        None if weight_dtype is None or rms else tensor(cols, dtype=weight_dtype),
         tensor(rows, cols, dtype=dtype),
-        tensor(rows, cols, dtype=dtype) if add else None,
+        tensor(rows, cols, dtype=wide) if add else None,
+        rms,
+        dropout_p,
     )
 
 
+def summed(i: Inputs, x: Tensor, residual: Tensor | None) -> Tensor:
+    """What is normalised, by the definition of the mask and torch's arithmetic."""
+    if residual is None:
+        return x
+    if i.dropout_p > 0:
+        seed = torch.tensor([SEED], device=x.device)
+        x = x * dropout_factors(seed, x.shape[0], x.shape[1], i.dropout_p).to(x.dtype)
+    return residual + x
+
+
 def run(i: Inputs, op: str = "torchweld", dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    """Outputs and gradients of layer_norm, or of add_layer_norm where there is a residual."""
+    """Outputs and gradients of layer_norm or rms_norm, or of their add_ forms where there is a residual."""
     x, residual, weight, bias = (
         None if t is None else t.detach().to(dtype or t.dtype).requires_grad_()
         for t in (i.x, i.residual, i.weight, i.bias)
     )
     assert x is not None
     shape = x.shape[-1:]
+    parameters: list[Tensor | float | None] = [weight, 1e-5] if i.rms else [weight, bias, 1e-5]
+    name = "rms_norm" if i.rms else "layer_norm"
     if op == "torch":  # no fused add there; torch takes one dtype for all
-        total = x if residual is None else x + residual
-        w, b = (None if t is None else t.to(x.dtype) for t in (weight, bias))
-        output = torch.nn.functional.layer_norm(total, shape, w, b, 1e-5)
+        total = summed(i, x, residual)
+        parameters = [p.to(total.dtype) if isinstance(p, Tensor) else p for p in parameters]
+        output = getattr(torch.nn.functional, name)(total, shape, *parameters).to(x.dtype)
     elif residual is None:
-        output, total = torchweld.ops.layer_norm(x, shape, weight, bias), x
+        output, total = getattr(torchweld.ops, name)(x, shape, *parameters), x
     else:
-        output, total = torchweld.ops.add_layer_norm(x, residual, shape, weight, bias)
+        seed = torch.tensor([SEED], device=x.device)
+        output, total = getattr(torchweld.ops, "add_" + name)(
+            x, residual, shape, *parameters, dropout_p=i.dropout_p, seed=seed
+        )
     loss = (output * i.doutput.to(output.dtype)).sum()
     if i.dsum is not None:
         loss = loss + (total * i.dsum.to(total.dtype)).sum()
@@ -99,18 +126,26 @@ def run(i: Inputs, op: str = "torchweld", dtype: torch.dtype | None = None) -> d
     found = {"output": output, "dx": x.grad}
     if residual is not None:
         found |= {"sum": total, "dresidual": residual.grad}
-    if weight is not None and bias is not None:
-        found |= {"dweight": weight.grad, "dbias": bias.grad}
+    if weight is not None:
+        found |= {"dweight": weight.grad}
+    if bias is not None:
+        found |= {"dbias": bias.grad}
     return {name: t.detach() for name, t in found.items() if t is not None}
 
 
 def exact(i: Inputs) -> dict[str, Tensor]:
-    """In float64, of the sum as it is rounded to the inputs' dtype before it is normalised."""
+    """In float64, of the sum as it is rounded to the residual's dtype before it is normalised."""
     if i.residual is None:
         return run(i, "torch", torch.float64)
-    total = i._replace(x=i.x + i.residual, residual=None)
+    wide = i.residual.dtype if i.residual.dtype != i.x.dtype else torch.float64
+    rounded = summed(i, i.x.to(wide), i.residual.to(wide)).to(i.residual.dtype)
+    total = i._replace(x=rounded, residual=None, dropout_p=0.0)
     found = run(total, "torch", torch.float64)
-    return found | {"sum": total.x.double(), "dresidual": found["dx"]}
+    through = found["dx"]
+    if i.dropout_p > 0:
+        seed = torch.tensor([SEED], device=i.x.device)
+        through = through * dropout_factors(seed, i.x.shape[0], i.x.shape[1], i.dropout_p)
+    return found | {"sum": rounded.double(), "dresidual": found["dx"], "dx": through}
 
 
 def check(i: Inputs, found: dict[str, Tensor] | None = None) -> None:

@@ -241,4 +241,4 @@ def test_the_kernels_check_again() -> None:
         ),
     ):
         with pytest.raises(ValueError, match=message):
-            _cpu.layer_norm_forward(*arguments, 0.0, None)
+            _cpu.layer_norm_forward(*arguments, 0.0, None, None)

@@ -31,6 +31,29 @@ class TestParity:
         rows = max(3, min(3000, 1_000_000 // cols))
         check(inputs(rows, cols, dtype, dtype, add=add, device="cuda"))
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("cols", [9, 64, 768, 1023, 2049, 4096, 16392, (1 << 20) + 8])
+    def test_rms_norm_dropout_and_residual_dtype(self, cols: int, dtype: torch.dtype) -> None:
+        rows = max(3, min(3000, 1_000_000 // cols))
+        check(inputs(rows, cols, dtype, dtype, add=False, device="cuda", rms=True))
+        for rms, residual_dtype in ((True, dtype), (False, torch.float32)):
+            check(
+                inputs(
+                    rows,
+                    cols,
+                    dtype,
+                    dtype,
+                    add=True,
+                    device="cuda",
+                    rms=rms,
+                    dropout_p=0.3,
+                    residual_dtype=residual_dtype,
+                )
+            )
+
+    def test_few_huge_rows(self) -> None:
+        check(inputs(16, 1 << 22, torch.float32, torch.float32, add=False, device="cuda"))
+
     @pytest.mark.parametrize("rows", [0, 1, 2, 131, 132, 133, 20000])
     @pytest.mark.parametrize("cols", [1, 64, 768, 2056, 16392])
     def test_rows(self, rows: int, cols: int) -> None:
@@ -150,7 +173,7 @@ def test_tensors_of_another_device_are_refused() -> None:
     module = backend.module(torch.device("cuda"))
     x = torch.randn(4, 8, device="cuda")
     with pytest.raises(ValueError, match=r"\[layer_norm_forward\] output: expected a tensor on cuda:0, but got cpu"):
-        module.layer_norm_forward(x, None, 8, None, None, 1e-5, True, 0.0, None, x.cpu(), None, 0.0, None)
+        module.layer_norm_forward(x, None, 8, None, None, 1e-5, True, 0.0, None, x.cpu(), None, 0.0, None, None)
 
 
 @pytest.mark.filterwarnings("ignore")

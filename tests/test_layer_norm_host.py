@@ -47,6 +47,32 @@ class TestParity:
         assert i.x.data_ptr() % 16 != 0 and i.x.is_contiguous()
         check(i)
 
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("cols", [9, 64, 768, 1023, 2049, 2056, 16392])
+    def test_dropout_and_residual_dtype(self, cols: int, dtype: torch.dtype) -> None:
+        rows = max(3, min(20, 20000 // cols))
+        for rms, residual_dtype in ((True, dtype), (False, torch.float32)):
+            i = inputs(rows, cols, dtype, dtype, add=True, rms=rms, dropout_p=0.3, residual_dtype=residual_dtype)
+            check(i)
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("cols", COLUMNS)
+    def test_rms_norm(self, cols: int, dtype: torch.dtype) -> None:
+        check(inputs(max(3, min(20, 20000 // cols)), cols, dtype, dtype, add=False, rms=True))
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("cols", [8193, 16392])
+    def test_long_rows_that_fill_the_device(self, kernels: ModuleType, cols: int, dtype: torch.dtype) -> None:
+        kernels.set_machine(multiprocessors=1)
+        check(inputs(3, cols, dtype, dtype, add=True, rms=dtype is torch.float16, dropout_p=0.2))
+
+    @pytest.mark.parametrize("rms", [False, True])
+    @pytest.mark.parametrize("cols", [32769, 65544, 200_000])
+    def test_few_long_rows_are_cut(self, cols: int, rms: bool) -> None:
+        """Several slabs forward, several blocks for the sums of a row backward."""
+        check(inputs(3, cols, torch.float32, torch.float32, add=False, rms=rms))
+        check(inputs(2, cols, torch.bfloat16, torch.float32, add=True, rms=rms, residual_dtype=torch.float32))
+
     @pytest.mark.parametrize("rows", [0, 1, 2, 33])
     @pytest.mark.parametrize("cols", [1, 8, 768, 2056, 16392])
     def test_rows(self, rows: int, cols: int) -> None:
@@ -96,7 +122,7 @@ def test_workspace(kernels: ModuleType, rows: int, cols: int) -> None:
     kernels.set_machine(multiprocessors=132)
     with_weights = kernels.layer_norm_workspace(rows, cols, True, 0)
     sums = kernels.layer_norm_workspace(rows, cols, False, 0)
-    assert sums * 2 * cols >= 2 * rows if cols > 2048 else sums == 0
+    assert sums * 2 * cols >= 4 * rows if cols > 2048 else sums == 0
     assert 1 <= with_weights - sums <= max(1, rows, 1) and with_weights - sums <= 16 * 132
     assert (with_weights - sums) * cols <= 16 * 132 * 2048, "the partials must stay in L2"
 
@@ -131,6 +157,14 @@ def test_nan_stays_in_its_row() -> None:
     others = [m for m in range(9) if m != 4]
     for name in ("output", "dx"):
         assert torch.equal(clean[name][others], dirty[name][others]) and dirty[name][4].isnan().all()
+
+
+def test_a_forward_without_its_workspace_is_refused(kernels: ModuleType) -> None:
+    x = torch.ones(2, 20000)
+    assert kernels.layer_norm_forward_workspace(2, 20000, 0) == 2 * 2 * 3
+    message = r"\[layer_norm_forward\] workspace: expected at least 8 elements, but got 0"
+    with pytest.raises(ValueError, match=message):
+        kernels.layer_norm_forward(x, None, 20000, None, None, 1e-5, True, 0.0, None, x.clone(), None, 0.0, None, None)
 
 
 def test_too_small_a_workspace_is_refused(kernels: ModuleType) -> None:

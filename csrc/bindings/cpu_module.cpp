@@ -18,6 +18,8 @@ struct Cpu {
 
   static const Kernels& kernels() { return cpu::kernels(); }
 
+  static int64_t layer_norm_forward_workspace(int64_t, int64_t, int32_t) { return 0; }
+
   // One block for every 8 rows, up to 64 of them or 4 million columns.
   static int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int32_t) {
     return weights ? std::max<int64_t>(1, std::min<int64_t>({64, rows / 8, (1 << 22) / cols})) : 0;

@@ -12,6 +12,10 @@ struct Cuda {
   static constexpr dlpack::DeviceType device = dlpack::kCUDA;
   static constexpr bool optimizer_table = true;
 
+  static int64_t layer_norm_forward_workspace(int64_t rows, int64_t cols, int32_t index) {
+    return cuda::layer_norm_forward_workspace(rows, cols, index);
+  }
+
   static int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int32_t index) {
     return cuda::layer_norm_workspace(rows, cols, weights, index);
   }

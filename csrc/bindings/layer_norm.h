@@ -35,38 +35,45 @@ void bind_layer_norm(py::module_& m) {
 
   // input, output: M * N elements; residual, sum: the same of a dtype of their own; weight, bias: N; stats: float32,
   // (2, M), mean and rstd, if centred, else (1, M), rstd alone; or None.
-  m.def("layer_norm_forward",
-        [](const TensorView& input, const Optional& residual, int64_t cols, const Optional& weight,
-           const Optional& bias, float eps, bool centred, float weight_offset, const Optional& sum,
-           const TensorView& output, const Optional& stats, double dropout_p, const Optional& seed) {
-          const Arguments args("layer_norm_forward", Backend::device, input);
-          if (cols < 1) args.fail("cols", "at least 1", std::to_string(cols));
-          if (residual.has_value() != sum.has_value()) args.fail("sum", "a tensor if there is a residual", "the other");
-          if (seed && !residual) args.fail("seed", "None without a residual", "a tensor");
-          const int64_t numel = input.numel(), rows = numel / cols;
-          LayerNormForwardParams p{};
-          p.rows = rows;
-          p.cols = cols;
-          p.eps = eps;
-          p.centred = centred;
-          p.weight_offset = weight_offset;
-          p.dtype = args.dtype(input, "input");
-          p.weight_dtype = parameter_dtype(args, p.dtype, weight, bias);
-          p.sum_dtype = residual ? residual_dtype(args, p.dtype, *residual, "residual") : p.dtype;
-          p.dropout = dropout_of(args, seed, dropout_p);
-          p.input = args.flat(input, "input", p.dtype, rows * cols);
-          p.residual = args.flat(residual, "residual", p.sum_dtype, numel);
-          p.weight = args.flat(weight, "weight", p.weight_dtype, cols);
-          p.bias = args.flat(bias, "bias", p.weight_dtype, cols);
-          p.sum = args.flat(sum, "sum", p.sum_dtype, numel);
-          p.output = args.flat(output, "output", p.dtype, numel);
-          if (stats) {
-            auto* found = static_cast<float*>(args.contiguous(*stats, "stats", DType::float32, {1 + centred, rows}));
-            p.mean = centred ? found : nullptr;
-            p.rstd = centred ? found + rows : found;
-          }
-          Backend::run(&Backend::Kernels::layer_norm_forward, p, input.device.index);
-        });
+  m.def(
+      "layer_norm_forward",
+      [](const TensorView& input, const Optional& residual, int64_t cols, const Optional& weight, const Optional& bias,
+         float eps, bool centred, float weight_offset, const Optional& sum, const TensorView& output,
+         const Optional& stats, double dropout_p, const Optional& seed, const Optional& workspace) {
+        const Arguments args("layer_norm_forward", Backend::device, input);
+        if (cols < 1) args.fail("cols", "at least 1", std::to_string(cols));
+        if (residual.has_value() != sum.has_value()) args.fail("sum", "a tensor if there is a residual", "the other");
+        if (seed && !residual) args.fail("seed", "None without a residual", "a tensor");
+        const int64_t numel = input.numel(), rows = numel / cols;
+        LayerNormForwardParams p{};
+        p.rows = rows;
+        p.cols = cols;
+        p.eps = eps;
+        p.centred = centred;
+        p.weight_offset = weight_offset;
+        p.dtype = args.dtype(input, "input");
+        p.weight_dtype = parameter_dtype(args, p.dtype, weight, bias);
+        p.sum_dtype = residual ? residual_dtype(args, p.dtype, *residual, "residual") : p.dtype;
+        p.dropout = dropout_of(args, seed, dropout_p);
+        p.input = args.flat(input, "input", p.dtype, rows * cols);
+        p.residual = args.flat(residual, "residual", p.sum_dtype, numel);
+        p.weight = args.flat(weight, "weight", p.weight_dtype, cols);
+        p.bias = args.flat(bias, "bias", p.weight_dtype, cols);
+        p.sum = args.flat(sum, "sum", p.sum_dtype, numel);
+        p.output = args.flat(output, "output", p.dtype, numel);
+        if (stats) {
+          auto* found = static_cast<float*>(args.contiguous(*stats, "stats", DType::float32, {1 + centred, rows}));
+          p.mean = centred ? found : nullptr;
+          p.rstd = centred ? found + rows : found;
+        }
+        p.workspace_size = workspace ? workspace->numel() : 0;
+        p.workspace = static_cast<float*>(args.flat(workspace, "workspace", DType::float32, p.workspace_size));
+        Backend::run(&Backend::Kernels::layer_norm_forward, p, input.device.index);
+      });
+
+  // How many float32 elements layer_norm_forward wants for its workspace, on the device with this index.
+  m.def("layer_norm_forward_workspace", &Backend::layer_norm_forward_workspace, py::arg("rows"), py::arg("cols"),
+        py::arg("device"));
 
   // How many blocks the workspace of layer_norm_backward takes on the device with this index: a function of the shape
   // and of the device, never of the load, so that results are too. 0: none.

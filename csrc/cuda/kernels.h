@@ -12,6 +12,9 @@ void sgd(const SgdParams& p, Stream stream);
 void layer_norm_forward(const LayerNormForwardParams& p, Stream stream);
 void layer_norm_backward(const LayerNormBackwardParams& p, Stream stream);
 
+// How many float32 elements layer_norm_forward wants for its workspace on the device with this index.
+int64_t layer_norm_forward_workspace(int64_t rows, int64_t cols, int device);
+
 // How many (2, cols) float32 blocks the workspace of layer_norm_backward holds on the device with this index.
 int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int device);
 

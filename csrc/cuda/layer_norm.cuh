@@ -3,6 +3,7 @@
 #pragma once
 
 #include "cuda/common.cuh"
+#include "philox.h"
 
 namespace torchweld::cuda {
 
@@ -17,6 +18,21 @@ void dispatch_width(bool packets, F&& f) {
 template <class T, class... Pointers>
 bool in_packets(int64_t cols, const Pointers*... pointers) {
   return cols % (16 / sizeof(T)) == 0 && aligned16(pointers...);
+}
+
+// f(Tag<T>, Tag<R>, Tag<WT>): residual and sum, like the parameters, are float32 or of the activations' type.
+template <class Params, class F>
+void dispatch_norm(const char* op, const Params& p, F&& f) {
+  dispatch_types(op, p.dtype, p.weight_dtype,
+                 [&](auto t, auto wt) { p.sum_dtype == p.dtype ? f(t, t, wt) : f(t, Tag<float>{}, wt); });
+}
+
+// What the kernels take for granted: without dropout the scale is 1, without weight the offset is 0.
+template <class Params>
+Params normalised(Params p) {
+  if (p.dropout.seed == nullptr) p.dropout.scale = 1.0f;
+  if (p.weight == nullptr) p.weight_offset = 0.0f;
+  return p;
 }
 
 // How many lanes a row takes: a power of two up to a warp, or whole warps.
@@ -86,6 +102,33 @@ struct Slice {
 #pragma unroll
     for (int c = 0; c < kRuns; ++c)
       if (own.has(c)) runs[c].store(row + own.first(c));
+  }
+};
+
+// What a dropout leaves of one thread's columns of a row: a bit each, made before the row is loaded, when the registers
+// are free for it. Without dropout all of them. The scale and such stay in the constant memory of the parameters.
+template <int E, int V>
+struct Mask {
+  static_assert(E <= 32);
+  uint32_t kept = 0xffffffffu;
+
+  __device__ __forceinline__ Mask(const Dropout& dropout, int64_t row, int64_t column, Columns<E, V> own) {
+    if (dropout.seed == nullptr) return;
+    constexpr int kStep = V < 4 ? V : 4;  // columns that one call of the generator serves
+    const auto seed = static_cast<uint64_t>(*dropout.seed);
+    kept = 0;
+#pragma unroll 1
+    for (int e = 0; e < E; e += kStep) {
+      const int64_t first = column + own.first(e / V) + e % V;
+      const auto words = philox::words(seed, static_cast<uint64_t>(row), static_cast<uint32_t>(first / 4));
+#pragma unroll
+      for (int k = 0; k < 4; ++k)
+        if (V >= 4 || first % 4 == k) kept |= (words.word[k] < dropout.drop ? 0u : 1u) << (V < 4 ? e : e + k);
+    }
+  }
+
+  __device__ __forceinline__ float operator()(int e, float v, const Dropout& dropout) const {
+    return v * (kept >> e & 1 ? dropout.scale : 0.0f);
   }
 };
 

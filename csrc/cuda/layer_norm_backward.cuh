@@ -19,18 +19,21 @@ enum class Mode { registers, shared, slab };
 
 struct Backward : LayerNormBackwardParams {
   float* row_sums;  // [M, 2] mean(g) and mean(g * xhat) of each row, slabs only
-  bool weights;     // whether weight gradients are wanted
+  float* parts;     // [M, parts_per_row, 2] what they are the sums of
+  int64_t parts_per_row;
+  bool weights;  // whether weight gradients are wanted
 };
 
 // What a lane has read of one row; nothing (zeros) of a row past the end.
-template <class T, int E, int V>
+template <class T, class R, int E, int V>
 struct Row {
-  Slice<T, E, V> x, doutput;
+  Slice<R, E, V> x;
+  Slice<T, E, V> doutput;
   float mean = 0.0f, rstd = 0.0f;
 
   __device__ __forceinline__ void load(const Backward& p, int64_t m, int64_t end, int64_t column, Columns<E, V> own) {
     if (m >= end) own.count = 0;
-    x.load_once(at<T>(p.input, m * p.cols + column), own);
+    x.load_once(at<R>(p.input, m * p.cols + column), own);
     doutput.load_once(at<T>(p.doutput, m * p.cols + column), own);
     mean = m < end && p.mean != nullptr ? p.mean[m] : 0.0f;
     rstd = m < end ? p.rstd[m] : 0.0f;
@@ -114,7 +117,7 @@ struct WeightGradients {
   }
 };
 
-template <class T, class WT, int E, int V, Mode kMode>
+template <class T, class R, class WT, int E, int V, Mode kMode>
 __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThreads,
                                   kMode == Mode::shared ? 1 : row_blocks(V > 1))
     backward_rows(const __grid_constant__ Backward p) {
@@ -137,15 +140,14 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
     return load_weight<WT, V>(p, column + own.first(c), own.has(c));
   };
 
-  const float offset = p.weight != nullptr ? p.weight_offset : 0.0f;
-
-  constexpr bool kAhead = V > 1 && sizeof(T) == 2;  // elsewhere it would take too many registers
-  Row<T, E, V> row, next;
+  constexpr bool kAhead = V > 1 && sizeof(R) == 2;  // elsewhere it would take too many registers
+  Row<T, R, E, V> row, next;
   if (kAhead) next.load(p, begin + threadIdx.y, end, column, own);
   for (int64_t base = begin; base < end; base += blockDim.y) {
     const int64_t m = base + threadIdx.y;
 
     // Load.
+    const Mask<E, V> mask(p.dropout, m, column, own);
     if (kAhead) {
       row = next;
       next.load(p, m + blockDim.y, end, column, own);
@@ -165,7 +167,7 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           const float d = row.doutput.runs[first / V + c][i], xhat = row.xhat(first / V + c, i);
-          const float g = d * (w[i] + offset);
+          const float g = d * (w[i] + p.weight_offset);
           sums[0] += g;
           sums[1] += g * xhat;
           dweight[c * V + i] = d * xhat;
@@ -178,11 +180,11 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
         gradients.add(1, first + e, dbias + e);
       }
     }
-    if (p.dinput == nullptr) continue;
-    constexpr int kDepth = E / V > 4 && V > 1 ? 4 : E / V;  // how many runs of dsum are on their way at once
-    Slice<T, kDepth * V, V> dsum{};
+    if (p.dinput == nullptr && p.dx == nullptr) continue;
+    constexpr int kDepth = E / V > 2 && V > 1 ? 2 : E / V;  // how many runs of dsum are on their way at once
+    Slice<R, kDepth * V, V> dsum{};
     if (p.dsum != nullptr)
-      dsum.load_once(at<T>(p.dsum, m * p.cols + column), {own.start, own.stride, m < end ? own.count : 0});
+      dsum.load_once(at<R>(p.dsum, m * p.cols + column), {own.start, own.stride, m < end ? own.count : 0});
     if constexpr (kMode == Mode::slab) {
       sums[0] = p.row_sums[2 * m];
       sums[1] = p.row_sums[2 * m + 1];
@@ -194,19 +196,29 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
 
     // Input gradient.
     if (m >= end) continue;
-    T* dinput = at<T>(p.dinput, m * p.cols + column);
 #pragma unroll
     for (int c = 0; c < E / V; ++c) {
       if (!own.has(c)) continue;
       const Run<WT, V> w = weight(c);
-      Run<T, V> dx;
-      dx.set([&](int i) {
-        const float g = row.doutput.runs[c][i] * (w[i] + offset);
-        return (g - sums[0] - row.xhat(c, i) * sums[1]) * row.rstd + dsum.runs[c % kDepth][i];
-      });
-      dx.store(dinput + own.first(c));
+      float v[V];
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const float g = row.doutput.runs[c][i] * (w[i] + p.weight_offset);
+        v[i] = (g - sums[0] - row.xhat(c, i) * sums[1]) * row.rstd + dsum.runs[c % kDepth][i];
+      }
+      const int64_t start = m * p.cols + column + own.first(c);
+      if (p.dinput != nullptr) {
+        Run<R, V> dinput;
+        dinput.set([&](int i) { return v[i]; });
+        dinput.store(at<R>(p.dinput, start));
+      }
+      if (p.dx != nullptr) {
+        Run<T, V> dx;
+        dx.set([&](int i) { return mask(c * V + i, v[i], p.dropout); });
+        dx.store(at<T>(p.dx, start));
+      }
       if (c + kDepth < E / V && p.dsum != nullptr && own.has(c + kDepth))
-        dsum.runs[c % kDepth].load_once(at<T>(p.dsum, m * p.cols + column) + own.first(c + kDepth));
+        dsum.runs[c % kDepth].load_once(at<R>(p.dsum, m * p.cols + column) + own.first(c + kDepth));
     }
   }
 

@@ -13,6 +13,10 @@ struct Emulated {
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
   static constexpr bool optimizer_table = true;
 
+  static int64_t layer_norm_forward_workspace(int64_t rows, int64_t cols, int32_t) {
+    return cuda::layer_norm_forward_workspace(rows, cols, 0);
+  }
+
   static int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int32_t) {
     return cuda::layer_norm_workspace(rows, cols, weights, 0);
   }

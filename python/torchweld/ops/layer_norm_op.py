@@ -18,6 +18,9 @@ from torchweld.ops.library import register
 # ---- Implementation. The kernels see M rows of `cols` elements, whatever the shape; they fill what is allocated here.
 
 
+_NO_WORKSPACE = 4096  # columns up to which no forward kernel wants one, so that short calls need not ask
+
+
 def _parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
     """Of x's dtype where both are, else float32, which holds the others exactly; contiguous."""
     dtype = x.dtype
@@ -40,10 +43,28 @@ def _run_forward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    output = torch.empty_like(input)
+    output, workspace = torch.empty_like(input), None
     weight, bias = _parameters(input, weight, bias)
-    backend.kernels[input.device.type].layer_norm_forward(
-        input, residual, cols, weight, bias, eps, centred, weight_offset, total, output, stats, dropout_p, seed
+    kernels = backend.kernels[input.device.type]
+    if cols > _NO_WORKSPACE and (
+        size := kernels.layer_norm_forward_workspace(input.numel() // cols, cols, input.get_device())
+    ):
+        workspace = input.new_empty(size, dtype=torch.float32)
+    kernels.layer_norm_forward(
+        input,
+        residual,
+        cols,
+        weight,
+        bias,
+        eps,
+        centred,
+        weight_offset,
+        total,
+        output,
+        stats,
+        dropout_p,
+        seed,
+        workspace,
     )
     return output
 
