@@ -48,7 +48,10 @@ SANITIZED = Variant(
 )
 
 _FLAGS = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-w", '-DTORCHWELD_CUDA_ARCHITECTURES="none"')
-MACHINE = [Source(HERE / f"{name}.cpp") for name in ("fiber", "host", "machine", "report", "shared")]
+MACHINE = [
+    Source(HERE / f"{name}.cpp")
+    for name in ("async", "fiber", "host", "machine", "products", "report", "shared", "tensor_map")
+]
 MACHINE.append(Source(CSRC / "cuda/device.cpp"))
 KERNELS = [Source(path) for path in sorted(CSRC.glob("cuda/*.cu"))]
 
