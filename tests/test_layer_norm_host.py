@@ -139,5 +139,19 @@ def test_too_small_a_workspace_is_refused(kernels: ModuleType) -> None:
     stats, d = torch.ones(2, 4), torch.empty(20000)
     with pytest.raises(ValueError, match=r"\[layer_norm_backward\] partial: expected at least 2 blocks, but got 1"):
         kernels.layer_norm_backward(
-            i.doutput, None, i.x, 20000, i.weight, stats, torch.empty_like(i.x), d, d.clone(), torch.empty(1, 2, 20000)
+            i.doutput,
+            None,
+            i.x,
+            20000,
+            i.weight,
+            True,
+            0.0,
+            stats,
+            i.x,
+            None,
+            d,
+            d,
+            torch.empty(1, 2, 20000),
+            0.0,
+            None,
         )

@@ -2,6 +2,7 @@
 // and how a row of products query @ key^T becomes a row of scores.
 #pragma once
 
+#include "cpu/attention_dropout.h"
 #include "cpu/exp.h"
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
@@ -20,17 +21,11 @@ T* head_of(void* base, const Strides& s, int64_t b, int64_t h) {
   return static_cast<T*>(base) + b * s.batch + h * s.head;
 }
 
-// A second thread is worth its start from about this many FLOPs on.
-inline int64_t threads_for(const AttentionInputs& p, int64_t flops_per_product) {
-  const int64_t flops = p.batch * p.heads * p.queries * p.keys * (p.dim + p.value_dim) * flops_per_product;
-  return min_of(max_threads(), 1 + flops / 1000000);
-}
-
 // Query i sees keys [low(i), high(i)); both grow with i. Empty where high <= low.
 struct Band {
   int64_t left, right, shift, keys, queries;
 
-  explicit Band(const AttentionInputs& p) : left(p.left), right(p.right), shift(p.shift), keys(p.keys), queries(p.queries) {}
+  explicit Band(const AttentionInputs& p) : left(p.left), right(p.right), shift(p.shift()), keys(p.keys), queries(p.queries) {}
 
   int64_t low(int64_t i) const { return min_of(max_of(i + shift - left, 0), keys); }
   int64_t high(int64_t i) const { return min_of(max_of(i + shift + right + 1, 0), keys); }
@@ -45,6 +40,7 @@ class Scores {
   Scores(const AttentionInputs& p, int64_t b, int64_t h)
       : p_(p),
         band(p),
+        dropout(p, b, h),
         bias_(p.bias_type == MaskType::none ? 0 : b * p.bias_strides.batch + h * p.bias_strides.head),
         slope_(p.alibi_slopes != nullptr ? p.alibi_slopes[b * p.alibi_batch_stride + h] : 0.0f),
         plain_(p.scale > 0 && p.softcap == 0 && p.bias_type == MaskType::none && p.alibi_slopes == nullptr) {}
@@ -59,6 +55,13 @@ class Scores {
     const int64_t low = band.low(i) - key, high = band.high(i) - key;
     if (low > span.begin) blank(row, span.begin, min_of(low, span.end));
     if (high < span.end) blank(row, max_of(high, span.begin), span.end);
+  }
+
+  // Of keys [key, key + W) from where query i stands.
+  TW_INLINE Vec distance(int64_t i, int64_t key) const {
+    Vec v;
+    for (int l = 0; l < W; ++l) v[l] = static_cast<float>(l + key - i - band.shift);
+    return v;
   }
 
  private:
@@ -84,8 +87,7 @@ class Scores {
       case MaskType::float16: add_bias<f16>(row, i, key, span); break;
     }
     if (p_.alibi_slopes != nullptr) {
-      Vec distance;
-      for (int l = 0; l < W; ++l) distance[l] = static_cast<float>(l + span.begin + key - i - p_.shift);
+      Vec distance = this->distance(i, key + span.begin);
       for (int64_t j = span.begin; j < span.end; j += W, distance += static_cast<float>(W))
         store(row + j, load(row + j) - from_bits(bits(distance) & 0x7fffffffu) * slope_);
     }
@@ -134,6 +136,7 @@ class Scores {
 
  public:
   const Band band;
+  const HeadDropout dropout;
 
  private:
   const int64_t bias_;

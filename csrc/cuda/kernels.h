@@ -8,6 +8,7 @@ namespace torchweld::cuda {
 
 void adamw(const AdamWParams& p, Stream stream);
 void grad_norm(const GradNormParams& p, Stream stream);
+void sgd(const SgdParams& p, Stream stream);
 void layer_norm_forward(const LayerNormForwardParams& p, Stream stream);
 void layer_norm_backward(const LayerNormBackwardParams& p, Stream stream);
 
@@ -17,6 +18,7 @@ int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int devic
 struct Kernels {
   void (*adamw)(const AdamWParams&, Stream) = cuda::adamw;
   void (*grad_norm)(const GradNormParams&, Stream) = cuda::grad_norm;
+  void (*sgd)(const SgdParams&, Stream) = cuda::sgd;
   void (*layer_norm_forward)(const LayerNormForwardParams&, Stream) = cuda::layer_norm_forward;
   void (*layer_norm_backward)(const LayerNormBackwardParams&, Stream) = cuda::layer_norm_backward;
 };

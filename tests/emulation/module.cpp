@@ -1,5 +1,5 @@
 // The CUDA kernels as a Python module whose functions take CPU tensors.
-#include "bindings/adamw.h"
+#include "bindings/optimizer.h"
 #include "bindings/layer_norm.h"
 #include "cuda/kernels.h"
 #include "machine.h"
@@ -11,7 +11,7 @@ using namespace torchweld;
 struct Emulated {
   using Kernels = cuda::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
-  static constexpr bool adamw_table = true;
+  static constexpr bool optimizer_table = true;
 
   static int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int32_t) {
     return cuda::layer_norm_workspace(rows, cols, weights, 0);
@@ -38,6 +38,6 @@ PYBIND11_MODULE(emulated, m) {
   m.def("write_coverage", [] {
     if (__gcov_dump != nullptr) __gcov_dump();
   });
-  bind_adamw<Emulated>(m);
+  bind_optimizers<Emulated>(m);
   bind_layer_norm<Emulated>(m);
 }
