@@ -51,10 +51,9 @@ SANITIZED = Variant(
 _FLAGS = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-w", '-DTORCHWELD_CUDA_ARCHITECTURES="none"')
 MACHINE = [
     Source(HERE / f"{name}.cpp")
-    for name in ("async", "fiber", "host", "machine", "products", "report", "shared", "tensor_map")
+    for name in ("async", "fiber", "host", "machine", "report", "shared", "tensor_map", "wgmma")
 ]
 MACHINE.append(Source(CSRC / "cuda/device.cpp"))
-BINDINGS = Source(HERE / "module.cpp", ("-O1",))
 KERNELS = [Source(path) for path in sorted(CSRC.glob("cuda/*.cu"))]
 
 
@@ -131,7 +130,7 @@ def program(name: str) -> Path:
 @cache
 def load(variant: Variant = COUNTED) -> ModuleType:
     """The module of all CUDA kernels, `emulated`."""
-    library = build([BINDINGS, *KERNELS, *MACHINE], variant, module="emulated")
+    library = build([Source(HERE / "module.cpp", ("-O1",)), *KERNELS, *MACHINE], variant, module="emulated")
     spec = importlib.util.spec_from_file_location("emulated", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
