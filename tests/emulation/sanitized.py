@@ -40,8 +40,9 @@ def small_cases(limit: int) -> Iterator[tuple[Case, torch.dtype]]:
     """
     launchers = re.findall(r"^void (\w+)\(", (build.CSRC / "cuda/kernels.h").read_text(), re.MULTILINE)
     for op, cases in ops().items():
-        # add_layer_norm has the kernels of layer_norm, adamw is called adamw_.
-        if not any(launcher.startswith(op.removeprefix("add_")) for launcher in launchers):
+        # add_layer_norm, rms_norm and add_rms_norm have the kernels of layer_norm; adamw is called adamw_.
+        family = op.removeprefix("add_").replace("rms_norm", "layer_norm")
+        if not any(launcher.startswith(family) for launcher in launchers):
             continue
         for case in cases:
             for dtype in () if getattr(case, "max_grad_norm", None) else case.dtypes:
