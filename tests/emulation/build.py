@@ -43,7 +43,7 @@ COUNTED = Variant(
 # Global memory and the language itself, by the compiler's own libraries; needs libasan loaded first (sanitized.py). Not
 # optimised: it takes longer to compile than to run.
 SANITIZED = Variant(
-    # GCC 12 judges by an index that it has not computed where an array's element is an operand of a shift; beyond arrays
+    # GCC 12 judges by an index not yet computed where an element of an array is an operand of a shift; beyond arrays
     # AddressSanitizer sees too.
     kernels=("-O0", "-fsanitize=undefined", "-fno-sanitize=bounds", "-fno-sanitize-recover=all"),
     all=("-fsanitize=address",),
