@@ -20,7 +20,11 @@ class Fiber {
   ~Fiber();
 
  private:
+#if defined(__SANITIZE_ADDRESS__)
+  static constexpr size_t kStack = 512 * 1024;  // locals lie far from each other there
+#else
   static constexpr size_t kStack = 128 * 1024;
+#endif
   void* place_ = nullptr;
   char* stack_ = nullptr;
   void* shadow_ = nullptr;  // AddressSanitizer's

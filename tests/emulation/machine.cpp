@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <cstdarg>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <memory>
@@ -16,6 +17,7 @@
 #include <string>
 #include <vector>
 
+#include "core.h"
 #include "fiber.h"
 #include "report.h"
 #include "shared.h"
@@ -70,7 +72,7 @@ struct Barrier {
   std::vector<Thread*> waiting;
 };
 
-std::vector<std::unique_ptr<Thread>> threads;  // kept for their stacks
+std::vector<std::unique_ptr<Thread>> all_threads;  // kept for their stacks
 std::vector<Warp> warps;
 Barrier barriers[kNamedBarriers];
 int alive = 0, size = 0;  // threads of the block
@@ -84,8 +86,6 @@ const Thread* failed = nullptr;
 const std::function<void()>* program = nullptr;
 
 Warp& own_warp() { return warps[current->warp]; }
-Actor actor() { return {static_cast<uint16_t>(current->id), &own_warp().known}; }
-
 void join(Clock& into, const Clock& from) {
   for (size_t i = 0; i < into.size(); ++i) into[i] = std::max(into[i], from[i]);
 }
@@ -94,18 +94,38 @@ void give_way() { current->fiber.leave(); }
 
 void wake(Thread& thread) { warps[thread.warp].ready |= 1u << thread.lane; }
 
+}  // namespace
+
+namespace core {
+
+int thread() { return current->id; }
+int threads() { return size; }
+Actor actor() { return {static_cast<uint16_t>(current->id), &own_warp().known}; }
+uint32_t time() { return now; }
+uint32_t tick() { return ++now; }
+void learn(int thread, const Clock& clock) { join(warps[thread / kWarp].known, clock); }
+void wake(int thread) { emulation::wake(*emulation::all_threads[thread]); }
+uint32_t random() { return machine().seed == 0 ? 0 : random_numbers(); }
+
 void wait(const char* name) {
   current->waits_at = name;
   own_warp().ready &= ~(1u << current->lane);
   give_way();
   if (doomed) {
     int waiting = 0;
-    for (int t = 0; t < size; ++t) waiting += !threads[t]->done;
+    for (int t = 0; t < size; ++t) waiting += !all_threads[t]->done;
     fail("waits for ever at %s: of the %d threads of the block %d wait and %d have ended", name, size, waiting,
          size - alive);
   }
   current->waits_at = nullptr;
 }
+
+}  // namespace core
+
+namespace {
+
+using core::actor;
+using core::wait;
 
 void entry() {
   Fiber::began();
@@ -131,7 +151,7 @@ void run_warp(int w) {
   const unsigned first = machine().seed == 0 ? 0 : random_numbers();
   for (unsigned i = 0; i < kWarp; ++i) {
     const unsigned lane = (first & 32 ? ~i : i) + first & (kWarp - 1);
-    if (warps[w].ready >> lane & 1) run_thread(*threads[w * kWarp + lane]);
+    if (warps[w].ready >> lane & 1) run_thread(*all_threads[w * kWarp + lane]);
   }
 }
 
@@ -150,9 +170,9 @@ void run_block(const Launch& launch) {
   const Clock start((size + kWarp - 1) / kWarp, now);
   warps.assign(start.size(), Warp{0, 0, start, {}});
   for (Barrier& barrier : barriers) barrier = Barrier{};
-  while (threads.size() < static_cast<size_t>(size)) threads.push_back(std::make_unique<Thread>());
+  while (all_threads.size() < static_cast<size_t>(size)) all_threads.push_back(std::make_unique<Thread>());
   for (int t = 0; t < size; ++t) {
-    Thread& thread = *threads[t];
+    Thread& thread = *all_threads[t];
     const auto x = static_cast<unsigned>(t), bx = launch.block[0], by = launch.block[1];
     thread.index = {x % bx, x / bx % by, x / (bx * by)};
     thread.id = t;
@@ -166,15 +186,18 @@ void run_block(const Launch& launch) {
     wake(thread);
   }
   shared.begin_block(now, 0xff);
+  core::begin_block();
   while (alive > 0) {
     int warp = choose_warp();
+    if (core::land(warp < 0)) continue;
     if (warp < 0) {
       doomed = true;
       for (int t = 0; t < size && warp < 0; ++t)
-        if (!threads[t]->done) wake(*threads[t]), warp = threads[t]->warp;
+        if (!all_threads[t]->done) wake(*all_threads[t]), warp = all_threads[t]->warp;
     }
     run_warp(warp);
   }
+  core::end_block();
 }
 
 // ---- Failures
@@ -219,7 +242,11 @@ std::string where(const void* kernel, const Thread* thread) {
 }  // namespace
 
 Machine& machine() {
-  static Machine value;
+  static Machine value = [] {
+    Machine machine;
+    if (const char* seed = std::getenv("TORCHWELD_EMULATION_SEED")) machine.seed = std::strtoul(seed, nullptr, 10);
+    return machine;
+  }();
   return value;
 }
 
@@ -402,7 +429,7 @@ void commit_copies() {
 void wait_for_copies(int groups) {
   for (; current->in_flight.size() > static_cast<size_t>(groups); current->in_flight.pop_front())
     for (const Copy& copy : current->in_flight.front())
-      shared.land(actor(), now, copy.to, copy.from, copy.bytes, copy.valid);
+      shared.land(static_cast<uint16_t>(current->id), now, copy.to, copy.from, copy.bytes, copy.valid);
 }
 
 }  // namespace emulation

@@ -30,9 +30,15 @@ class Shared {
   bool holds(const void* p) const { return reinterpret_cast<uintptr_t>(p) - base_ < size_; }
   void access(const Actor& actor, uint32_t now, const void* p, size_t bytes, Kind kind);
 
-  // Between the issue of an asynchronous copy and its landing nobody may touch the bytes.
+  // Between the issue of an asynchronous copy to here and its landing nobody may touch the bytes. They land as what
+  // `thread` has written.
   void depart(const Actor& actor, uint32_t now, void* p, size_t bytes);
-  void land(const Actor& actor, uint32_t now, void* p, const void* from, size_t bytes, size_t valid);
+  void land(uint16_t thread, uint32_t now, void* p, const void* from, size_t bytes, size_t valid);
+
+  // While an asynchronous instruction may read the bytes nobody may write them. It sees what its thread or, before, the
+  // writer has fenced; fences[t]: when thread t last did.
+  void lend(const Actor& actor, uint32_t now, const void* p, size_t bytes, const std::vector<uint32_t>& fences);
+  void give_back(uint16_t thread, uint32_t now, const void* p, size_t bytes);
 
   uint32_t address(const void* p) const;
   char* pointer(uint32_t address) const;
@@ -42,7 +48,8 @@ class Shared {
   struct Byte {
     uint32_t written = 0, read[2] = {};
     uint16_t writer = 0, reader[2] = {};
-    bool atomic = false, in_flight = false;
+    bool atomic = false, in_flight = false, landed = false;
+    uint16_t lent = 0;
   };
 
   Byte* bytes_of(const void* p, size_t bytes);

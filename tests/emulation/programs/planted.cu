@@ -1,7 +1,7 @@
 // Kernels with one mistake each, which the machine must find: planted NAME runs one and prints the error.
 #include <cstdio>
 
-#include "cuda/common.cuh"
+#include "cuda/ptx_sm90.cuh"
 
 namespace torchweld::cuda {
 namespace {
@@ -90,18 +90,179 @@ __global__ void null_pointer(float* out) {
   if (blockIdx.x == 0 && threadIdx.x == 33) *reinterpret_cast<volatile float*>(out - out) = 1.0f;
 }
 
+// ---- Hopper
+
+__device__ uint32_t barrier(int i) { return static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory)) + 8 * i; }
+__device__ uint32_t tile() { return barrier(0) + 1024; }
+__device__ float* tile_floats() { return floats() + 256; }
+
+__device__ void begin(uint32_t count) {
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_init(barrier(0), count);
+    ptx::fence_mbarrier_init();
+  }
+  __syncthreads();
+}
+
+// The first phase has parity 0: who waits for parity 1 does not wait.
+__global__ void phase_error(float* out) {
+  begin(1);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_arrive_expect(barrier(0), 256);
+    ptx::bulk_load(tile(), out, 256, barrier(0));
+  }
+  ptx::mbarrier_wait(barrier(0), 1);
+  out[64 + threadIdx.x] = tile_floats()[threadIdx.x];
+}
+
+__global__ void too_few_bytes_expected(float* out) {
+  begin(1);
+  if (threadIdx.x == 0) {
+    ptx::mbarrier_arrive_expect(barrier(0), 128);
+    ptx::bulk_load(tile(), out, 256, barrier(0));
+  }
+  ptx::mbarrier_wait(barrier(0), 0);
+}
+
+__global__ void too_many_arrive(float*) {
+  begin(63);
+  if (threadIdx.x == 0) ptx::mbarrier_arrive_expect(barrier(0), 16);
+  if (threadIdx.x > 0) ptx::mbarrier_arrive(barrier(0));
+}
+
+__global__ void mbarrier_without_init(float*) { ptx::mbarrier_arrive(barrier(1)); }
+
+// The next load goes where some still read: the wait for the empty barrier is missing.
+__global__ void slot_reused_too_early(float* out) {
+  begin(1);
+  for (uint32_t round = 0; round < 2; ++round) {
+    if (threadIdx.x == 0) {
+      ptx::mbarrier_arrive_expect(barrier(0), 256);
+      ptx::bulk_load(tile(), out, 256, barrier(0));
+    }
+    ptx::mbarrier_wait(barrier(0), round);
+    out[64 + threadIdx.x] = tile_floats()[threadIdx.x];
+  }
+}
+
+__global__ void missing_proxy_fence(float* out) {
+  tile_floats()[threadIdx.x] = 1.0f;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ptx::bulk_store(out, tile(), 256);
+    ptx::bulk_commit();
+    ptx::bulk_wait<0>();
+  }
+}
+
+__global__ void store_reused_too_early(float* out) {
+  tile_floats()[threadIdx.x] = 1.0f;
+  ptx::fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ptx::bulk_store(out, tile(), 256);
+    ptx::bulk_commit();
+    tile_floats()[0] = 2.0f;  // bulk_wait_read belongs before
+    ptx::bulk_wait<0>();
+  }
+}
+
+__global__ void store_not_waited_for(float* out) {
+  tile_floats()[threadIdx.x] = 1.0f;
+  ptx::fence_proxy_async();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ptx::bulk_store(out, tile(), 256);
+    ptx::bulk_commit();
+  }
+}
+
+// Each pair of warps has a barrier of its own, and one comes to the other's.
+__global__ void wrong_named_barrier(float*) { ptx::barrier_sync(threadIdx.x < 32 ? 1 : 2, 64); }
+
+template <bool kFence, bool kWait>
+__device__ void multiply(float* out) {
+  for (int i = 0; i < 16; ++i) tile_floats()[16 * threadIdx.x + i] = 0.0f;
+  ptx::fence_proxy_async();
+  __syncthreads();
+  float c[8][4];
+  const uint64_t matrix = ptx::descriptor(tile(), 1024, 128, ptx::Swizzle::none);
+  if (kFence) ptx::wgmma_fence();
+  ptx::wgmma<__nv_bfloat16, 64>(c, matrix, matrix, false);
+  ptx::wgmma_commit();
+  if (kWait) ptx::wgmma_wait<0>();
+  out[threadIdx.x] = c[0][0];
+}
+__global__ void missing_wgmma_fence(float* out) { multiply<false, true>(out); }
+__global__ void missing_wgmma_wait(float* out) { multiply<true, false>(out); }
+
+__global__ void matrix_overwritten_too_early(float* out) {
+  for (int i = 0; i < 16; ++i) tile_floats()[16 * threadIdx.x + i] = 0.0f;
+  ptx::fence_proxy_async();
+  __syncthreads();
+  float c[8][4];
+  const uint64_t matrix = ptx::descriptor(tile(), 1024, 128, ptx::Swizzle::none);
+  ptx::wgmma_fence();
+  ptx::wgmma<__nv_bfloat16, 64>(c, matrix, matrix, false);
+  ptx::wgmma_commit();
+  tile_floats()[0] = 1.0f;  // wgmma_wait, and a barrier, belong before
+  ptx::wgmma_wait<0>();
+  out[threadIdx.x] = c[0][0];
+}
+
+// A matrix in lines of 64 bytes is read as one in lines of 128.
+__global__ void wrong_swizzle(float* out) {
+  for (int i = 0; i < 8; ++i) tile_floats()[8 * threadIdx.x + i] = 0.0f;
+  ptx::fence_proxy_async();
+  __syncthreads();
+  float c[8][4];
+  const uint64_t left = ptx::descriptor(tile(), 0, 512, ptx::Swizzle::bytes64);
+  ptx::wgmma_fence();
+  ptx::wgmma<__nv_bfloat16, 64>(c, left, ptx::descriptor(tile(), 0, 1024, ptx::Swizzle::bytes128), false);
+  ptx::wgmma_commit();
+  ptx::wgmma_wait<0>();
+  out[threadIdx.x] = c[0][0];
+}
+
 struct Planted {
   const char* name;
   Kernel kernel;
+  int threads = 64;
+  size_t shared = 64 * sizeof(float);
 };
 #define PLANTED(kernel) {#kernel, kernel}
+#define PLANTED_ON_HOPPER(kernel, threads) \
+  {#kernel, kernel, threads, 1024 + 4 * threads * sizeof(float) * (threads == 128 ? 4 : 1)}
 constexpr Planted kPlanted[] = {
-    PLANTED(missing_barrier),        PLANTED(missing_syncwarp),        PLANTED(race_of_two_writers),
-    PLANTED(missing_second_barrier), PLANTED(divergent_barrier),       PLANTED(divergent_shuffle),
-    PLANTED(different_collectives),  PLANTED(shuffle_beyond_the_mask), PLANTED(mask_without_the_caller),
-    PLANTED(endless_wait),           PLANTED(out_of_bounds_store),     PLANTED(out_of_bounds_load),
-    PLANTED(read_of_poison),         PLANTED(read_of_static_poison),   PLANTED(misaligned_load),
+    PLANTED(missing_barrier),
+    PLANTED(missing_syncwarp),
+    PLANTED(race_of_two_writers),
+    PLANTED(missing_second_barrier),
+    PLANTED(divergent_barrier),
+    PLANTED(divergent_shuffle),
+    PLANTED(different_collectives),
+    PLANTED(shuffle_beyond_the_mask),
+    PLANTED(mask_without_the_caller),
+    PLANTED(endless_wait),
+    PLANTED(out_of_bounds_store),
+    PLANTED(out_of_bounds_load),
+    PLANTED(read_of_poison),
+    PLANTED(read_of_static_poison),
+    PLANTED(misaligned_load),
     PLANTED(null_pointer),
+    PLANTED_ON_HOPPER(phase_error, 64),
+    PLANTED_ON_HOPPER(too_few_bytes_expected, 64),
+    PLANTED_ON_HOPPER(too_many_arrive, 64),
+    PLANTED_ON_HOPPER(mbarrier_without_init, 64),
+    PLANTED_ON_HOPPER(slot_reused_too_early, 64),
+    PLANTED_ON_HOPPER(missing_proxy_fence, 64),
+    PLANTED_ON_HOPPER(store_reused_too_early, 64),
+    PLANTED_ON_HOPPER(store_not_waited_for, 64),
+    PLANTED_ON_HOPPER(wrong_named_barrier, 64),
+    PLANTED_ON_HOPPER(missing_wgmma_fence, 128),
+    PLANTED_ON_HOPPER(missing_wgmma_wait, 128),
+    PLANTED_ON_HOPPER(matrix_overwritten_too_early, 128),
+    PLANTED_ON_HOPPER(wrong_swizzle, 128),
 };
 
 }  // namespace
@@ -115,7 +276,8 @@ int main(int count, char** arguments) {
     if (count > 1 && std::strcmp(planted.name, arguments[1]) != 0) continue;
     try {
       std::memset(memory, 0, 4096);
-      launch("planted", planted.kernel, dim3(1), dim3(64), 64 * sizeof(float), nullptr, static_cast<float*>(memory));
+      launch("planted", planted.kernel, dim3(1), dim3(planted.threads), planted.shared, nullptr,
+             static_cast<float*>(memory));
       std::printf("%s: nothing was found\n", planted.name);
     } catch (const std::exception& error) {
       std::printf("%s: %s\n", planted.name, error.what());
