@@ -20,11 +20,11 @@ namespace torchweld::cuda {
 
 // ---- Launch
 
-// Enqueues kernel(params) and throws what the launch itself reports; errors inside the kernel surface at torch's next
+// Enqueues kernel(params...) and throws what the launch itself reports; errors inside the kernel surface at torch's next
 // sync.
-template <class Params>
-void launch(const char* name, void (*kernel)(Params), dim3 grid, dim3 block, size_t shared, Stream stream,
-            const std::remove_const_t<Params>& params) {
+template <class... Params>
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, Stream stream,
+            const std::remove_const_t<Params>&... params) {
   constexpr size_t kWithoutAsking = 48 * 1024;
   if (shared > kWithoutAsking)
     check(name, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel), cudaFuncAttributeMaxDynamicSharedMemorySize,
@@ -34,7 +34,7 @@ void launch(const char* name, void (*kernel)(Params), dim3 grid, dim3 block, siz
   config.blockDim = block;
   config.dynamicSmemBytes = shared;
   config.stream = static_cast<cudaStream_t>(stream);
-  check(name, cudaLaunchKernelEx(&config, kernel, params));
+  check(name, cudaLaunchKernelEx(&config, kernel, params...));
 }
 
 // Shared memory comes from the launch alone: one array, which a kernel lays out itself.

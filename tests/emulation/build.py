@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU with g++, once for each state of their sources."""
+"""Builds the CUDA kernels for the CPU with g++: a module of them all, and programs. Objects are kept between runs."""
 
 from __future__ import annotations
 
@@ -10,17 +10,36 @@ import subprocess
 import sysconfig
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
-_HERE = Path(__file__).parent
-_CSRC = _HERE.parent.parent / "csrc"
-_SOURCES = [
-    _HERE / "module.cpp",
-    _HERE / "machine.cpp",
-    _CSRC / "cuda/device.cpp",
-    *sorted(_CSRC.glob("cuda/*.cu")),
-]
+HERE = Path(__file__).parent
+CSRC = HERE.parent.parent / "csrc"
+
+
+class Source(NamedTuple):
+    """A file to compile, with the macros of its own."""
+
+    path: Path
+    macros: tuple[str, ...] = ()
+
+
+class Variant(NamedTuple):
+    """How to compile: `kernels` are flags for .cu files alone."""
+
+    kernels: tuple[str, ...] = ()
+    all: tuple[str, ...] = ()
+
+
+# Every access of a kernel calls the machine, which defines what ThreadSanitizer's own library would (machine.cpp).
+CHECKED = Variant(kernels=("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"))
+
+_FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-w", '-DTORCHWELD_CUDA_ARCHITECTURES="none"')
+MACHINE = [Source(HERE / f"{name}.cpp") for name in ("fiber", "host", "machine", "report", "shared")]
+MACHINE.append(Source(CSRC / "cuda/device.cpp"))
+KERNELS = [Source(path) for path in sorted(CSRC.glob("cuda/*.cu"))]
 
 
 def unavailable() -> str | None:
@@ -30,36 +49,65 @@ def unavailable() -> str | None:
     return None if shutil.which("g++") else "there is no g++"
 
 
+def _cache() -> Path:
+    folder = Path(tempfile.gettempdir()) / f"torchweld-emulation-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise PermissionError(f"{folder} belongs to somebody else; set TMPDIR")
+    return folder
+
+
+@cache
+def _headers() -> bytes:
+    digest = hashlib.sha256()
+    for path in sorted(p for folder in (HERE, CSRC) for p in folder.rglob("*.*h")):
+        digest.update(path.read_bytes())
+    return digest.digest()
+
+
+def _compile(source: Source, variant: Variant, includes: tuple[str, ...]) -> Path:
+    flags = [*_FLAGS, *variant.all, *(variant.kernels if source.path.suffix == ".cu" else ())]
+    command = ["g++", *flags, *source.macros, *(f"-I{i}" for i in includes), "-x", "c++", "-c", str(source.path)]
+    digest = hashlib.sha256(repr(command).encode() + _headers() + source.path.read_bytes()).hexdigest()[:20]
+    target = _cache() / f"{source.path.stem}-{digest}" / "object.o"
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        scratch = target.with_name(f"object.{os.getpid()}.o")  # another process may be doing the same
+        subprocess.run([*command, "-o", str(scratch)], check=True)
+        os.replace(scratch, target)
+    return target
+
+
+def build(sources: list[Source], variant: Variant = CHECKED, *, module: str | None = None) -> Path:
+    """A program of these sources, or the Python module of this name."""
+    includes = [str(HERE / "include"), str(CSRC), str(HERE)]
+    if module:
+        import pybind11  # noqa: PLC0415  (a build tool: not everyone who runs the tests has it)
+
+        includes += [pybind11.get_include(), sysconfig.get_path("include")]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda s: str(_compile(s, variant, tuple(includes))), sources))
+    digest = hashlib.sha256(repr((objects, variant)).encode()).hexdigest()[:20]
+    name = f"{module}{sysconfig.get_config_var('EXT_SUFFIX')}" if module else "program"
+    target = _cache() / f"linked-{digest}" / name
+    if not target.exists():
+        target.parent.mkdir(exist_ok=True)
+        scratch = target.with_name(f"{name}.{os.getpid()}")
+        flags = [*variant.all, *(["-shared"] if module else []), "-o", str(scratch)]
+        subprocess.run(["g++", *objects, *flags], check=True)
+        os.replace(scratch, target)
+    return target
+
+
+def program(name: str) -> Path:
+    """The program of programs/NAME.cu."""
+    return build([*MACHINE, Source(HERE / "programs" / f"{name}.cu")])
+
+
+@cache
 def load() -> ModuleType:
-    """The module `emulated`, from the cache where its sources have not changed."""
-    import pybind11  # noqa: PLC0415  (a build tool: not everyone who runs the tests has it)
-
-    includes = [pybind11.get_include(), sysconfig.get_path("include"), str(_HERE / "include"), str(_CSRC), str(_HERE)]
-    flags = ["-std=c++17", "-O1", "-fPIC", "-fvisibility=hidden", "-w", '-DTORCHWELD_CUDA_ARCHITECTURES="none"']
-    headers = [p for folder in (_HERE, _CSRC) for p in folder.rglob("*.*h")]
-    digest = hashlib.sha256(repr((flags, includes)).encode())
-    for source in sorted(_SOURCES + headers):
-        digest.update(source.read_bytes())
-
-    cache = Path(tempfile.gettempdir()) / f"torchweld-emulated-{os.getuid()}-{digest.hexdigest()[:16]}"
-    library = cache / f"emulated{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not library.exists():
-        with tempfile.TemporaryDirectory() as scratch:
-
-            def compile_one(source: Path) -> str:
-                target = f"{scratch}/{source.name}.o"
-                command = ["g++", *flags, *(f"-I{i}" for i in includes), "-x", "c++", "-c", str(source), "-o", target]
-                subprocess.run(command, check=True)
-                return target
-
-            with ThreadPoolExecutor(os.cpu_count()) as pool:
-                objects = list(pool.map(compile_one, _SOURCES))
-            built = f"{scratch}/{library.name}"
-            subprocess.run(["g++", "-shared", *objects, "-o", built], check=True)
-            cache.mkdir(mode=0o700, exist_ok=True)
-            shutil.copy(built, f"{library}.{os.getpid()}")
-            os.replace(f"{library}.{os.getpid()}", library)  # another process may be doing the same
-
+    """The module of all CUDA kernels, `emulated`."""
+    library = build([*MACHINE, Source(HERE / "module.cpp"), *KERNELS], module="emulated")
     spec = importlib.util.spec_from_file_location("emulated", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

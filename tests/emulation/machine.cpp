@@ -1,121 +1,219 @@
-// Runs a kernel on the CPU: a fiber for each thread of a block, which gives way at every barrier and shuffle until all
-// of its block or warp have come there; the blocks one after the other.
+// Runs a kernel on the CPU: a fiber for each thread of a block, which gives way at every barrier and collective until
+// all of its block or warp have come there; the blocks one after the other. Which warp goes on, and in which order its
+// lanes, is drawn from the seed.
 #include "machine.h"
 
-#include <ucontext.h>
+#include <signal.h>
 
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstring>
+#include <deque>
 #include <memory>
-#include <set>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
-#include "cuda_runtime.h"
+#include "fiber.h"
+#include "report.h"
+#include "shared.h"
 
-thread_local uint3 threadIdx, blockIdx;
-thread_local dim3 blockDim, gridDim;
-
-namespace torchweld::cuda {
-
-extern thread_local uint4 shared_memory[];
-alignas(128) thread_local uint4 shared_memory[232448 / 16];
-
-}  // namespace torchweld::cuda
+struct uint3 {
+  unsigned x, y, z;
+};
+uint3 threadIdx, blockIdx, blockDim, gridDim;
 
 namespace emulation {
+
+Shared shared;
+
 namespace {
 
-constexpr size_t kStack = 128 * 1024;
-constexpr unsigned kWithoutAsking = 48 * 1024;
+constexpr int kWarp = 32, kNamedBarriers = 16;
 
-// All of a group must come before any goes on.
-struct Meeting {
-  int size = 0, arrived = 0;
-  unsigned long round = 0;
+struct Copy {
+  void* to;
+  const void* from;
+  size_t bytes, valid;
+};
+
+struct Thread {
+  Fiber fiber;
+  uint3 index;
+  int id, lane, warp;
+  bool done;
+  const char* waits_at;
+  Votes votes;
+  std::vector<Copy> copies;                 // not committed
+  std::deque<std::vector<Copy>> in_flight;  // groups, the oldest first
+};
+
+// The lanes of one mask, on their way to a collective.
+struct Gathering {
+  const char* name;
+  unsigned mask, arrived = 0;
+  void* lanes[kWarp];
 };
 
 struct Warp {
-  Meeting meeting;
-  float values[2][32];
-  int lane_mask = 0;
+  unsigned ready, waiting;  // lanes that can go on; lanes at a collective
+  Clock known;
+  Gathering gatherings[kWarp];  // by the lowest lane of the mask
 };
 
-struct Fiber {
-  ucontext_t context;
-  std::unique_ptr<char[]> stack{new char[kStack]};
-  uint3 index;
-  int lane;
-  Warp* warp;
-  unsigned long shuffles;
-  Meeting* waits_at;
-  unsigned long waits_for;
-  bool done;
-
-  bool ready() const { return !done && (waits_at == nullptr || waits_at->round >= waits_for); }
+struct Barrier {
+  const char* name;
+  int arrived = 0, expected = 0, yes = 0;
+  Clock brought;
+  std::vector<Thread*> waiting;
 };
 
-ucontext_t scheduler;
-Fiber* current;
-Meeting block;
-const std::function<void()>* program;
+std::vector<std::unique_ptr<Thread>> threads;  // kept for their stacks
+std::vector<Warp> warps;
+Barrier barriers[kNamedBarriers];
+int alive = 0, size = 0;  // threads of the block
+Thread* current = nullptr;
+uint32_t now = 1;
+std::mt19937 random_numbers;
+bool doomed = false;  // whoever waits has no hope
 std::string failure;
-std::set<const void*> asked_for_more;
+Trace failure_trace;
+const Thread* failed = nullptr;
+const std::function<void()>* program = nullptr;
 
-void give_way() {
-  Fiber* self = current;
-  swapcontext(&self->context, &scheduler);
+Warp& own_warp() { return warps[current->warp]; }
+Actor actor() { return {static_cast<uint16_t>(current->id), &own_warp().known}; }
+
+void join(Clock& into, const Clock& from) {
+  for (size_t i = 0; i < into.size(); ++i) into[i] = std::max(into[i], from[i]);
 }
 
-void meet(Meeting& meeting) {
-  if (++meeting.arrived == meeting.size) {
-    meeting.arrived = 0;
-    ++meeting.round;
-    return;
-  }
-  current->waits_at = &meeting;
-  current->waits_for = meeting.round + 1;
+void give_way() { current->fiber.leave(); }
+
+void wake(Thread& thread) { warps[thread.warp].ready |= 1u << thread.lane; }
+
+void wait(const char* name) {
+  current->waits_at = name;
+  own_warp().ready &= ~(1u << current->lane);
   give_way();
+  if (doomed) {
+    int waiting = 0;
+    for (int t = 0; t < size; ++t) waiting += !threads[t]->done;
+    fail("waits for ever at %s: of the %d threads of the block %d wait and %d have ended", name, size, waiting,
+         size - alive);
+  }
   current->waits_at = nullptr;
 }
 
 void entry() {
+  Fiber::began();
   (*program)();
   current->done = true;
+  own_warp().ready &= ~(1u << current->lane);
+  --alive;
   give_way();
 }
 
-void run_block(std::vector<Fiber>& fibers, std::vector<Warp>& warps) {
-  const int threads = static_cast<int>(fibers.size());
-  block = {threads, 0, 0};
-  for (int t = 0; t < threads; ++t) {
-    Fiber& f = fibers[t];
-    f.index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
-    f.lane = t % 32;
-    f.warp = &warps[t / 32];
-    f.warp->meeting = {32, 0, 0};
-    f.shuffles = 0;
-    f.waits_at = nullptr;
-    f.done = false;
-    getcontext(&f.context);
-    f.context.uc_stack.ss_sp = f.stack.get();
-    f.context.uc_stack.ss_size = kStack;
-    f.context.uc_link = nullptr;
-    makecontext(&f.context, entry, 0);
+// ---- The schedule
+
+void run_thread(Thread& thread) {
+  current = &thread;
+  threadIdx = thread.index;
+  thread.fiber.enter();
+  current = nullptr;
+  if (!failure.empty()) throw std::runtime_error(failure);
+}
+
+// Every lane that is ready goes on until it has to wait.
+void run_warp(int w) {
+  const unsigned first = machine().seed == 0 ? 0 : random_numbers();
+  for (unsigned i = 0; i < kWarp; ++i) {
+    const unsigned lane = (first & 32 ? ~i : i) + first & (kWarp - 1);
+    if (warps[w].ready >> lane & 1) run_thread(*threads[w * kWarp + lane]);
   }
-  for (int left = threads; left > 0;) {
-    bool moved = false;
-    for (int i = 0; i < threads; ++i) {
-      Fiber& f = fibers[machine().falling ? threads - 1 - i : i];
-      if (!f.ready()) continue;
-      moved = true;
-      current = &f;
-      threadIdx = f.index;
-      swapcontext(&scheduler, &f.context);
-      if (!failure.empty()) throw std::runtime_error(failure);
-      left -= f.done;
+}
+
+int choose_warp() {
+  const int count = static_cast<int>(warps.size());
+  const int first = machine().seed == 0 ? 0 : static_cast<int>(random_numbers() % count);
+  for (int i = 0; i < count; ++i)
+    if (warps[(first + i) % count].ready != 0) return (first + i) % count;
+  return -1;
+}
+
+void run_block(const Launch& launch) {
+  size = static_cast<int>(launch.block[0] * launch.block[1] * launch.block[2]);
+  alive = size;
+  ++now;
+  const Clock start((size + kWarp - 1) / kWarp, now);
+  warps.assign(start.size(), Warp{0, 0, start, {}});
+  for (Barrier& barrier : barriers) barrier = Barrier{};
+  while (threads.size() < static_cast<size_t>(size)) threads.push_back(std::make_unique<Thread>());
+  for (int t = 0; t < size; ++t) {
+    Thread& thread = *threads[t];
+    const auto x = static_cast<unsigned>(t), bx = launch.block[0], by = launch.block[1];
+    thread.index = {x % bx, x / bx % by, x / (bx * by)};
+    thread.id = t;
+    thread.lane = t % kWarp;
+    thread.warp = t / kWarp;
+    thread.done = false;
+    thread.waits_at = nullptr;
+    thread.copies.clear();
+    thread.in_flight.clear();
+    thread.fiber.prepare(entry);
+    wake(thread);
+  }
+  shared.begin_block(now, 0xff);
+  while (alive > 0) {
+    int warp = choose_warp();
+    if (warp < 0) {
+      doomed = true;
+      for (int t = 0; t < size && warp < 0; ++t)
+        if (!threads[t]->done) wake(*threads[t]), warp = threads[t]->warp;
     }
-    if (!moved) throw std::runtime_error("deadlock: some threads wait at a barrier or shuffle that others never reach");
+    run_warp(warp);
   }
+}
+
+// ---- Failures
+
+struct Signals {  // a wild pointer of a kernel is an error like any other
+  static constexpr int kCaught[] = {SIGSEGV, SIGBUS, SIGFPE};
+  struct sigaction before[3];
+  stack_t stack_before;
+
+  static void caught(int number, siginfo_t* info, void*) {
+    if (current == nullptr) {  // not a kernel's
+      signal(number, SIG_DFL);
+      return;
+    }
+    fail(number == SIGFPE ? "arithmetic error at %p" : "invalid address %p", info->si_addr);
+  }
+
+  Signals() {
+    static char memory[64 * 1024];
+    const stack_t stack{memory, 0, sizeof(memory)};
+    sigaltstack(&stack, &stack_before);
+    struct sigaction action{};
+    action.sa_sigaction = caught;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
+    for (int i = 0; i < 3; ++i) sigaction(kCaught[i], &action, &before[i]);
+  }
+  ~Signals() {
+    for (int i = 0; i < 3; ++i) sigaction(kCaught[i], &before[i], nullptr);
+    sigaltstack(&stack_before, nullptr);
+  }
+};
+
+std::string where(const void* kernel, const Thread* thread) {
+  const auto triple = [](const uint3& v) {
+    return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
+  };
+  std::string text = "[" + function_name(kernel) + "] block " + triple(blockIdx);
+  if (thread != nullptr) text += " thread " + triple(thread->index) + ", " + source_lines(failure_trace);
+  return text + ": ";
 }
 
 }  // namespace
@@ -125,80 +223,200 @@ Machine& machine() {
   return value;
 }
 
-void fail(const char* message) {
-  failure = message;
+void fail(const char* format, ...) {
+  char text[512];
+  va_list arguments;
+  va_start(arguments, format);
+  std::vsnprintf(text, sizeof(text), format, arguments);
+  va_end(arguments);
+  if (current == nullptr) throw std::runtime_error(text);
+  failure = text;
+  failed = current;
+  failure_trace.take();
   give_way();
-  throw std::logic_error("a failed thread went on");
+  std::abort();  // nobody goes back to a thread that has failed
 }
 
-bool may_use_more_shared_memory(const void* kernel) { return asked_for_more.count(kernel) > 0; }
-
-cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& thread, bool more_shared_memory) {
-  const dim3 grid = config.gridDim;
-  const unsigned threads = config.blockDim.x * config.blockDim.y * config.blockDim.z;
-  const size_t limit = more_shared_memory ? machine().shared_bytes_per_block : kWithoutAsking;
-  if (grid.x == 0 || grid.y == 0 || grid.x > INT32_MAX || grid.y > 65535 || threads == 0 || threads > 1024 ||
-      threads % 32 != 0 || config.dynamicSmemBytes > limit)
-    return cudaErrorInvalidConfiguration;
-
-  std::vector<Fiber> fibers(threads);
-  std::vector<Warp> warps(threads / 32);
-  blockDim = config.blockDim;
-  gridDim = grid;
+void run(const Launch& launch, const void* kernel, const std::function<void()>& thread) {
+  failure_trace.take();  // loads what a trace needs, outside of any signal
+  const Signals signals;
   program = &thread;
   failure.clear();
-  for (unsigned y = 0; y < grid.y; ++y)
-    for (unsigned x = 0; x < grid.x; ++x) {
-      blockIdx = {x, y, 0};
-      std::memset(torchweld::cuda::shared_memory, 0xff, sizeof(torchweld::cuda::shared_memory));
-      run_block(fibers, warps);
-      const auto* beyond = reinterpret_cast<const unsigned char*>(torchweld::cuda::shared_memory);
-      for (size_t i = config.dynamicSmemBytes; i < sizeof(torchweld::cuda::shared_memory); ++i)
-        if (beyond[i] != 0xff) throw std::runtime_error("shared memory written beyond what the launch asked for");
+  failed = nullptr;
+  doomed = false;
+  blockDim = {launch.block[0], launch.block[1], launch.block[2]};
+  gridDim = {launch.grid[0], launch.grid[1], launch.grid[2]};
+  random_numbers.seed(machine().seed);
+  const uint64_t blocks = uint64_t{gridDim.x} * gridDim.y * gridDim.z;
+  const uint64_t first = machine().seed == 0 ? 0 : random_numbers() % std::max<uint64_t>(blocks, 1);
+  shared.begin_launch(launch.dynamic_shared);
+  try {
+    for (uint64_t i = 0; i < blocks; ++i) {
+      const uint64_t b = (first + i) % blocks;
+      blockIdx = {static_cast<unsigned>(b % gridDim.x), static_cast<unsigned>(b / gridDim.x % gridDim.y),
+                  static_cast<unsigned>(b / gridDim.x / gridDim.y)};
+      run_block(launch);
     }
-  return cudaSuccess;
+  } catch (const std::runtime_error& error) {
+    throw std::runtime_error(where(kernel, failed) + error.what());
+  }
+}
+
+void yield() {
+  constexpr int kForEver = 100000;
+  static uint32_t last = 0;
+  static int count = 0;
+  if (now != last) count = 0, last = now;
+  if (++count > kForEver)
+    fail("waits for ever: nothing happens any more in the block but threads that look for a change");
+  give_way();
+}
+
+// ---- Warps
+
+int lane_id() { return current->lane; }
+
+bool gather(const char* name, unsigned mask, void* mine, void* (&all)[32]) {
+  Warp& warp = own_warp();
+  const unsigned me = 1u << current->lane;
+  if ((mask & me) == 0) fail("%s: mask 0x%08x leaves out lane %d, which calls it", name, mask, current->lane);
+  Gathering& here = warp.gatherings[__builtin_ctz(mask)];
+  if (here.arrived == 0) {
+    here.name = name;
+    here.mask = mask;
+    if ((warp.waiting & mask) != 0)
+      for (Gathering& other : warp.gatherings)
+        if ((other.arrived & mask) != 0)
+          fail("lanes of one warp are at different collectives: %s with mask 0x%08x here, %s with mask 0x%08x there",
+               name, mask, other.name, other.mask);
+  } else if (here.mask != mask || std::strcmp(here.name, name) != 0) {
+    fail("lanes of one warp are at different collectives: %s with mask 0x%08x here, %s with mask 0x%08x there", name,
+         mask, here.name, here.mask);
+  }
+  here.lanes[current->lane] = mine;
+  here.arrived |= me;
+  if (here.arrived != mask) {
+    warp.waiting |= me;
+    wait(name);
+    return false;
+  }
+  for (int lane = 0; lane < kWarp; ++lane) all[lane] = mask >> lane & 1 ? here.lanes[lane] : nullptr;
+  return true;
+}
+
+void release(unsigned mask) {
+  Warp& warp = own_warp();
+  warp.gatherings[__builtin_ctz(mask)].arrived = 0;
+  warp.waiting &= ~mask;
+  warp.ready |= mask;
+  warp.known[current->warp] = ++now;
+}
+
+// ---- Barriers
+
+namespace {
+
+Barrier& come(const char* name, int id, int count, bool yes) {
+  if (id < 0 || id >= kNamedBarriers) fail("%s: barrier %d, of which there are 16", name, id);
+  const int expected = count == kWholeBlock ? size : count;
+  if (count != kWholeBlock && (count <= 0 || count % kWarp != 0))
+    fail("%s: barrier %d for %d threads, which are not whole warps", name, id, count);
+  Barrier& here = barriers[id];
+  if (here.arrived == 0) {
+    here.name = name;
+    here.expected = expected;
+    here.brought.assign(warps.size(), 0);
+    here.yes = 0;
+  }
+  if (here.expected != expected)
+    fail("%s: barrier %d for %d threads here, for %d there", name, id, expected, here.expected);
+  ++now;
+  join(here.brought, own_warp().known);
+  here.brought[current->warp] = std::max(here.brought[current->warp], now);
+  here.yes += yes;
+  ++here.arrived;
+  return here;
+}
+
+// All have come: those that wait go on.
+void open(Barrier& here) {
+  const Votes votes{here.yes, here.yes == here.expected, here.yes > 0};
+  ++now;
+  for (Thread* thread : here.waiting) {
+    thread->votes = votes;
+    join(warps[thread->warp].known, here.brought);
+    wake(*thread);
+  }
+  here.waiting.clear();
+  here.arrived = 0;
+}
+
+}  // namespace
+
+Votes barrier(const char* name, int id, int count, bool yes) {
+  Barrier& here = come(name, id, count, yes);
+  if (!here.waiting.empty() && std::strcmp(here.waiting[0]->waits_at, name) != 0)
+    fail("threads of one block are at different barriers: %s here, %s there", name, here.waiting[0]->waits_at);
+  here.waiting.push_back(current);
+  if (here.arrived == here.expected)
+    open(here);
+  else
+    wait(name);
+  return current->votes;
+}
+
+void arrive(const char* name, int id, int count) {
+  Barrier& here = come(name, id, count, false);
+  if (here.arrived == here.expected) open(here);
+}
+
+// ---- Memory
+
+uint32_t shared_address(const void* pointer) { return shared.address(pointer); }
+char* shared_pointer(uint32_t address) { return shared.pointer(address); }
+
+void access(const void* p, size_t bytes, size_t alignment, Kind kind) {
+  if (current == nullptr) return;
+  if (reinterpret_cast<uintptr_t>(p) % alignment != 0) fail("misaligned address: %zu bytes at %p", bytes, p);
+  if (shared.holds(p)) shared.access(actor(), now, p, bytes, kind);
+}
+
+void check_read(const void* pointer, size_t bytes, size_t alignment) { access(pointer, bytes, alignment, Kind::read); }
+void check_write(void* pointer, size_t bytes, size_t alignment) { access(pointer, bytes, alignment, Kind::write); }
+void check_atomic(void* pointer, size_t bytes) { access(pointer, bytes, bytes, Kind::atomic); }
+
+void copy_async(void* to, const void* from, size_t bytes, size_t valid) {
+  if (!shared.holds(to)) fail("cp.async: %p is not in shared memory", to);
+  if (reinterpret_cast<uintptr_t>(to) % bytes != 0) fail("cp.async: misaligned address: %zu bytes at %p", bytes, to);
+  if (reinterpret_cast<uintptr_t>(from) % bytes != 0)
+    fail("cp.async: misaligned address: %zu bytes from %p", bytes, from);
+  shared.depart(actor(), now, to, bytes);
+  current->copies.push_back({to, from, bytes, valid});
+}
+
+void commit_copies() {
+  current->in_flight.push_back(std::move(current->copies));
+  current->copies.clear();
+}
+
+void wait_for_copies(int groups) {
+  for (; current->in_flight.size() > static_cast<size_t>(groups); current->in_flight.pop_front())
+    for (const Copy& copy : current->in_flight.front())
+      shared.land(actor(), now, copy.to, copy.from, copy.bytes, copy.valid);
 }
 
 }  // namespace emulation
 
-using namespace emulation;
+// ---- The calls that -fsanitize=thread puts before every access of a kernel
 
-void __syncthreads() { meet(block); }
-
-float __shfl_xor_sync(unsigned mask, float value, int lane_mask) {
-  Fiber& self = *current;
-  Warp& warp = *self.warp;
-  if (mask != 0xffffffffu) fail("shuffle of part of a warp");
-  if (warp.meeting.arrived > 0 && warp.lane_mask != lane_mask) fail("the lanes of a warp are at different shuffles");
-  warp.lane_mask = lane_mask;
-  float* values = warp.values[self.shuffles++ % 2];  // two by turns: a lane may reach the next before all have read
-  values[self.lane] = value;
-  meet(warp.meeting);
-  return values[self.lane ^ lane_mask];
-}
-
-const char* cudaGetErrorName(cudaError_t error) {
-  return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration" : "error";
-}
-const char* cudaGetErrorString(cudaError_t error) {
-  return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "emulated";
-}
-cudaError_t cudaGetLastError() { return cudaSuccess; }
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
-
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  *value = attribute == cudaDevAttrMultiProcessorCount            ? machine().multiprocessors
-           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? machine().shared_bytes_per_block
-           : attribute == cudaDevAttrComputeCapabilityMajor       ? 9
-                                                                  : 0;
-  return cudaSuccess;
-}
-
-cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
-  if (bytes > machine().shared_bytes_per_block) return cudaErrorInvalidConfiguration;
-  asked_for_more.insert(kernel);
-  return cudaSuccess;
-}
+#define TORCHWELD_ACCESS(bytes)                                                                              \
+  extern "C" void __tsan_read##bytes(void* p) { emulation::access(p, bytes, bytes, emulation::Kind::read); } \
+  extern "C" void __tsan_write##bytes(void* p) { emulation::access(p, bytes, bytes, emulation::Kind::write); }
+TORCHWELD_ACCESS(1)
+TORCHWELD_ACCESS(2)
+TORCHWELD_ACCESS(4)
+TORCHWELD_ACCESS(8)
+TORCHWELD_ACCESS(16)
+extern "C" void __tsan_read_range(void* p, size_t bytes) { emulation::access(p, bytes, 1, emulation::Kind::read); }
+extern "C" void __tsan_write_range(void* p, size_t bytes) { emulation::access(p, bytes, 1, emulation::Kind::write); }
+extern "C" void __tsan_init() {}

@@ -30,8 +30,8 @@ struct Emulated {
 
 PYBIND11_MODULE(emulated, m) {
   m.doc() = "CUDA kernels of torchweld, run on the CPU";
-  m.def("set_machine", [](int multiprocessors, int shared_bytes_per_block, bool falling) {
-    emulation::machine() = {multiprocessors, shared_bytes_per_block, falling};
+  m.def("set_machine", [](int multiprocessors, int shared_bytes_per_block, unsigned seed) {
+    emulation::machine() = {multiprocessors, shared_bytes_per_block, seed};
   });
   m.def("products", &emulation::products);
   bind_adamw<Emulated>(m);

@@ -1,11 +1,13 @@
 // Stands in for CUDA's header of this name: as much of it as csrc/cuda uses, for g++ and the machine in machine.cpp.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <functional>
+
+#include "machine.h"
 
 #define __global__
 #define __device__
@@ -13,8 +15,12 @@
 #define __grid_constant__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __shared__ thread_local  // so a local array is static, as it must be: one block runs at a time
+#define __shared__ \
+  thread_local  // so a local array is static, as it must be, and the machine knows it from other memory
 
+struct uint2 {
+  unsigned x, y;
+};
 struct uint3 {
   unsigned x, y, z;
 };
@@ -22,68 +28,30 @@ struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
+struct alignas(8) float2 {
+  float x, y;
+};
 struct alignas(16) uint4 {
   unsigned x, y, z, w;
+};
+struct alignas(16) int4 {
+  int x, y, z, w;
 };
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+inline float2 make_float2(float x, float y) { return {x, y}; }
+inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
-// ---- Inside a kernel
-
-extern thread_local uint3 threadIdx, blockIdx;
-extern thread_local dim3 blockDim, gridDim;
-
-void __syncthreads();
-float __shfl_xor_sync(unsigned mask, float value, int lane_mask);
-
-inline float __uint_as_float(unsigned bits) {
-  float value;
-  std::memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-inline unsigned __float_as_uint(float value) {
-  unsigned bits;
-  std::memcpy(&bits, &value, sizeof(bits));
-  return bits;
-}
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-
-namespace emulation {
-
-[[noreturn]] void fail(const char* message);  // ends the launch with this error
-
-template <class T>
-T* aligned(T* p) {
-  if (reinterpret_cast<uintptr_t>(p) % sizeof(T) != 0) fail("misaligned address");
-  return p;
-}
-
-}  // namespace emulation
-
-template <class T>
-T __ldg(const T* p) {
-  return *emulation::aligned(p);
-}
-template <class T>
-T __ldca(const T* p) {
-  return *emulation::aligned(p);
-}
-template <class T>
-T __ldcs(const T* p) {
-  return *emulation::aligned(p);
-}
-template <class T>
-void __stwb(T* p, T value) {
-  *emulation::aligned(p) = value;
-}
+#include "device_functions.h"  // what a kernel may call
 
 // ---- The host's side
 
 enum cudaError_t {
   cudaSuccess = 0,
+  cudaErrorInvalidValue = 1,
   cudaErrorInvalidConfiguration = 9,
   cudaErrorInsufficientDriver = 35,
   cudaErrorNoKernelImageForDevice = 209,
@@ -96,6 +64,7 @@ enum cudaDeviceAttr {
   cudaDevAttrComputeCapabilityMinor
 };
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 using cudaStream_t = void*;
 #define CUDART_VERSION 0
 
@@ -114,16 +83,19 @@ cudaError_t cudaGetDeviceCount(int* count);
 cudaError_t cudaDriverGetVersion(int* version);
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value);
+cudaError_t cudaDeviceSynchronize();
+cudaError_t cudaMalloc(void** memory, size_t bytes);
+cudaError_t cudaFree(void* memory);
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind kind);
 
 namespace emulation {
 
-cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& thread, bool more_shared_memory);
-bool may_use_more_shared_memory(const void* kernel);
+// What a launch may not ask for is the host's error; what a kernel may not do is an exception.
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread);
 
 }  // namespace emulation
 
-template <class Params>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params), const Params& params) {
-  const bool more = emulation::may_use_more_shared_memory(reinterpret_cast<const void*>(kernel));
-  return emulation::run(*config, [&] { kernel(params); }, more);
+template <class... Params, class... Arguments>
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Arguments&&... arguments) {
+  return emulation::launch(*config, reinterpret_cast<const void*>(kernel), [&] { kernel(arguments...); });
 }

@@ -1,0 +1,136 @@
+#include "fiber.h"
+
+#include <sys/mman.h>
+
+#include <cstdint>
+#include <new>
+
+#if defined(__SANITIZE_ADDRESS__)
+  #include <sanitizer/asan_interface.h>
+  #include <sanitizer/common_interface_defs.h>
+#endif
+
+// switch_stack(save, load): keeps the registers that a call must keep on this stack, leaves where they are in *save,
+// and goes on with those at `load`.
+#if defined(__x86_64__)
+
+extern "C" void torchweld_switch_stack(void** save, void* load);
+asm(R"(
+.text
+.type torchweld_switch_stack, @function
+.hidden torchweld_switch_stack
+.globl torchweld_switch_stack
+torchweld_switch_stack:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size torchweld_switch_stack, . - torchweld_switch_stack
+)");
+
+namespace {
+
+void switch_stack(void** save, void* load) { torchweld_switch_stack(save, load); }
+
+void* first_place(char* stack, size_t size, void (*entry)()) {
+  auto* top = reinterpret_cast<void**>(stack + size);
+  *--top = nullptr;  // where entry() would return to: unwinding ends here
+  *--top = reinterpret_cast<void*>(entry);
+  for (int i = 0; i < 6; ++i) *--top = nullptr;
+  return top;
+}
+
+}  // namespace
+
+#else
+
+  #include <ucontext.h>
+
+namespace {
+
+void switch_stack(void** save, void* load) {
+  ucontext_t here;
+  *save = &here;
+  swapcontext(&here, static_cast<ucontext_t*>(load));
+}
+
+void* first_place(char* stack, size_t size, void (*entry)()) {
+  auto* context = reinterpret_cast<ucontext_t*>(stack);  // overwritten at the far end of the stack, long after its use
+  getcontext(context);
+  context->uc_stack.ss_sp = stack + sizeof(ucontext_t);
+  context->uc_stack.ss_size = size - sizeof(ucontext_t);
+  context->uc_link = nullptr;
+  makecontext(context, entry, 0);
+  return context;
+}
+
+}  // namespace
+
+#endif
+
+namespace emulation {
+namespace {
+
+void* scheduler = nullptr;
+
+#if defined(__SANITIZE_ADDRESS__)
+void* scheduler_shadow = nullptr;
+const void* scheduler_stack = nullptr;
+size_t scheduler_size = 0;
+
+void before(void** shadow, const void* stack, size_t size) { __sanitizer_start_switch_fiber(shadow, stack, size); }
+void after(void* shadow, const void** stack, size_t* size) { __sanitizer_finish_switch_fiber(shadow, stack, size); }
+#else
+void before(void**, const void*, size_t) {}
+void after(void*, const void**, size_t*) {}
+void *scheduler_shadow, *scheduler_stack;
+size_t scheduler_size;
+#endif
+
+}  // namespace
+
+void Fiber::prepare(void (*entry)()) {
+  if (stack_ == nullptr) {
+    // A page below it that cannot be touched ends a stack that grows too far.
+    void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) throw std::bad_alloc();
+    stack_ = static_cast<char*>(memory);
+    mprotect(stack_, 4096, PROT_NONE);
+  }
+#if defined(__SANITIZE_ADDRESS__)
+  __asan_unpoison_memory_region(stack_ + 4096, kStack - 4096);  // the last run may have been given up midway
+#endif
+  shadow_ = nullptr;
+  place_ = first_place(stack_ + 4096, kStack - 4096, entry);
+}
+
+void Fiber::enter() {
+  before(&scheduler_shadow, stack_, kStack);
+  switch_stack(&scheduler, place_);
+  after(scheduler_shadow, nullptr, nullptr);
+}
+
+void Fiber::leave() {
+  before(&shadow_, scheduler_stack, scheduler_size);
+  switch_stack(&place_, scheduler);
+  after(shadow_, const_cast<const void**>(&scheduler_stack), &scheduler_size);
+}
+
+void Fiber::began() { after(nullptr, const_cast<const void**>(&scheduler_stack), &scheduler_size); }
+
+Fiber::~Fiber() {
+  if (stack_ != nullptr) munmap(stack_, kStack);
+}
+
+}  // namespace emulation

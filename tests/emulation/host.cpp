@@ -1,0 +1,65 @@
+// The host's side of the CUDA runtime: one device, whose memory is the host's.
+#include <cstdlib>
+#include <set>
+
+#include "cuda_runtime.h"
+
+namespace {
+
+constexpr unsigned kWithoutAsking = 48 * 1024;
+std::set<const void*> asked_for_more;
+
+}  // namespace
+
+namespace emulation {
+
+cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread) {
+  const dim3 grid = config.gridDim, block = config.blockDim;
+  const size_t limit = asked_for_more.count(kernel) > 0 ? machine().shared_bytes_per_block : kWithoutAsking;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.x > INT32_MAX || grid.y > 65535 || grid.z > 65535 ||
+      block.x * block.y * block.z == 0 || block.x * block.y * block.z > 1024 || block.z > 64 ||
+      config.dynamicSmemBytes > limit)
+    return cudaErrorInvalidConfiguration;
+  run({{grid.x, grid.y, grid.z}, {block.x, block.y, block.z}, {1, 1, 1}, config.dynamicSmemBytes}, kernel, thread);
+  return cudaSuccess;
+}
+
+}  // namespace emulation
+
+using emulation::machine;
+
+const char* cudaGetErrorName(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration ? "cudaErrorInvalidConfiguration" : "error";
+}
+const char* cudaGetErrorString(cudaError_t error) {
+  return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "emulated";
+}
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
+cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
+cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
+
+cudaError_t cudaMalloc(void** memory, size_t bytes) {
+  *memory = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
+  return *memory != nullptr ? cudaSuccess : cudaErrorInvalidValue;
+}
+cudaError_t cudaFree(void* memory) { return std::free(memory), cudaSuccess; }
+cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind) {
+  return std::memcpy(to, from, bytes), cudaSuccess;
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+  *value = attribute == cudaDevAttrMultiProcessorCount            ? machine().multiprocessors
+           : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? machine().shared_bytes_per_block
+           : attribute == cudaDevAttrComputeCapabilityMajor       ? 9
+                                                                  : 0;
+  return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  if (bytes > machine().shared_bytes_per_block) return cudaErrorInvalidConfiguration;
+  asked_for_more.insert(kernel);
+  return cudaSuccess;
+}

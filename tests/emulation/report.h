@@ -1,0 +1,20 @@
+// Where a program stands, in words.
+#pragma once
+
+#include <string>
+
+namespace emulation {
+
+struct Trace {
+  static constexpr int kMost = 24;
+  void* addresses[kMost];
+  int count = 0;
+
+  void take();  // of the caller
+};
+
+std::string function_name(const void* code);  // "torchweld::cuda::(anonymous namespace)::step(...)" -> "step"
+std::string source_lines(
+    const Trace& trace);  // "layer_norm.cuh:110, called from layer_norm_forward.cu:99"; not of the machine
+
+}  // namespace emulation

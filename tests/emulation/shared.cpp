@@ -1,0 +1,150 @@
+#include "shared.h"
+
+#include <link.h>
+
+#include <algorithm>
+#include <cstdio>
+#include <cstring>
+
+#include "cuda_runtime.h"
+#include "machine.h"
+
+#if defined(__SANITIZE_ADDRESS__)
+  #include <sanitizer/asan_interface.h>
+#else
+  #define __asan_poison_memory_region(memory, bytes)
+  #define __asan_unpoison_memory_region(memory, bytes)
+#endif
+
+namespace torchweld::cuda {
+
+// The most that a block can have, and some that it cannot, so that what runs over is seen. Like everything that a
+// kernel declares __shared__ it is thread-local, and nothing else here is: the thread-local memory of this library is
+// shared memory.
+constexpr size_t kMost = 232448, kBeyond = 65536;
+extern thread_local uint4 shared_memory[];
+alignas(1024) thread_local uint4 shared_memory[(kMost + kBeyond) / 16];
+
+}  // namespace torchweld::cuda
+
+namespace emulation {
+namespace {
+
+struct Segment {
+  uintptr_t inside;
+  uintptr_t base;
+  size_t size;
+};
+
+int find_segment(dl_phdr_info* info, size_t, void* data) {
+  auto& found = *static_cast<Segment*>(data);
+  const auto base = reinterpret_cast<uintptr_t>(info->dlpi_tls_data);
+  for (int i = 0; i < info->dlpi_phnum; ++i)
+    if (info->dlpi_phdr[i].p_type == PT_TLS && base != 0 && found.inside - base < info->dlpi_phdr[i].p_memsz)
+      found.base = base, found.size = info->dlpi_phdr[i].p_memsz;
+  return found.base != 0;
+}
+
+bool before(const Actor& actor, uint32_t time, uint16_t thread) {
+  return thread == actor.thread || time < (*actor.known)[thread / 32];
+}
+
+}  // namespace
+
+void Shared::begin_launch(size_t dynamic_bytes) {
+  dynamic_ = reinterpret_cast<char*>(torchweld::cuda::shared_memory);
+  dynamic_size_ = dynamic_bytes;
+  Segment segment{reinterpret_cast<uintptr_t>(dynamic_), 0, 0};
+  dl_iterate_phdr(find_segment, &segment);
+  base_ = segment.base;
+  size_ = segment.size;
+  bytes_.resize(size_);
+  __asan_unpoison_memory_region(dynamic_, sizeof(torchweld::cuda::shared_memory));
+  __asan_poison_memory_region(dynamic_ + dynamic_size_, sizeof(torchweld::cuda::shared_memory) - dynamic_size_);
+}
+
+void Shared::begin_block(uint32_t now, unsigned char poison) {
+  begin_ = now;
+  std::memset(dynamic_, poison, dynamic_size_);
+}
+
+void Shared::place(const void* p, char (&text)[64]) const {
+  const auto offset = static_cast<const char*>(p) - dynamic_;
+  if (offset >= 0 && static_cast<size_t>(offset) < sizeof(torchweld::cuda::shared_memory))
+    std::snprintf(text, sizeof(text), "byte %td of shared memory", offset);
+  else
+    std::snprintf(text, sizeof(text), "static shared memory at %p", p);
+}
+
+Shared::Byte* Shared::bytes_of(const void* p, size_t bytes) {
+  const auto offset = reinterpret_cast<uintptr_t>(p) - reinterpret_cast<uintptr_t>(dynamic_);
+  if (offset < sizeof(torchweld::cuda::shared_memory) && offset + bytes > dynamic_size_)
+    fail("out of range: %zu bytes at byte %zu of shared memory, of which the launch asked for %zu", bytes,
+         static_cast<size_t>(offset), dynamic_size_);
+  return &bytes_[reinterpret_cast<uintptr_t>(p) - base_];
+}
+
+void Shared::access(const Actor& actor, uint32_t now, const void* p, size_t bytes, Kind kind) {
+  Byte* known = bytes_of(p, bytes);
+  for (size_t i = 0; i < bytes; ++i) {
+    Byte& b = known[i];
+    const bool fresh = b.written >= begin_;
+    const auto stop = [&](const char* format, int other) {
+      char where[64];
+      place(static_cast<const char*>(p) + i, where);
+      fail(format, where, other);
+    };
+    if (!fresh && kind != Kind::write) stop("read of poison: nobody has written %s", 0);
+    if (fresh && b.in_flight)
+      stop("%s is touched before the asynchronous copy of thread %d to it has been waited for", b.writer);
+    if (fresh && !(kind == Kind::atomic && b.atomic) && !before(actor, b.written, b.writer))
+      stop(kind == Kind::read ? "race: reads %s, which thread %d writes, and nothing orders the two"
+                              : "race: writes %s, which thread %d writes too, and nothing orders the two",
+           b.writer);
+    if (kind == Kind::read) {
+      const auto replaceable = [&](int r) { return b.read[r] < begin_ || before(actor, b.read[r], b.reader[r]); };
+      const int r = replaceable(0) ? 0 : replaceable(1) ? 1 : actor.thread & 1;
+      b.read[r] = now;
+      b.reader[r] = actor.thread;
+    } else {
+      for (int r = 0; r < 2 && !(kind == Kind::atomic && b.atomic); ++r)
+        if (b.read[r] >= begin_ && !before(actor, b.read[r], b.reader[r]))
+          stop("race: writes %s, which thread %d reads, and nothing orders the two", b.reader[r]);
+      b.written = now;
+      b.writer = actor.thread;
+      b.atomic = kind == Kind::atomic;
+      b.in_flight = false;
+    }
+  }
+}
+
+void Shared::depart(const Actor& actor, uint32_t now, void* p, size_t bytes) {
+  access(actor, now, p, bytes, Kind::write);
+  std::memset(p, 0xff, bytes);
+  Byte* known = bytes_of(p, bytes);
+  for (size_t i = 0; i < bytes; ++i) known[i].in_flight = true;
+}
+
+void Shared::land(const Actor& actor, uint32_t now, void* p, const void* from, size_t bytes, size_t valid) {
+  Byte* known = bytes_of(p, bytes);
+  for (size_t i = 0; i < bytes; ++i) {
+    known[i].in_flight = false;
+    known[i].written = now;
+    known[i].writer = actor.thread;
+  }
+  std::memcpy(p, from, valid);
+  std::memset(static_cast<char*>(p) + valid, 0, bytes - valid);
+}
+
+uint32_t Shared::address(const void* p) const {
+  if (!holds(p)) fail("%p is not an address of shared memory", p);
+  return kFirstAddress + static_cast<uint32_t>(static_cast<const char*>(p) - dynamic_);
+}
+
+char* Shared::pointer(uint32_t address) const {
+  char* p = dynamic_ + static_cast<int32_t>(address - kFirstAddress);
+  if (!holds(p)) fail("%u is not an address of shared memory", address);
+  return p;
+}
+
+}  // namespace emulation
