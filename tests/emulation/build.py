@@ -39,7 +39,14 @@ CHECKED = Variant(kernels=("-fsanitize=thread", "--param", "tsan-instrument-func
 _FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-w", '-DTORCHWELD_CUDA_ARCHITECTURES="none"')
 MACHINE = [Source(HERE / f"{name}.cpp") for name in ("fiber", "host", "machine", "report", "shared")]
 MACHINE.append(Source(CSRC / "cuda/device.cpp"))
-KERNELS = [Source(path) for path in sorted(CSRC.glob("cuda/*.cu"))]
+_ATTENTION = CSRC / "cuda/attention_instance.cu"
+KERNELS = [Source(path) for path in sorted(CSRC.glob("cuda/*.cu")) if path != _ATTENTION]
+KERNELS += [
+    Source(_ATTENTION, (f"-DTORCHWELD_DTYPE={dtype}", f"-DTORCHWELD_HEAD_SIZE={size}"))
+    for dtype in ("float", "__nv_bfloat16", "__half")
+    for size in (32, 64, 128, 256)
+]
+KERNELS.append(Source(HERE / "products.cu"))
 
 
 def unavailable() -> str | None:

@@ -6,60 +6,92 @@
 
 namespace torchweld::cuda::ptx {
 
-inline uint32_t shared_base() { return 0; }
+inline uint32_t shared_base() { return emulation::shared_address(shared_memory); }
 
 template <class T>
-T* shared(uint32_t address, uint32_t alignment = sizeof(T)) {
-  if (address % alignment != 0) emulation::fail("misaligned address in shared memory");
-  return reinterpret_cast<T*>(reinterpret_cast<char*>(shared_memory) + address);
+T& shared(uint32_t address) { return *reinterpret_cast<T*>(emulation::shared_pointer(address)); }
+
+inline uint32_t load_shared(uint32_t address) { return shared<uint32_t>(address); }
+inline void store_shared(uint32_t address, uint32_t word) { shared<uint32_t>(address) = word; }
+inline void store_shared(uint32_t address, uint16_t half) { shared<uint16_t>(address) = half; }
+
+// ---- Matrices
+
+struct LoadLane {
+  uint32_t words[4], address;
+};
+
+// element(row, lane) is what of a row of 16 bytes goes to a lane, row by row of each matrix.
+template <class F>
+void load_matrices(const char* name, uint32_t (&words)[4], uint32_t address, F&& element) {
+  emulation::check_read(emulation::shared_pointer(address), 16, 16);
+  LoadLane mine{{}, address};
+  emulation::collective(name, 0xffffffffu, mine, [&](const emulation::Lanes<LoadLane>& lanes) {
+    for (int m = 0; m < 4; ++m) {
+      uint16_t rows[8][8];
+      for (int r = 0; r < 8; ++r) std::memcpy(rows[r], emulation::shared_pointer(lanes[8 * m + r].address), 16);
+      for (int l = 0; l < 32; ++l) lanes[l].words[m] = element(rows, l);
+    }
+  });
+  std::memcpy(words, mine.words, sizeof(words));
 }
 
-inline uint32_t load_shared(uint32_t address) { return *shared<uint32_t>(address); }
-inline void store_shared(uint32_t address, uint32_t word) { *shared<uint32_t>(address) = word; }
-inline void store_shared(uint32_t address, uint16_t half) { *shared<uint16_t>(address) = half; }
-
-inline int lane() { return static_cast<int>(threadIdx.x + blockDim.x * threadIdx.y) % 32; }
-
 inline void ldmatrix(uint32_t (&words)[4], uint32_t address) {
-  const uint32_t* rows = emulation::of_all_lanes("ldmatrix", address);
-  for (int m = 0; m < 4; ++m) words[m] = shared<uint32_t>(rows[8 * m + lane() / 4], 16)[lane() % 4];
+  load_matrices("ldmatrix", words, address, [](const auto& rows, int l) -> uint32_t {
+    return rows[l / 4][l % 4 * 2] | rows[l / 4][l % 4 * 2 + 1] << 16;
+  });
 }
 
 inline void ldmatrix_transposed(uint32_t (&words)[4], uint32_t address) {
-  const uint32_t* rows = emulation::of_all_lanes("ldmatrix.trans", address);
-  auto element = [&](int m, int row) -> uint32_t { return shared<uint16_t>(rows[8 * m + row], 16)[lane() / 4]; };
-  for (int m = 0; m < 4; ++m) words[m] = element(m, lane() % 4 * 2) | element(m, lane() % 4 * 2 + 1) << 16;
+  load_matrices("ldmatrix.trans", words, address, [](const auto& rows, int l) -> uint32_t {
+    return rows[l % 4 * 2][l / 4] | rows[l % 4 * 2 + 1][l / 4] << 16;
+  });
 }
 
-struct Operands {
+struct MultiplyLane {
+  float c[4];
   uint32_t a[4], b[2];
 };
 
-template <class T>
-void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const Operands* all = emulation::of_all_lanes("mma", Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
-  const int g = lane() / 4, t = lane() % 4;
-  for (int e = 0; e < 4; ++e) {
-    double sum = c[e];
-    for (int k = 0; k < 16; ++k) {
-      const int owner = k % 8 / 2, half = k % 2;
-      sum += static_cast<double>(unpack<T>(all[4 * g + owner].a[k / 8 * 2 + e / 2], half)) *
-             unpack<T>(all[4 * (2 * t + e % 2) + owner].b[k / 8], half);
+// c += a @ b over K columns of a; a_of(lane, word, k) and b_of are the numbers that words hold, K / 8 to a word.
+template <int K, class Number>
+__attribute__((no_sanitize_thread)) void multiply_lanes(const emulation::Lanes<MultiplyLane>& lanes, Number&& number) {
+  typedef double Row __attribute__((vector_size(64)));
+  constexpr int kPerWord = K / 8;
+  double a[16][K];
+  Row b[K];
+  for (int l = 0; l < 32; ++l)
+    for (int w = 0; w < 4; ++w)
+      for (int p = 0; p < kPerWord; ++p) {
+        const int k = w / 2 * (K / 2) + l % 4 * kPerWord + p;
+        a[l / 4 + w % 2 * 8][k] = number(lanes[l].a[w], p);
+        if (w % 2 == 0) b[k][l / 4] = number(lanes[l].b[w / 2], p);
+      }
+  for (int r = 0; r < 16; ++r) {
+    Row sum{};
+    for (int k = 0; k < K; ++k) sum += a[r][k] * b[k];
+    for (int column = 0; column < 8; ++column) {
+      float& c = lanes[r % 8 * 4 + column / 2].c[r / 8 * 2 + column % 2];
+      c = static_cast<float>(c + sum[column]);
     }
-    c[e] = static_cast<float>(sum);
   }
 }
 
+template <int K, class Number>
+void multiply(const char* name, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Number&& number) {
+  MultiplyLane mine{{c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
+  emulation::collective(name, 0xffffffffu, mine,
+                        [&](const emulation::Lanes<MultiplyLane>& lanes) { multiply_lanes<K>(lanes, number); });
+  std::memcpy(c, mine.c, sizeof(c));
+}
+
+template <class T>
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  multiply<16>("mma.m16n8k16", c, a, b0, b1, [](uint32_t word, int half) { return unpack<T>(word, half); });
+}
+
 inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  const Operands* all = emulation::of_all_lanes("mma.tf32", Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
-  auto number = [](uint32_t bits) { return static_cast<double>(__uint_as_float(bits & 0xffffe000u)); };
-  const int g = lane() / 4, t = lane() % 4;
-  for (int e = 0; e < 4; ++e) {
-    double sum = c[e];
-    for (int k = 0; k < 8; ++k)
-      sum += number(all[4 * g + k % 4].a[k / 4 * 2 + e / 2]) * number(all[4 * (2 * t + e % 2) + k % 4].b[k / 4]);
-    c[e] = static_cast<float>(sum);
-  }
+  multiply<8>("mma.m16n8k8.tf32", c, a, b0, b1, [](uint32_t word, int) { return __uint_as_float(word & 0xffffe000u); });
 }
 
 inline uint32_t to_tf32(float value) {
@@ -67,17 +99,16 @@ inline uint32_t to_tf32(float value) {
   return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
 }
 
+// ---- Copies and numbers
+
 template <int kBytes>
 void cp_async(uint32_t to, const void* from, int bytes) {
-  if (bytes < 0 || bytes > kBytes) emulation::fail("cp.async of more bytes than it moves");
-  if (bytes > 0 && reinterpret_cast<uintptr_t>(from) % kBytes != 0) emulation::fail("misaligned address of cp.async");
-  char* target = shared<char>(to, kBytes);
-  if (bytes > 0) std::memcpy(target, from, bytes);
-  std::memset(target + bytes, 0, kBytes - bytes);
+  if (bytes < 0 || bytes > kBytes) emulation::fail("cp.async of %d bytes out of %d", bytes, kBytes);
+  emulation::copy_async(emulation::shared_pointer(to), from, kBytes, bytes);
 }
-inline void cp_async_commit() {}
+inline void cp_async_commit() { emulation::commit_copies(); }
 template <int kPending>
-void cp_async_wait() {}
+void cp_async_wait() { emulation::wait_for_copies(kPending); }
 
 inline float exp2(float x) { return std::exp2(x); }
 
