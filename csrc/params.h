@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "philox.h"
+
 namespace torchweld {
 
 enum class DType : int32_t { float32, bfloat16, float16 };
@@ -88,8 +90,10 @@ struct GradNormParams {
 // out = softmax(scores) @ value per batch B and head H, with N queries and keys of size D (values: Dv). In this order:
 //   scores = query @ key^T * scale,  softcap * tanh(scores / softcap),  + bias,  - slope * |i + shift - j|,
 // and query i sees key j only where i + shift - left <= j <= i + shift + right. A sink adds exp(sink) to the softmax's
-// denominator. Hkv divides H: query head h uses key and value head h / (H / Hkv).
-// Strides are in elements; along the last dimension it is 1.
+// denominator. Dropout multiplies the softmax by a mask. Hkv divides H: query head h uses key and value head h / (H / Hkv).
+// Packed sequences lie one after another along the rows: [total_q, H, D] stands for [B, H, Nq, D], [H, total_q] for
+// [B, H, Nq], and B counts them.
+// Strides are in elements; along the last dimension it is 1. If packed, that of the batch is 0.
 struct Strides {
   int64_t batch, head, row;
 };
@@ -97,14 +101,20 @@ struct Strides {
 enum class MaskType : int32_t { none, boolean, float32, bfloat16, float16 };
 
 struct AttentionInputs {
-  int64_t batch, heads, kv_heads, queries, keys, dim, value_dim;  // B, H, Hkv, Nq, Nk, D, Dv
+  int64_t batch, heads, kv_heads, queries, keys, dim, value_dim;  // B, H, Hkv, Nq, Nk, D, Dv; packed: the longest Nq, Nk
+  int64_t total_q, total_k;                                       // rows of query, key and value: Nq, Nk unless packed
+  const int32_t* cu_seqlens_q;                                    // [B + 1] where each sequence starts; nullptr: not packed
+  const int32_t* cu_seqlens_k;                                    // [B + 1]
+  int64_t first_row;                                              // 0; of one packed sequence: cu_seqlens_q of it
   DType dtype;                                                    // of query, key, value, output and their gradients
   float scale;
-  float softcap;              // 0: none
-  int64_t left, right, shift; // the band of keys that a query sees; left and right at most kUnbounded
-  const void* query;          // [B, H, Nq, D]
-  const void* key;            // [B, Hkv, Nk, D]
-  const void* value;          // [B, Hkv, Nk, Dv]
+  float softcap;               // 0: none
+  int64_t left, right;         // the band of keys that a query sees; at most kUnbounded
+  bool bottom_right;           // shift is Nk - Nq, not 0
+  Dropout dropout;             // the mask's rows are counted as row() does, its columns as keys of the sequence
+  const void* query;           // [B, H, Nq, D]
+  const void* key;             // [B, Hkv, Nk, D]
+  const void* value;           // [B, Hkv, Nk, Dv]
   Strides query_strides, key_strides, value_strides;
   MaskType bias_type;
   const void* bias;                            // [B, H, Nq, Nk], boolean (1: attend) or additive; nullptr: none
@@ -115,6 +125,12 @@ struct AttentionInputs {
   const float* sinks;                          // [H], nullptr: none
   float* workspace;                            // [workspace_size]
   int64_t workspace_size;                      // at least what the op's workspace function asks for
+
+  TW_HOST_DEVICE int64_t shift() const { return bottom_right ? keys - queries : 0; }  // packed: of each sequence, from its own lengths
+
+  // Where head (b, h) begins in what has one value per row, [B, H, Nq]. Packed: [H, total_q], b is 0 and the rows of a
+  // sequence begin at `first_row`.
+  TW_HOST_DEVICE int64_t row(int64_t b, int64_t h) const { return first_row + (b * heads + h) * total_q; }
 
   // Of an additive bias.
   DType bias_dtype() const {
@@ -140,9 +156,10 @@ struct AttentionBackwardParams : AttentionInputs {
   void* dkey;         // [B, Hkv, Nk, D]
   void* dvalue;       // [B, Hkv, Nk, Dv]
   Strides dquery_strides, dkey_strides, dvalue_strides;
-  void* dbias;         // [dbias_extents] contiguous, of bias's dtype
+  void* dbias;               // [dbias_extents] contiguous, of bias's dtype
   int64_t dbias_extents[4];  // B, H, Nq and Nk, or 1 where bias is broadcast
-  float* dsinks;       // [B, H], to be summed over B
+  float* dalibi_slopes;      // [B, H], to be summed over B where alibi_slopes is broadcast
+  float* dsinks;             // [B, H], to be summed over B
 };
 
 // loss = (1 - smoothing) * (lse - logits[target]) + smoothing * (lse - mean(logits)), lse = log(sum(exp(logits))), over

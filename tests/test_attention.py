@@ -163,18 +163,19 @@ def test_registered_ops_pass_opcheck() -> None:
     q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 5)
     merged = torch.randn(2, 9, 4, 8).transpose(1, 2)
     bias, slopes, sinks = torch.randn(4, 1, 12), torch.rand(4), torch.randn(4)
-    scores = (0.3, 2.0, 5, 0, True)
-    plain = (0.3, 0.0, -1, -1, False)
-    torch.library.opcheck(library.attention_forward.default, (q, k, v, bias, slopes, sinks, *scores))
-    torch.library.opcheck(library.attention_forward.default, (merged, k, v, bias > 0, None, None, *plain))
-    torch.library.opcheck(library.attention.default, (merged, k, v, bias > 0, None, sinks, *plain))
-    out, lse = library.attention_forward(q, k, v, bias, slopes, sinks, *scores)
-    arguments = (torch.randn_like(out), torch.randn_like(lse), q, k, v, bias, slopes, sinks, out, lse, *scores)
-    for mask in ([True] * 5, [True, False, True, False, False], [False, True, False, True, False]):
-        torch.library.opcheck(library.attention_backward.default, (*arguments, mask))
-    out, lse = library.attention_forward(merged, k, v, None, None, None, *plain)
-    arguments = (torch.randn_like(out), None, merged, k, v, None, None, None, out, lse, *plain)
-    torch.library.opcheck(library.attention_backward.default, (*arguments, [True, True, True, False, False]))
+    full = (bias, slopes, sinks, None, None, None, 0.3, 2.0, 5, 0, True, 0.0, -1, -1)
+    masked = (bias > 0, None, sinks, None, None, None, 0.3, 0.0, -1, -1, False, 0.0, -1, -1)
+    for operands, rest in (((q, k, v), full), ((merged, k, v), masked)):
+        torch.library.opcheck(library.attention.default, (*operands, *rest))
+        torch.library.opcheck(library.attention_forward.default, (*operands, *rest))
+        out, lse = library.attention_forward(*operands, *rest)
+        arguments = (torch.randn_like(out), torch.randn_like(lse), out, lse, *operands, *rest)
+        for mask in (
+            [True, True, True, rest is full, False, True],
+            [True, False, True, False, False, False],
+            [False, True, False, rest is full, False, False],
+        ):
+            torch.library.opcheck(library.attention_backward.default, (*arguments, mask))
 
 
 def rich(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
@@ -239,7 +240,6 @@ def test_what_the_kernels_do_not_take_runs_on_the_reference_and_says_so(
         out = ops.attention(packed, packed, packed, causal=True, cu_seqlens_q=lens, cu_seqlens_k=lens)
         assert ops.attention(q, q, q) is not None
     assert [r.message.split(": ")[1] for r in caplog.records] == [
-        "dropout",
         "query of dtype torch.float64",
         "a tensor without elements",
         "packed sequences (cu_seqlens_q)",

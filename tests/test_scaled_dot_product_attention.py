@@ -14,6 +14,7 @@ from torch.func import grad, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchweld import ops
+from torchweld.reference.philox import draw_seed, dropout_factors
 
 Call = Callable[..., Tensor]
 
@@ -117,7 +118,7 @@ ATTENTION_REFUSES = {
     "window": ({"window": (-1, 0)}, ValueError, ["(left, right)", "(-1, 0)"]),
     "softcap": ({"softcap": -1.0}, ValueError, ["positive", "-1.0"]),
     "sinks": ({"sinks": r(3)}, RuntimeError, ["[4]", "[3]"]),
-    "alibi_slopes": ({"alibi_slopes": r(3, 4)}, RuntimeError, ["[batch, heads]", "[3, 4]"]),
+    "alibi_slopes": ({"alibi_slopes": r(3, 4)}, RuntimeError, ["[4] or [2, 4]", "[3, 4]"]),
     "bias": ({"bias": r(9, 13)}, RuntimeError, ["[2, 4, 9, 12]", "[9, 13]"]),
     "cu_seqlens_k": (
         {"cu_seqlens_q": torch.zeros(2, dtype=torch.int32), "query": Q[0], "key": K[0], "value": V[0]},
@@ -153,13 +154,14 @@ def test_a_row_that_sees_nothing_gives_zeros_and_zero_gradients() -> None:
         assert all(t.isfinite().all() and t.any() for t in (dq, dk, dv))
 
 
-def test_dropout_is_torchs() -> None:
-    """The same draws as torch's own composite, from the same seed."""
+def test_dropout_follows_torchs_generator() -> None:
+    """The seed comes from torch.manual_seed, the mask from the seed by its definition."""
     torch.manual_seed(3)
     ours = ops.scaled_dot_product_attention(Q, K, V, dropout_p=0.3)
     torch.manual_seed(3)
-    weights = torch.dropout(torch.softmax(Q @ K.mT / math.sqrt(8), -1), 0.3, True)
-    torch.testing.assert_close(ours, weights @ V)
+    factors = dropout_factors(draw_seed(Q.device), 2 * 4 * 9, 12, 0.3).view(2, 4, 9, 12)
+    torch.testing.assert_close(ours, (torch.softmax(Q @ K.mT / math.sqrt(8), -1) * factors.float()) @ V)
+    assert not torch.equal(ops.scaled_dot_product_attention(Q, K, V, dropout_p=0.3), ours)
     assert not ops.scaled_dot_product_attention(Q, K, V, dropout_p=1.0).any()
 
 

@@ -1,7 +1,8 @@
 // attention_forward and attention_backward, each with the size of its workspace: tensors -> params, for any backend.
 #pragma once
 
-#include <cmath>
+#include <algorithm>
+#include <tuple>
 
 #include "bindings/tensor.h"
 
@@ -9,150 +10,233 @@ namespace torchweld {
 
 using OptionalTensor = std::optional<TensorView>;
 
-inline Strides strides_of(const TensorView& t) { return {t.stride(0), t.stride(1), t.stride(2)}; }
+// What modifies the scores or the softmax: bias (expanded to (B, H, Nq, Nk)), alibi_slopes (B, H), sinks (H), seed of
+// the dropout (1), cu_seqlens_q and cu_seqlens_k (B + 1).
+using Modifiers =
+    std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
 
-// Query (B, H, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv): the sizes and the pointers of all three.
-inline void fill_inputs(const Arguments& args, AttentionInputs& p, const TensorView& query, const TensorView& key,
-                        const TensorView& value) {
+// scale, softcap, left, right (-1: unbounded), bottom_right, dropout_p, max_seqlen_q, max_seqlen_k (-1: not known).
+using Options = std::tuple<float, float, int64_t, int64_t, bool, double, int64_t, int64_t>;
+
+// Where the packed sequences start. On the CPU also checks what it says, and leaves the length of the longest in
+// `most`.
+template <class Backend>
+const int32_t* fill_sequences(const Arguments& args, const char* name, const OptionalTensor& lens, int64_t batch,
+                              int64_t total, int64_t& most) {
+  if (!lens) args.fail(name, "both of cu_seqlens_q and cu_seqlens_k", "None");
+  const auto* starts = static_cast<const int32_t*>(args.integers(*lens, name, 32, batch + 1));
+  if (Backend::device != dlpack::kCPU) {
+    most = most < 0 || most > total ? total : most;
+    return starts;
+  }
+  int64_t longest = 0;
+  if (starts[0] != 0) args.fail(name, "0 as its first element", std::to_string(starts[0]));
+  for (int64_t b = 0; b < batch; ++b) {
+    const int64_t length = int64_t{starts[b + 1]} - starts[b];
+    if (length < 0)
+      args.fail(
+          name, "a sequence that never falls",
+          std::to_string(starts[b + 1]) + " after " + std::to_string(starts[b]) + " at index " + std::to_string(b + 1));
+    longest = length > longest ? length : longest;
+  }
+  if (starts[batch] != total)
+    args.fail(name, "the number of rows, " + std::to_string(total) + ", as its last element",
+              std::to_string(starts[batch]));
+  if (most >= 0 && longest > most)
+    args.fail(name, "no sequence longer than its max_seqlen of " + std::to_string(most), std::to_string(longest));
+  most = longest;
+  return starts;
+}
+
+// (B, H, N, D), or (total, H, D) if packed.
+inline void* rows_of(const Arguments& args, const AttentionInputs& p, const TensorView& t, const char* name,
+                     int64_t heads, int64_t rows, int64_t size, Strides& strides) {
+  void* data = p.cu_seqlens_q != nullptr ? args.strided(t, name, p.dtype, {rows, heads, size})
+                                         : args.strided(t, name, p.dtype, {p.batch, heads, rows, size});
+  strides =
+      p.cu_seqlens_q != nullptr ? Strides{0, t.stride(1), t.stride(0)} : Strides{t.stride(0), t.stride(1), t.stride(2)};
+  return data;
+}
+
+// float32 (B, H, Nq), or (H, total_q) if packed.
+inline float* values_of(const Arguments& args, const AttentionInputs& p, const OptionalTensor& t, const char* name) {
+  if (!t) return nullptr;
+  return static_cast<float*>(p.cu_seqlens_q != nullptr
+                                 ? args.contiguous(*t, name, DType::float32, {p.heads, p.total_q})
+                                 : args.contiguous(*t, name, DType::float32, {p.batch, p.heads, p.total_q}));
+}
+
+// Query (B, H, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv), or packed: the sizes and the pointers of all three.
+template <class Backend>
+void fill_inputs(const Arguments& args, AttentionInputs& p, const TensorView& query, const TensorView& key,
+                 const TensorView& value, const OptionalTensor& lens_q, const OptionalTensor& lens_k,
+                 int64_t max_seqlen_q = -1, int64_t max_seqlen_k = -1) {
+  const bool packed = lens_q || lens_k;
   for (const auto& [t, name] : {std::pair{&query, "query"}, {&key, "key"}, {&value, "value"}})
-    if (t->ndim != 4) args.fail(name, "4 dimensions (batch, heads, rows, head size)", std::to_string(t->ndim));
-  p.batch = query.size(0);
-  p.heads = query.size(1);
-  p.queries = query.size(2);
-  p.dim = query.size(3);
-  p.kv_heads = key.size(1);
-  p.keys = key.size(2);
-  p.value_dim = value.size(3);
+    if (t->ndim != (packed ? 3 : 4))
+      args.fail(name,
+                packed ? "3 dimensions (total, heads, head size)" : "4 dimensions (batch, heads, rows, head size)",
+                std::to_string(t->ndim));
+  const int heads = 1, rows = packed ? 0 : 2;
+  p.heads = query.size(heads);
+  p.kv_heads = key.size(heads);
+  p.queries = p.total_q = query.size(rows);
+  p.keys = p.total_k = key.size(rows);
+  p.dim = query.size(-1);
+  p.value_dim = value.size(-1);
   p.dtype = args.dtype(query, "query");
-  if (p.dim < 1) args.fail("query", "a head size of at least 1", "0");
-  if (p.kv_heads < 1 || p.heads % p.kv_heads != 0)
+  if (packed) {
+    p.batch = lens_q ? std::max<int64_t>(lens_q->numel() - 1, 0) : 0;
+    p.queries = max_seqlen_q;
+    p.keys = max_seqlen_k;
+    p.cu_seqlens_q = fill_sequences<Backend>(args, "cu_seqlens_q", lens_q, p.batch, p.total_q, p.queries);
+    p.cu_seqlens_k = fill_sequences<Backend>(args, "cu_seqlens_k", lens_k, p.batch, p.total_k, p.keys);
+  } else {
+    p.batch = query.size(0);
+  }
+  if (p.heads > 0 && (p.kv_heads < 1 || p.heads % p.kv_heads != 0))
     args.fail("key", "a number of heads that divides query's " + std::to_string(p.heads), std::to_string(p.kv_heads));
-  p.query = args.strided(query, "query", p.dtype, {p.batch, p.heads, p.queries, p.dim});
-  p.key = args.strided(key, "key", p.dtype, {p.batch, p.kv_heads, p.keys, p.dim});
-  p.value = args.strided(value, "value", p.dtype, {p.batch, p.kv_heads, p.keys, p.value_dim});
-  p.query_strides = strides_of(query);
-  p.key_strides = strides_of(key);
-  p.value_strides = strides_of(value);
+  p.query = rows_of(args, p, query, "query", p.heads, p.total_q, p.dim, p.query_strides);
+  p.key = rows_of(args, p, key, "key", p.kv_heads, p.total_k, p.dim, p.key_strides);
+  p.value = rows_of(args, p, value, "value", p.kv_heads, p.total_k, p.value_dim, p.value_strides);
 }
 
 inline MaskType mask_type(const Arguments& args, const TensorView& bias) {
   if (bias.dtype.code == dlpack::kBool) return MaskType::boolean;
   switch (args.dtype(bias, "bias")) {
-    case DType::float32: return MaskType::float32;
-    case DType::bfloat16: return MaskType::bfloat16;
-    case DType::float16: return MaskType::float16;
+    case DType::float32:
+      return MaskType::float32;
+    case DType::bfloat16:
+      return MaskType::bfloat16;
+    case DType::float16:
+      return MaskType::float16;
   }
   return MaskType::none;
 }
 
-// What shapes the scores. left, right: -1 for unbounded.
-inline void fill_scores(const Arguments& args, AttentionInputs& p, const OptionalTensor& bias, const OptionalTensor& alibi,
-                        const OptionalTensor& sinks, float scale, float softcap, int64_t left, int64_t right,
-                        bool bottom_right, const TensorView& workspace) {
+// What shapes the scores, and the dropout.
+inline void fill_scores(const Arguments& args, AttentionInputs& p, const Modifiers& modifiers, const Options& options,
+                        const TensorView& workspace) {
+  const auto& [bias, alibi, sinks, seed, lens_q, lens_k] = modifiers;
+  const auto& [scale, softcap, left, right, bottom_right, dropout_p, max_q, max_k] = options;
   p.scale = scale;
   p.softcap = softcap;
   p.left = left < 0 || left > kUnbounded ? kUnbounded : left;
   p.right = right < 0 || right > kUnbounded ? kUnbounded : right;
-  p.shift = bottom_right ? p.keys - p.queries : 0;
+  p.bottom_right = bottom_right;
   p.bias_type = MaskType::none;
   if (bias) {
+    if (p.cu_seqlens_q != nullptr) args.fail("bias", "None beside cu_seqlens_q", "a tensor");
     p.bias_type = mask_type(args, *bias);
     p.bias = args.expanded(*bias, "bias", {p.batch, p.heads, p.queries, p.keys});
-    p.bias_strides = strides_of(*bias);
+    p.bias_strides = {bias->stride(0), bias->stride(1), bias->stride(2)};
     p.bias_step = bias->size(3) > 1 ? bias->stride(3) : 0;
-    if (p.bias_step > 1 || p.bias_step < 0) args.fail("bias", "stride 0 or 1 in the last dimension", std::to_string(p.bias_step));
+    if (p.bias_step > 1 || p.bias_step < 0)
+      args.fail("bias", "stride 0 or 1 in the last dimension", std::to_string(p.bias_step));
   }
   if (alibi) {
-    p.alibi_slopes = static_cast<const float*>(args.strided(*alibi, "alibi_slopes", DType::float32, {p.batch, p.heads}));
+    p.alibi_slopes =
+        static_cast<const float*>(args.strided(*alibi, "alibi_slopes", DType::float32, {p.batch, p.heads}));
     p.alibi_batch_stride = alibi->stride(0);
   }
   if (sinks) p.sinks = static_cast<const float*>(args.contiguous(*sinks, "sinks", DType::float32, {p.heads}));
+  if (!(dropout_p >= 0 && dropout_p <= 1))
+    args.fail("dropout_p", "a probability between 0 and 1", std::to_string(dropout_p));
+  if (dropout_p > 0) {
+    if (!seed) args.fail("seed", "a tensor beside a dropout_p of " + std::to_string(dropout_p), "None");
+    p.dropout = make_dropout(static_cast<const int64_t*>(args.integers(*seed, "seed", 64, 1)), dropout_p);
+  }
   p.workspace_size = workspace.numel();
   p.workspace = static_cast<float*>(args.flat(workspace, "workspace", DType::float32, p.workspace_size));
+}
+
+inline void check_workspace(const Arguments& args, const AttentionInputs& p, int64_t needed) {
+  if (p.workspace_size < needed)
+    args.fail("workspace", "at least " + std::to_string(needed) + " elements", std::to_string(p.workspace_size));
 }
 
 template <class Backend>
 void bind_attention(py::module_& m) {
   // How many floats of workspace attention_forward wants with these arguments.
-  m.def("attention_forward_workspace", [](const TensorView& query, const TensorView& key, const TensorView& value,
-                                          const OptionalTensor& lse) {
-    const Arguments args("attention_forward_workspace", Backend::device, query);
-    AttentionForwardParams p{};
-    fill_inputs(args, p, query, key, value);
-    if (lse) p.lse = static_cast<float*>(args.contiguous(*lse, "lse", DType::float32, {p.batch, p.heads, p.queries}));
-    return Backend::kernels().attention_forward_workspace(p);
-  });
+  m.def("attention_forward_workspace",
+        [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& lens_q,
+           const OptionalTensor& lens_k, const OptionalTensor& lse) {
+          const Arguments args("attention_forward_workspace", Backend::device, query);
+          AttentionForwardParams p{};
+          fill_inputs<Backend>(args, p, query, key, value, lens_q, lens_k);
+          p.lse = values_of(args, p, lse, "lse");
+          return Backend::kernels().attention_forward_workspace(p);
+        });
 
   // How many attention_backward wants.
-  m.def("attention_backward_workspace", [](const TensorView& query, const TensorView& key, const TensorView& value,
-                                           const TensorView& doutput) {
-    const Arguments args("attention_backward_workspace", Backend::device, query);
-    AttentionBackwardParams p{};
-    fill_inputs(args, p, query, key, value);
-    args.strided(doutput, "doutput", p.dtype, {p.batch, p.heads, p.queries, p.value_dim});
-    p.doutput_strides = strides_of(doutput);
-    return Backend::kernels().attention_backward_workspace(p);
-  });
+  m.def("attention_backward_workspace",
+        [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& lens_q,
+           const OptionalTensor& lens_k, const TensorView& doutput) {
+          const Arguments args("attention_backward_workspace", Backend::device, query);
+          AttentionBackwardParams p{};
+          fill_inputs<Backend>(args, p, query, key, value, lens_q, lens_k);
+          p.doutput = rows_of(args, p, doutput, "doutput", p.heads, p.total_q, p.value_dim, p.doutput_strides);
+          return Backend::kernels().attention_backward_workspace(p);
+        });
 
-  // bias: expanded to (B, H, Nq, Nk); alibi: (B, H); sinks: (H); output: (B, H, Nq, Dv); lse: float32 (B, H, Nq).
-  m.def("attention_forward", [](const TensorView& query, const TensorView& key, const TensorView& value,
-                                const OptionalTensor& bias, const OptionalTensor& alibi, const OptionalTensor& sinks,
-                                float scale, float softcap, int64_t left, int64_t right, bool bottom_right,
-                                const TensorView& output, const OptionalTensor& lse, const TensorView& workspace) {
-    const Arguments args("attention_forward", Backend::device, query);
-    AttentionForwardParams p{};
-    fill_inputs(args, p, query, key, value);
-    fill_scores(args, p, bias, alibi, sinks, scale, softcap, left, right, bottom_right, workspace);
-    p.output = args.strided(output, "output", p.dtype, {p.batch, p.heads, p.queries, p.value_dim});
-    p.output_strides = strides_of(output);
-    if (lse) p.lse = static_cast<float*>(args.contiguous(*lse, "lse", DType::float32, {p.batch, p.heads, p.queries}));
-    if (const int64_t needed = Backend::kernels().attention_forward_workspace(p); p.workspace_size < needed)
-      args.fail("workspace", "at least " + std::to_string(needed) + " elements", std::to_string(p.workspace_size));
-    Backend::run(&Backend::Kernels::attention_forward, p, query.device.index);
-  });
+  // output: (B, H, Nq, Dv), packed (total_q, H, Dv); lse: float32 (B, H, Nq), packed (H, total_q).
+  m.def("attention_forward",
+        [](const TensorView& query, const TensorView& key, const TensorView& value, const Modifiers& modifiers,
+           const Options& options, const TensorView& output, const OptionalTensor& lse, const TensorView& workspace) {
+          const Arguments args("attention_forward", Backend::device, query);
+          AttentionForwardParams p{};
+          fill_inputs<Backend>(args, p, query, key, value, std::get<4>(modifiers), std::get<5>(modifiers),
+                               std::get<6>(options), std::get<7>(options));
+          fill_scores(args, p, modifiers, options, workspace);
+          p.output = rows_of(args, p, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
+          p.lse = values_of(args, p, lse, "lse");
+          check_workspace(args, p, Backend::kernels().attention_forward_workspace(p));
+          Backend::run(&Backend::Kernels::attention_forward, p, query.device.index);
+        });
 
-  // As above. dlse: float32 (B, H, Nq); dbias: contiguous, 4 dimensions; dsinks: (B, H).
-  m.def("attention_backward", [](const TensorView& doutput, const OptionalTensor& dlse, const TensorView& query,
-                                 const TensorView& key, const TensorView& value, const OptionalTensor& bias,
-                                 const OptionalTensor& alibi, const OptionalTensor& sinks, const TensorView& output,
-                                 const TensorView& lse, float scale, float softcap, int64_t left, int64_t right,
-                                 bool bottom_right, const OptionalTensor& dquery, const OptionalTensor& dkey,
-                                 const OptionalTensor& dvalue, const OptionalTensor& dbias, const OptionalTensor& dsinks,
-                                 const TensorView& workspace) {
-    const Arguments args("attention_backward", Backend::device, query);
-    AttentionBackwardParams p{};
-    fill_inputs(args, p, query, key, value);
-    fill_scores(args, p, bias, alibi, sinks, scale, softcap, left, right, bottom_right, workspace);
-    const int64_t B = p.batch, H = p.heads, N = p.queries;
-    p.output = args.strided(output, "output", p.dtype, {B, H, N, p.value_dim});
-    p.doutput = args.strided(doutput, "doutput", p.dtype, {B, H, N, p.value_dim});
-    p.output_strides = strides_of(output);
-    p.doutput_strides = strides_of(doutput);
-    p.lse = static_cast<const float*>(args.contiguous(lse, "lse", DType::float32, {B, H, N}));
-    if (dlse) p.dlse = static_cast<const float*>(args.contiguous(*dlse, "dlse", DType::float32, {B, H, N}));
-    auto gradient = [&](const OptionalTensor& t, const char* name, const TensorView& of, void*& data, Strides& strides) {
-      if (!t) return;
-      data = args.strided(*t, name, p.dtype, {of.size(0), of.size(1), of.size(2), of.size(3)});
-      strides = strides_of(*t);
-    };
-    gradient(dquery, "dquery", query, p.dquery, p.dquery_strides);
-    gradient(dkey, "dkey", key, p.dkey, p.dkey_strides);
-    gradient(dvalue, "dvalue", value, p.dvalue, p.dvalue_strides);
-    if (dbias) {
-      if (!bias || bias->dtype.code == dlpack::kBool) args.fail("dbias", "an additive bias to be differentiated", "none");
-      p.dbias = args.flat(*dbias, "dbias", args.dtype(*bias, "bias"), dbias->numel());
-      for (int d = 0; d < 4; ++d) {
-        p.dbias_extents[d] = dbias->ndim == 4 ? dbias->size(d) : 0;
-        if (p.dbias_extents[d] != bias->size(d) && (p.dbias_extents[d] != 1 || bias->stride(d) != 0))
-          args.fail("dbias", "bias's extent, or 1 where it is broadcast, in dimension " + std::to_string(d),
-                    std::to_string(p.dbias_extents[d]));
-      }
-    }
-    if (dsinks) p.dsinks = static_cast<float*>(args.contiguous(*dsinks, "dsinks", DType::float32, {B, H}));
-    if (const int64_t needed = Backend::kernels().attention_backward_workspace(p); p.workspace_size < needed)
-      args.fail("workspace", "at least " + std::to_string(needed) + " elements", std::to_string(p.workspace_size));
-    Backend::run(&Backend::Kernels::attention_backward, p, query.device.index);
-  });
+  // As above. dlse: as lse; dbias: contiguous, 4 dimensions; dalibi_slopes, dsinks: (B, H).
+  m.def("attention_backward",
+        [](const TensorView& doutput, const OptionalTensor& dlse, const TensorView& query, const TensorView& key,
+           const TensorView& value, const Modifiers& modifiers, const Options& options, const TensorView& output,
+           const TensorView& lse, const OptionalTensor& dquery, const OptionalTensor& dkey,
+           const OptionalTensor& dvalue, const OptionalTensor& dbias, const OptionalTensor& dalibi_slopes,
+           const OptionalTensor& dsinks, const TensorView& workspace) {
+          const Arguments args("attention_backward", Backend::device, query);
+          AttentionBackwardParams p{};
+          fill_inputs<Backend>(args, p, query, key, value, std::get<4>(modifiers), std::get<5>(modifiers),
+                               std::get<6>(options), std::get<7>(options));
+          fill_scores(args, p, modifiers, options, workspace);
+          p.output = rows_of(args, p, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
+          p.doutput = rows_of(args, p, doutput, "doutput", p.heads, p.total_q, p.value_dim, p.doutput_strides);
+          p.lse = values_of(args, p, lse, "lse");
+          p.dlse = values_of(args, p, dlse, "dlse");
+          if (dquery) p.dquery = rows_of(args, p, *dquery, "dquery", p.heads, p.total_q, p.dim, p.dquery_strides);
+          if (dkey) p.dkey = rows_of(args, p, *dkey, "dkey", p.kv_heads, p.total_k, p.dim, p.dkey_strides);
+          if (dvalue)
+            p.dvalue = rows_of(args, p, *dvalue, "dvalue", p.kv_heads, p.total_k, p.value_dim, p.dvalue_strides);
+          if (dbias) {
+            const OptionalTensor& bias = std::get<0>(modifiers);
+            if (!bias || bias->dtype.code == dlpack::kBool)
+              args.fail("dbias", "an additive bias to be differentiated", "none");
+            p.dbias = args.flat(*dbias, "dbias", args.dtype(*bias, "bias"), dbias->numel());
+            for (int d = 0; d < 4; ++d) {
+              p.dbias_extents[d] = dbias->ndim == 4 ? dbias->size(d) : 0;
+              if (p.dbias_extents[d] != bias->size(d) && (p.dbias_extents[d] != 1 || bias->stride(d) != 0))
+                args.fail("dbias", "bias's extent, or 1 where it is broadcast, in dimension " + std::to_string(d),
+                          std::to_string(p.dbias_extents[d]));
+            }
+          }
+          auto by_head = [&](const OptionalTensor& t, const char* name) {
+            return t ? static_cast<float*>(args.contiguous(*t, name, DType::float32, {p.batch, p.heads})) : nullptr;
+          };
+          p.dalibi_slopes = by_head(dalibi_slopes, "dalibi_slopes");
+          if (dalibi_slopes && p.alibi_slopes == nullptr)
+            args.fail("dalibi_slopes", "alibi_slopes to be differentiated", "none");
+          p.dsinks = by_head(dsinks, "dsinks");
+          if (dsinks && p.sinks == nullptr) args.fail("dsinks", "sinks to be differentiated", "none");
+          check_workspace(args, p, Backend::kernels().attention_backward_workspace(p));
+          Backend::run(&Backend::Kernels::attention_backward, p, query.device.index);
+        });
 }
 
 }  // namespace torchweld

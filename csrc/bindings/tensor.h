@@ -120,13 +120,17 @@ class Arguments {
     return t ? flat(*t, name, dtype, numel) : nullptr;
   }
 
-  // Pointer to a contiguous int64 tensor of this number of elements.
-  int64_t* indices(const TensorView& t, const char* name, int64_t numel) const {
+  // Pointer to a contiguous tensor of this number of signed integers of so many bits.
+  void* integers(const TensorView& t, const char* name, int bits, int64_t numel) const {
     check_device(t, name);
-    if (t.dtype.code != dlpack::kInt || t.dtype.bits != 64) fail(name, "dtype int64", name_of(t.dtype));
+    if (t.dtype.code != dlpack::kInt || t.dtype.bits != bits) fail(name, "dtype int" + std::to_string(bits), name_of(t.dtype));
     check_contiguous(t, name);
     if (t.numel() != numel) fail(name, std::to_string(numel) + " elements", "shape " + list(t.shape, t.ndim));
-    return reinterpret_cast<int64_t*>(static_cast<char*>(t.data) + t.byte_offset);
+    return static_cast<char*>(t.data) + t.byte_offset;
+  }
+
+  int64_t* indices(const TensorView& t, const char* name, int64_t numel) const {
+    return static_cast<int64_t*>(integers(t, name, 64, numel));
   }
 
   // Pointer to a tensor of this dtype and shape whose elements along the last dimension are neighbours.

@@ -96,6 +96,7 @@ class Decode {
         total += e;
         store(row + j, e);
       }
+      if (scores.dropout.active()) scores.dropout.template drop<Fp32>(row, r % p_.queries, begin, span);
       out[width_] = top;
       out[width_ + 1] = sum(total);
     }
@@ -147,7 +148,7 @@ class Decode {
       split[width_] = __builtin_exp2f(split[width_] - finite);
       total += split[width_ + 1] * split[width_];
     }
-    const float inverse = total == 0.0f ? 0.0f : 1.0f / total;
+    const float inverse = total == 0.0f ? 0.0f : HeadDropout(p_, b, h).scale() / total;
     T* out = head_of<T>(p_.output, p_.output_strides, b, h) + i * p_.output_strides.row;
     for_each_vector(p_.value_dim, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
       Vec value{};

@@ -171,9 +171,9 @@ class Forward {
 
     // Normalise. Store.
     T* out = head_of<T>(p_.output, p_.output_strides, b, h) + i0 * p_.output_strides.row;
-    float* lse = p_.lse != nullptr ? p_.lse + (b * p_.heads + h) * p_.queries + i0 : nullptr;
+    float* lse = p_.lse != nullptr ? p_.lse + p_.row(b, h) + i0 : nullptr;
     for (int64_t r = 0; r < rows; ++r) {
-      const float inverse = state.inverse(r);
+      const float inverse = state.inverse(r) * scores.dropout.scale();
       for_each_vector(p_.value_dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
         store(out + r * p_.output_strides.row + i, load(o + r * plan_.value_width + i) * inverse, lanes);
       });
@@ -218,6 +218,7 @@ class Forward {
         Compute::store_row(row, j, e);
       }
       group[n] = total;
+      if (scores.dropout.active()) scores.dropout.template drop<Compute>(row, i0 + r + n, j0, span);
     }
     state.add(r, reduce(group, [](Vec a, Vec b) { return a + b; }));
   }

@@ -2,6 +2,7 @@
 // and how a row of products query @ key^T becomes a row of scores.
 #pragma once
 
+#include "cpu/attention_dropout.h"
 #include "cpu/exp.h"
 #include "cpu/pack.h"
 #include "cpu/parallel.h"
@@ -30,7 +31,7 @@ inline int64_t threads_for(const AttentionInputs& p, int64_t flops_per_product) 
 struct Band {
   int64_t left, right, shift, keys, queries;
 
-  explicit Band(const AttentionInputs& p) : left(p.left), right(p.right), shift(p.shift), keys(p.keys), queries(p.queries) {}
+  explicit Band(const AttentionInputs& p) : left(p.left), right(p.right), shift(p.shift()), keys(p.keys), queries(p.queries) {}
 
   int64_t low(int64_t i) const { return min_of(max_of(i + shift - left, 0), keys); }
   int64_t high(int64_t i) const { return min_of(max_of(i + shift + right + 1, 0), keys); }
@@ -45,6 +46,7 @@ class Scores {
   Scores(const AttentionInputs& p, int64_t b, int64_t h)
       : p_(p),
         band(p),
+        dropout(p, b, h),
         bias_(p.bias_type == MaskType::none ? 0 : b * p.bias_strides.batch + h * p.bias_strides.head),
         slope_(p.alibi_slopes != nullptr ? p.alibi_slopes[b * p.alibi_batch_stride + h] : 0.0f),
         plain_(p.scale > 0 && p.softcap == 0 && p.bias_type == MaskType::none && p.alibi_slopes == nullptr) {}
@@ -85,7 +87,7 @@ class Scores {
     }
     if (p_.alibi_slopes != nullptr) {
       Vec distance;
-      for (int l = 0; l < W; ++l) distance[l] = static_cast<float>(l + span.begin + key - i - p_.shift);
+      for (int l = 0; l < W; ++l) distance[l] = static_cast<float>(l + span.begin + key - i - band.shift);
       for (int64_t j = span.begin; j < span.end; j += W, distance += static_cast<float>(W))
         store(row + j, load(row + j) - from_bits(bits(distance) & 0x7fffffffu) * slope_);
     }
@@ -134,6 +136,7 @@ class Scores {
 
  public:
   const Band band;
+  const HeadDropout dropout;
 
  private:
   const int64_t bias_;

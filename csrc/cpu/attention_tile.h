@@ -53,7 +53,7 @@ class GradientTile {
       const T* q = head_of<T>(p.query, p.query_strides, b, h) + begin * p.query_strides.row;
       const T* dout = head_of<T>(p.doutput, p.doutput_strides, b, h) + begin * p.doutput_strides.row;
       const T* out = head_of<T>(p.output, p.output_strides, b, h) + begin * p.output_strides.row;
-      const int64_t first = (b * p.heads + h) * p.queries;
+      const int64_t first = p.row(b, h);
       for (int64_t i = begin; i < end; ++i, dout += p.doutput_strides.row, out += p.output_strides.row) {
         const float total = sum_over(p.value_dim, [&](int64_t d, auto lanes) { return load(dout + d, lanes) * load(out + d, lanes); });
         const float l = p.lse[first + i];
@@ -140,8 +140,10 @@ class GradientTile {
   // The gradient of the scores after the softcap, added to [kQueries, tile_keys]: what an additive bias receives.
   void add_dbias(const Scores& scores, const Queries& rows, Span queries, float* dbias, int64_t stride) {
     products(scores, rows, queries, [&](int64_t i, int64_t count, int64_t r, Span span) __attribute__((always_inline)) {
+      float factors[kTileKeysMost];
       for (int64_t n = 0; n < count; ++n) {
         scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, nullptr);
+        if (scores.dropout.active()) drop(scores, i + n, r + n, span, factors);
         float* out = dbias + (i + n - queries.begin) * stride;
         const Vec lse = splat(rows.lse[i + n]), rest = splat(rows.lse_rest[i + n]), delta = splat(rows.delta[i + n]);
         for (int64_t j = span.begin; j < span.end; j += W)
@@ -205,6 +207,13 @@ class GradientTile {
     }
   }
 
+  // Dropout's factors in the row of query i, and dP of row r multiplied by them.
+  void drop(const Scores& scores, int64_t i, int64_t r, Span span, float* factors) const {
+    scores.dropout.factors(factors, i, j0_, span);
+    float* row = dprobability_ + r * stride_;
+    for (int64_t j = span.begin; j < span.end; j += W) store(row + j, load(row + j) * load(factors + j));
+  }
+
   struct Score {
     Vec probability, gradient;
   };
@@ -219,7 +228,8 @@ class GradientTile {
   TW_INLINE void differentiate(const Scores& scores, const Queries& rows, int64_t i, int64_t count, int64_t t, int64_t r,
                                Span span) {
     constexpr int kCount = Compute::per_word;
-    const bool capped = p_.softcap != 0;
+    const bool capped = p_.softcap != 0, dropping = scores.dropout.active();
+    float factors[kCount][kTileKeysMost];
     Vec lse[kCount], rest[kCount], delta[kCount];
     for (int n = 0; n < kCount; ++n) {
       if (n >= count) continue;
@@ -227,6 +237,7 @@ class GradientTile {
       rest[n] = splat(rows.lse_rest[i + n]);
       delta[n] = splat(rows.delta[i + n]);
       scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, capped ? slopes_ + (r + n) * stride_ : nullptr);
+      if (dropping) drop(scores, i + n, r + n, span, factors[n]);
     }
     float* p_row = probability_ + t / kCount * stride_;
     float* ds_row = dscore_ + t / kCount * stride_;
@@ -251,6 +262,7 @@ class GradientTile {
         const int64_t at = (r + n) * stride_ + j;
         score[n] = dscore(at, scores.unit(), lse[n], rest[n], delta[n]);
         if (capped) score[n].gradient = score[n].gradient * load(slopes_ + at);
+        if (dropping) score[n].probability = score[n].probability * load(factors[n] + j);
       }
       write(j, score);
     }

@@ -1,17 +1,49 @@
-"""The registered ops behind `torchweld.ops.attention`: implementation, fake and autograd."""
+"""The registered ops behind `torchweld.ops.attention`: implementation, fake, autograd, and the choice of the backend.
+
+All of them take query, key and value, then the tensors of `Modifiers` and then the numbers of `Options`. With
+cu_seqlens, (B, H, N, D) is (total, H, D) and (B, H, Nq) is (H, total_q): packed sequences.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import applier, double_backward, register
+from torchweld.ops.library import applier, double_backward, register, wants_grad
 
 ALIGNMENTS = ("top_left", "bottom_right")
+
+
+class Modifiers(NamedTuple):
+    """The tensors that every op takes after query, key and value."""
+
+    bias: Tensor | None = None
+    alibi_slopes: Tensor | None = None
+    sinks: Tensor | None = None
+    seed: Tensor | None = None
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+
+
+class Options(NamedTuple):
+    """The numbers that follow them. -1: no bound, or a length that is not known."""
+
+    scale: float
+    softcap: float
+    left: int
+    right: int
+    bottom_right: bool
+    dropout_p: float
+    max_seqlen_q: int
+    max_seqlen_k: int
+
+
+_COUNT = len(Modifiers._fields)
+PLAIN = Modifiers()
+_GRADS = 6  # of query, key, value, bias, alibi_slopes and sinks
 
 # ---- Implementation. The kernels read any strides but the last; they fill what is allocated here.
 
@@ -22,9 +54,11 @@ def _operand(t: Tensor) -> Tensor:
 
 def _heads_like(query: Tensor, size: int) -> Tensor:
     """(B, H, N, size), in memory (B, N, H, size) where query is so: merging the heads afterwards is then free."""
-    batch, heads, rows, query_size = query.shape
-    if size == query_size and query.is_contiguous():
+    if size == query.shape[-1] and query.is_contiguous():
         return torch.empty_like(query)
+    if query.dim() == 3:
+        return query.new_empty((*query.shape[:2], size))
+    batch, heads, rows, _ = query.shape
     if query.stride(1) < query.stride(2):
         strides = (rows * heads * size, size, heads * size, 1)
     else:
@@ -32,172 +66,120 @@ def _heads_like(query: Tensor, size: int) -> Tensor:
     return torch.empty_strided((batch, heads, rows, size), strides, dtype=query.dtype, device=query.device)
 
 
-def _modifiers(
-    query: Tensor, key: Tensor, bias: Tensor | None, alibi_slopes: Tensor | None, sinks: Tensor | None
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _per_row(query: Tensor) -> Tensor:
+    """float32 (B, H, Nq), packed (H, total_q)."""
+    shape = query.shape[:3] if query.dim() == 4 else query.shape[1::-1]
+    return query.new_empty(shape, dtype=torch.float32)
+
+
+def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
     """As the kernels want them: (B, H, Nq, Nk), float32 (B, H), float32 (H); broadcast by stride 0, without copies."""
-    batch, heads, rows, _ = query.shape
+    bias, alibi_slopes, sinks, seed, lens_q, lens_k = modifiers
+    heads = query.shape[1]
     if bias is not None:
-        bias = (bias if bias.stride(-1) <= 1 else bias.contiguous()).expand(batch, heads, rows, key.shape[2])
+        bias = bias if bias.stride(-1) <= 1 else bias.contiguous()
+        bias = bias.expand(query.shape[0], heads, query.shape[2], key.shape[2])
     if alibi_slopes is not None:
+        batch = query.shape[0] if lens_q is None else lens_q.numel() - 1
         alibi_slopes = alibi_slopes.float().contiguous().expand(batch, heads)
-    return bias, alibi_slopes, None if sinks is None else sinks.float().contiguous()
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    if lens_q is not None and lens_k is not None:
+        lens_q, lens_k = lens_q.contiguous(), lens_k.contiguous()
+    return Modifiers(bias, alibi_slopes, sinks, seed, lens_q, lens_k)
 
 
-def _run_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    lse: Tensor | None,
-    *scores: Any,
-) -> Tensor:
+def _run_forward(query: Tensor, key: Tensor, value: Tensor, lse: Tensor | None, rest: tuple[Any, ...]) -> Tensor:
     q, k, v = _operand(query), _operand(key), _operand(value)
-    if bias is not None or alibi_slopes is not None or sinks is not None:
-        bias, alibi_slopes, sinks = _modifiers(q, k, bias, alibi_slopes, sinks)
-    output, device = _heads_like(query, value.shape[3]), q.device
+    modifiers, options = rest[:_COUNT], rest[_COUNT:]
+    if modifiers != PLAIN:  # None is compared by identity: cheap
+        modifiers = _prepared(q, k, Modifiers(*modifiers))
+    output, device = _heads_like(query, value.shape[-1]), q.device
     kernels = backend.kernels[device.type]
-    size = kernels.attention_forward_workspace(q, k, v, lse)
+    size = kernels.attention_forward_workspace(q, k, v, modifiers[-2], modifiers[-1], lse)
     workspace = torch.empty(size, dtype=torch.float32, device=device)
-    kernels.attention_forward(q, k, v, bias, alibi_slopes, sinks, *scores, output, lse, workspace)
+    kernels.attention_forward(q, k, v, modifiers, options, output, lse, workspace)
     return output
 
 
-def _inference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    *scores: Any,
-) -> Tensor:
-    return _run_forward(query, key, value, bias, alibi_slopes, sinks, None, *scores)
+def _inference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
+    return _run_forward(query, key, value, None, rest)
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    *scores: Any,
-) -> tuple[Tensor, Tensor]:
-    batch, heads, rows, _ = query.shape
-    lse = query.new_empty((batch, heads, rows), dtype=torch.float32)
-    return _run_forward(query, key, value, bias, alibi_slopes, sinks, lse, *scores), lse
+def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    lse = _per_row(query)
+    return _run_forward(query, key, value, lse, rest), lse
 
 
 def _backward(
-    doutput: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    output: Tensor,
-    lse: Tensor,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
-    bottom_right: bool,
-    mask: Sequence[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    doutput: Tensor, dlse: Tensor | None, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, ...]:  # fmt: skip
     q, k, v, doutput = _operand(query), _operand(key), _operand(value), _operand(doutput)
-    dquery, dkey, dvalue = (
-        _heads_like(t, t.shape[3]) if wanted else None for t, wanted in zip((query, key, value), mask, strict=False)
-    )
-    dbias = dsinks = None
-    if bias is not None and mask[3]:
-        dbias = torch.empty((1,) * (4 - bias.dim()) + bias.shape, dtype=bias.dtype, device=bias.device)
-    if sinks is not None and mask[4]:
-        dsinks = torch.empty(q.shape[:2], dtype=torch.float32, device=q.device)
-    full_bias, slopes, sink = _modifiers(q, k, bias, alibi_slopes, sinks)
+    modifiers, options, mask = Modifiers(*rest[:_COUNT]), rest[_COUNT:-1], rest[-1]
+    bias, alibi_slopes, sinks = modifiers[:3]
+    grads: list[Tensor | None] = [
+        _heads_like(t, t.shape[-1]) if wanted else None for t, wanted in zip((query, key, value), mask, strict=False)
+    ]
+    dbias = dalibi = dsinks = None
+    if modifiers != PLAIN:
+        modifiers = _prepared(q, k, modifiers)
+        batch = q.shape[0] if modifiers.cu_seqlens_q is None else modifiers.cu_seqlens_q.numel() - 1
+        if bias is not None and mask[3]:
+            dbias = torch.empty((1,) * (4 - bias.dim()) + bias.shape, dtype=bias.dtype, device=bias.device)
+        if alibi_slopes is not None and mask[4]:
+            dalibi = torch.empty((batch, q.shape[1]), dtype=torch.float32, device=q.device)
+        if sinks is not None and mask[5]:
+            dsinks = torch.empty((batch, q.shape[1]), dtype=torch.float32, device=q.device)
     kernels = backend.kernels[q.device.type]
-    size = kernels.attention_backward_workspace(q, k, v, doutput)
+    size = kernels.attention_backward_workspace(q, k, v, *modifiers[-2:], doutput)
+    workspace = torch.empty(size, dtype=torch.float32, device=q.device)
     kernels.attention_backward(
-        doutput,
-        None if dlse is None else dlse.contiguous(),
-        q,
-        k,
-        v,
-        full_bias,
-        slopes,
-        sink,
-        _operand(output),
-        lse,
-        scale,
-        softcap,
-        left,
-        right,
-        bottom_right,
-        dquery,
-        dkey,
-        dvalue,
-        dbias,
-        dsinks,
-        torch.empty(size, dtype=torch.float32, device=q.device),
-    )
-    none = query.new_empty(0)
-    return (
-        none if dquery is None else dquery,
-        query.new_empty(0) if dkey is None else dkey,
-        query.new_empty(0) if dvalue is None else dvalue,
-        query.new_empty(0) if dbias is None or bias is None else dbias.view(bias.shape),
-        query.new_empty(0) if dsinks is None or sinks is None else dsinks.sum(0).to(sinks.dtype),
-    )
+        doutput, None if dlse is None else dlse.contiguous(), q, k, v, modifiers, options, _operand(output), lse,
+        *grads, dbias, dalibi, dsinks, workspace,
+    )  # fmt: skip
+    if bias is not None and dbias is not None:
+        dbias = dbias.view(bias.shape)
+    if alibi_slopes is not None and dalibi is not None:
+        dalibi = (dalibi if alibi_slopes.dim() == 2 else dalibi.sum(0)).to(alibi_slopes.dtype)
+    if sinks is not None and dsinks is not None:
+        dsinks = dsinks.sum(0).to(sinks.dtype)
+    return tuple(query.new_empty(0) if g is None else g for g in (*grads, dbias, dalibi, dsinks))
 
 
 # ---- Fake
 
 
 def _inference_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    return _heads_like(query, value.shape[3])
+    return _heads_like(query, value.shape[-1])
 
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _heads_like(query, value.shape[3]), query.new_empty(query.shape[:3], dtype=torch.float32)
+    return _heads_like(query, value.shape[-1]), _per_row(query)
 
 
 def _backward_fake(
-    doutput: Tensor,
-    dlse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
+    doutput: Tensor, dlse: Tensor | None, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
     *rest: Any,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, ...]:  # fmt: skip
     mask = rest[-1]
-
-    def flat(t: Tensor | None, wanted: bool) -> Tensor:
-        return query.new_empty(0) if t is None or not wanted else t.new_empty(t.shape)
-
-    heads = (
-        _heads_like(t, t.shape[3]) if wanted else query.new_empty(0)
-        for t, wanted in zip((query, key, value), mask, strict=False)
-    )
-    return *heads, flat(bias, mask[3]), flat(sinks, mask[4])
+    heads = (_heads_like(t, t.shape[-1]) if m else query.new_empty(0) for t, m in zip((query, key, value), mask))  # noqa: B905
+    others = (query.new_empty(0) if t is None or not m else t.new_empty(t.shape) for t, m in zip(rest, mask[3:]))  # noqa: B905
+    return *heads, *others
 
 
-_SCORES = "float scale, float softcap, SymInt left, SymInt right, bool bottom_right"
-_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks"
+# ---- Registration
 
-inference_op = register(f"attention({_INPUTS}, {_SCORES}) -> Tensor", _inference, _inference_fake)
-forward_op = register(
-    f"attention_forward({_INPUTS}, {_SCORES}) -> (Tensor output, Tensor lse)", _forward, _forward_fake
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, "
+    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, float softcap, SymInt left, SymInt right, "
+    "bool bottom_right, float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k"
 )
+inference_op = register(f"attention({_INPUTS}) -> Tensor", _inference, _inference_fake)
+forward_op = register(f"attention_forward({_INPUTS}) -> (Tensor output, Tensor lse)", _forward, _forward_fake)
 _backward_op = register(
-    f"attention_backward(Tensor doutput, Tensor? dlse, {_INPUTS}, Tensor output, Tensor lse, {_SCORES}, bool[5] mask)"
-    " -> (Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dbias, Tensor dsinks)",
+    f"attention_backward(Tensor doutput, Tensor? dlse, Tensor output, Tensor lse, {_INPUTS}, bool[6] mask) -> "
+    "(Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dbias, Tensor dalibi_slopes, Tensor dsinks)",
     _backward,
     _backward_fake,
 )
@@ -205,34 +187,21 @@ _backward_op = register(
 # ---- Autograd
 
 
-def on_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    alibi_slopes: Tensor | None,
-    sinks: Tensor | None,
-    dropout_p: float,
-    scale: float,
-    softcap: float,
-    left: int,
-    right: int,
-    bottom_right: bool,
-) -> tuple[Tensor, ...]:
+def _on_reference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """(out, lse) by the definition, from the arguments of the ops."""
+    modifiers, options = Modifiers(*rest[:_COUNT]), Options(*rest[_COUNT:])
+    left, right = options.left, options.right
     result = reference.attention(
         query,
         key,
         value,
         window=(None if left < 0 else left, None if right < 0 else right),
-        softcap=softcap,
-        bias=bias,
-        alibi_slopes=alibi_slopes,
-        sinks=sinks,
-        dropout_p=dropout_p,
-        scale=scale,
-        causal_align=ALIGNMENTS[bottom_right],
+        softcap=options.softcap,
+        dropout_p=options.dropout_p,
+        scale=options.scale,
+        causal_align=ALIGNMENTS[options.bottom_right],
         return_lse=True,
+        **modifiers._asdict(),
     )
     assert isinstance(result, tuple)
     return result
@@ -240,43 +209,70 @@ def on_reference(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        bias: Tensor | None,
-        alibi_slopes: Tensor | None,
-        sinks: Tensor | None,
-        *scores: Any,
-    ) -> tuple[Tensor, Tensor]:
-        output, lse = forward_op(query, key, value, bias, alibi_slopes, sinks, *scores)
-        ctx.save_for_backward(query, key, value, bias, alibi_slopes, sinks, output, lse)
-        ctx.scores = scores
+    def forward(ctx: Any, options: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, Tensor]:
+        output, lse = forward_op(*inputs, *options)
+        ctx.save_for_backward(output, lse, *inputs)
+        ctx.options = options  # one argument: each costs a call as much as a tensor
         ctx.set_materialize_grads(False)
         return output, lse
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        query, key, value, bias, alibi_slopes, sinks, output, lse = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        mask = (*need[:4], need[5])
+        output, lse, *inputs = ctx.saved_tensors
+        mask = ctx.needs_input_grad[1 : 1 + _GRADS]
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
 
-            def function(
-                q: Tensor, k: Tensor, v: Tensor, b: Tensor | None, s: Tensor | None
-            ) -> Tensor | tuple[Tensor, ...]:
-                return on_reference(q, k, v, b, alibi_slopes, s, 0.0, *ctx.scores)
+            def function(*leaves: Any) -> tuple[Tensor, ...]:
+                return _on_reference(*leaves, *inputs[_GRADS:], *ctx.options)
 
-            grads = double_backward(function, (query, key, value, bias, sinks), (doutput, dlse), mask)
+            grads = double_backward(function, inputs[:_GRADS], (doutput, dlse), mask)
         else:
             if doutput is None:  # only lse was used
                 doutput = torch.zeros_like(output)
-            grads = _backward_op(
-                doutput, dlse, query, key, value, bias, alibi_slopes, sinks, output, lse, *ctx.scores, mask
-            )
-        dq, dk, dv, db, ds = (g if wanted else None for g, wanted in zip(grads, mask, strict=True))
-        return dq, dk, dv, db, None, ds, None, None, None, None, None
+            grads = _backward_op(doutput, dlse, output, lse, *inputs, *ctx.options, mask)
+        found = [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
+        return None, *found, None, None, None
 
 
-attention_with_grad = applier(_Attention)
+_attention_with_grad = applier(_Attention)
+
+# ---- Backend
+
+_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+
+def _refusal(query: Tensor, key: Tensor, value: Tensor, modifiers: tuple[Tensor | None, ...]) -> str | None:
+    """Why the kernels do not take these arguments, None if they do."""
+    if query.device.type == "cuda":
+        return "there are no CUDA kernels for attention"
+    if query.dtype not in _DTYPES:
+        return f"query of dtype {query.dtype}"
+    _, alibi_slopes, _, _, lens, _ = modifiers
+    if lens is not None:
+        return "packed sequences (cu_seqlens_q)"
+    if alibi_slopes is not None and wants_grad(alibi_slopes):
+        return "a gradient for alibi_slopes"
+    if query.numel() == 0 or key.numel() == 0 or value.numel() == 0:
+        return "a tensor without elements"
+    return None
+
+
+def attend(
+    op: str,
+    return_lse: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    modifiers: tuple[Tensor | None, ...],
+    *options: Any,
+) -> Any:
+    """output or (output, lse) of checked arguments, by whichever backend serves them. `options`: those of `Options`."""
+    if backend.choose(op, query.device, _refusal(query, key, value, modifiers)) == "reference":
+        both = _on_reference(query, key, value, *modifiers, *options)
+    elif wants_grad(query, key, value, *modifiers[: _GRADS - 3]):
+        both = _attention_with_grad(options, query, key, value, *modifiers)
+    elif return_lse:
+        both = forward_op(query, key, value, *modifiers, *options)
+    else:
+        return inference_op(query, key, value, *modifiers, *options)
+    return both if return_lse else both[0]

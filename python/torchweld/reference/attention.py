@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
 from torch import Tensor
+
+from torchweld.reference.philox import draw_seed, dropout_factors
 
 
 def _visible(queries: int, keys: int, shift: int, left: int, right: int, device: torch.device) -> Tensor | None:
@@ -38,7 +41,7 @@ def _dense(
     bias: Tensor | None,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
-    dropout_p: float,
+    dropout: Tensor | None,
     scale: float,
     bottom_right: bool,
 ) -> tuple[Tensor, Tensor]:
@@ -85,8 +88,8 @@ def _dense(
     total = total.masked_fill(empty, 1.0)
     lse = (top + torch.log(total)).masked_fill(empty, -math.inf).squeeze(-1)
     p = p / total
-    if dropout_p > 0:
-        p = torch.dropout(p, dropout_p, True)
+    if dropout is not None:
+        p = p * dropout.to(compute)
     return (p @ v).to(query.dtype), lse
 
 
@@ -102,28 +105,45 @@ def attention(
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     dropout_p: float = 0.0,
+    seed: Tensor | None = None,
     scale: float | None = None,
     cu_seqlens_q: Tensor | None = None,
     cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
     causal_align: str = "top_left",
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scores) @ value, scores = query @ key^T * scale, soft-capped, biased and masked in this order.
 
-    Arguments, shapes and result are those of `torchweld.ops.attention`. Computed in float32 at least.
+    Arguments, shapes and result are those of `torchweld.ops.attention`. Computed in float32 at least. Dropout is a mask
+    of B * H * Nq rows (packed: H * total_q), and a column for each key of the sequence: see `philox.dropout_factors`.
     """
     band = _band(causal, window)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
     bottom_right = causal_align == "bottom_right"
+    if dropout_p > 0 and seed is None:
+        seed = draw_seed(query.device)
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        out, lse = _dense(query, key, value, band, softcap, bias, alibi_slopes, sinks, dropout_p, scale, bottom_right)
+        dropout = None
+        if dropout_p > 0 and seed is not None:
+            shape = (*query.shape[:3], key.shape[2])
+            dropout = dropout_factors(seed, math.prod(shape[:3]), shape[3], dropout_p).view(shape)
+        out, lse = _dense(query, key, value, band, softcap, bias, alibi_slopes, sinks, dropout, scale, bottom_right)
         return (out, lse) if return_lse else out
 
     # Packed sequences, one after the other.
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
-    outs, lses = [], []
+    for name, starts, total in (("cu_seqlens_q", starts_q, query.shape[0]), ("cu_seqlens_k", starts_k, key.shape[0])):
+        if starts[0] != 0 or starts[-1] != total or any(b < a for a, b in itertools.pairwise(starts)):
+            raise ValueError(f"[attention] {name}: expected a sequence that rises from 0 to {total}, but got {starts}")
+    outs, lses, dropout = [], [], None
     for n in range(len(starts_q) - 1):
         rows, columns = slice(starts_q[n], starts_q[n + 1]), slice(starts_k[n], starts_k[n + 1])
+        if dropout_p > 0 and seed is not None:
+            numbers = torch.arange(query.shape[0] * query.shape[1], device=seed.device).view(query.shape[1::-1])
+            numbers, width = numbers[:, rows], starts_k[n + 1] - starts_k[n]
+            dropout = dropout_factors(seed, numbers.flatten(), width, dropout_p).view(1, *numbers.shape, width)
         slopes = alibi_slopes[n] if alibi_slopes is not None and alibi_slopes.dim() == 2 else alibi_slopes
         out, lse = _dense(
             query[rows].transpose(0, 1).unsqueeze(0),
@@ -134,7 +154,7 @@ def attention(
             None,
             slopes,
             sinks,
-            dropout_p,
+            dropout,
             scale,
             bottom_right,
         )

@@ -1,0 +1,117 @@
+"""scaled_dot_product_attention: torch's signature, on the kernels of attention."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from torchweld.ops.attention_checks import check_bias, check_common, check_heads, fail
+from torchweld.ops.attention_op import attend
+from torchweld.reference.philox import draw_seed
+
+
+def _fold(
+    op: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
+    """(B, H, N, D) of torch's (..., N, D), whose batch dimensions broadcast; and the output's batch dimensions."""
+    for name, t in (("query", query), ("key", key), ("value", value)):
+        if t.dim() < 2 + enable_gqa:
+            fail(op, name, f"at least {2 + enable_gqa} dimensions", f"shape {list(t.shape)}")
+    # With grouped queries the heads are no batch dimension: each tensor keeps its own number of them.
+    tails = [t.shape[-3:] if enable_gqa else t.shape[-2:] for t in (query, key, value)]
+    leads = [t.shape[: t.dim() - len(tail)] for t, tail in zip((query, key, value), tails, strict=True)]
+    try:
+        batch = tuple(torch.broadcast_shapes(*leads))
+    except RuntimeError:
+        fail(op, "key, value", f"batch dimensions that broadcast with query's {list(leads[0])}", leads[1:])
+    if enable_gqa:
+        heads = query.shape[-3]
+        if 0 in (key.shape[-3], value.shape[-3]) or heads % key.shape[-3] or heads % value.shape[-3]:
+            fail(op, "key, value", f"numbers of heads that divide query's {heads}", (key.shape[-3], value.shape[-3]))
+        if key.shape[-3] != value.shape[-3]:
+            key, value = (t.repeat_interleave(heads // t.shape[-3], dim=-3) for t in (key, value))
+            tails = [t.shape[-3:] for t in (query, key, value)]
+        outer, batch = batch, (*batch, heads)
+    else:
+        outer = batch[:-1]
+    query, key, value = (
+        t.expand(*(outer if enable_gqa else batch), *tail).reshape(
+            math.prod(outer), *(tail if enable_gqa else (math.prod(batch[-1:]), *tail))
+        )
+        for t, tail in zip((query, key, value), tails, strict=True)
+    )
+    if mask is not None:
+        rows = (query.shape[-2], key.shape[-2])
+        check_bias(op, "attn_mask", mask, query, (*batch, *rows))
+        if mask.dim() > 2 and len(batch) != 2:
+            mask = mask.expand(*batch, *rows).reshape(math.prod(outer), -1, *rows)
+    return query, key, value, mask, batch
+
+
+def _autocast(t: Tensor) -> Tensor:
+    if not t.dtype.is_floating_point or t.dtype is torch.float64:
+        return t
+    return t.to(torch.get_autocast_dtype(t.device.type))
+
+
+def scaled_dot_product_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """Drop-in for `torch.nn.functional.scaled_dot_product_attention`, on the kernels of `attention`.
+
+    Args:
+        query: (..., H, L, E), float32, bfloat16 or float16 (others run on the reference).
+        key, value: (..., H, S, E) and (..., H, S, Ev); batch dimensions broadcast.
+        attn_mask: broadcasts to (..., H, L, S): boolean (True attends), or additive (query's dtype or float32) with
+            a gradient.
+        dropout_p: probability that a weight is dropped, always applied; torch.manual_seed decides which are (not the
+            ones that torch's own function would drop).
+        is_causal: query i sees keys 0 to i; not together with attn_mask.
+        scale: 1 / sqrt(E) if None.
+        enable_gqa: query's heads are a multiple of key's and value's, which are shared by groups of them.
+
+    Returns:
+        (..., H, L, Ev) of query's dtype, in memory (..., L, H, Ev) if query is so. Zeros in rows that see nothing.
+
+    Raises:
+        RuntimeError: a device, dtype or shape does not fit, both masks are given, or dropout_p is out of range.
+        TypeError: query is not floating point.
+    """
+    op = "scaled_dot_product_attention"
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = _autocast(query), _autocast(key), _autocast(value)
+        attn_mask = None if attn_mask is None else _autocast(attn_mask)
+    check_common(op, query, key, value, dropout_p)
+    if is_causal and attn_mask is not None:
+        fail(op, "attn_mask", "None beside is_causal=True", "a tensor", "put the causal mask into it, or drop one")
+    if scale is None:
+        scale = 1.0 / math.sqrt(max(query.shape[-1], 1))
+    options = (scale, 0.0, -1, 0 if is_causal else -1, False, dropout_p, -1, -1)
+    seed = draw_seed(query.device) if dropout_p > 0 else None
+
+    # The common case: 4 dimensions, nothing to broadcast.
+    shape, key_shape, value_shape = query.shape, key.shape, value.shape
+    if (
+        len(shape) == len(key_shape) == len(value_shape) == 4
+        and shape[0] == key_shape[0] == value_shape[0]
+        and key_shape[1] == value_shape[1]
+        and (enable_gqa or shape[1] == key_shape[1])
+    ):
+        if not shape == key_shape == value_shape:
+            check_heads(op, query, key, value)
+        if attn_mask is not None:
+            check_bias(op, "attn_mask", attn_mask, query, (*query.shape[:3], key.shape[2]))
+        return attend(op, False, query, key, value, (attn_mask, None, None, seed, None, None), *options)
+    q, k, v, mask, batch = _fold(op, query, key, value, attn_mask, enable_gqa)
+    check_heads(op, q, k, v)
+    out: Tensor = attend(op, False, q, k, v, (mask, None, None, seed, None, None), *options)
+    return out.reshape(*batch, query.shape[-2], value.shape[-1])
