@@ -1,6 +1,6 @@
 // Attention, backward: what its kernels share. cpu/attention_backward.cpp has the formulas; weights and their gradients
 //
-//   P = exp(scores - lse)        dP = doutput @ value^T        dS = P * (dP - delta)
+//   P = exp(scores - lse)        dP = dropout(doutput @ value^T)        dS = P * (dP - delta)
 //
 // are made again, tile by tile, from the row values lse and delta. Every kernel has its own loop over them instead of
 // sharing one, which costs 7 products in place of 5, but leaves nothing to be added across blocks: no atomics, no
@@ -16,8 +16,8 @@
 // Dao: FlashAttention-2, arXiv:2307.08691.
 #pragma once
 
+#include "cuda/attention_dropout.cuh"
 #include "cuda/attention_schedule.cuh"
-#include "cuda/attention_scores.cuh"
 
 namespace torchweld::cuda {
 
@@ -27,7 +27,7 @@ struct Backward : AttentionBackwardParams {
   bool pairs;         // all rows of gradients begin on two elements
   float* lse2;  // [B, H, Nq] lse * log2(e), inf where a query sees nothing: its weights are exp2(-inf)
   float* delta; // [B, H, Nq]
-  float* distances;   // [B, H, Nq] sum over keys of dS * -|i + shift - j|, nullptr: not wanted
+  float* distances;   // [B, H, Nq] sum over keys of dS * -|i + shift - j|, nullptr: not wanted by the kernel that is launched
 };
 
 template <class T>
@@ -103,15 +103,20 @@ struct BackwardMemory {
   }
 };
 
+// ds = dP - delta(m, n, e), with dropout in between.
+template <bool kTransposed, int MT, int NT, class Delta>
+__device__ __forceinline__ void subtract_delta(const Backward& p, float (&ds)[MT][NT][4], bool drops,
+                                               const Kept<kTransposed, MT, NT>& kept, Delta&& delta) {
+  for_each<MT, NT>([&](int m, int n, int e) {
+    if (drops) ds[m][n][e] = kept(m, n, e) ? ds[m][n][e] * p.dropout.scale : 0.0f;
+    ds[m][n][e] -= delta(m, n, e);
+  });
+}
+
 // Scores to weights, in place: P = exp2(unit * s - lse2(m, n, e)).
 template <int MT, int NT, class Lse>
 __device__ __forceinline__ void weigh(float (&s)[MT][NT][4], float unit, Lse&& lse2) {
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-#pragma unroll
-    for (int n = 0; n < NT; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) s[m][n][e] = ptx::exp2(s[m][n][e] * unit - lse2(m, n, e));
+  for_each<MT, NT>([&](int m, int n, int e) { s[m][n][e] = ptx::exp2(s[m][n][e] * unit - lse2(m, n, e)); });
 }
 
 // The rows of the four tensors that are read, of one head.

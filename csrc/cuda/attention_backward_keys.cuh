@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads) differe
   };
 
   float dkey[MT][kKey ? D / 8 : 1][4] = {}, dvalue[MT][kValue ? D / 8 : 1][4] = {};
-  const float unit = unit_of(p);
+  const float unit = unit_of<kPlain>(p);
   memory.pipeline(tiles * group, load, [&](int step) {
     const Head head(p, b, first_head + step / tiles);
     const int i0 = start + step % tiles * Shape::kOthers;
@@ -58,32 +58,26 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads) differe
     // Products.
     float s[MT][NT][4], ds[MT][NT][4];
     multiply_rows<T, D>(s, memory.own_rows(0), memory.others(step, 0));
-    if constexpr (kKey) {
-      multiply_rows<T, D>(ds, memory.own_rows(1), memory.others(step, 1));
-#pragma unroll
-      for (int n = 0; n < NT; ++n)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-#pragma unroll
-          for (int m = 0; m < MT; ++m) ds[m][n][e] -= value_of(1, n, e);
-    }
+    if constexpr (kKey) multiply_rows<T, D>(ds, memory.own_rows(1), memory.others(step, 1));
+    const bool drops = !kPlain && p.dropout.seed != nullptr;
+    Kept<true, MT, NT> kept;
+    if (drops) kept.draw(p.dropout, head.values, row0, i0);
+    if constexpr (kKey) subtract_delta(p, ds, drops, kept, [&](int, int n, int e) { return value_of(1, n, e); });
 
     // Weights.
-    float(*slopes)[NT][4] = kKey ? ds : nullptr;
-    if constexpr (!kPlain) modify<true>(p, head, s, row0, i0, slopes);
-    if (!head.sees_all(i0, Shape::kOthers, j0, Shape::kRows)) hide<true>(head, s, row0, i0, slopes);
+    const Cells<true> cells{head, row0, i0};
+    if constexpr (!kPlain) modify(p, cells, s, kKey ? ds : nullptr);
+    if (!head.sees_all(i0, Shape::kOthers, j0, Shape::kRows)) hide(cells, s, kKey ? ds : nullptr);
     weigh(s, unit, [&](int, int n, int e) { return value_of(0, n, e); });
 
     // Gradients.
-    if constexpr (kValue) multiply_columns<T, D>(dvalue, s, memory.others(step, 1));
     if constexpr (kKey) {
-#pragma unroll
-      for (int m = 0; m < MT; ++m)
-#pragma unroll
-        for (int n = 0; n < NT; ++n)
-#pragma unroll
-          for (int e = 0; e < 4; ++e) ds[m][n][e] *= s[m][n][e];
+      for_each<MT, NT>([&](int m, int n, int e) { ds[m][n][e] *= s[m][n][e]; });
       multiply_columns<T, D>(dkey, ds, memory.others(step, 0));
+    }
+    if constexpr (kValue) {
+      if (drops) drop(s, kept);
+      multiply_columns<T, D>(dvalue, s, memory.others(step, 1));
     }
   });
 
@@ -99,7 +93,7 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads) differe
         [&](int, int) { return factor; });
   };
   if (kKey && p.dkey != nullptr) store(dkey, p.dkey, p.dkey_strides, p.dim, p.scale);
-  if (kValue && p.dvalue != nullptr) store(dvalue, p.dvalue, p.dvalue_strides, p.value_dim, 1.0f);
+  if (kValue && p.dvalue != nullptr) store(dvalue, p.dvalue, p.dvalue_strides, p.value_dim, !kPlain && p.dropout.seed != nullptr ? p.dropout.scale : 1.0f);
 }
 
 template <class T, int D, bool kPlain>
@@ -109,6 +103,7 @@ void launch_keys(Backward p, Stream stream) {
   p.pairs = writes_pairs<T>(p);
   p.schedule = Schedule(p.batch * p.kv_heads, p.keys, Shape::kRows, 1,
                         p.queries * (p.dim + p.value_dim) * sizeof(T) * (p.heads / p.kv_heads), true);
+  if (p.schedule.empty()) return;
   auto run = [&](auto kernel) {
     launch("attention_backward", kernel, p.schedule.grid(), dim3(Shape::kThreads), Shape::kBytes, stream, p);
   };

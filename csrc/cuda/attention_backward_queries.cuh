@@ -20,33 +20,28 @@ struct RowValues {
   }
 };
 
-// ds = P * (dP - delta) of the block's queries from i0, those of this warp from row0, and a tile of keys from j0. kCapped:
+// ds = P * (dP - delta) of the block's queries from i0, those of this warp from row0, and a tile of keys from j0. capped:
 // of the product itself, where a softcap comes after it.
-template <class T, int D, bool kPlain, bool kCapped, int NT, int MT>
+template <class T, int D, bool kPlain, int NT, int MT>
 __device__ __forceinline__ void score_gradient(const Backward& p, const Head& head, const RowValues<MT>& values,
-                                               const BackwardMemory<T, D, kPlain>& memory, int step, int i0, int row0, int j0, float unit,
+                                               const BackwardMemory<T, D, kPlain>& memory, int step, int i0, int row0, int j0, float unit, bool capped,
                                                float (&ds)[MT][NT][4]) {
   float s[MT][NT][4];
   multiply_rows<T, D>(s, memory.own_rows(0), memory.others(step, 0));
   multiply_rows<T, D>(ds, memory.own_rows(1), memory.others(step, 1));
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-#pragma unroll
-    for (int n = 0; n < NT; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) ds[m][n][e] -= values.delta[m][e / 2];
-  if constexpr (!kPlain) modify<false>(p, head, s, row0, j0, kCapped ? ds : nullptr);
+  const bool drops = !kPlain && p.dropout.seed != nullptr;
+  Kept<false, MT, NT> kept;
+  if (drops) kept.draw(p.dropout, head.values, row0, j0);
+  subtract_delta(p, ds, drops, kept, [&](int m, int, int e) { return values.delta[m][e / 2]; });
+  const Cells<false> cells{head, row0, j0};
+  if constexpr (!kPlain) modify(p, cells, s, ds, capped);
   using Shape = BackwardShape<T, D, kPlain>;
-  if (!head.sees_all(i0, Shape::kRows, j0, Shape::kOthers)) hide<false>(head, s, row0, j0, ds);
+  if (!head.sees_all(i0, Shape::kRows, j0, Shape::kOthers)) hide(cells, s, ds);
   weigh(s, unit, [&](int m, int, int e) { return values.lse2[m][e / 2]; });
-#pragma unroll
-  for (int m = 0; m < MT; ++m)
-#pragma unroll
-    for (int n = 0; n < NT; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) ds[m][n][e] *= s[m][n][e];
+  for_each<MT, NT>([&](int m, int n, int e) { ds[m][n][e] *= s[m][n][e]; });
 }
 
+// dquery and distances, whichever are wanted. With a softcap they are of different scores, and are asked for one by one.
 template <class T, int D, bool kPlain>
 __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads)
     differentiate_queries(const __grid_constant__ Backward p) {
@@ -73,14 +68,20 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads)
     load_tile<T, D, Shape::kOthers, kThreads>(memory.others(step, 1), rows.value, start + step * Shape::kOthers);
   };
 
-  float dquery[MT][D / 8][4] = {};
+  float dquery[MT][D / 8][4] = {}, distances[MT][2] = {};
   const RowValues<MT> values(p, head, row0);
-  const float unit = unit_of(p);
+  const float unit = unit_of<kPlain>(p);
   memory.pipeline(steps, load, [&](int step) {
     const int j0 = start + step * Shape::kOthers;
     float ds[MT][NT][4];
-    score_gradient<T, D, kPlain, true>(p, head, values, memory, step, i0, row0, j0, unit, ds);
+    score_gradient<T, D, kPlain>(p, head, values, memory, step, i0, row0, j0, unit, p.dquery != nullptr, ds);
     if (p.dquery != nullptr) multiply_columns<T, D>(dquery, ds, memory.others(step, 0));
+    if (!kPlain && p.distances != nullptr)
+      for_each<MT, NT>([&](int m, int n, int e) {
+        const Cells<false> cells{head, row0, j0};
+        const int distance = cells.query(m, n, e) + head.shift - cells.key(m, n, e);
+        distances[m][e / 2] -= ds[m][n][e] * fabsf(static_cast<float>(distance));
+      });
   });
 
   // Store.
@@ -91,6 +92,13 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads)
         dquery, static_cast<int>(p.dim), p.pairs,
         [&](int m, int half) { return row_of(m, half) < head.queries ? to + row_of(m, half) * p.dquery_strides.row : nullptr; },
         [&](int, int) { return p.scale; });
+  if (!kPlain && p.distances != nullptr) {
+#pragma unroll
+    for (int r = 0; r < 2 * MT; ++r) {
+      const float sum = group_sum(distances[r / 2][r % 2], 4);
+      if (lane_column() == 0 && row_of(r / 2, r % 2) < head.queries) p.distances[head.values + row_of(r / 2, r % 2)] = sum;
+    }
+  }
 }
 
 // Grid (tiles of keys, B * H * tiles of queries) of dbias's extents. Where bias is broadcast a block goes through all of
@@ -111,7 +119,7 @@ __global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads) differen
 
   float sum[MT][NT][4] = {};
   const BackwardMemory<T, D, false> memory;
-  const float unit = unit_of(p);
+  const float unit = unit_of<false>(p);
   for (int bb = b; bb < (extent[0] > 1 ? b + 1 : static_cast<int>(p.batch)); ++bb)
     for (int hh = h; hh < (extent[1] > 1 ? h + 1 : static_cast<int>(p.heads)); ++hh) {
       const Head head(p, bb, hh);
@@ -131,13 +139,8 @@ __global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads) differen
           ptx::cp_async_wait<0>();
           __syncthreads();
           float ds[MT][NT][4];
-          score_gradient<T, D, false, false>(p, head, values, memory, 0, i0, row0, j0, unit, ds);
-#pragma unroll
-          for (int m = 0; m < MT; ++m)
-#pragma unroll
-            for (int n = 0; n < NT; ++n)
-#pragma unroll
-              for (int e = 0; e < 4; ++e) sum[m][n][e] += ds[m][n][e];
+          score_gradient<T, D, false>(p, head, values, memory, 0, i0, row0, j0, unit, false, ds);
+          for_each<MT, NT>([&](int m, int n, int e) { sum[m][n][e] += ds[m][n][e]; });
         }
       }
     }
@@ -145,7 +148,8 @@ __global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads) differen
   // The tile of sums goes to shared memory, and from there to dbias: over its rows or columns where bias is broadcast.
   __syncthreads();
   constexpr int kStride = Shape::kOthers + 1;
-  for_each<false, MT, NT>(warp() * MT * 16, 0, [&](int m, int n, int e, int row, int column) {
+  for_each<MT, NT>([&](int m, int n, int e) {
+    const int row = warp() * MT * 16 + 16 * m + lane_row() + e / 2 * 8, column = 8 * n + lane_column() + e % 2;
     ptx::store_shared(memory.own[0] + (row * kStride + column) * 4, __float_as_uint(sum[m][n][e]));
   });
   __syncthreads();
@@ -161,9 +165,7 @@ __global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads) differen
     const int64_t place = (outer * extent[2] + i_begin + row) * extent[3] + j_begin + column;
     auto store = [&](auto tag) {
       using B = typename decltype(tag)::type;
-      Run<B, 1> one;
-      one.set([&](int) { return total; });
-      one.store(static_cast<B*>(p.dbias) + place);
+      store_one(static_cast<B*>(p.dbias) + place, total);
     };
     if (p.bias_type == MaskType::float32) store(Tag<float>{});
     else if (p.bias_type == MaskType::bfloat16) store(Tag<__nv_bfloat16>{});
@@ -174,11 +176,18 @@ __global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads) differen
 template <class T, int D, bool kPlain>
 void launch_queries(Backward p, Stream stream) {
   using Shape = BackwardShape<T, D, kPlain>;
-  if (p.dquery == nullptr) return;
+  if (p.dquery == nullptr && p.distances == nullptr) return;
+  if (p.dquery != nullptr && p.distances != nullptr && p.softcap != 0) {
+    Backward without = p;
+    without.distances = nullptr;
+    launch_queries<T, D, kPlain>(without, stream);
+    p.dquery = nullptr;
+  }
   p.packets = reads_packets<T>(p);
   p.pairs = writes_pairs<T>(p);
   p.schedule = Schedule(p.batch * p.heads, p.queries, Shape::kRows, p.heads / p.kv_heads,
                         p.keys * (p.dim + p.value_dim) * sizeof(T), false);
+  if (p.schedule.empty()) return;
   launch("attention_backward", differentiate_queries<T, D, kPlain>, p.schedule.grid(), dim3(Shape::kThreads), Shape::kBytes,
          stream, p);
 }
@@ -191,6 +200,7 @@ void launch_bias(Backward p, Stream stream) {
   const int64_t row_tiles = extent[2] > 1 ? (p.queries + Shape::kRows - 1) / Shape::kRows : 1;
   const int64_t key_tiles = extent[3] > 1 ? (p.keys + Shape::kOthers - 1) / Shape::kOthers : 1;
   const dim3 grid(static_cast<unsigned>(extent[0] * extent[1] * row_tiles * key_tiles));
+  if (grid.x == 0) return;
   launch("attention_backward", differentiate_bias<T, D>, grid, dim3(Shape::kThreads), Shape::kBytes, stream, p);
 }
 

@@ -8,11 +8,16 @@ namespace torchweld::cuda {
 
 constexpr int kPrepareWarps = 8, kReduceThreads = 256;
 
+// Of all heads, in all sequences.
+__host__ __device__ inline int64_t query_rows(const AttentionInputs& p) {
+  return (p.cu_seqlens_q != nullptr ? 1 : p.batch) * p.heads * p.total_q;
+}
+
 template <class T>
 __global__ void __launch_bounds__(kPrepareWarps* kLanes) prepare(const __grid_constant__ Backward p) {
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kPrepareWarps + warp();
-  if (row >= p.batch * p.heads * p.queries) return;
-  const int64_t i = row % p.queries, h = row / p.queries % p.heads, b = row / p.queries / p.heads;
+  if (row >= query_rows(p)) return;
+  const int64_t i = row % p.total_q, h = row / p.total_q % p.heads, b = row / p.total_q / p.heads;
   const T* output = static_cast<const T*>(p.output) + b * p.output_strides.batch + h * p.output_strides.head + i * p.output_strides.row;
   const T* doutput =
       static_cast<const T*>(p.doutput) + b * p.doutput_strides.batch + h * p.doutput_strides.head + i * p.doutput_strides.row;
@@ -45,9 +50,15 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_heads(const __grid_cons
     return static_cast<float>(sums[0]);
   };
   if (p.dsinks != nullptr) {
-    const float sink = p.sinks[head.h] * kLog2e;
-    const float total = block_sum([&](int64_t row) { return -static_cast<double>(exp2f(sink - p.lse2[row])) * p.delta[row]; });
+    const float total = block_sum([&](int64_t row) {
+      const float lse = p.lse[row];
+      return lse == -infinity() ? 0.0 : -static_cast<double>(expf(p.sinks[head.h] - lse)) * p.delta[row];
+    });
     if (threadIdx.x == 0) p.dsinks[blockIdx.x] = total;
+  }
+  if (p.dalibi_slopes != nullptr) {
+    const float total = block_sum([&](int64_t row) { return static_cast<double>(p.distances[row]); });
+    if (threadIdx.x == 0) p.dalibi_slopes[blockIdx.x] = total;
   }
 }
 

@@ -8,9 +8,8 @@
 // Dao: FlashAttention-2, arXiv:2307.08691.
 #pragma once
 
-#include "cuda/attention_instances.h"
+#include "cuda/attention_dropout.cuh"
 #include "cuda/attention_schedule.cuh"
-#include "cuda/attention_scores.cuh"
 
 namespace torchweld::cuda {
 
@@ -40,13 +39,10 @@ template <int MT>
 struct Softmax {
   float max[MT][2], sum[MT][2];
 
-  // A sink is one more score, of no value; lane t = 0 counts it.
-  __device__ __forceinline__ Softmax(const float* sink) {
-#pragma unroll
-    for (int r = 0; r < 2 * MT; ++r) {
-      max[r / 2][r % 2] = sink != nullptr ? *sink * kLog2e : -infinity();
-      sum[r / 2][r % 2] = sink != nullptr && lane_column() == 0 ? 1.0f : 0.0f;
-    }
+  // A sink (nullptr: none) is one more score, of no value; lane t = 0 counts it.
+  __device__ __forceinline__ void init(int m, int half, const float* sink) {
+    max[m][half] = sink != nullptr ? *sink * kLog2e : -infinity();
+    sum[m][half] = sink != nullptr && lane_column() == 0 ? 1.0f : 0.0f;
   }
 
   // Scores to weights; `output` is rescaled to the new maximum.
@@ -132,8 +128,11 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads) attend(c
   for (int item = 0; item < kSlots - 1; ++item) load(item);
 
   float output[MT][D / 8][4] = {};
-  Softmax<MT> softmax(p.sinks != nullptr ? p.sinks + head.h : nullptr);
-  const float unit = unit_of(p);
+  Softmax<MT> softmax;
+#pragma unroll
+  for (int r = 0; r < 2 * MT; ++r) softmax.init(r / 2, r % 2, p.sinks != nullptr ? p.sinks + head.h : nullptr);
+  const float unit = unit_of<kPlain>(p);
+  const bool drops = !kPlain && p.dropout.seed != nullptr;
   for (int step = 0; step < steps; ++step) {
     const int j0 = start + step * Shape::kKeys;
 
@@ -141,11 +140,17 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads) attend(c
     float s[MT][NT][4];
     advance(2 * step);
     multiply_rows<T, D>(s, queries + warp() * MT * 16 * Tile<T, D>::kRowBytes, slot(2 * step));
-    if constexpr (!kPlain) modify<false>(p, head, s, row0, j0);
-    if (!head.sees_all(i0, Shape::kQueries, j0, Shape::kKeys)) hide<false>(head, s, row0, j0);
+    const Cells<false> cells{head, row0, j0};
+    if constexpr (!kPlain) modify(p, cells, s);
+    if (!head.sees_all(i0, Shape::kQueries, j0, Shape::kKeys)) hide(cells, s);
 
     // Weights.
     softmax.merge(s, output, unit);
+    if (drops) {
+      Kept<false, MT, NT> kept;
+      kept.draw(p.dropout, head.values, row0, j0);
+      drop(s, kept);
+    }
 
     // Values.
     advance(2 * step + 1);
@@ -153,13 +158,14 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads) attend(c
   }
 
   // Normalise. Store.
+  const float kept = drops ? p.dropout.scale : 1.0f;
   softmax.finish();
   T* out = head.query_rows(static_cast<T*>(p.output), p.output_strides);
   auto row_of = [&](int m, int half) { return row0 + m * 16 + lane_row() + half * 8; };
   store_rows<T>(
       output, static_cast<int>(p.value_dim), p.pairs,
       [&](int m, int half) { return row_of(m, half) < head.queries ? out + row_of(m, half) * p.output_strides.row : nullptr; },
-      [&](int m, int half) { return softmax.inverse(m, half); });
+      [&](int m, int half) { return softmax.inverse(m, half) * kept; });
   if (p.lse == nullptr || lane_column() != 0) return;
 #pragma unroll
   for (int r = 0; r < 2 * MT; ++r)
@@ -172,6 +178,7 @@ void launch_forward(const AttentionForwardParams& params, Stream stream) {
   Forward p{params};
   p.schedule = Schedule(p.batch * p.heads, p.queries, Shape::kQueries, p.heads / p.kv_heads,
                         p.keys * (p.dim + p.value_dim) * sizeof(T), false);
+  if (p.schedule.empty()) return;
   p.packets = rows_begin_on(16, sizeof(T), {p.query, p.key, p.value}, {p.query_strides, p.key_strides, p.value_strides});
   p.pairs = rows_begin_on(2 * sizeof(T), sizeof(T), {p.output}, {p.output_strides});
   launch("attention_forward", attend<T, D, kPlain>, p.schedule.grid(), dim3(Shape::kThreads), Shape::kBytes, stream, p);

@@ -24,11 +24,13 @@ class Schedule {
     const int64_t fitting = kCache / (bytes > 0 ? bytes : 1);
     section_ = (fitting > 0 ? fitting : 1) * shared;
     if (section_ > heads) section_ = heads;
+    if (section_ < 1) section_ = 1;
     if (heads * tiles_ > INT32_MAX)
       throw std::invalid_argument("[attention] query: expected at most 2^31 - 1 tiles of all heads, but got " +
                                   std::to_string(heads * tiles_) + "; split the batch");
   }
 
+  bool empty() const { return heads_ * tiles_ == 0; }
   dim3 grid() const { return dim3(static_cast<unsigned>(heads_ * tiles_)); }
 
   __device__ __forceinline__ Work work(int64_t block) const {

@@ -19,6 +19,8 @@ __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / k
 __device__ __forceinline__ int lane_row() { return lane() / 4; }         // g
 __device__ __forceinline__ int lane_column() { return lane() % 4 * 2; }  // 2t
 
+__device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
+
 // ---- In shared memory
 
 template <class T, int D>
@@ -60,38 +62,35 @@ struct Rows {
   bool packets;  // every row begins on 16 bytes
 };
 
-// Rows [first, first + R) into the tile at `tile`, zeros for what may not be read; kThreads threads share the work. The
-// copies belong to the group that the caller ends. Rows that do not begin on 16 bytes go element by element, at once.
+// One chunk of a row of `size` elements at `from`, zeros if that is nullptr; the copy belongs to the group that the caller
+// ends. If the row does not begin on 16 bytes (`packets`) it goes element by element, at once.
+template <class T, int D>
+__device__ __forceinline__ void load_chunk(uint32_t tile, int row, int chunk, const T* from, int size, bool packets) {
+  constexpr int kChunk = Tile<T, D>::kChunk;
+  const uint32_t to = tile + Tile<T, D>::at(row, chunk);
+  const int elements = from == nullptr ? 0 : clamp(size - chunk * kChunk, 0, kChunk);
+  if (elements > 0) from += chunk * kChunk;
+  if (packets) return ptx::cp_async<16>(to, from, elements * static_cast<int>(sizeof(T)));
+#pragma unroll 1
+  for (int e = 0; e < kChunk; ++e) {
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+    ptx::store_shared(to + e * sizeof(T), e < elements ? __ldg(reinterpret_cast<const Bits*>(from + e)) : Bits{0});
+  }
+}
+
+// Rows [first, first + R) into the tile at `tile`, zeros for what may not be read; kThreads threads share the work.
 template <class T, int D, int R, int kThreads>
 __device__ __forceinline__ void load_tile(uint32_t tile, const Rows<T>& rows, int first) {
-  using Shape = Tile<T, D>;
-  constexpr int kRowsAtOnce = kThreads / Shape::kChunks;
-  static_assert(kThreads % Shape::kChunks == 0);
-  const int chunk = static_cast<int>(threadIdx.x) % Shape::kChunks, row0 = static_cast<int>(threadIdx.x) / Shape::kChunks;
-  const int left = rows.size - chunk * Shape::kChunk, elements = left < 0 ? 0 : left < Shape::kChunk ? left : Shape::kChunk;
-  const T* from = rows.base + (first + row0) * rows.stride + chunk * Shape::kChunk;
+  constexpr int kChunks = Tile<T, D>::kChunks, kRowsAtOnce = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0);
+  const int chunk = static_cast<int>(threadIdx.x) % kChunks, row0 = static_cast<int>(threadIdx.x) / kChunks;
+  const T* from = rows.base + (first + row0) * rows.stride;
   const int64_t ahead = kRowsAtOnce * rows.stride;
-  if (rows.packets) {
 #pragma unroll
-    for (int r = 0; r < R; r += kRowsAtOnce, from += ahead) {
-      if (R % kRowsAtOnce != 0 && r + row0 >= R) break;
-      const bool exists = first + row0 + r >= rows.begin && first + row0 + r < rows.end;
-      const int bytes = exists ? elements * static_cast<int>(sizeof(T)) : 0;
-      ptx::cp_async<16>(tile + Shape::at(row0 + r, chunk), from, bytes);
-    }
-    return;
-  }
-#pragma unroll 1
   for (int r = 0; r < R; r += kRowsAtOnce, from += ahead) {
     if (R % kRowsAtOnce != 0 && r + row0 >= R) break;
     const bool exists = first + row0 + r >= rows.begin && first + row0 + r < rows.end;
-#pragma unroll 1
-    for (int e = 0; e < Shape::kChunk; ++e) {
-      using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
-      Bits bits = 0;
-      if (exists && e < elements) bits = __ldg(reinterpret_cast<const Bits*>(from + e));
-      ptx::store_shared(tile + Shape::at(row0 + r, chunk) + e * sizeof(T), bits);
-    }
+    load_chunk<T, D>(tile, row0 + r, chunk, exists ? from : nullptr, rows.size, rows.packets);
   }
 }
 
@@ -209,6 +208,13 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], con
 
 // ---- To global memory
 
+template <class T>
+__device__ __forceinline__ void store_one(T* to, float value) {
+  Run<T, 1> one;
+  one.set([&](int) { return value; });
+  one.store(to);
+}
+
 // An accumulator times `factor(m, half)` to rows of T: row 16 * m + g + 8 * half of it to `row(m, half)`, nullptr: none.
 template <class T, int MT, int NT, class Row, class Factor>
 __device__ __forceinline__ void store_rows(const float (&acc)[MT][NT][4], int size, bool pairs, Row&& row, Factor&& factor) {
@@ -227,11 +233,8 @@ __device__ __forceinline__ void store_rows(const float (&acc)[MT][NT][4], int si
           if constexpr (sizeof(T) == 4) *reinterpret_cast<float2*>(to + column) = make_float2(x, y);
           else *reinterpret_cast<uint32_t*>(to + column) = pack<T>(x, y);
         } else {
-          Run<T, 1> one;
-          one.set([&](int) { return x; });
-          if (column < size) one.store(to + column);
-          one.set([&](int) { return y; });
-          if (column + 1 < size) one.store(to + column + 1);
+          if (column < size) store_one(to + column, x);
+          if (column + 1 < size) store_one(to + column + 1, y);
         }
       }
     }

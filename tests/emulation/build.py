@@ -39,12 +39,14 @@ CHECKED = Variant(kernels=("-fsanitize=thread", "--param", "tsan-instrument-func
 _FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-w", '-DTORCHWELD_CUDA_ARCHITECTURES="none"')
 MACHINE = [Source(HERE / f"{name}.cpp") for name in ("fiber", "host", "machine", "report", "shared")]
 MACHINE.append(Source(CSRC / "cuda/device.cpp"))
+# As in csrc/cuda/CMakeLists.txt.
+_HEAD_SIZES = {"float": (64, 128, 256), "__nv_bfloat16": (32, 64, 128, 256), "__half": (32, 64, 128, 256)}
 _ATTENTION = CSRC / "cuda/attention_instance.cu"
 KERNELS = [Source(path) for path in sorted(CSRC.glob("cuda/*.cu")) if path != _ATTENTION]
 KERNELS += [
     Source(_ATTENTION, (f"-DTORCHWELD_DTYPE={dtype}", f"-DTORCHWELD_HEAD_SIZE={size}"))
-    for dtype in ("float", "__nv_bfloat16", "__half")
-    for size in (32, 64, 128, 256)
+    for dtype, sizes in _HEAD_SIZES.items()
+    for size in sizes
 ]
 KERNELS.append(Source(HERE / "products.cu"))
 
