@@ -13,32 +13,40 @@ enum class DType : int32_t { float32, bfloat16, float16 };
 // A CUDA stream; nullptr on the CPU.
 using Stream = void*;
 
-// y = (s - mean) * rstd * weight + bias over rows of N, where s = input (+ residual, when there is one).
-// M rows, N columns. `dtype` is that of the activations, `weight_dtype` that of weight, bias and their gradients.
+// y = (s - mean) * rstd * (weight + weight_offset) + bias over rows of N, where s = input, or residual + dropout(input).
+// RMS norm is a layer norm that is not centred: its mean is 0, and rstd that of the mean square.
+// M rows, N columns. `dtype` is that of the activations, `weight_dtype` that of weight, bias and their gradients,
+// `sum_dtype` that of residual and sum: float32 or `dtype`, which it is without a residual.
 struct LayerNormForwardParams {
   int64_t rows, cols;
   float eps;
-  DType dtype, weight_dtype;
+  bool centred;
+  float weight_offset;  // 1 for a zero-centred weight, else 0
+  DType dtype, weight_dtype, sum_dtype;
+  Dropout dropout;       // of the input, only with a residual; element (row, column) of its mask is that of the input
   const void* input;     // [M, N]
   const void* residual;  // [M, N], nullptr: plain layer norm
   const void* weight;    // [N], nullptr: ones
   const void* bias;      // [N], nullptr: zeros
-  void* sum;             // [M, N] input + residual, nullptr without a residual
+  void* sum;             // [M, N] what is normalised, nullptr without a residual
   void* output;          // [M, N]
-  float* mean;           // [M], nullptr: no backward will follow
-  float* rstd;           // [M], likewise
+  float* mean;           // [M], nullptr: not centred, or no backward will follow
+  float* rstd;           // [M], nullptr: no backward will follow
 };
 
 struct LayerNormBackwardParams {
   int64_t rows, cols;
-  DType dtype, weight_dtype;
+  float weight_offset;
+  DType dtype, weight_dtype, sum_dtype;  // of doutput and dx; of weight, dweight, dbias; of dsum, input, dinput
+  Dropout dropout;
   const void* doutput;  // [M, N]
   const void* dsum;     // [M, N] gradient that reaches the sum from elsewhere, nullptr: none
-  const void* input;    // [M, N] what was normalised: input, or input + residual
+  const void* input;    // [M, N] what was normalised
   const void* weight;   // [N], nullptr: ones
-  const float* mean;    // [M]
+  const float* mean;    // [M], nullptr: not centred
   const float* rstd;    // [M]
-  void* dinput;         // [M, N], nullptr: not wanted
+  void* dinput;         // [M, N] gradient of what was normalised, nullptr: not wanted
+  void* dx;             // [M, N] the same through the dropout, nullptr: not wanted, or no other than dinput
   void* dweight;        // [N], nullptr: not wanted
   void* dbias;          // [N], nullptr: not wanted
   int64_t blocks;       // of the workspace, as many as layer_norm_workspace asks for
@@ -48,40 +56,52 @@ struct LayerNormBackwardParams {
 // One tensor of an optimizer's list: the parameter and what belongs to it, dense and with the same strides, so that the
 // order of the elements in memory serves for all of them. A list is worked on as one range: its concatenation, in which
 // each tensor is padded to whole chunks.
-struct AdamWTensor {
-  void* param;           // [numel]
-  void* grad;            // [numel], written (unscaled) only when there is a grad_scale
-  void* exp_avg;         // [numel] running mean of the gradient
-  void* exp_avg_sq;      // [numel] running mean of its square
-  void* max_exp_avg_sq;  // [numel], nullptr: no AMSGrad
-  float* step;           // [] updates so far
+struct OptimizerTensor {
+  void* param;      // [numel]
+  void* grad;       // [numel], written only when there is a grad_scale or zero_grads
+  float* master;    // [numel] what is stepped in param's place, which becomes its rounding; nullptr: param itself
+  void* state[3];   // [numel] AdamW: mean of the gradient, of its square, and its maximum (nullptr: no AMSGrad).
+                    // SGD: momentum buffer (nullptr: no momentum)
+  float* step;      // [] updates so far; SGD does not count them
   int64_t numel;
   int64_t begin;                           // where it starts in the concatenation
-  DType dtype, grad_dtype, state_dtype;    // of param, of grad, of the running means
+  DType dtype, grad_dtype, state_dtype;    // of param, of grad, of the state
   float step_size, inv_sqrt_bias2, decay;  // filled by the kernel, from the step
 };
 
-constexpr int64_t kAdamWChunkCpu = 64;      // elements; also what a tiny tensor costs, about
-constexpr int64_t kAdamWChunkCuda = 16384;  // elements of one thread block
-constexpr int64_t kGradNormBlocks = 1024;   // partial sums of a norm: fixed, so that the order of the additions is
+constexpr int64_t kOptimizerChunkCpu = 64;      // elements; also what a tiny tensor costs, about
+constexpr int64_t kOptimizerChunkCuda = 16384;  // elements of one thread block
+constexpr int64_t kGradNormBlocks = 1024;       // partial sums of a norm: fixed, so that the order of the additions is
 
-struct AdamWParams {
-  int64_t count, total;  // tensors; elements of the concatenation
-  AdamWTensor* tensors;  // [count], on the host
-  AdamWTensor* table;    // [count], their copy on the device; nullptr on the CPU
-  double lr, beta1, beta2, eps, weight_decay;
-  bool decoupled, maximize;  // decoupled: AdamW, else weight_decay is an L2 term of the gradient
-  double max_grad_norm;
+struct OptimizerParams {
+  int64_t count, total;      // tensors; elements of the concatenation
+  OptimizerTensor* tensors;  // [count], on the host
+  OptimizerTensor* table;    // [count], their copy on the device; nullptr on the CPU
+  double lr, weight_decay, max_grad_norm;
+  bool maximize;
+  bool zero_grads;          // gradients are left as zeros, also after an overflow
+  bool stochastic;          // bfloat16 parameters are rounded at random: reference/optimizer.py
+  uint64_t rounding_seed;
   const float* lr_tensor;   // [], nullptr: lr above
   const float* grad_norm;   // [] of the unscaled gradients, nullptr: no clipping
   const float* grad_scale;  // [] what the gradients are to be divided by, nullptr: 1
   const float* found_inf;   // [] not zero: overflow, nothing moves; nullptr: none
 };
 
+struct AdamWParams : OptimizerParams {
+  double beta1, beta2, eps;
+  bool decoupled;  // AdamW, else weight_decay is an L2 term of the gradient
+};
+
+struct SgdParams : OptimizerParams {
+  double momentum, dampening;
+  bool nesterov, first_step;  // first_step: the momentum buffers are new, dampening does not count yet
+};
+
 struct GradNormParams {
   int64_t count, total;
-  AdamWTensor* tensors;  // [count], of which only grad, grad_dtype, numel and begin are set
-  AdamWTensor* table;
+  OptimizerTensor* tensors;  // [count], of which only grad, grad_dtype, numel and begin are set
+  OptimizerTensor* table;
   const float* grad_scale;
   double* partial;  // [kGradNormBlocks]
   float* norm;      // []

@@ -14,6 +14,8 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 from torchweld import _cpu, backend
 
+pytest_plugins = ["emulation.plugin"]
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = backend.unavailable("cuda")

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchweld import optim
 
 F32, BF16, F64 = torch.float32, torch.bfloat16, torch.float64
-PAIRS = {name: (getattr(optim, name), getattr(torch.optim, name)) for name in ("Adam", "AdamW")}
+PAIRS = {name: (getattr(optim, name), getattr(torch.optim, name)) for name in ("Adam", "AdamW", "SGD")}
 
 
 def parameters(dtype: torch.dtype = F32, seed: int = 0) -> list[torch.nn.Parameter]:

@@ -1,33 +1,20 @@
-"""The CUDA kernels of adamw_ and grad_norm, compiled for the CPU (tests/emulation): every case, without a GPU."""
+"""The CUDA kernels of adamw_ and grad_norm, compiled for the CPU (tests/emulation): edges and long lists."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
 import torch
 
-from emulation import build
-from torchweld import backend, ops, reference
-from torchweld.testing import Case, Oracle, cases
+from torchweld import ops, reference
 
-_REASON = build.unavailable()
-pytestmark = pytest.mark.skipif(_REASON is not None, reason=f"the CUDA kernels cannot be built for the CPU: {_REASON}")
 CHUNK = 16384  # elements of one thread block
 
 
-@pytest.fixture(scope="module")
-def built() -> ModuleType:
-    return build.load()
-
-
 @pytest.fixture
-def kernels(built: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """Stands in for the CPU kernels."""
-    monkeypatch.setitem(backend.kernels, "cpu", built)
-    built.set_machine(4, 232448, False)
-    yield built
+def kernels(emulated: ModuleType) -> ModuleType:
+    return emulated
 
 
 def tensors(sizes: tuple[int, ...], seed: int = 0) -> dict[str, list[torch.Tensor]]:
@@ -38,16 +25,6 @@ def tensors(sizes: tuple[int, ...], seed: int = 0) -> dict[str, list[torch.Tenso
 
 
 OPTIONS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
-
-
-@pytest.mark.parametrize(
-    ("case", "dtype"),
-    [(c, d) for c in cases("adamw") for d in c.dtypes if not c.max_grad_norm],
-    ids=lambda v: getattr(v, "name", str(v)),
-)
-@pytest.mark.usefixtures("kernels")
-def test_parity(case: Case, dtype: torch.dtype) -> None:
-    Oracle(case, dtype).check()
 
 
 @pytest.mark.usefixtures("kernels")
@@ -63,7 +40,7 @@ def test_chunks_meet_without_gap_or_overlap() -> None:
 
 
 def test_any_number_of_tensors(kernels: ModuleType) -> None:
-    """More than the arguments of one launch can carry, clipped; in falling and in rising order of the threads.
+    """More than the arguments of one launch can carry, clipped; the threads in order, and at random.
 
     The norm's thousand blocks take seconds here, so the cases that clip are left to this test.
     """
@@ -71,8 +48,8 @@ def test_any_number_of_tensors(kernels: ModuleType) -> None:
     expected = tensors(sizes)
     reference.adamw_(*expected.values(), **OPTIONS, max_grad_norm=3.0)
     results = []
-    for falling in (False, True):
-        kernels.set_machine(4, 232448, falling)
+    for seed in (0, 1):
+        kernels.set_machine(seed=seed)
         ours = tensors(sizes)
         norm = ops.adamw_(*ours.values(), **OPTIONS, max_grad_norm=3.0)
         results.append([*ours["params"], *ours["exp_avgs"], norm])

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adamw_lists import F64, GRAD, HYPER, LARGEST, MEAN, PARAM, SQUARE, STEP, clone, make, same_bits
+from adamw_lists import BF16, F64, GRAD, HYPER, LARGEST, MEAN, PARAM, SQUARE, STEP, clone, make, same_bits
 from torchweld import backend, ops, use_backend
 
 
@@ -114,9 +114,12 @@ def test_versions_are_counted() -> None:
 
 
 def test_registration() -> None:
-    lists = make([(5,), (2, 3)])
-    tail = (1e-2, None, 0.9, 0.95, 1e-6, 0.1, True, False, 1.0, torch.tensor(2.0), torch.tensor(2.0), torch.tensor(0.0))
-    torch.library.opcheck(torch.ops.torchweld.adamw_.default, (*lists, *tail))
+    lists, masters = make([(5,), (2, 3)], BF16, BF16), make([(5,), (2, 3)])[PARAM]
+    one, zero = torch.tensor(2.0), torch.tensor(0.0)
+    tail = (1e-2, None, 0.1, False, 1.0, one, one, zero, True)
+    torch.library.opcheck(torch.ops.torchweld.adamw_.default, (*lists, masters, 0.9, 0.95, 1e-6, True, *tail, None))
+    torch.library.opcheck(torch.ops.torchweld.adamw_.default, (*lists, [], 0.9, 0.95, 1e-6, True, *tail, 7))
+    torch.library.opcheck(torch.ops.torchweld.sgd_.default, (*lists[:3], masters, 0.9, 0.1, False, True, *tail))
     torch.library.opcheck(torch.ops.torchweld.grad_norm.default, (lists[GRAD], None))
 
 

@@ -150,7 +150,7 @@ def test_tensors_of_another_device_are_refused() -> None:
     module = backend.module(torch.device("cuda"))
     x = torch.randn(4, 8, device="cuda")
     with pytest.raises(ValueError, match=r"\[layer_norm_forward\] output: expected a tensor on cuda:0, but got cpu"):
-        module.layer_norm_forward(x, None, 8, None, None, 1e-5, None, x.cpu(), torch.empty(2, 4, device="cuda"))
+        module.layer_norm_forward(x, None, 8, None, None, 1e-5, True, 0.0, None, x.cpu(), None, 0.0, None)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -145,7 +145,21 @@ def test_layer_norm_is_torchs(arguments: dict[str, object]) -> None:
     torch.testing.assert_close(ours(x), theirs(x))
 
 
-@pytest.mark.parametrize("module", [nn.LayerNorm(16), nn.MultiheadAttention(WIDTH, HEADS)])
+@pytest.mark.parametrize("arguments", [{}, {"elementwise_affine": False}, {"eps": 0.1}])
+def test_rms_norm_is_torchs(arguments: dict[str, object]) -> None:
+    theirs = torch.nn.RMSNorm((5, 16), **arguments)  # type: ignore[arg-type]
+    ours = nn.RMSNorm((5, 16), **arguments)  # type: ignore[arg-type]
+    for p in theirs.parameters():
+        torch.nn.init.normal_(p)
+    ours.load_state_dict(theirs.state_dict())
+    assert isinstance(ours, torch.nn.RMSNorm)
+    assert repr(ours) == repr(theirs)
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        x = torch.randn(3, 5, 16, dtype=dtype)
+        torch.testing.assert_close(ours.to(dtype)(x), theirs.to(dtype)(x))
+
+
+@pytest.mark.parametrize("module", [nn.LayerNorm(16), nn.RMSNorm(16), nn.MultiheadAttention(WIDTH, HEADS)])
 def test_copies_are_whole(module: torch.nn.Module) -> None:
     for twin in (copy.deepcopy(module), pickle.loads(pickle.dumps(module))):
         assert type(twin) is type(module)

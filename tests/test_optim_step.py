@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from optim_parameters import PAIRS, parameters, run, set_grads, states
-from torchweld import optim, use_backend
+from torchweld import backend, optim, use_backend
 
 
 @pytest.mark.parametrize("foreach", [None, True], ids=["kernels", "torch's step"])
@@ -110,18 +110,29 @@ def test_hooks_run_once_and_versions_are_counted(options: dict[str, Any]) -> Non
     assert all(p._version > v for p, v in zip(params[:-1], versions, strict=True))
 
 
-def test_what_the_kernels_do_not_take_is_served_by_torch(caplog: pytest.LogCaptureFixture) -> None:
+def test_complex_parameters_are_pairs_of_real_ones() -> None:
     weights = [torch.nn.Parameter(torch.arange(4.0).to(torch.complex64)) for _ in range(2)]
     for w in weights:
         w.grad = torch.full_like(w, 1 + 2j)
-    with caplog.at_level(logging.INFO, "torchweld"):
-        optim.Adam([weights[0]]).step()
-    torch.optim.Adam([weights[1]]).step()
+    ours, theirs = optim.Adam([weights[0]], amsgrad=True), torch.optim.Adam([weights[1]], amsgrad=True)
+    with backend.strict():
+        ours.step()
+    theirs.step()
     torch.testing.assert_close(*weights)
-    assert "complex parameters" in caplog.text
-    weights[0].grad = torch.zeros(4, dtype=torch.complex64).to_sparse()
+    torch.testing.assert_close(ours.state_dict()["state"], theirs.state_dict()["state"])
+
+
+def test_what_the_kernels_do_not_take_is_served_by_torch(caplog: pytest.LogCaptureFixture) -> None:
+    params, expected = parameters(), parameters()
+    betas = (torch.tensor(0.9), torch.tensor(0.999))
+    with caplog.at_level(logging.INFO, "torchweld"):
+        run(optim.Adam(params, betas=betas, foreach=False), params, range(1))
+    run(torch.optim.Adam(expected), expected, range(1))
+    torch.testing.assert_close(params, expected)
+    assert "betas given as tensors" in caplog.text
+    params[0].grad = torch.zeros_like(params[0]).to_sparse()
     with pytest.raises(RuntimeError, match="does not support sparse gradients"):
-        optim.Adam([weights[0]]).step()
+        optim.Adam(params).step()
     with pytest.raises(ValueError, match="Invalid max_grad_norm value: -1; expected a number above 0, or None"):
         optim.AdamW(parameters(), max_grad_norm=-1)
 

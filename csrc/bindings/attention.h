@@ -230,10 +230,10 @@ void bind_attention(py::module_& m) {
             return t ? static_cast<float*>(args.contiguous(*t, name, DType::float32, {p.batch, p.heads})) : nullptr;
           };
           p.dalibi_slopes = by_head(dalibi_slopes, "dalibi_slopes");
-          if (dalibi_slopes && p.alibi_slopes == nullptr)
+          if (dalibi_slopes && !std::get<1>(modifiers))
             args.fail("dalibi_slopes", "alibi_slopes to be differentiated", "none");
           p.dsinks = by_head(dsinks, "dsinks");
-          if (dsinks && p.sinks == nullptr) args.fail("dsinks", "sinks to be differentiated", "none");
+          if (dsinks && !std::get<2>(modifiers)) args.fail("dsinks", "sinks to be differentiated", "none");
           check_workspace(args, p, Backend::kernels().attention_backward_workspace(p));
           Backend::run(&Backend::Kernels::attention_backward, p, query.device.index);
         });

@@ -1,10 +1,10 @@
 #include <algorithm>
 
-#include "bindings/adamw.h"
 #include "bindings/cross_entropy.h"
 #include "bindings/gelu.h"
 #include "bindings/attention.h"
 #include "bindings/layer_norm.h"
+#include "bindings/optimizer.h"
 #include "cpu/isa.h"
 
 namespace {
@@ -14,7 +14,7 @@ using namespace torchweld;
 struct Cpu {
   using Kernels = cpu::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
-  static constexpr bool adamw_table = false;
+  static constexpr bool optimizer_table = false;
 
   static const Kernels& kernels() { return cpu::kernels(); }
 
@@ -43,5 +43,5 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   bind_gelu<Cpu>(m);
   bind_attention<Cpu>(m);
   bind_layer_norm<Cpu>(m);
-  bind_adamw<Cpu>(m);
+  bind_optimizers<Cpu>(m);
 }

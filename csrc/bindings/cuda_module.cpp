@@ -1,6 +1,6 @@
-#include "bindings/adamw.h"
 #include "bindings/attention.h"
 #include "bindings/layer_norm.h"
+#include "bindings/optimizer.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 
@@ -11,8 +11,8 @@ using namespace torchweld;
 struct Cuda {
   using Kernels = cuda::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCUDA;
-  static constexpr bool adamw_table = true;
   static Kernels kernels() { return {}; }
+  static constexpr bool optimizer_table = true;
 
   static int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int32_t index) {
     return cuda::layer_norm_workspace(rows, cols, weights, index);
@@ -38,7 +38,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("runtime_version", &cuda::runtime_version, "Version of the CUDA runtime that is linked in.");
   m.def("driver_version", &cuda::driver_version, "Newest CUDA that the driver serves, None without a driver.");
   m.def("unavailable", &cuda::unavailable, "Why no GPU can be used here, None if one can.");
-  bind_adamw<Cuda>(m);
   bind_attention<Cuda>(m);
+  bind_optimizers<Cuda>(m);
   bind_layer_norm<Cuda>(m);
 }

@@ -10,6 +10,7 @@
 // 2 Nq Nk (3 D + 2 Dv) FLOPs per head; memory is O(N) per chunk. Every gradient is accumulated in float32.
 // Dao: FlashAttention-2, arXiv:2307.08691.
 
+#include "cpu/attention_sequences.h"
 #include "cpu/attention_tile.h"
 #include "cpu/kernels.h"
 
@@ -21,7 +22,7 @@ constexpr int64_t kChunkKeys = 256;     // but none shorter than this
 constexpr int64_t kTileKeys = 192;
 constexpr int64_t kPrepareRows = 192;   // of queries, per task of the first and the last pass
 
-// Sizes in words.
+// Sizes of a sequence, in words. share: of the work of all sequences.
 template <class T>
 struct BackwardPlan {
   using Compute = typename ComputeOf<T>::type;
@@ -29,25 +30,27 @@ struct BackwardPlan {
 
   int64_t tile_keys, chunks, chunk;  // chunk: keys, a multiple of tile_keys
   int64_t key_width, value_width;    // of a row of dquery and dkey, of dvalue
-  int64_t packed, partial;           // shared, per query head: packed rows; per query head and chunk: dquery
-  int64_t scratch, threads;
+  int64_t packed, partial;           // of each query head: packed rows; of each query head and chunk: dquery
 
-  explicit BackwardPlan(const AttentionBackwardParams& p) {
+  BackwardPlan(const AttentionBackwardParams& p, double share) {
     const int64_t tiles = max_of(ceil_div(p.keys, kTileKeys), 1);
     tile_keys = round_up(ceil_div(max_of(p.keys, 1), tiles), kPanel);
-    const int64_t wanted = ceil_div(kTasks, max_of(p.batch * p.kv_heads, 1)), most = max_of(p.keys / kChunkKeys, 1);
+    const int64_t tasks = max_of(static_cast<int64_t>(kTasks * share), 1);
+    const int64_t wanted = ceil_div(tasks, max_of(p.batch * p.kv_heads, 1)), most = max_of(p.keys / kChunkKeys, 1);
     chunk = round_up(ceil_div(max_of(p.keys, 1), min_of(wanted, most)), tile_keys);
     chunks = max_of(ceil_div(p.keys, chunk), 1);
     key_width = round_up(p.dim, W);
     value_width = round_up(p.value_dim, W);
     packed = Tile::Queries::words(p);
     partial = round_up(p.queries * key_width, 16);
-    scratch = Tile::scratch_words(p, tile_keys) + max_of(tile_keys * (key_width + value_width), Tile::kQueries * tile_keys);
-    threads = threads_for(p, 5);
   }
 
-  int64_t workspace(const AttentionBackwardParams& p) const {
-    return threads * scratch + p.batch * p.heads * (packed + chunks * partial);
+  int64_t tile_words(const AttentionBackwardParams& p) const {
+    return Tile::scratch_words(p, tile_keys) + max_of(tile_keys * (key_width + value_width), Tile::kQueries * tile_keys);
+  }
+  // dalibi_slopes has a sum of its own for every query head and chunk.
+  int64_t own_words(const AttentionBackwardParams& p) const {
+    return p.batch * p.heads * (packed + chunks * partial) + round_up(p.batch * p.heads * chunks * 2, 16);
   }
 };
 
@@ -56,38 +59,79 @@ class Backward {
   using Plan = BackwardPlan<T>;
   using Compute = typename Plan::Compute;
   using Tile = typename Plan::Tile;
+  using Params = AttentionBackwardParams;
+
+  // The workspace: each thread's scratch, the table of the sequences, what belongs to each of them.
+  struct Layout {
+    int64_t threads, pairs, scratch = 0, own = 0;
+
+    explicit Layout(const Params& p) : threads(threads_for(p, 5)), pairs(Pairs(p).total) {
+      for_each_sequence(p, [&](const Params& one) {
+        scratch = max_of(scratch, plan(one).tile_words(one));
+        own += plan(one).own_words(one);
+      });
+    }
+
+    Plan plan(const Params& one) const {
+      return {one, pairs == 0 ? 1.0 : static_cast<double>(one.batch * one.queries * one.keys) / static_cast<double>(pairs)};
+    }
+  };
 
  public:
-  explicit Backward(const AttentionBackwardParams& p)
-      : p_(p),
-        plan_(p),
-        group_(p.heads / p.kv_heads),
-        shared_(p.workspace + plan_.threads * plan_.scratch),
-        partials_(shared_ + p.batch * p.heads * plan_.packed) {}
+  static int64_t workspace(const Params& p) {
+    const Layout layout(p);
+    return layout.threads * layout.scratch + Sequences<Params>::table_words(p) + layout.own;
+  }
 
-  void run() const {
-    const int64_t heads = p_.batch * p_.heads, kv_heads = p_.batch * p_.kv_heads, blocks = ceil_div(p_.queries, kPrepareRows);
-    parallel_queue(heads * blocks, plan_.threads, [&](int64_t task, int64_t) {
-      const int64_t head = task / blocks, begin = task % blocks * kPrepareRows;
-      queries(head).pack(p_, head / p_.heads, head % p_.heads, begin, min_of(begin + kPrepareRows, p_.queries));
+  static void run(const Params& p) {
+    const Layout layout(p);
+    auto scratch = [&](int64_t thread) { return p.workspace + thread * layout.scratch; };
+    Sequences<Params> sequences(p, scratch(layout.threads), [&](const Params& one) { return layout.plan(one).own_words(one); });
+    // body(call, unit, thread) for units(call) units.
+    auto for_each_unit = [&](auto units, auto body) {
+      sequences.for_each_unit(
+          layout.threads, [&](const Params& one) { return units(Backward(one, layout, nullptr)); },
+          [&](const Params& one, int64_t unit, int64_t thread, float* own) { body(Backward(one, layout, own), unit, thread); });
+    };
+    auto heads = [](const Backward& call) { return call.p_.batch * call.p_.heads; };
+    auto blocks = [](const Backward& call) { return call.p_.batch * call.p_.heads * call.blocks(); };
+    auto chunks = [](const Backward& call) { return call.p_.batch * call.p_.kv_heads * call.plan_.chunks; };
+
+    for_each_unit(blocks, [](const Backward& call, int64_t unit, int64_t) {
+      const Span rows = call.block(unit % call.blocks());
+      const int64_t head = unit / call.blocks(), heads = call.p_.heads;
+      call.queries(head).pack(call.p_, head / heads, head % heads, rows.begin, rows.end);
     });
-    if (p_.dsinks != nullptr) parallel_for(heads, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t head = begin; head < end; ++head) sink_gradient(head);
-    });
+    if (p.dsinks != nullptr) for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.sink_gradient(head); });
     // First chunks first: under a causal mask they are the longest.
-    parallel_queue(kv_heads * plan_.chunks, plan_.threads, [&](int64_t task, int64_t thread) {
-      differentiate(task % kv_heads, task / kv_heads, p_.workspace + thread * plan_.scratch);
+    for_each_unit(chunks, [&](const Backward& call, int64_t unit, int64_t thread) {
+      const int64_t kv_heads = call.p_.batch * call.p_.kv_heads;
+      call.differentiate(unit % kv_heads, unit / kv_heads, scratch(thread));
     });
-    if (p_.dbias != nullptr) bias_gradient();
-    if (p_.dquery != nullptr) parallel_queue(heads * blocks, plan_.threads, [&](int64_t task, int64_t) {
-      const int64_t begin = task % blocks * kPrepareRows;
-      store_dquery(task / blocks, begin, min_of(begin + kPrepareRows, p_.queries));
+    if (p.dbias != nullptr) Backward(p, layout, scratch(layout.threads)).bias_gradient(layout.threads, layout.scratch);
+    if (p.dalibi_slopes != nullptr) {
+      for_each_unit(chunks, [&](const Backward& call, int64_t unit, int64_t thread) {
+        const int64_t kv_heads = call.p_.batch * call.p_.kv_heads;
+        call.slope_gradient(unit % kv_heads, unit / kv_heads, scratch(thread));
+      });
+      for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.store_dslope(head); });
+    }
+    if (p.dquery != nullptr) for_each_unit(blocks, [](const Backward& call, int64_t unit, int64_t) {
+      const Span rows = call.block(unit % call.blocks());
+      call.store_dquery(unit / call.blocks(), rows.begin, rows.end);
     });
   }
 
  private:
+  Backward(const Params& p, const Layout& layout, float* own)
+      : p_(p), plan_(layout.plan(p)), group_(p.heads / p.kv_heads), own_(own), partials_(own + p.batch * p.heads * plan_.packed) {}
+
+  // Of queries, for the first and the last pass.
+  int64_t blocks() const { return ceil_div(p_.queries, kPrepareRows); }
+  Span block(int64_t n) const { return {n * kPrepareRows, min_of((n + 1) * kPrepareRows, p_.queries)}; }
+
   typename Tile::Queries queries(int64_t head) const {
-    return {p_, head / p_.heads, head % p_.heads, shared_ + head * plan_.packed};
+    return {p_, head / p_.heads, head % p_.heads, own_ + head * plan_.packed};
   }
 
   float* partial(int64_t head, int64_t chunk) const {
@@ -141,15 +185,15 @@ class Backward {
 
   // A task owns a tile of dbias and sums over whatever bias is broadcast to, in one order. It makes the products again,
   // which costs 2 Nq Nk (D + Dv) FLOPs per head but no memory, and needs no sum over tasks whatever the broadcast is.
-  void bias_gradient() const {
+  void bias_gradient(int64_t threads, int64_t scratch_words) const {
     const int64_t* extent = p_.dbias_extents;
     const int64_t row_tiles = extent[2] > 1 ? ceil_div(p_.queries, Tile::kQueries) : 1;
     const int64_t key_tiles = extent[3] > 1 ? ceil_div(p_.keys, plan_.tile_keys) : 1;
-    parallel_queue(extent[0] * extent[1] * row_tiles * key_tiles, plan_.threads, [&](int64_t task, int64_t thread) {
+    parallel_queue(extent[0] * extent[1] * row_tiles * key_tiles, threads, [&](int64_t task, int64_t thread) {
       const int64_t kt = task % key_tiles, qt = task / key_tiles % row_tiles, outer = task / key_tiles / row_tiles;
       const Span batches = slice(outer / extent[1], extent[0], 1, p_.batch), heads = slice(outer % extent[1], extent[1], 1, p_.heads);
       const Span rows = slice(qt, extent[2], Tile::kQueries, p_.queries), keys = slice(kt, extent[3], plan_.tile_keys, p_.keys);
-      float* scratch = p_.workspace + thread * plan_.scratch;
+      float* scratch = p_.workspace + thread * scratch_words;
       float* sums = scratch + Tile::scratch_words(p_, plan_.tile_keys);
       std::memset(sums, 0, sizeof(float) * Tile::kQueries * plan_.tile_keys);
       for (int64_t b = batches.begin; b < batches.end; ++b)
@@ -164,6 +208,33 @@ class Backward {
         }
       store_dbias(sums, outer, rows, keys);
     });
+  }
+
+  double* slope_sums(int64_t head) const {
+    return reinterpret_cast<double*>(partials_ + p_.batch * p_.heads * plan_.chunks * plan_.partial) + head * plan_.chunks;
+  }
+
+  // A chunk's part of the gradient of the slopes. Makes the products again, as that of the bias does.
+  void slope_gradient(int64_t kv_head, int64_t chunk, float* scratch) const {
+    const int64_t b = kv_head / p_.kv_heads, hk = kv_head % p_.kv_heads, first_head = b * p_.heads + hk * group_;
+    const int64_t begin = chunk * plan_.chunk, end = min_of(begin + plan_.chunk, p_.keys);
+    for (int64_t g = 0; g < group_; ++g) slope_sums(first_head + g)[chunk] = 0;
+    for (int64_t j0 = begin; j0 < end; j0 += plan_.tile_keys) {
+      Tile tile(p_, b, hk, j0, min_of(plan_.tile_keys, end - j0), plan_.tile_keys, scratch);
+      for (int64_t g = 0; g < group_; ++g) {
+        const Scores scores(p_, b, hk * group_ + g);
+        const int64_t last = scores.band.last(min_of(j0 + plan_.tile_keys, end));
+        for (int64_t i0 = round_down(scores.band.first(j0), 2); i0 < last; i0 += Tile::kQueries)
+          slope_sums(first_head + g)[chunk] +=
+              tile.slope_gradient(scores, queries(first_head + g), {i0, min_of(i0 + Tile::kQueries, last)});
+      }
+    }
+  }
+
+  void store_dslope(int64_t head) const {
+    double total = 0;
+    for (int64_t c = 0; c < plan_.chunks; ++c) total += slope_sums(head)[c];
+    p_.dalibi_slopes[head] = static_cast<float>(total);
   }
 
   // Tile `index` of an axis of `size`; all of it where bias is broadcast.
@@ -210,10 +281,10 @@ class Backward {
     }
   }
 
-  const AttentionBackwardParams& p_;
+  const Params& p_;
   const Plan plan_;
   const int64_t group_;
-  float* const shared_;
+  float* const own_;
   float* const partials_;
 };
 
@@ -223,13 +294,13 @@ namespace TORCHWELD_ISA {
 
 int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
   int64_t size = 0;
-  dispatch(p.dtype, [&](auto t) { size = BackwardPlan<typename decltype(t)::type>(p).workspace(p); });
+  dispatch(p.dtype, [&](auto t) { size = Backward<typename decltype(t)::type>::workspace(p); });
   return size;
 }
 
 void attention_backward(const AttentionBackwardParams& p) {
-  if (p.batch * p.heads == 0) return;
-  dispatch(p.dtype, [&](auto t) { Backward<typename decltype(t)::type>(p).run(); });
+  if (p.kv_heads == 0) return;
+  dispatch(p.dtype, [&](auto t) { Backward<typename decltype(t)::type>::run(p); });
 }
 
 }  // namespace TORCHWELD_ISA

@@ -9,46 +9,61 @@
 // Dao, Haziza, Massa, Sizov: Flash-Decoding, 2023.
 
 #include "cpu/attention_decode.h"
-#include "cpu/attention_scores.h"
+#include "cpu/attention_sequences.h"
 #include "cpu/kernels.h"
 
 namespace torchweld::cpu {
 namespace {
 
 constexpr int64_t kSplitKeys = 256;
+constexpr int64_t kMergeRows = 64;
 
 template <class T>
 class Decode {
   using Compute = typename ComputeOf<T>::type;
+  using Params = AttentionForwardParams;
 
  public:
-  explicit Decode(const AttentionForwardParams& p)
+  static int64_t workspace(const Params& p) {
+    int64_t size = threads_for(p, 2) * Decode(p).scratch() + Sequences<Params>::table_words(p);
+    for_each_sequence(p, [&](const Params& one) { size += Decode(one).own_words(); });
+    return size;
+  }
+
+  static void run(const Params& p) {
+    const int64_t threads = threads_for(p, 2), words = Decode(p).scratch();  // of the longest sequence
+    Sequences<Params> sequences(p, p.workspace + threads * words, [](const Params& one) { return Decode(one).own_words(); });
+    auto splits = [](const Params& one) { return one.batch * one.kv_heads * Decode(one).splits_; };
+    sequences.for_each_unit(threads, splits, [&](const Params& one, int64_t unit, int64_t thread, float* partials) {
+      const Decode call(one, partials);
+      call.attend(unit / call.splits_, unit % call.splits_, p.workspace + thread * words);
+    });
+    auto rows = [](const Params& one) { return ceil_div(one.batch * one.kv_heads * Decode(one).rows_, kMergeRows); };
+    sequences.for_each_unit(threads, rows, [](const Params& one, int64_t unit, int64_t, float* partials) {
+      const Decode call(one, partials);
+      const int64_t end = min_of((unit + 1) * kMergeRows, one.batch * one.kv_heads * call.rows_);
+      for (int64_t row = unit * kMergeRows; row < end; ++row) call.merge(row / call.rows_, row % call.rows_);
+    });
+  }
+
+ private:
+  explicit Decode(const Params& p, float* partials = nullptr)
       : p_(p),
         group_(p.heads / p.kv_heads),
         rows_(group_ * p.queries),
         query_words_(round_up(ceil_div(p.dim, Compute::per_word), W)),
         width_(round_up(p.value_dim, W)),
         splits_(max_of(ceil_div(p.keys, kSplitKeys), 1)),
-        threads_(threads_for(p, 2)) {}
+        partials_(partials) {}
 
-  // Per thread: the rows' queries and scores. Per key head and split: of each row P @ value, maximum and sum.
-  int64_t workspace() const { return threads_ * scratch() + p_.batch * p_.kv_heads * splits_ * rows_ * (width_ + W); }
-
-  void run() const {
-    const int64_t heads = p_.batch * p_.kv_heads;
-    parallel_queue(heads * splits_, threads_, [&](int64_t task, int64_t thread) {
-      attend(task / splits_, task % splits_, p_.workspace + thread * scratch());
-    });
-    parallel_for(heads * rows_, 64, [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) merge(row / rows_, row % rows_);
-    });
-  }
-
- private:
+  // Of each thread: the rows' queries and scores.
   int64_t scratch() const { return rows_ * (query_words_ + kSplitKeys); }
 
+  // Of each key head and split: of each row P @ value, maximum and sum.
+  int64_t own_words() const { return p_.batch * p_.kv_heads * splits_ * rows_ * (width_ + W); }
+
   float* partial(int64_t head, int64_t split, int64_t row) const {
-    return p_.workspace + threads_ * scratch() + ((head * splits_ + split) * rows_ + row) * (width_ + W);
+    return partials_ + ((head * splits_ + split) * rows_ + row) * (width_ + W);
   }
 
   // Row r of a key head: query r % Nq of the query head that this returns.
@@ -157,8 +172,9 @@ class Decode {
     });
   }
 
-  const AttentionForwardParams& p_;
-  const int64_t group_, rows_, query_words_, width_, splits_, threads_;
+  const Params& p_;
+  const int64_t group_, rows_, query_words_, width_, splits_;
+  float* const partials_;
 };
 
 }  // namespace
@@ -167,12 +183,12 @@ namespace TORCHWELD_ISA {
 
 int64_t attention_decode_workspace(const AttentionForwardParams& p) {
   int64_t size = 0;
-  dispatch(p.dtype, [&](auto t) { size = Decode<typename decltype(t)::type>(p).workspace(); });
+  dispatch(p.dtype, [&](auto t) { size = Decode<typename decltype(t)::type>::workspace(p); });
   return size;
 }
 
 void attention_decode(const AttentionForwardParams& p) {
-  dispatch(p.dtype, [&](auto t) { Decode<typename decltype(t)::type>(p).run(); });
+  dispatch(p.dtype, [&](auto t) { Decode<typename decltype(t)::type>::run(p); });
 }
 
 }  // namespace TORCHWELD_ISA

@@ -9,7 +9,7 @@
 // 2 Nq Nk (D + Dv) FLOPs per head; memory is O(N): the packed keys and values and the tiles of each thread.
 
 #include "cpu/attention_decode.h"
-#include "cpu/attention_scores.h"
+#include "cpu/attention_sequences.h"
 #include "cpu/kernels.h"
 
 namespace torchweld::cpu {
@@ -22,17 +22,15 @@ static_assert(kTileQueries % kRows == 0 && kTileQueries % W == 0, "whole blocks 
 template <class Compute>
 constexpr int64_t kTileKeys = Compute::per_word == 2 ? 512 : 256;
 
-// Sizes, all in words. Every part of the workspace starts on a cache line.
+// Sizes of a sequence, all in words. Every part of the workspace starts on a cache line.
 template <class T>
 struct ForwardPlan {
   using Compute = typename ComputeOf<T>::type;
   static constexpr int64_t score_stride = kTileKeys<Compute> + 16;  // not a power of two: rows would share cache sets
 
-  int64_t steps, value_width;       // of a query or key, of a value
-  int64_t key_words, value_words;   // packed, per head
-  int64_t tile, tiles;              // of queries
-  int64_t threads, scratch;
-  bool whole_heads;
+  int64_t steps, value_width;      // of a query or key, of a value
+  int64_t key_words, value_words;  // packed, per head
+  int64_t tile, tiles;             // of queries
 
   explicit ForwardPlan(const AttentionInputs& p) {
     steps = ceil_div(p.dim, Compute::per_word);
@@ -42,14 +40,38 @@ struct ForwardPlan {
     value_words = round_up(value_words, 16);
     tiles = max_of(ceil_div(p.queries, kTileQueries), 1);
     tile = round_up(ceil_div(p.queries, tiles), kRows);
-    threads = threads_for(p, 2);
-    whole_heads = p.batch * p.kv_heads >= 4 * threads || tiles * (p.heads / p.kv_heads) == 1 || threads == 1;
-    scratch = round_up(kTileQueries * steps, 16) + kTileQueries * (score_stride + value_width);
-    if (whole_heads) scratch += key_words + value_words;
   }
 
-  int64_t shared() const { return whole_heads ? 0 : key_words + value_words; }
-  int64_t workspace(const AttentionInputs& p) const { return threads * scratch + p.batch * p.kv_heads * shared(); }
+  int64_t tile_words() const { return round_up(kTileQueries * steps, 16) + kTileQueries * (score_stride + value_width); }
+  int64_t packed_words() const { return key_words + value_words; }
+};
+
+// How the work is shared out, and the workspace: the table of the sequences, what is packed once, each thread's scratch.
+template <class T>
+struct ForwardLayout {
+  int64_t threads, shared = 0, scratch = 0;
+  bool whole_heads;
+
+  explicit ForwardLayout(const AttentionForwardParams& p) : threads(threads_for(p, 2)) {
+    const Pairs pairs(p);
+    const bool one_tile = p.queries <= kTileQueries && p.heads == p.kv_heads;
+    whole_heads = threads == 1 || one_tile || pairs.total * p.kv_heads >= 4 * threads * pairs.most;
+    int64_t packed = 0;
+    for_each_sequence(p, [&](const AttentionForwardParams& sequence) {
+      const ForwardPlan<T> plan(sequence);
+      packed = max_of(packed, plan.packed_words());
+      scratch = plan.tile_words();
+      shared += own_words(sequence);
+    });
+    scratch += whole_heads ? packed : 0;
+  }
+
+  int64_t own_words(const AttentionForwardParams& sequence) const {
+    return whole_heads ? 0 : sequence.batch * sequence.kv_heads * ForwardPlan<T>(sequence).packed_words();
+  }
+  int64_t workspace(const AttentionForwardParams& p) const {
+    return threads * scratch + Sequences<AttentionForwardParams>::table_words(p) + shared;
+  }
 };
 
 // m and l of the rows of a tile; m is in units of log2. A fresh row has seen nothing, or its sink.
@@ -84,36 +106,43 @@ class Forward {
   using Compute = typename Plan::Compute;
   static constexpr int64_t kStride = Plan::score_stride;
 
- public:
-  explicit Forward(const AttentionForwardParams& p) : p_(p), plan_(p), group_(p.heads / p.kv_heads) {}
+  using Params = AttentionForwardParams;
 
-  void run() const {
-    const int64_t heads = p_.batch * p_.kv_heads;
-    if (plan_.whole_heads) {
-      parallel_queue(heads, plan_.threads, [&](int64_t head, int64_t thread) {
-        float* packed = scratch(thread) + plan_.scratch - plan_.key_words - plan_.value_words;
-        pack(head, 0, p_.keys, packed);
-        for (int64_t g = 0; g < group_; ++g)
-          for (int64_t t = 0; t < plan_.tiles; ++t) attend(head, g, t, packed, scratch(thread));
+ public:
+  static void run(const Params& p) {
+    const ForwardLayout<T> layout(p);
+    auto scratch = [&](int64_t thread) { return p.workspace + thread * layout.scratch; };
+    Sequences<Params> sequences(p, scratch(layout.threads), [&](const Params& one) { return layout.own_words(one); });
+    if (layout.whole_heads) {
+      auto heads = [](const Params& one) { return one.batch * one.kv_heads; };
+      sequences.for_each_unit(layout.threads, heads, [&](const Params& one, int64_t head, int64_t thread, float*) {
+        const Forward call(one);
+        float* packed = scratch(thread) + call.plan_.tile_words();
+        call.pack(head, 0, one.keys, packed);
+        for (int64_t g = 0; g < call.group_; ++g)
+          for (int64_t t = 0; t < call.plan_.tiles; ++t) call.attend(head, g, t, packed, scratch(thread));
       });
       return;
     }
-    float* shared = scratch(plan_.threads);
     constexpr int64_t kChunk = 4 * kPanel;
-    const int64_t chunks = ceil_div(p_.keys, kChunk);
-    parallel_queue(heads * chunks, plan_.threads, [&](int64_t task, int64_t) {
-      const int64_t head = task / chunks, begin = task % chunks * kChunk;
-      pack(head, begin, min_of(begin + kChunk, p_.keys), shared + head * plan_.shared());
+    auto chunks = [](const Params& one) { return one.batch * one.kv_heads * ceil_div(one.keys, kChunk); };
+    sequences.for_each_unit(layout.threads, chunks, [](const Params& one, int64_t unit, int64_t, float* shared) {
+      const Forward call(one);
+      const int64_t count = ceil_div(one.keys, kChunk), head = unit / count, begin = unit % count * kChunk;
+      call.pack(head, begin, min_of(begin + kChunk, one.keys), shared + head * call.plan_.packed_words());
     });
     // Last tiles first: under a causal mask they are the longest.
-    parallel_queue(plan_.tiles * heads * group_, plan_.threads, [&](int64_t task, int64_t thread) {
-      const int64_t tile = plan_.tiles - 1 - task / (heads * group_), head = task % (heads * group_);
-      attend(head / group_, head % group_, tile, shared + head / group_ * plan_.shared(), scratch(thread));
+    auto tiles = [](const Params& one) { return one.batch * one.heads * ForwardPlan<T>(one).tiles; };
+    sequences.for_each_unit(layout.threads, tiles, [&](const Params& one, int64_t unit, int64_t thread, float* shared) {
+      const Forward call(one);
+      const int64_t heads = one.batch * one.heads, tile = call.plan_.tiles - 1 - unit / heads, head = unit % heads;
+      const float* packed = shared + head / call.group_ * call.plan_.packed_words();
+      call.attend(head / call.group_, head % call.group_, tile, packed, scratch(thread));
     });
   }
 
  private:
-  float* scratch(int64_t thread) const { return p_.workspace + thread * plan_.scratch; }
+  explicit Forward(const Params& p) : p_(p), plan_(p), group_(p.heads / p.kv_heads) {}
 
   // Keys [begin, end) of a head, begin a multiple of kPanel.
   void pack(int64_t head, int64_t begin, int64_t end, float* packed) const {
@@ -242,14 +271,14 @@ namespace TORCHWELD_ISA {
 int64_t attention_forward_workspace(const AttentionForwardParams& p) {
   if (decodes(p)) return attention_decode_workspace(p);
   int64_t size = 0;
-  dispatch(p.dtype, [&](auto t) { size = ForwardPlan<typename decltype(t)::type>(p).workspace(p); });
+  dispatch(p.dtype, [&](auto t) { size = ForwardLayout<typename decltype(t)::type>(p).workspace(p); });
   return size;
 }
 
 void attention_forward(const AttentionForwardParams& p) {
-  if (p.batch * p.heads * p.queries == 0) return;
+  if (p.batch * p.heads * p.total_q == 0) return;
   if (decodes(p)) return attention_decode(p);
-  dispatch(p.dtype, [&](auto t) { Forward<typename decltype(t)::type>(p).run(); });
+  dispatch(p.dtype, [&](auto t) { Forward<typename decltype(t)::type>::run(p); });
 }
 
 }  // namespace TORCHWELD_ISA

@@ -21,12 +21,6 @@ T* head_of(void* base, const Strides& s, int64_t b, int64_t h) {
   return static_cast<T*>(base) + b * s.batch + h * s.head;
 }
 
-// A second thread is worth its start from about this many FLOPs on.
-inline int64_t threads_for(const AttentionInputs& p, int64_t flops_per_product) {
-  const int64_t flops = p.batch * p.heads * p.queries * p.keys * (p.dim + p.value_dim) * flops_per_product;
-  return min_of(max_threads(), 1 + flops / 1000000);
-}
-
 // Query i sees keys [low(i), high(i)); both grow with i. Empty where high <= low.
 struct Band {
   int64_t left, right, shift, keys, queries;
@@ -63,6 +57,13 @@ class Scores {
     if (high < span.end) blank(row, max_of(high, span.begin), span.end);
   }
 
+  // Of keys [key, key + W) from where query i stands.
+  TW_INLINE Vec distance(int64_t i, int64_t key) const {
+    Vec v;
+    for (int l = 0; l < W; ++l) v[l] = static_cast<float>(l + key - i - band.shift);
+    return v;
+  }
+
  private:
   static void blank(float* row, int64_t begin, int64_t end) {
     for (int64_t j = begin; j < end; ++j) row[j] = -kInfinity;
@@ -86,8 +87,7 @@ class Scores {
       case MaskType::float16: add_bias<f16>(row, i, key, span); break;
     }
     if (p_.alibi_slopes != nullptr) {
-      Vec distance;
-      for (int l = 0; l < W; ++l) distance[l] = static_cast<float>(l + span.begin + key - i - band.shift);
+      Vec distance = this->distance(i, key + span.begin);
       for (int64_t j = span.begin; j < span.end; j += W, distance += static_cast<float>(W))
         store(row + j, load(row + j) - from_bits(bits(distance) & 0x7fffffffu) * slope_);
     }

@@ -137,6 +137,24 @@ class GradientTile {
     });
   }
 
+  // The sum of what each of the scores receives times -|i + shift - j|: what the slope of ALiBi receives.
+  double slope_gradient(const Scores& scores, const Queries& rows, Span queries) {
+    double total = 0;
+    products(scores, rows, queries, [&](int64_t i, int64_t count, int64_t r, Span span) __attribute__((always_inline)) {
+      float factors[kTileKeysMost];
+      for (int64_t n = 0; n < count; ++n) {
+        scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, nullptr);
+        if (scores.dropout.active()) drop(scores, i + n, r + n, span, factors);
+        const Vec lse = splat(rows.lse[i + n]), rest = splat(rows.lse_rest[i + n]), delta = splat(rows.delta[i + n]);
+        Vec distance = scores.distance(i + n, j0_ + span.begin), sums{};
+        for (int64_t j = span.begin; j < span.end; j += W, distance += static_cast<float>(W))
+          sums -= dscore((r + n) * stride_ + j, scores.unit(), lse, rest, delta).gradient * from_bits(bits(distance) & 0x7fffffffu);
+        total += sum(sums);
+      }
+    });
+    return total;
+  }
+
   // The gradient of the scores after the softcap, added to [kQueries, tile_keys]: what an additive bias receives.
   void add_dbias(const Scores& scores, const Queries& rows, Span queries, float* dbias, int64_t stride) {
     products(scores, rows, queries, [&](int64_t i, int64_t count, int64_t r, Span span) __attribute__((always_inline)) {

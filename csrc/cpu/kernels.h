@@ -12,6 +12,7 @@ struct Kernels {
   void (*layer_norm_backward)(const LayerNormBackwardParams&);
   void (*adamw)(const AdamWParams&);
   void (*grad_norm)(const GradNormParams&);
+  void (*sgd)(const SgdParams&);
   void (*cross_entropy_forward)(const CrossEntropyForwardParams&);
   void (*cross_entropy_backward)(const CrossEntropyBackwardParams&);
   void (*gelu_forward)(const GeluForwardParams&);
@@ -29,6 +30,7 @@ void layer_norm_forward(const LayerNormForwardParams& p);
 void layer_norm_backward(const LayerNormBackwardParams& p);
 void adamw(const AdamWParams& p);
 void grad_norm(const GradNormParams& p);
+void sgd(const SgdParams& p);
 void cross_entropy_forward(const CrossEntropyForwardParams& p);
 void cross_entropy_backward(const CrossEntropyBackwardParams& p);
 void gelu_forward(const GeluForwardParams& p);

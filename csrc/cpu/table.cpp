@@ -20,6 +20,7 @@ const Kernels table = {
     layer_norm_backward,
     adamw,
     grad_norm,
+    sgd,
     cross_entropy_forward,
     cross_entropy_backward,
     gelu_forward,

@@ -201,6 +201,20 @@ TW_INLINE void store(float* p, Vec v, First lanes) {
 #endif
 }
 
+// As `store`; returns the value that a load would give back.
+template <class Lanes>
+TW_INLINE Vec store_rounded(float* p, Vec v, Lanes lanes) { return store(p, v, lanes), v; }
+template <class Lanes>
+TW_INLINE Vec store_rounded(bf16* p, Vec v, Lanes lanes) {
+  const VecH h = narrow_bf16(v);
+  return store_bits(p, h, lanes), widen_bf16(h);
+}
+template <class Lanes>
+TW_INLINE Vec store_rounded(f16* p, Vec v, Lanes lanes) {
+  const VecH h = narrow_f16(v);
+  return store_bits(p, h, lanes), widen_f16(h);
+}
+
 // Past the caches, for outputs too large to be found there again: saves reading each line before it is overwritten.
 // p must be aligned to the vector.
 TW_INLINE void stream_bits(void* p, VecH h) {

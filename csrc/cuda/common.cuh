@@ -20,8 +20,7 @@ namespace torchweld::cuda {
 
 // ---- Launch
 
-// Enqueues kernel(params...) and throws what the launch itself reports; errors inside the kernel surface at torch's next
-// sync.
+// Enqueues kernel(params...) and throws what the launch itself reports; errors inside it surface at torch's next sync.
 template <class... Params>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, Stream stream,
             const std::remove_const_t<Params>&... params) {

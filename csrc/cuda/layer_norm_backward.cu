@@ -28,6 +28,7 @@ template <class T, class WT, int V>
 __global__ void __launch_bounds__(kMaxThreads) sums_of_rows(const __grid_constant__ Backward p) {
   constexpr int E = V > 1 ? 16 : 8, kTile = E * kMaxThreads;
   RowSums<2> sum_over_row;
+  const float offset = p.weight != nullptr ? p.weight_offset : 0.0f;
   for (int64_t m = blockIdx.x; m < p.rows; m += gridDim.x) {
     float sums[2] = {};
     for (int64_t tile = 0; tile < p.cols; tile += kTile) {
@@ -39,7 +40,7 @@ __global__ void __launch_bounds__(kMaxThreads) sums_of_rows(const __grid_constan
         const Run<WT, V> w = load_weight<WT, V>(p, tile + own.first(c), own.has(c));
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          const float g = row.doutput.runs[c][i] * w[i];
+          const float g = row.doutput.runs[c][i] * (w[i] + offset);
           sums[0] += g;
           sums[1] += g * row.xhat(c, i);
         }
@@ -47,7 +48,7 @@ __global__ void __launch_bounds__(kMaxThreads) sums_of_rows(const __grid_constan
     }
     sum_over_row(sums);
     if (threadIdx.x == 0) {
-      p.row_sums[2 * m] = sums[0] / static_cast<float>(p.cols);
+      p.row_sums[2 * m] = p.mean != nullptr ? sums[0] / static_cast<float>(p.cols) : 0.0f;
       p.row_sums[2 * m + 1] = sums[1] / static_cast<float>(p.cols);
     }
   }
@@ -124,6 +125,8 @@ int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int devic
 }
 
 void layer_norm_backward(const LayerNormBackwardParams& params, Stream stream) {
+  if (params.dropout.seed != nullptr || params.sum_dtype != params.dtype)
+    throw std::invalid_argument(std::string("[") + kName + "] no dropout and no residual of another dtype on CUDA");
   Backward p{params, nullptr, params.dweight != nullptr || params.dbias != nullptr};
   const int64_t sums = blocks_of_sums(p.rows, p.cols);
   if (p.blocks < sums + p.weights)

@@ -32,7 +32,7 @@ struct Row {
     if (m >= end) own.count = 0;
     x.load_once(at<T>(p.input, m * p.cols + column), own);
     doutput.load_once(at<T>(p.doutput, m * p.cols + column), own);
-    mean = m < end ? p.mean[m] : 0.0f;
+    mean = m < end && p.mean != nullptr ? p.mean[m] : 0.0f;
     rstd = m < end ? p.rstd[m] : 0.0f;
   }
 
@@ -137,6 +137,8 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
     return load_weight<WT, V>(p, column + own.first(c), own.has(c));
   };
 
+  const float offset = p.weight != nullptr ? p.weight_offset : 0.0f;
+
   constexpr bool kAhead = V > 1 && sizeof(T) == 2;  // elsewhere it would take too many registers
   Row<T, E, V> row, next;
   if (kAhead) next.load(p, begin + threadIdx.y, end, column, own);
@@ -163,8 +165,9 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           const float d = row.doutput.runs[first / V + c][i], xhat = row.xhat(first / V + c, i);
-          sums[0] += d * w[i];
-          sums[1] += d * w[i] * xhat;
+          const float g = d * (w[i] + offset);
+          sums[0] += g;
+          sums[1] += g * xhat;
           dweight[c * V + i] = d * xhat;
           dbias[c * V + i] = d;
         }
@@ -185,7 +188,7 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
       sums[1] = p.row_sums[2 * m + 1];
     } else {
       sum_over_row(sums);
-      sums[0] /= static_cast<float>(p.cols);
+      sums[0] = p.mean != nullptr ? sums[0] / static_cast<float>(p.cols) : 0.0f;
       sums[1] /= static_cast<float>(p.cols);
     }
 
@@ -198,7 +201,7 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
       const Run<WT, V> w = weight(c);
       Run<T, V> dx;
       dx.set([&](int i) {
-        const float g = row.doutput.runs[c][i] * w[i];
+        const float g = row.doutput.runs[c][i] * (w[i] + offset);
         return (g - sums[0] - row.xhat(c, i) * sums[1]) * row.rstd + dsum.runs[c % kDepth][i];
       });
       dx.store(dinput + own.first(c));

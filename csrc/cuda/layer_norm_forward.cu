@@ -77,12 +77,13 @@ __device__ __forceinline__ float sum_of_squares(const Slice<T, E, V>& x, float m
 }
 
 template <class T, class WT, int E, int V>
-__device__ __forceinline__ void store_normalised(const LayerNormForwardParams& p, int64_t offset, int64_t column,
+__device__ __forceinline__ void store_normalised(const LayerNormForwardParams& p, int64_t start, int64_t column,
                                                  const Slice<T, E, V>& x, float mean, float rstd,
                                                  const Columns<E, V>& own) {
   const WT* weight = p.weight != nullptr ? at<WT>(p.weight, column) : nullptr;
   const WT* bias = p.bias != nullptr ? at<WT>(p.bias, column) : nullptr;
-  T* output = at<T>(p.output, offset);
+  T* output = at<T>(p.output, start);
+  const float offset = weight != nullptr ? p.weight_offset : 0.0f;
 #pragma unroll
   for (int c = 0; c < x.kRuns; ++c) {
     if (!own.has(c)) continue;
@@ -92,7 +93,7 @@ __device__ __forceinline__ void store_normalised(const LayerNormForwardParams& p
     if (weight != nullptr) w.load(weight + own.first(c));
     if (bias != nullptr) b.load(bias + own.first(c));
     Run<T, V> y;
-    y.set([&](int i) { return (x.runs[c][i] - mean) * rstd * w[i] + b[i]; });
+    y.set([&](int i) { return (x.runs[c][i] - mean) * rstd * (w[i] + offset) + b[i]; });
     y.store(output + own.first(c));
   }
 }
@@ -114,9 +115,12 @@ __global__ void __launch_bounds__(kMaxThreads, V == 8 ? 2 : 1)
     const Slice<T, E, V> x = load_sum<T, E, V>(p, m * N, own);
 
     // Mean.
-    float total[1] = {sum(x)};
-    sum_over_row(total);
-    const float mean = total[0] / static_cast<float>(N);
+    float mean = 0.0f;
+    if (p.centred) {
+      float total[1] = {sum(x)};
+      sum_over_row(total);
+      mean = total[0] / static_cast<float>(N);
+    }
 
     // Variance.
     float squares[1] = {sum_of_squares(x, mean, own)};
@@ -125,9 +129,9 @@ __global__ void __launch_bounds__(kMaxThreads, V == 8 ? 2 : 1)
 
     // Normalise.
     store_normalised<T, WT>(p, m * N, 0, x, mean, rstd, own);
-    if (p.mean != nullptr && exists && threadIdx.x == 0) {
-      p.mean[m] = mean;
-      p.rstd[m] = rstd;
+    if (exists && threadIdx.x == 0) {
+      if (p.mean != nullptr) p.mean[m] = mean;
+      if (p.rstd != nullptr) p.rstd[m] = rstd;
     }
   }
 }
@@ -145,7 +149,7 @@ __global__ void __launch_bounds__(kMaxThreads) forward_long_rows(const __grid_co
     float total[1] = {};
     for (int64_t tile = 0; tile < N; tile += kTile) total[0] += sum(load_sum<T, E, V>(p, m * N + tile, own_of(tile)));
     sum_over_row(total);
-    const float mean = total[0] / static_cast<float>(N);
+    const float mean = p.centred ? total[0] / static_cast<float>(N) : 0.0f;
 
     // Variance.
     float squares[1] = {};
@@ -163,9 +167,9 @@ __global__ void __launch_bounds__(kMaxThreads) forward_long_rows(const __grid_co
       x.reload(at<T>(normalised, m * N + tile), own_of(tile));
       store_normalised<T, WT>(p, m * N + tile, tile, x, mean, rstd, own_of(tile));
     }
-    if (p.mean != nullptr && threadIdx.x == 0) {
-      p.mean[m] = mean;
-      p.rstd[m] = rstd;
+    if (threadIdx.x == 0) {
+      if (p.mean != nullptr) p.mean[m] = mean;
+      if (p.rstd != nullptr) p.rstd[m] = rstd;
     }
   }
 }
@@ -184,6 +188,8 @@ dim3 block_for(int64_t cols) {
 }  // namespace
 
 void layer_norm_forward(const LayerNormForwardParams& p, Stream stream) {
+  if (p.dropout.seed != nullptr || p.sum_dtype != p.dtype)
+    throw std::invalid_argument(std::string("[") + kName + "] no dropout and no residual of another dtype on CUDA");
   if (p.rows == 0) return;
   dispatch_types(kName, p.dtype, p.weight_dtype, [&](auto t, auto wt) {
     using T = typename decltype(t)::type;

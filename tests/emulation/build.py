@@ -27,16 +27,27 @@ class Source(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """How to compile: `kernels` are flags for .cu files alone."""
+    """How to compile .cu files, all files, and to link them."""
 
     kernels: tuple[str, ...] = ()
     all: tuple[str, ...] = ()
+    link: tuple[str, ...] = ()
 
 
 # Every access of a kernel calls the machine, which defines what ThreadSanitizer's own library would (machine.cpp).
 CHECKED = Variant(kernels=("-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"))
+# The same, counting the lines that run: gcov reads what write_coverage() leaves.
+COUNTED = Variant(
+    kernels=(*CHECKED.kernels, "--coverage", "-fprofile-update=single"), link=("--coverage", "-Wl,-u,__gcov_dump")
+)
+# Global memory and the language itself, by the compiler's own libraries; needs libasan loaded first (sanitized.py).
+SANITIZED = Variant(
+    kernels=("-fsanitize=undefined", "-fno-sanitize-recover=all"),
+    all=("-fsanitize=address",),
+    link=("-fsanitize=address,undefined",),
+)
 
-_FLAGS = ("-std=c++17", "-O1", "-g1", "-fPIC", "-fvisibility=hidden", "-w", '-DTORCHWELD_CUDA_ARCHITECTURES="none"')
+_FLAGS = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-w", '-DTORCHWELD_CUDA_ARCHITECTURES="none"')
 MACHINE = [Source(HERE / f"{name}.cpp") for name in ("fiber", "host", "machine", "report", "shared")]
 MACHINE.append(Source(CSRC / "cuda/device.cpp"))
 # As in csrc/cuda/CMakeLists.txt.
@@ -74,16 +85,24 @@ def _headers() -> bytes:
     return digest.digest()
 
 
+def _run(command: list[str], **options: Path) -> None:
+    # A library that is loaded first to watch this process (sanitized.py) need not watch the compiler.
+    subprocess.run(command, check=True, env={n: v for n, v in os.environ.items() if n != "LD_PRELOAD"}, **options)
+
+
 def _compile(source: Source, variant: Variant, includes: tuple[str, ...]) -> Path:
-    flags = [*_FLAGS, *variant.all, *(variant.kernels if source.path.suffix == ".cu" else ())]
+    flags = [*_FLAGS, *variant.all, *(("-O1", *variant.kernels) if source.path.suffix == ".cu" else ("-O2",))]
     command = ["g++", *flags, *source.macros, *(f"-I{i}" for i in includes), "-x", "c++", "-c", str(source.path)]
     digest = hashlib.sha256(repr(command).encode() + _headers() + source.path.read_bytes()).hexdigest()[:20]
     target = _cache() / f"{source.path.stem}-{digest}" / "object.o"
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
-        scratch = target.with_name(f"object.{os.getpid()}.o")  # another process may be doing the same
-        subprocess.run([*command, "-o", str(scratch)], check=True)
-        os.replace(scratch, target)
+        scratch = target.with_name(str(os.getpid()))  # another process may be doing the same
+        scratch.mkdir(exist_ok=True)
+        _run([*command, "-o", "object.o"], cwd=scratch)
+        for file in sorted(scratch.iterdir()):  # the object last
+            os.replace(file, target.with_name(file.name))
+        scratch.rmdir()
     return target
 
 
@@ -102,8 +121,8 @@ def build(sources: list[Source], variant: Variant = CHECKED, *, module: str | No
     if not target.exists():
         target.parent.mkdir(exist_ok=True)
         scratch = target.with_name(f"{name}.{os.getpid()}")
-        flags = [*variant.all, *(["-shared"] if module else []), "-o", str(scratch)]
-        subprocess.run(["g++", *objects, *flags], check=True)
+        flags = [*variant.link, *(["-shared"] if module else []), "-o", str(scratch)]
+        _run(["g++", *objects, *flags])
         os.replace(scratch, target)
     return target
 
@@ -114,9 +133,9 @@ def program(name: str) -> Path:
 
 
 @cache
-def load() -> ModuleType:
+def load(variant: Variant = COUNTED) -> ModuleType:
     """The module of all CUDA kernels, `emulated`."""
-    library = build([*MACHINE, Source(HERE / "module.cpp"), *KERNELS], module="emulated")
+    library = build([*MACHINE, Source(HERE / "module.cpp"), *KERNELS], variant, module="emulated")
     spec = importlib.util.spec_from_file_location("emulated", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

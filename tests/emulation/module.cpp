@@ -1,7 +1,7 @@
 // The CUDA kernels as a Python module whose functions take CPU tensors.
-#include "bindings/adamw.h"
 #include "bindings/attention.h"
 #include "bindings/layer_norm.h"
+#include "bindings/optimizer.h"
 #include "cuda/kernels.h"
 #include "machine.h"
 #include "products.h"
@@ -13,8 +13,8 @@ using namespace torchweld;
 struct Emulated {
   using Kernels = cuda::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
-  static constexpr bool adamw_table = true;
   static Kernels kernels() { return {}; }
+  static constexpr bool optimizer_table = true;
 
   static int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int32_t) {
     return cuda::layer_norm_workspace(rows, cols, weights, 0);
@@ -28,10 +28,18 @@ struct Emulated {
 
 }  // namespace
 
+extern "C" void __gcov_dump() __attribute__((weak));  // there if the kernels were compiled to count their lines
+
 PYBIND11_MODULE(emulated, m) {
   m.doc() = "CUDA kernels of torchweld, run on the CPU";
-  m.def("set_machine", [](int multiprocessors, int shared_bytes_per_block, unsigned seed) {
-    emulation::machine() = {multiprocessors, shared_bytes_per_block, seed};
+  m.def(
+      "set_machine",
+      [](int multiprocessors, int shared_bytes_per_block, unsigned seed) {
+        emulation::machine() = {multiprocessors, shared_bytes_per_block, seed};
+      },
+      py::arg("multiprocessors") = 4, py::arg("shared_bytes_per_block") = 232448, py::arg("seed") = 0);
+  m.def("write_coverage", [] {
+    if (__gcov_dump != nullptr) __gcov_dump();
   });
   m.def("products", [](const TensorView& a, const TensorView& b, int rows, bool packets, int padded, const TensorView& inner,
                        const TensorView& outer) {
@@ -43,7 +51,7 @@ PYBIND11_MODULE(emulated, m) {
                          static_cast<float*>(args.flat(outer, "outer", DType::float32, 16 * a.size(1)))},
                         dtype);
   });
-  bind_adamw<Emulated>(m);
   bind_attention<Emulated>(m);
+  bind_optimizers<Emulated>(m);
   bind_layer_norm<Emulated>(m);
 }

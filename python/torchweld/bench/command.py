@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,8 @@ if TYPE_CHECKING:
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
-OPS = ("attention", "layer_norm", "add_layer_norm", "adamw", "overhead")
+NORMS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")
+OPS = ("attention", *NORMS, "adamw", "overhead")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DIRECTIONS = ("forward", "backward", "step")
 
@@ -77,10 +79,15 @@ def sources() -> dict[str, Callable[[Settings], Iterator[Work]]]:
     """By op, what there is to measure."""
     from torchweld.bench.adamw import adamw  # noqa: PLC0415
     from torchweld.bench.attention import attention  # noqa: PLC0415
-    from torchweld.bench.layer_norm import add_layer_norm, layer_norm  # noqa: PLC0415
+    from torchweld.bench.layer_norm import norms  # noqa: PLC0415
     from torchweld.bench.overhead import overhead  # noqa: PLC0415
 
-    return dict(zip(OPS, (attention, layer_norm, add_layer_norm, adamw, overhead), strict=True))
+    return {
+        "attention": attention,
+        **{op: partial(norms, op) for op in NORMS},
+        "adamw": adamw,
+        "overhead": overhead,
+    }
 
 
 def run(args: argparse.Namespace) -> int:

@@ -2,5 +2,22 @@
 
 from torchweld.nn.attention import MultiheadAttention
 from torchweld.nn.layer_norm import LayerNorm
+from torchweld.nn.rms_norm import RMSNorm
+from torchweld.nn.transformer import (
+    Transformer,
+    TransformerDecoder,
+    TransformerDecoderLayer,
+    TransformerEncoder,
+    TransformerEncoderLayer,
+)
 
-__all__ = ["LayerNorm", "MultiheadAttention"]
+__all__ = [
+    "LayerNorm",
+    "MultiheadAttention",
+    "RMSNorm",
+    "Transformer",
+    "TransformerDecoder",
+    "TransformerDecoderLayer",
+    "TransformerEncoder",
+    "TransformerEncoderLayer",
+]

@@ -7,13 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchweld import ops
+from torchweld.nn.twins import twin
 
 
+def _is_mask(t: Tensor) -> bool:
+    return t.dtype == torch.bool or t.is_floating_point()
+
+
+@twin
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """Drop-in for `torch.nn.MultiheadAttention`: same arguments, same parameters, same state_dict.
 
     The fused attention serves `need_weights=False`. Asking for the weights means that all of them have to be in
-    memory, and that torch's own forward makes them. Masks follow torch's module: True (or -inf) means ignore.
+    memory, and torch's own forward makes them. Masks follow torch's module: True (or -inf) means ignore.
     """
 
     def forward(
@@ -27,7 +33,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        if need_weights or query.is_nested or key.is_nested or value.is_nested:
+        batched = query.dim() == 3
+        if need_weights or not self._serves(query, key, value, key_padding_mask, attn_mask, is_causal):
             return super().forward(
                 query,
                 key,
@@ -38,43 +45,69 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 average_attn_weights=average_attn_weights,
                 is_causal=is_causal,
             )
-        batched = F._mha_shape_check(  # type: ignore[attr-defined]
-            query, key, value, key_padding_mask, attn_mask, self.num_heads
-        )
-        if is_causal and attn_mask is None:
-            raise RuntimeError("Need attn_mask if specifying the is_causal hint.")
 
-        # (B, L, E), whatever the caller's layout; one tensor given three times stays one.
+        # (B, L, E), whatever the caller's layout; one tensor given twice or three times stays one.
         def batch_first(x: Tensor) -> Tensor:
             return x.unsqueeze(0) if not batched else x if self.batch_first else x.transpose(0, 1)
 
-        same = query is key and key is value
-        query = batch_first(query)
-        key, value = (query, query) if same else (batch_first(key), batch_first(value))
+        distinct = {id(x): batch_first(x) for x in (query, key, value)}
+        query, key, value = (distinct[id(x)] for x in (query, key, value))
         if key_padding_mask is not None and not batched:
             key_padding_mask = key_padding_mask.unsqueeze(0)
 
-        q, k, v = self._project(query, key, value, same)
-        mask = self._attend(attn_mask, key_padding_mask, q, k, is_causal and key_padding_mask is None)
-        out = ops.scaled_dot_product_attention(
-            q, k, v, mask, self.dropout if self.training else 0.0, is_causal and key_padding_mask is None
-        )
+        q, k, v = self._project(query, key, value)
+        causal = is_causal and key_padding_mask is None
+        mask = self._attend(attn_mask, key_padding_mask, q, k, causal)
+        out = ops.scaled_dot_product_attention(q, k, v, mask, self.dropout if self.training else 0.0, causal)
         out = F.linear(out.transpose(1, 2).flatten(2), self.out_proj.weight, self.out_proj.bias)
         return out.squeeze(0) if not batched else out if self.batch_first else out.transpose(0, 1), None
 
-    def _project(self, query: Tensor, key: Tensor, value: Tensor, same: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """(B, L, E) inputs to (B, H, L, D) heads, as views of the projections."""
-        if self._qkv_same_embed_dim and same:
-            projected = F.linear(query, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
+    def _serves(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+    ) -> bool:
+        """Whether the arguments fit; if not, torch's own forward says what is wrong, as it always did."""
+        if query.is_nested or key.is_nested or value.is_nested or not 2 <= query.dim() == key.dim() == value.dim() <= 3:
+            return False
+        lengths = [x.shape[-2] if x.dim() == 2 or self.batch_first else x.shape[0] for x in (query, key, value)]
+        batches = [1 if x.dim() == 2 else x.shape[0 if self.batch_first else 1] for x in (query, key, value)]
+        shapes = {
+            (lengths[0], lengths[1]),
+            (batches[0] * self.num_heads, lengths[0], lengths[1]),
+        }
+        padding = (batches[0], lengths[1])[query.dim() == 2 :]
+        return (
+            lengths[1] == lengths[2]
+            and batches[0] == batches[1] == batches[2]
+            and (query.shape[-1], key.shape[-1], value.shape[-1]) == (self.embed_dim, self.kdim, self.vdim)
+            and (attn_mask is not None or not is_causal)
+            and (attn_mask is None or (tuple(attn_mask.shape) in shapes and _is_mask(attn_mask)))
+            and (key_padding_mask is None or (key_padding_mask.shape == padding and _is_mask(key_padding_mask)))
+        )
+
+    def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(B, L, E) inputs to (B, H, L, D) heads, as views of the projections: one product for each distinct input."""
+        weight, bias = self.in_proj_weight, self.in_proj_bias
+        if self._qkv_same_embed_dim and key is value:
+            if query is key:
+                q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
+            else:
+                weights = weight.split((self.embed_dim, 2 * self.embed_dim))
+                biases = (None, None) if bias is None else bias.split((self.embed_dim, 2 * self.embed_dim))
+                q = F.linear(query, weights[0], biases[0])
+                k, v = F.linear(key, weights[1], biases[1]).chunk(2, dim=-1)
         else:
             weights = (
-                self.in_proj_weight.chunk(3)
+                weight.chunk(3)
                 if self._qkv_same_embed_dim
                 else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             )
-            biases = (None,) * 3 if self.in_proj_bias is None else self.in_proj_bias.chunk(3)
-            projected = tuple(map(F.linear, (query, key, value), weights, biases))
-        q, k, v = projected
+            q, k, v = map(F.linear, (query, key, value), weights, (None,) * 3 if bias is None else bias.chunk(3))
         batch = q.shape[0]
         if self.bias_k is not None and self.bias_v is not None:
             k = torch.cat([k, self.bias_k.expand(batch, 1, -1)], dim=1)

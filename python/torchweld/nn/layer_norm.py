@@ -6,8 +6,10 @@ import torch
 from torch import Tensor
 
 from torchweld import ops
+from torchweld.nn.twins import twin
 
 
+@twin
 class LayerNorm(torch.nn.LayerNorm):
     """Drop-in for `torch.nn.LayerNorm`: same arguments, same parameters, same state_dict."""
 

@@ -1,5 +1,6 @@
 """Drop-ins for `torch.optim`: the same constructors and state_dicts, the step in one pass over memory."""
 
 from torchweld.optim.adamw import Adam, AdamW
+from torchweld.optim.sgd import SGD
 
-__all__ = ["Adam", "AdamW"]
+__all__ = ["SGD", "Adam", "AdamW"]

@@ -1,18 +1,24 @@
 """The definition of every op in plain PyTorch: differentiable, any device, any dtype. Tests and fallbacks use these."""
 
-from torchweld.reference.adamw import adamw_, grad_norm
+from torchweld.reference.adamw import adamw_
 from torchweld.reference.attention import attention, scaled_dot_product_attention
 from torchweld.reference.cross_entropy import cross_entropy
 from torchweld.reference.gelu import gelu
 from torchweld.reference.layer_norm import add_layer_norm, layer_norm
+from torchweld.reference.optimizer import grad_norm
+from torchweld.reference.rms_norm import add_rms_norm, rms_norm
+from torchweld.reference.sgd import sgd_
 
 __all__ = [
     "adamw_",
     "add_layer_norm",
+    "add_rms_norm",
     "attention",
     "cross_entropy",
     "gelu",
     "grad_norm",
     "layer_norm",
+    "rms_norm",
     "scaled_dot_product_attention",
+    "sgd_",
 ]

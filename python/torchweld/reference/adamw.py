@@ -7,17 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
-def _real(t: Tensor) -> Tensor:
-    return torch.view_as_real(t) if t.is_complex() else t
-
-
-def grad_norm(grads: Sequence[Tensor], *, grad_scale: Tensor | None = None) -> Tensor:
-    """sqrt(sum of the squares of all elements of all gradients) / |grad_scale|, a scalar in float32 at least."""
-    compute = torch.float64 if any(_real(g).dtype == torch.float64 for g in grads) else torch.float32
-    norms = [torch.linalg.vector_norm(_real(g), dtype=compute) for g in grads]
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=compute)
-    return norm if grad_scale is None else norm / grad_scale.reshape(()).abs().to(compute)
+from torchweld.reference.optimizer import clip_factor, overflowed, real, round_stochastically, take_gradient
+from torchweld.reference.optimizer import grad_norm as norm_of
 
 
 def adamw_(
@@ -40,36 +31,34 @@ def adamw_(
     grad_norm: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
+    masters: Sequence[Tensor] = (),
+    rounding_seed: int | None = None,
+    zero_grads: bool = False,
 ) -> Tensor | None:
     """One step of every parameter, in place; computed in float32 at least, rounded to each tensor's dtype where stored.
 
     The maths of `torch.optim.AdamW` (decoupled weight decay) and `torch.optim.Adam` (decay added to the gradient),
     after dividing the gradients by `grad_scale` (they are stored so) and clipping them by their global norm as
     `torch.nn.utils.clip_grad_norm_` does (they are not stored so). Where `found_inf` is not zero nothing moves.
+    With `masters` it is they that are stepped, and the parameters are their roundings. With a `rounding_seed` bfloat16
+    parameters are rounded stochastically, row 2**32 * step + i of the random bits being that of the i-th parameter.
 
     Returns the norm before clipping: `grad_norm` if given, else that of `grads` if `max_grad_norm` is; else None.
     """
     if max_grad_norm is not None and grad_norm is None:
-        grad_norm = _grad_norm(grads, grad_scale=grad_scale)
-    if found_inf is not None and found_inf.item() != 0:
+        grad_norm = norm_of(grads, grad_scale=grad_scale)
+    if overflowed(found_inf, grads, zero_grads):
         return grad_norm
-    clip: Tensor | float = 1.0
-    if max_grad_norm is not None and grad_norm is not None:
-        clip = (max_grad_norm / (grad_norm + 1e-6)).clamp(max=1.0)
+    clip = clip_factor(max_grad_norm, grad_norm)
 
     for i, param in enumerate(params):
         steps[i].add_(1)
         step = steps[i].item()
-        stored = [_real(t) for t in (param, exp_avgs[i], exp_avg_sqs[i])]
-        compute = torch.promote_types(stored[0].dtype, torch.float32)
-        p, m, v = (t.to(compute) for t in stored)
+        stepped = real(masters[i] if masters else param)
+        compute = torch.promote_types(stepped.dtype, torch.float32)
+        p, m, v = (t.to(compute) for t in (stepped, real(exp_avgs[i]), real(exp_avg_sqs[i])))
 
-        g = _real(grads[i]).to(compute)
-        if grad_scale is not None:
-            g = g / grad_scale.reshape(()).to(compute)
-            _real(grads[i]).copy_(g)
-        g = g * clip
-        g = -g if maximize else g
+        g = take_gradient(grads[i], compute, grad_scale, clip, maximize, zero_grads)
         if weight_decay != 0:
             if decoupled:
                 p = p * (1 - lr * weight_decay)
@@ -80,14 +69,16 @@ def adamw_(
         v = beta2 * v + (1 - beta2) * g * g
         largest = v
         if amsgrad:
-            largest = torch.maximum(_real(max_exp_avg_sqs[i]).to(compute), v)
-            _real(max_exp_avg_sqs[i]).copy_(largest)
+            largest = torch.maximum(real(max_exp_avg_sqs[i]).to(compute), v)
+            real(max_exp_avg_sqs[i]).copy_(largest)
         step_size = lr / (1 - beta1**step)
         p = p - step_size * m / (largest.sqrt() / (1 - beta2**step) ** 0.5 + eps)
 
-        for t, value in zip(stored, (p, m, v), strict=True):
-            t.copy_(value)
+        real(exp_avgs[i]).copy_(m)
+        real(exp_avg_sqs[i]).copy_(v)
+        stepped.copy_(p)
+        if rounding_seed is not None and param.dtype == torch.bfloat16:
+            param.copy_(round_stochastically(p, rounding_seed, (int(step) << 32) + i))
+        elif masters:
+            real(param).copy_(p)
     return grad_norm
-
-
-_grad_norm = grad_norm  # adamw_ has an argument of that name

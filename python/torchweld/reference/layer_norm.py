@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from torchweld.reference.philox import draw_seed, dropout_factors
 
 
 def layer_norm(
@@ -31,6 +34,20 @@ def layer_norm(
     return y.to(input.dtype)
 
 
+def dropped(x: Tensor, cols: int, p: float, seed: Tensor | None) -> Tensor:
+    """x, in float32 at least, with every element of its rows of `cols` dropped with probability p, else / (1 - p)."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if p == 0 or x.numel() == 0:
+        return x
+    factors = dropout_factors(draw_seed(x.device) if seed is None else seed, x.numel() // cols, cols, p)
+    return x * factors.to(x.dtype).view(x.shape)
+
+
+def residual_sum(x: Tensor, residual: Tensor, shape: Sequence[int], dropout_p: float, seed: Tensor | None) -> Tensor:
+    """residual + dropout(x), in residual's dtype; the mask has a row for every `shape` of elements."""
+    return (residual + dropped(x, math.prod(shape), dropout_p, seed)).to(residual.dtype)
+
+
 def add_layer_norm(
     x: Tensor,
     residual: Tensor,
@@ -38,7 +55,14 @@ def add_layer_norm(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
+    dropout_p: float = 0.0,
+    *,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """new_residual = x + residual; returns (layer_norm(new_residual), new_residual)."""
-    new_residual = x + residual
-    return layer_norm(new_residual, normalized_shape, weight, bias, eps), new_residual
+    """new_residual = residual + dropout(x), in residual's dtype; returns (layer_norm(new_residual), new_residual).
+
+    The norm has x's dtype.
+    """
+    new_residual = residual_sum(x, residual, normalized_shape, dropout_p, seed)
+    compute = torch.promote_types(new_residual.dtype, torch.promote_types(x.dtype, torch.float32))
+    return layer_norm(new_residual.to(compute), normalized_shape, weight, bias, eps).to(x.dtype), new_residual

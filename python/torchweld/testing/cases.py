@@ -144,15 +144,19 @@ def ops() -> dict[str, tuple[Case, ...]]:
     from torchweld.testing.attention import ATTENTION  # noqa: PLC0415
     from torchweld.testing.cross_entropy import CROSS_ENTROPY  # noqa: PLC0415
     from torchweld.testing.gelu import GELU  # noqa: PLC0415
-    from torchweld.testing.layer_norm import ADD_LAYER_NORM, LAYER_NORM  # noqa: PLC0415
+    from torchweld.testing.layer_norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM  # noqa: PLC0415
+    from torchweld.testing.sgd import SGD  # noqa: PLC0415
 
     return {
         "attention": ATTENTION,
         "layer_norm": LAYER_NORM,
         "add_layer_norm": ADD_LAYER_NORM,
+        "rms_norm": RMS_NORM,
+        "add_rms_norm": ADD_RMS_NORM,
         "gelu": GELU,
         "cross_entropy": CROSS_ENTROPY,
         "adamw": ADAMW,
+        "sgd": SGD,
     }
 
 

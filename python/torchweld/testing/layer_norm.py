@@ -1,30 +1,26 @@
-"""Cases of layer_norm and add_layer_norm."""
+"""Cases of layer_norm, rms_norm and their add_ forms."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
 from dataclasses import dataclass, replace
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from torchweld import ops, reference
+from torchweld.reference.philox import dropout_factors
 from torchweld.testing.cases import Case, Tensors
 from torchweld.testing.inputs import Random
 
 EPS = 1e-5
-
-
-def _torch_layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    # torch refuses some pairs of dtypes; with those its user would compute in float32.
-    compute = x.dtype if all(p is None or p.dtype == x.dtype for p in (weight, bias)) else torch.float32
-    w, b = (None if p is None else p.to(compute) for p in (weight, bias))
-    return torch.nn.functional.layer_norm(x.to(compute), list(shape), w, b, EPS).to(x.dtype)
+_WIDE = torch.float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNormCase(Case):
-    """`rows` rows of `shape` elements. `add`: with a residual in front; `value`: every element is this number."""
+    """`rows` rows of `shape` elements. `add`: with a residual in front; `rms`: rms_norm, without a bias."""
 
     rows: tuple[int, ...]
     shape: tuple[int, ...]
@@ -36,10 +32,14 @@ class LayerNormCase(Case):
     shift: float = 0.0
     huge_row: bool = False
     add: bool = False
+    rms: bool = False
+    zero_centered: bool = False
+    residual_dtype: torch.dtype | None = None
+    dropout_p: float = 0.0
 
     @property
     def op(self) -> str:
-        return "add_layer_norm" if self.add else "layer_norm"
+        return ("add_" if self.add else "") + ("rms_norm" if self.rms else "layer_norm")
 
     @property
     def leaves(self) -> tuple[str, ...]:
@@ -48,17 +48,21 @@ class LayerNormCase(Case):
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Tensors:
         random, full = Random(seed, device), (*self.rows, *self.shape)
 
-        def activations(scale: float = 1.0, shift: float = 0.0) -> Tensor:
+        def activations(scale: float = 1.0, shift: float = 0.0, dtype: torch.dtype = dtype) -> Tensor:
             return random.normal(*full, dtype=dtype, scale=scale, shift=shift, layout=self.layout)
 
         x = {"x": activations(self.scale, self.shift), "doutput": activations()}
         if self.huge_row:
             x["x"][-1] *= 1e4
         if self.add:
-            x |= {"residual": activations(self.scale), "dsum": activations()}
+            wide = self.residual_dtype or dtype
+            x |= {"residual": activations(self.scale, dtype=wide), "dsum": activations(dtype=wide)}
+        if self.dropout_p > 0:
+            x["seed"] = torch.tensor([0x1234567890ABCDEF + seed], device=x["x"].device)
         # Parameters are always contiguous in a model, but may start anywhere.
         layout = "unaligned" if self.layout == "unaligned" else "contiguous"
-        for name, wanted, shift in (("weight", self.weight, 1.0), ("bias", self.bias, 0.0)):
+        one = 0.0 if self.zero_centered else 1.0
+        for name, wanted, shift in (("weight", self.weight, one), ("bias", self.bias and not self.rms, 0.0)):
             if wanted:
                 x[name] = random.normal(
                     *self.shape, dtype=self.weight_dtype or dtype, scale=0.5, shift=shift, layout=layout
@@ -66,48 +70,76 @@ class LayerNormCase(Case):
         return x
 
     def ours(self, x: Tensors) -> Tensors:
-        parameters = (self.shape, x.get("weight"), x.get("bias"), EPS)
-        if not self.add:
-            return {"output": ops.layer_norm(x["x"], *parameters)}
-        return dict(zip(("output", "sum"), ops.add_layer_norm(x["x"], x["residual"], *parameters), strict=True))
-
-    def torch(self, x: Tensors) -> Tensors:
-        total = x["x"] + x["residual"] if self.add else x["x"]
-        output = _torch_layer_norm(total, self.shape, x.get("weight"), x.get("bias"))
-        return {"output": output, "sum": total} if self.add else {"output": output}
+        return self._call(ops, x)
 
     def reference(self, x: Tensors) -> Tensors:
-        parameters = (self.shape, x.get("weight"), x.get("bias"), EPS)
+        return self._call(reference, x)
+
+    def _call(self, module: ModuleType, x: Tensors) -> Tensors:
+        inputs = [x["x"], x["residual"]] if self.add else [x["x"]]
+        parameters = [x.get("weight")] if self.rms else [x.get("weight"), x.get("bias")]
+        options = {"dropout_p": self.dropout_p, "seed": x.get("seed")} if self.add else {}
+        if self.rms:
+            options["zero_centered_weight"] = self.zero_centered
+        found = getattr(module, self.op)(*inputs, self.shape, *parameters, EPS, **options)
+        return {"output": found[0], "sum": found[1]} if self.add else {"output": found}
+
+    def _normalised(self, x: Tensors) -> Tensor:
         if not self.add:
-            return {"output": reference.layer_norm(x["x"], *parameters)}
-        return dict(zip(("output", "sum"), reference.add_layer_norm(x["x"], x["residual"], *parameters), strict=True))
+            return x["x"]
+        if self.dropout_p == 0:
+            return x["residual"] + x["x"]
+        # torch has no dropout by a seed: the mask is given to it, the arithmetic is its own.
+        cols = math.prod(self.shape)
+        factors = dropout_factors(x["seed"], x["x"].numel() // cols, cols, self.dropout_p)
+        return x["residual"] + x["x"] * factors.view(x["x"].shape).to(x["x"].dtype)
+
+    def torch(self, x: Tensors) -> Tensors:
+        total, parameters = self._normalised(x), [x.get("weight"), x.get("bias")]
+        # torch refuses some pairs of dtypes; with those, and with 1 + weight, its user would compute in float32.
+        same = all(p is None or p.dtype == total.dtype for p in parameters) and not self.zero_centered
+        compute = total.dtype if same else torch.promote_types(total.dtype, torch.float32)
+        weight, bias = (None if p is None else p.to(compute) for p in parameters)
+        if weight is not None and self.zero_centered:
+            weight = weight + 1
+        if self.rms:
+            output = torch.nn.functional.rms_norm(total.to(compute), list(self.shape), weight, EPS)
+        else:
+            output = torch.nn.functional.layer_norm(total.to(compute), list(self.shape), weight, bias, EPS)
+        output = output.to(x["x"].dtype)
+        return {"output": output, "sum": total} if self.add else {"output": output}
 
     def terms(self, x: Tensors) -> dict[str, float]:
-        """With g = doutput * weight: of dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) the size of the first term.
+        """With g = doutput * weight: of dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) the size of the first term,
+        and of the last, which is nothing where a single column is centred.
 
         Of the weight gradients, sums over rows, the size of a random walk with those steps: with a column or two the
         sum can be far smaller than what was added up.
         """
-        total = x["x"] + x["residual"] if self.add else x["x"]
+        total = self._normalised(x)
         if total.numel() == 0:
             return {}
         dims = tuple(range(-len(self.shape), 0))
-        variance, mean = torch.var_mean(total, dims, correction=0, keepdim=True)
-        rstd = torch.rsqrt(variance + EPS)
+        centred = total if self.rms else total - total.mean(dims, keepdim=True)
+        rstd = torch.rsqrt(centred.square().mean(dims, keepdim=True) + EPS)
 
         def walk(steps: Tensor) -> float:
             return float(steps.flatten(0, len(self.rows) - 1).norm(dim=0).amax())
 
-        dx = float((rstd * x["doutput"] * x.get("weight", 1.0)).abs().amax())
+        g = x["doutput"] * (x.get("weight", 1.0) + (1.0 if self.zero_centered else 0.0))
+        last = centred * rstd * (g * centred * rstd).mean(dims, keepdim=True)
+        dx = float((rstd * (g.abs() + last.abs())).amax())
         return {
             "dx": dx,
             "dresidual": dx,
-            "dweight": walk(x["doutput"] * (total - mean) * rstd),
+            "dweight": walk(x["doutput"] * centred * rstd),
             "dbias": walk(x["doutput"]),
         }
 
 
-def _case(name: str, regime: str, rows: int | tuple[int, ...], cols: int | tuple[int, ...], **flags: object) -> Case:
+def _case(
+    name: str, regime: str, rows: int | tuple[int, ...], cols: int | tuple[int, ...], **flags: object
+) -> LayerNormCase:
     as_tuple = [n if isinstance(n, tuple) else (n,) for n in (rows, cols)]
     return LayerNormCase(name=name, regime=regime, rows=as_tuple[0], shape=as_tuple[1], **flags)  # type: ignore[arg-type]
 
@@ -140,4 +172,28 @@ LAYER_NORM = (
     _case("16 x 200 of 1e-6", "variance below eps", 16, 200, scale=1e-6),
 )
 
-ADD_LAYER_NORM = tuple(replace(c, add=True) for c in LAYER_NORM if isinstance(c, LayerNormCase))
+_ADD = (
+    _case("64 x 136 fp32 residual", "a residual stream wider than the activations", 64, 136, residual_dtype=_WIDE),
+    _case("5 x 9001 fp32 residual", "the same in rows too long for a buffer", 5, 9001, residual_dtype=_WIDE),
+    _case("64 x 136 dropout", "whole vectors of a mask", 64, 136, dropout_p=0.3),
+    _case(
+        "30 x 77 dropout", "a mask with a tail, an odd number of columns", 30, 77, dropout_p=0.3, residual_dtype=_WIDE
+    ),
+    _case("5 x 9001 dropout", "long rows", 5, 9001, dropout_p=0.1),
+    _case("9 x 40 all dropped", "nothing is left of x", 9, 40, dropout_p=1.0),
+)
+ADD_LAYER_NORM = tuple(replace(c, add=True) for c in (*LAYER_NORM, *_ADD))
+RMS_NORM = (
+    *(replace(c, rms=True) for c in LAYER_NORM if c.weight or not c.bias),
+    _case("64 x 136 zero-centred", "1 + weight", 64, 136, rms=True, zero_centered=True),
+    _case(
+        "64 x 136 zero-centred fp32",
+        "1 + weight, wider than the activations",
+        64,
+        136,
+        rms=True,
+        zero_centered=True,
+        weight_dtype=torch.float32,
+    ),
+)
+ADD_RMS_NORM = tuple(replace(c, add=True, rms=True) for c in (*RMS_NORM, *_ADD))

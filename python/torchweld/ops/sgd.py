@@ -1,0 +1,98 @@
+"""sgd_: one step of stochastic gradient descent as one op over lists of tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from torchweld import reference
+from torchweld.ops.library import register
+from torchweld.ops.optimizer import COMMON, Common, run_step, step_fake, take_step
+
+# ---- Implementation
+
+
+def _sgd(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    masters: Sequence[Tensor],
+    momentum: float,
+    dampening: float,
+    nesterov: bool,
+    first_step: bool,
+    *common: Any,
+) -> None:
+    lists = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers, "masters": masters}
+    own = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov, "first_step": first_step}
+    run_step("sgd_", lists, own, Common(*common), reference.sgd_)
+
+
+_sgd_op = register(
+    "sgd_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, Tensor(d!)[] masters,"
+    f" float momentum, float dampening, bool nesterov, bool first_step, {COMMON}) -> ()",
+    _sgd,
+    step_fake,
+)
+
+# ---- Public
+
+
+def sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    first_step: bool = False,
+    max_grad_norm: float | None = None,
+    grad_norm: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+    masters: Sequence[Tensor] = (),
+    zero_grads: bool = False,
+) -> Tensor | None:
+    """One step of SGD over lists of tensors, in place and in one pass over their memory.
+
+    The maths is in `torchweld.reference.sgd_`. Works in float32. Takes no part in autograd.
+
+    Args:
+        params, grads, lr, maximize, masters: as in `adamw_`, and so
+        max_grad_norm, grad_norm, grad_scale, found_inf, zero_grads.
+        momentum_buffers: as params, tensor for tensor: same shape; dtype of the parameter, or float32. Zeros before the
+            first step. Ignored where `momentum` is 0.
+        dampening: what is kept out of a gradient that enters the buffer, as a share of it.
+        first_step: the buffers are new: dampening does not count.
+
+    Returns:
+        The norm before clipping (a float32 scalar) if `max_grad_norm` or `grad_norm` is given, else None.
+
+    Raises:
+        ValueError: lists of different lengths; a device, dtype or shape that does not fit, naming the tensor; a
+            hyper-parameter out of range. Nothing has been changed then.
+    """
+    if not momentum >= 0:
+        raise ValueError(f"[sgd_] momentum: expected momentum >= 0, but got {momentum}")
+    if momentum == 0:
+        momentum_buffers = []
+    elif len(momentum_buffers) == 0 and len(params) > 0:
+        raise ValueError("[sgd_] momentum_buffers: expected one tensor for each of params (momentum > 0), but got none")
+    lists = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers, "masters": masters}
+    own = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov, "first_step": first_step}
+    common = {
+        "weight_decay": weight_decay,
+        "maximize": maximize,
+        "max_grad_norm": max_grad_norm,
+        "grad_norm": grad_norm,
+        "grad_scale": grad_scale,
+        "found_inf": found_inf,
+        "zero_grads": zero_grads,
+    }
+    return take_step("sgd_", _sgd_op, reference.sgd_, lists, own, lr, common)

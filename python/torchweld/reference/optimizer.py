@@ -1,0 +1,69 @@
+"""What the definitions of all optimizers share: the norm of the gradients, and what is done to them before a step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from torchweld.reference.philox import philox
+
+
+def real(t: Tensor) -> Tensor:
+    """A complex tensor as a real one of twice the elements."""
+    return torch.view_as_real(t) if t.is_complex() else t
+
+
+def grad_norm(grads: Sequence[Tensor], *, grad_scale: Tensor | None = None) -> Tensor:
+    """sqrt(sum of the squares of all elements of all gradients) / |grad_scale|, a scalar in float32 at least."""
+    compute = torch.float64 if any(real(g).dtype == torch.float64 for g in grads) else torch.float32
+    norms = [torch.linalg.vector_norm(real(g), dtype=compute) for g in grads]
+    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), dtype=compute)
+    return norm if grad_scale is None else norm / grad_scale.reshape(()).abs().to(compute)
+
+
+def clip_factor(max_grad_norm: float | None, norm: Tensor | None) -> Tensor | float:
+    """What `torch.nn.utils.clip_grad_norm_` multiplies the gradients by."""
+    if max_grad_norm is None or norm is None:
+        return 1.0
+    return (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def overflowed(found_inf: Tensor | None, grads: Sequence[Tensor], zero_grads: bool) -> bool:
+    """Whether nothing is to move. The gradients are zeroed all the same where they are to be."""
+    if found_inf is None or found_inf.item() == 0:
+        return False
+    if zero_grads:
+        for grad in grads:
+            grad.zero_()
+    return True
+
+
+def take_gradient(
+    grad: Tensor, compute: torch.dtype, grad_scale: Tensor | None, clip: Tensor | float, maximize: bool, zero: bool
+) -> Tensor:
+    """The gradient to step by; what is stored is divided by grad_scale but not clipped, or 0."""
+    g = real(grad).to(compute)
+    if grad_scale is not None:
+        g = g / grad_scale.reshape(()).to(compute)
+        real(grad).copy_(g)
+    g = g * clip
+    if zero:
+        grad.zero_()
+    return -g if maximize else g
+
+
+def round_stochastically(x: Tensor, seed: int, row: int) -> Tensor:
+    """float32 x rounded to bfloat16, up or down with probabilities that make x the mean; infinities and NaN stay.
+
+    The 16 bits that fall away are added to 16 random ones, whose carry rounds up. Element i, in the order of memory,
+    takes half i % 2 (the low one first) of word i / 2 % 4 of philox(seed, row, i / 8).
+    """
+    blocks = torch.arange((x.numel() + 7) // 8, device=x.device)
+    words = philox(torch.tensor(seed, device=x.device), torch.tensor(row, device=x.device), blocks).flatten()
+    halves = torch.stack((words & 0xFFFF, words >> 16), -1).flatten()[: x.numel()]
+    random = torch.empty_like(x, dtype=torch.int32, memory_format=torch.preserve_format)
+    random.as_strided((x.numel(),), (1,)).copy_(halves)
+    bits = x.view(torch.int32) + random & -0x10000
+    return torch.where(x.isfinite(), bits.view(torch.float32), x).to(torch.bfloat16)

@@ -1,0 +1,59 @@
+"""Fixtures that run the CUDA kernels on the CPU, and the report of the lines that they reach."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from emulation import build, coverage
+from torchweld import backend
+
+_COVERAGE_TEST = "test_the_emulated_suite_reaches_the_kernels"
+_report: list[str] = []
+
+
+@pytest.fixture(scope="session")
+def emulated_module() -> ModuleType:
+    if reason := build.unavailable():
+        pytest.skip(f"the CUDA kernels cannot be built for the CPU: {reason}")
+    coverage.begin()
+    return build.load()
+
+
+@pytest.fixture
+def emulated(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
+    """The CUDA kernels in the place of the CPU's, as a GPU of 4 multiprocessors with Hopper's shared memory."""
+    monkeypatch.setitem(backend.kernels, "cpu", emulated_module)
+    emulated_module.set_machine()
+    with backend.strict():
+        yield emulated_module
+
+
+@pytest.fixture
+def kernel_lines(emulated_module: ModuleType) -> dict[str, dict[int, int]]:
+    """How often each line of csrc/cuda has run on the machine so far, which the end of the run reports."""
+    lines = coverage.measure(emulated_module)
+    _report[:] = coverage.table(lines)
+    return lines
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What the kernels were reached by is judged after all that reach them, if they all run."""
+    last = [item for item in items if item.name == _COVERAGE_TEST]
+    items[:] = [item for item in items if item not in last] + last
+    tests = Path(__file__).parent.parent
+    wanted = {path for path in tests.glob("test_*.py") if "emulated" in path.read_text()}
+    chosen = config.option.keyword or config.option.markexpr or any("::" in argument for argument in config.args)
+    if chosen or not wanted <= {item.path for item in items}:
+        for item in last:
+            item.add_marker(pytest.mark.skip(reason="judges the whole emulated suite, of which only a part was chosen"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _report:
+        terminalreporter.section("lines of csrc/cuda that have run on the CPU")
+        for line in _report:
+            terminalreporter.write_line(line)

@@ -1,0 +1,58 @@
+"""Runs small cases of every op under AddressSanitizer and UndefinedBehaviorSanitizer: python -m emulation.sanitized."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import suppress
+
+import torch
+
+from emulation import build
+from torchweld import backend
+from torchweld.testing import Case
+from torchweld.testing.cases import evaluate, ops
+
+
+def environment() -> dict[str, str]:
+    """Python itself is not instrumented, so the library that watches memory must be there before it."""
+    library = subprocess.run(["g++", "-print-file-name=libasan.so"], capture_output=True, text=True, check=True)
+    return {
+        "LD_PRELOAD": library.stdout.strip(),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:allocator_may_return_null=1",
+        "UBSAN_OPTIONS": "print_stacktrace=1",
+    }
+
+
+def small_cases(limit: int) -> Iterator[tuple[Case, torch.dtype]]:
+    """The cases of the ops with CUDA kernels whose inputs have no more than `limit` elements, in every dtype.
+
+    Not those that clip: the norm's thousand blocks take seconds, and tests/test_adamw_host.py has one test of them.
+    """
+    launchers = re.findall(r"^void (\w+)\(", (build.CSRC / "cuda/kernels.h").read_text(), re.MULTILINE)
+    for op, cases in ops().items():
+        # add_layer_norm has the kernels of layer_norm, adamw is called adamw_.
+        if not any(launcher.startswith(op.removeprefix("add_")) for launcher in launchers):
+            continue
+        for case in cases:
+            for dtype in () if getattr(case, "max_grad_norm", None) else case.dtypes:
+                if sum(t.numel() for t in case.inputs(dtype).values()) <= limit:
+                    yield case, dtype
+
+
+def main() -> None:
+    module = build.load(build.SANITIZED)
+    backend.kernels["cpu"] = module
+    clean: dict[str, int] = defaultdict(int)
+    for number, (case, dtype) in enumerate(small_cases(1 << 13)):
+        module.set_machine(seed=number)
+        with suppress(backend.NotServedError), backend.strict():
+            evaluate(case, case.ours, case.inputs(dtype))
+            clean[case.op] += 1
+    print(f"every case is clean: {dict(clean)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What is fused inside the Transformer layers, and that nobody who looks at the parts misses it."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+
+from torchweld import nn, ops
+from transformer_cases import HEADS, LAYERS, WIDTH, inputs, layers
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+@pytest.mark.parametrize("part", ["norm1", "norm2", "dropout1", "dropout2", "self_attn", "linear1", "dropout"])
+@pytest.mark.parametrize("norm_first", [True, False])
+def test_hooks_see_what_they_saw(cls: type[torch.nn.Module], part: str, norm_first: bool) -> None:
+    seen = []
+    for module in layers(cls, activation="gelu", norm_first=norm_first):
+        torch.manual_seed(1)
+        calls: list[torch.Tensor] = []
+        hooked = module.get_submodule(part)
+        hooked.register_forward_pre_hook(lambda _, args, calls=calls: calls.append(args[0]))
+
+        def replace(_: Any, args: Any, out: Any, calls: list[torch.Tensor] = calls) -> Any:
+            calls.append(out[0] if isinstance(out, tuple) else out)
+            return (out[0] * 2, *out[1:]) if isinstance(out, tuple) else out * 2
+
+        hooked.register_forward_hook(replace)
+        hooked.register_full_backward_hook(lambda _, dx, dy, calls=calls: calls.extend((*dx[:1], *dy[:1])))
+        seen.append([module(*(x.requires_grad_() for x in inputs(cls, False))), calls])
+        seen[-1][0].sum().backward()
+    assert len(seen[0][1]) == len(seen[1][1]) == 4
+    for got, expected in zip((seen[1][0], *seen[1][1]), (seen[0][0], *seen[0][1]), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def fused(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows with every fused add and norm."""
+    calls: list[int] = []
+    right = ops.add_layer_norm
+    monkeypatch.setattr(ops, "add_layer_norm", lambda *a, **k: calls.append(1) or right(*a, **k))
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("cls", "norm_first", "adds"),
+    [
+        (nn.TransformerEncoderLayer, False, 2),
+        (nn.TransformerEncoderLayer, True, 1),
+        (nn.TransformerDecoderLayer, False, 3),
+        (nn.TransformerDecoderLayer, True, 2),
+    ],
+)
+def test_adds_are_fused(
+    monkeypatch: pytest.MonkeyPatch, cls: type[torch.nn.Module], norm_first: bool, adds: int
+) -> None:
+    calls = fused(monkeypatch)
+    cls(WIDTH, HEADS, norm_first=norm_first)(*inputs(cls, False))
+    assert len(calls) == adds
+
+
+@pytest.mark.parametrize("cls", LAYERS)
+def test_what_is_not_plain_is_not_fused(monkeypatch: pytest.MonkeyPatch, cls: type[torch.nn.Module]) -> None:
+    calls = fused(monkeypatch)
+    _, ours = layers(cls)
+    x = inputs(cls, False)
+    expected = ours(*x)
+    assert calls
+    calls.clear()
+
+    class Blocked(cls):  # type: ignore[misc, valid-type]
+        def _ff_block(self, x: torch.Tensor) -> torch.Tensor:
+            return super()._ff_block(x) * 2
+
+    changed = copy.deepcopy(ours)
+    changed.__class__ = Blocked
+    assert not torch.allclose(changed(*x), expected)
+    changed = copy.deepcopy(ours)
+    changed.norm2 = torch.nn.Identity()
+    assert not torch.allclose(changed(*x), expected)
+    changed = copy.deepcopy(ours)
+    changed.dropout1.forward = lambda x: x * 2  # type: ignore[method-assign]
+    assert not torch.allclose(changed(*x), expected)
+    changed = copy.deepcopy(ours)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda m, args, out: None)
+    torch.testing.assert_close(changed(*x), expected)
+    handle.remove()
+    assert not calls
