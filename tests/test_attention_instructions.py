@@ -7,17 +7,6 @@ from types import ModuleType
 import pytest
 import torch
 
-from emulation import build
-
-_REASON = build.unavailable()
-pytestmark = pytest.mark.skipif(_REASON is not None, reason=f"the CUDA kernels cannot be built for the CPU: {_REASON}")
-
-
-@pytest.fixture(scope="module")
-def emulated() -> ModuleType:
-    return build.load()
-
-
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize(("size", "padded"), [(32, 32), (64, 64), (128, 128), (24, 32), (7, 32), (50, 64), (100, 128)])
 @pytest.mark.parametrize("rows", [16, 9])
