@@ -15,12 +15,23 @@ from contextlib import contextmanager
 from types import ModuleType
 
 import torch
+from torch.autograd import forward_ad
 
-__all__ = ["BACKENDS", "NotServedError", "active", "choose", "kernels", "strict", "unavailable", "use_backend"]
+__all__ = [
+    "BACKENDS",
+    "NotServedError",
+    "active",
+    "choose",
+    "kernels",
+    "strict",
+    "transforms_active",
+    "unavailable",
+    "use_backend",
+]
 
 BACKENDS = ("cuda", "cpu", "reference")
 
-_transforms_active = torch._C._are_functorch_transforms_active
+transforms_active = torch._C._are_functorch_transforms_active
 _log = logging.getLogger("torchweld")
 _logged: set[tuple[str, str]] = set()
 
@@ -128,8 +139,8 @@ def choose(op: str, device: torch.device, refusal: str | None) -> str:
     if not _settings.loaded:
         _settings.load()
     forced = _settings.forced
-    # torch.func's transforms see through the reference's operators, not into a kernel.
-    if forced == "reference" or _transforms_active():
+    # torch.func's transforms and forward-mode derivatives see through the reference's operators, not into a kernel.
+    if forced == "reference" or transforms_active() or forward_ad._current_level >= 0:
         return "reference"
     kind = device.type
     if forced is not None and forced != kind:

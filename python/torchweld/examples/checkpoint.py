@@ -1,7 +1,7 @@
 """A training run on disk: OUT/checkpoint-STEP, a directory that appears whole or not at all.
 
     config.json model.safetensors tokenizer.json    a GPT-2 that Hugging Face's transformers loads too
-    optimizer.safetensors                           the optimizer's moments by parameter name, and random states
+    optimizer.safetensors                           the optimizer's moments by parameter name
     training.json                                   settings, step, losses
 
 Only the newest is kept.
@@ -142,14 +142,12 @@ def load_training(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name, and the random states that dropout draws from."""
-    tensors = {"random/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        tensors["random/cuda"] = torch.cuda.get_rng_state()
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"{name}/{key}"] = value
-    return tensors
+    """The optimizer's state by parameter name."""
+    return {
+        f"{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
 
 
 def restore_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
@@ -162,20 +160,16 @@ def restore_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, 
     for name, tensor in tensors.items():
         parameter, _, key = name.rpartition("/")
         states.setdefault(parameter, {})[key] = tensor
-    random = states.pop("random", {})
     names = {parameter: name for name, parameter in model.named_parameters()}
     expected = {(name, key) for name in names.values() for key in ("step", "exp_avg", "exp_avg_sq")}
     fits = {(name, key) for name, state in states.items() for key in state} == expected and all(
         states[name]["exp_avg"].shape == states[name]["exp_avg_sq"].shape == p.shape for p, name in names.items()
     )
-    if not fits or "cpu" not in random:
+    if not fits:
         raise UserError(
-            "optimizer.safetensors: expected the random state and Adam's moments of every parameter, but got others; "
-            "the checkpoint is damaged or of another kind"
+            "optimizer.safetensors: expected Adam's moments of every parameter, but got others; the checkpoint is "
+            "damaged or of another kind"
         )
-    torch.set_rng_state(random["cpu"])
-    if "cuda" in random and torch.cuda.is_available():
-        torch.cuda.set_rng_state(random["cuda"])
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
     state = {index: states[names[parameter]] for index, parameter in enumerate(ordered)}
     # load_state_dict knows which of them move to the parameter's device and dtype.

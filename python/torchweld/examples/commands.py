@@ -20,18 +20,21 @@ def add_train_parser(subparsers: Subparsers) -> None:
         "train",
         help="train a model on text, here and now",
         description="Trains a model with torchweld's kernels, validates it, saves a checkpoint and shows a sample. "
-        "Without --data it learns the text of Python's standard library, which is on every machine.",
+        "Without --data it learns the text of Python's standard library, which is on every machine. Several processes "
+        "share each batch: torchrun --nproc-per-node 2 -m torchweld train gpt2.",
         epilog="Ctrl-C saves a checkpoint after the step it falls in and ends with exit code 130; a second one ends at "
         "once. Other exit codes: 0 done, 1 --compare found loss curves that differ, 2 bad input.",
     )
     parser.add_argument("name", metavar="NAME", help="what to train: gpt2")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="UTF-8 text files (default: the standard library)")
-    parser.add_argument("--config", help="tiny, small (default), gpt2, gpt2-medium, gpt2-large or gpt2-xl")
+    parser.add_argument("--config", help="tiny, small (default), medium, gpt2, gpt2-medium, gpt2-large or gpt2-xl")
     parser.add_argument(
         "--out", default="torchweld-gpt2", metavar="DIR", help="where it all goes (default: %(default)s)"
     )
     parser.add_argument("--steps", type=whole(1), metavar="N", help="updates in all (default: the config's)")
-    parser.add_argument("--batch-size", type=whole(1), metavar="N", help="sequences per step (default: the config's)")
+    parser.add_argument(
+        "--batch-size", type=whole(1), metavar="N", help="sequences per step, of all processes (default: the config's)"
+    )
     parser.add_argument("--learning-rate", type=number(0.0, above=True), metavar="X", help="at its peak")
     parser.add_argument("--seed", type=whole(0), metavar="N", help="of weights, data order and sample (default: 0)")
     parser.add_argument(
@@ -39,7 +42,10 @@ def add_train_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
     parser.add_argument(
-        "--compare", action="store_true", help="train stock PyTorch beside it, step by step: speed and losses"
+        "--compare",
+        nargs="*",
+        metavar="WITH",
+        help="train stock PyTorch beside it, step by step: speed and losses; torch, torch.compile (default: both)",
     )
     parser.add_argument("--dtype", default="float32", help="float32 (default), or bfloat16 by autocast")
     _add_machine_options(parser)

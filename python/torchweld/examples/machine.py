@@ -11,6 +11,7 @@ import torch
 
 from torchweld import backend
 from torchweld.errors import UserError
+from torchweld.examples.processes import local_rank
 
 
 def pick_device(name: str | None) -> str:
@@ -19,8 +20,11 @@ def pick_device(name: str | None) -> str:
     Raises:
         UserError: no such device, or not on this machine.
     """
+    rank = local_rank()
     if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and rank is not None:  # each process has a GPU of its own
+        name = f"cuda:{rank}"
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -34,6 +38,8 @@ def pick_device(name: str | None) -> str:
         )
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device: expected at most cuda:{torch.cuda.device_count() - 1} here, but got {name!r}")
+    if rank is not None and device.type == "cuda" and device.index != rank:
+        raise UserError(f"--device: expected cuda, of which torchrun gives each process one, but got {name!r}")
     return name
 
 
@@ -55,14 +61,18 @@ def forced_backend(name: str | None, device: str) -> AbstractContextManager[None
 
 
 @contextmanager
-def deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Within it Ctrl-C only makes the yielded function return True; a second one ends the program as usual."""
+def deferred_interrupt(patient: bool = False) -> Iterator[Callable[[], bool]]:
+    """Within it Ctrl-C only makes the yielded function return True; a second one ends the program as usual.
+
+    If `patient`, further ones change nothing: under `torchrun` one Ctrl-C comes twice, from the terminal and from it.
+    """
     seen = False
 
     def handler(number: int, frame: FrameType | None) -> None:
         nonlocal seen
         seen = True
-        signal.signal(signal.SIGINT, previous)
+        if not patient:
+            signal.signal(signal.SIGINT, previous)
 
     previous = signal.signal(signal.SIGINT, handler)
     try:

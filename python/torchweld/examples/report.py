@@ -75,13 +75,13 @@ def perplexity(loss: float) -> str:
 
 
 def compare(console: Console, trainers: Sequence[Trainer], tokens: int) -> bool:
-    """Prints the speed of ours and of torch's, and how far their losses differ; returns whether the losses agree.
+    """Prints the speed of ours and of its rivals, and how far their losses differ; returns whether all agree.
 
     Args:
-        trainers: ours and torch's, after the same steps.
+        trainers: ours and the rivals, after the same steps.
         tokens: in one step.
     """
-    ours, theirs = trainers
+    ours, *rivals = trainers
     table = Table(title=f"{ours.step} steps of {tokens:,} tokens each, from the same weights in the same order")
     for heading in ("", "median tokens/s", "20% .. 80%", "training loss", "validation loss"):
         table.add_column(heading, justify="right")
@@ -91,17 +91,25 @@ def compare(console: Console, trainers: Sequence[Trainer], tokens: int) -> bool:
         rate = f"{tokens / median(trainer.seconds):,.0f}"
         table.add_row(trainer.name, rate, f"{slow:,.0f} .. {fast:,.0f}", f"{trainer.losses[-1]:.4f}", validation)
     console.print(table)
-    # A step's two times are neighbours, so what else the machine does hits both: the ratio is steadier than either.
-    ratios = [b / a for a, b in zip(ours.seconds, theirs.seconds, strict=True)]
-    low, high = _spread(ratios)
-    console.print(f"speed: torchweld / torch = {median(ratios):.2f} (20% .. 80% of the steps: {low:.2f} .. {high:.2f})")
-    early = _difference(ours.losses[:_RECENT], theirs.losses[:_RECENT])
-    means = _difference(_means(ours.losses), _means(theirs.losses))
+    for rival in rivals:
+        # A step's two times are neighbours, so what else the machine does hits both: the ratio is steadier than either.
+        ratios = [b / a for a, b in zip(ours.seconds, rival.seconds, strict=True)]
+        low, high = _spread(ratios)
+        spread = f"20% .. 80% of the steps: {low:.2f} .. {high:.2f}"
+        console.print(f"speed: torchweld / {rival.name} = {median(ratios):.2f} ({spread})")
+    verdicts = [_agree(console, ours, rival) for rival in rivals]
+    return all(verdicts)
+
+
+def _agree(console: Console, ours: Trainer, rival: Trainer) -> bool:
+    early = _difference(ours.losses[:_RECENT], rival.losses[:_RECENT])
+    means = _difference(_means(ours.losses), _means(rival.losses))
     agree = early <= EARLY_LIMIT[ours.dtype] and means <= MEAN_LIMIT
     console.print(
-        f"loss curves: they {'agree' if agree else 'DIFFER'}; largest relative difference {early:.1e} in the first "
-        f"{_RECENT} steps (limit {EARLY_LIMIT[ours.dtype]:g}), {_difference(ours.losses, theirs.losses):.1e} in all, "
-        f"{means:.1e} between means of {_RECENT} steps (limit {MEAN_LIMIT:g})"
+        f"loss curves of torchweld and {rival.name}: they {'agree' if agree else 'DIFFER'}; largest relative "
+        f"difference {early:.1e} in the first {_RECENT} steps (limit {EARLY_LIMIT[ours.dtype]:g}), "
+        f"{_difference(ours.losses, rival.losses):.1e} in all, {means:.1e} between means of {_RECENT} steps "
+        f"(limit {MEAN_LIMIT:g})"
     )
     return agree
 
@@ -128,7 +136,7 @@ def plot(path: Path, trainers: Sequence[Trainer], unigram: float) -> bool:
         return False
     figure = import_module("matplotlib.figure").Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title="GPT-2 on torchweld")
-    for trainer, style in zip(trainers, ("-", "--"), strict=False):
+    for trainer, style in zip(trainers, ("-", "--", ":"), strict=False):
         steps = range(1, trainer.step + 1)
         axes.plot(steps, trainer.losses, style, linewidth=0.8, alpha=0.6, label=f"training, {trainer.name}")
         if trainer.validation:

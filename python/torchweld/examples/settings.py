@@ -17,7 +17,7 @@ FINAL_RATE = 0.05
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained, whatever its text and its seed."""
+    """How a model is trained, whatever its text and its seed. `batch_size`: of all processes together."""
 
     steps: int
     batch_size: int
@@ -33,11 +33,12 @@ class Recipe:
         return self.learning_rate * (FINAL_RATE + (1.0 - FINAL_RATE) * cosine)
 
 
-# "small" is made for two CPU cores and three minutes; the published sizes want a GPU. Their rates follow Brown et al.,
-# arXiv:2005.14165, table 2.1.
+# "small" is made for two CPU cores and three minutes, "medium" for fifteen; the published sizes want a GPU. Their rates
+# follow Brown et al., arXiv:2005.14165, table 2.1.
 RECIPES = {
     "tiny": Recipe(steps=200, batch_size=8, learning_rate=3e-3),
     "small": Recipe(steps=900, batch_size=4, learning_rate=3e-3),
+    "medium": Recipe(steps=600, batch_size=4, learning_rate=1.5e-3),
     "gpt2": Recipe(steps=2000, batch_size=16, learning_rate=6e-4),
     "gpt2-medium": Recipe(steps=2000, batch_size=16, learning_rate=3e-4),
     "gpt2-large": Recipe(steps=2000, batch_size=8, learning_rate=2.5e-4),
@@ -54,15 +55,16 @@ class Settings(Recipe):
     data: list[str] | None
 
     @classmethod
-    def fresh(cls, args: argparse.Namespace) -> Settings:
+    def fresh(cls, args: argparse.Namespace, processes: int) -> Settings:
         """From the command line, and from the config's recipe where it says nothing."""
         name = args.config or "small"
         if name not in CONFIGS:
             raise UserError(f"--config: expected one of {', '.join(CONFIGS)}, but got {name!r}")
-        return cls(**{**asdict(RECIPES[name]), "config": name, "seed": 0, "data": None, **_given(args)})
+        settings = cls(**{**asdict(RECIPES[name]), "config": name, "seed": 0, "data": None, **_given(args)})
+        return settings._divided_among(processes)
 
     @classmethod
-    def resumed(cls, args: argparse.Namespace, stored: dict[str, Any], step: int) -> Settings:
+    def resumed(cls, args: argparse.Namespace, stored: dict[str, Any], step: int, processes: int) -> Settings:
         """Those of the stored run, which has done `step` steps; the command line may replace all but the model."""
         try:
             settings = cls(**stored)
@@ -78,7 +80,14 @@ class Settings(Recipe):
         settings = replace(settings, **_given(args))
         if settings.steps < step:
             raise UserError(f"--steps: expected at least the {step} that the run has done, but got {settings.steps}")
-        return settings
+        return settings._divided_among(processes)
+
+    def _divided_among(self, processes: int) -> Settings:
+        if self.batch_size % processes:
+            raise UserError(
+                f"--batch-size: expected a multiple of the number of processes, {processes}, but got {self.batch_size}"
+            )
+        return self
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from torchweld.errors import UserError
 from torchweld.examples import checkpoint, corpus, report
 from torchweld.examples.generate import continuation
 from torchweld.examples.machine import deferred_interrupt, forced_backend, pick_device
+from torchweld.examples.processes import Processes, joined
 from torchweld.examples.settings import Settings
-from torchweld.examples.trainer import DTYPES, Trainer
+from torchweld.examples.trainer import DTYPES, RIVALS, Trainer
 from torchweld.models.gpt2 import CONFIGS, GPT2Config
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -29,13 +30,14 @@ LIBRARY_PROMPT = "class Reader:\n"
 
 @dataclass
 class Job:
-    """A run that is ready to go. `trainers`: ours, then with --compare the stock one. `validation`: batches."""
+    """A run that is ready to go. `trainers`: ours, then with --compare its rivals. `validation`: batches."""
 
     out: Path
     settings: Settings
     text: corpus.Corpus
     validation: list[tuple[Tensor, Tensor]]
     trainers: list[Trainer]
+    processes: Processes
 
     @property
     def step_shape(self) -> tuple[int, int]:
@@ -43,7 +45,7 @@ class Job:
         return self.settings.batch_size, self.trainers[0].model.config.n_positions
 
     def save(self) -> Path:
-        """Writes a checkpoint of our trainer; returns its directory."""
+        """Writes a checkpoint of our trainer, which is the same in all processes; returns its directory."""
         ours = self.trainers[0]
         training = {
             "settings": asdict(self.settings),
@@ -55,51 +57,64 @@ class Job:
         return checkpoint.save(self.out, ours.step, ours.model, self.text.tokenizer, moments, training)
 
 
-def start(args: argparse.Namespace, device: str) -> Job:
+def start(args: argparse.Namespace, processes: Processes) -> Job:
     """A fresh run in an output directory of its own."""
-    settings, out = Settings.fresh(args), Path(args.out)
+    settings, out = Settings.fresh(args, processes.count), Path(args.out)
     if not args.overwrite and (found := checkpoint.checkpoints(out)):
         raise UserError(
             f"--out {out}: expected a directory without a run, but it has {found[-1].name}; "
             f"continue that with --resume, replace it with --overwrite, or choose another directory"
         )
     config = CONFIGS[settings.config]
-    text = corpus.load_corpus(_documents(settings), config.vocab_size)
+    with processes.one_after_another():
+        text = corpus.load_corpus(_documents(settings), config.vocab_size)
     validation = _validation(text, settings, config)
     torch.manual_seed(settings.seed)
-    trainers = [Trainer(config, settings, device, args.dtype)]
-    if args.compare:
-        trainers.append(Trainer(config, settings, device, args.dtype, on_stock=True))
-        trainers[1].model.load_state_dict(trainers[0].model.state_dict())
-    checkpoint.prepare_output(out)
-    if args.overwrite:
-        checkpoint.remove(out)
-    return Job(out, settings, text, validation, trainers)
+    trainers = [Trainer(config, settings, processes, args.dtype)]
+    for name in _rivals(args):
+        trainers.append(Trainer(config, settings, processes, args.dtype, name))
+        trainers[-1].model.load_state_dict(trainers[0].model.state_dict())
+    if processes.first:
+        checkpoint.prepare_output(out)
+        if args.overwrite:
+            checkpoint.remove(out)
+    return Job(out, settings, text, validation, trainers, processes)
 
 
-def resume(args: argparse.Namespace, device: str) -> Job:
+def _rivals(args: argparse.Namespace) -> list[str]:
+    """What --compare names; without a name all that there are."""
+    if args.compare is None:
+        return []
+    if unknown := sorted(set(args.compare) - set(RIVALS)):
+        raise UserError(f"--compare: expected names out of {', '.join(RIVALS)}, but got {unknown[0]!r}")
+    return [name for name in RIVALS if not args.compare or name in args.compare]
+
+
+def resume(args: argparse.Namespace, processes: Processes) -> Job:
     """The run of a checkpoint, at the step where it was saved."""
-    if args.compare:
+    if args.compare is not None:
         raise UserError(
             "--compare: expected a fresh run, whose two sides start from the same weights, but got --resume"
         )
     source = checkpoint.locate(Path(args.resume or args.out))
     config, weights, tokenizer = checkpoint.load_model(source)
     training, moments = checkpoint.load_training(source)
-    settings = Settings.resumed(args, training["settings"], training["step"])
-    text = corpus.load_corpus(_documents(settings), config.vocab_size, tokenizer)
+    settings = Settings.resumed(args, training["settings"], training["step"], processes.count)
+    with processes.one_after_another():
+        text = corpus.load_corpus(_documents(settings), config.vocab_size, tokenizer)
     if training["digest"] != text.digest:
         raise UserError(
             f"--resume {source}: expected the text that the run was started with, but it has changed; "
             f"give the same files with --data, or start a new run with --out DIR"
         )
-    trainer = Trainer(config, settings, device, args.dtype)
+    trainer = Trainer(config, settings, processes, args.dtype)
     trainer.model.load_hugging_face(weights)
     checkpoint.restore_optimizer(trainer.model, trainer.optimizer, moments)
     trainer.losses = training["losses"]
     trainer.validation = [(step, loss) for step, loss in training["validation"]]
-    checkpoint.prepare_output(source.parent)
-    return Job(source.parent, settings, text, _validation(text, settings, config), [trainer])
+    if processes.first:
+        checkpoint.prepare_output(source.parent)
+    return Job(source.parent, settings, text, _validation(text, settings, config), [trainer], processes)
 
 
 def _documents(settings: Settings) -> list[str]:
@@ -119,21 +134,25 @@ def _validation(text: corpus.Corpus, settings: Settings, config: GPT2Config) -> 
 
 def train(job: Job, console: Console) -> bool:
     """Runs the steps, validating and saving on the way; False if Ctrl-C ended it before the last one."""
-    ours, steps = job.trainers[0], job.settings.steps
-    with deferred_interrupt() as interrupted, report.Reporter(console, ours.step, steps) as reporter:
+    ours, steps, processes = job.trainers[0], job.settings.steps, job.processes
+    patient = processes.count > 1
+    with deferred_interrupt(patient) as interrupted, report.Reporter(console, ours.step, steps) as reporter:
         while ours.step < steps:
             batch = job.text.batch(*job.step_shape, job.settings.seed, ours.step)
-            # With --compare each side goes first as often as the other.
-            for trainer in job.trainers[:: 1 if ours.step % 2 == 0 else -1]:
+            # With --compare each side goes first as often as the others.
+            first = ours.step % len(job.trainers)
+            for trainer in job.trainers[first:] + job.trainers[:first]:
                 trainer.advance(*batch)
             reporter.step(job.trainers, job.step_shape[0] * job.step_shape[1])
             if ours.step == steps or ours.step % VALIDATE_EVERY == 0:
                 for trainer in job.trainers:
                     trainer.validate(job.validation)
                 reporter.validation(job.trainers)
-                job.save()
-            if interrupted() and ours.step < steps:
-                job.save()
+                if processes.first:
+                    job.save()
+            if processes.any(interrupted()) and ours.step < steps:
+                if processes.first:
+                    job.save()
                 return False
     return True
 
@@ -164,20 +183,23 @@ def finish(job: Job, console: Console) -> None:
 def run(args: argparse.Namespace) -> int:
     """Returns 0, 1 if --compare found loss curves that differ, or 130 after Ctrl-C."""
     began = time.perf_counter()
-    console = Console(highlight=False, markup=False, soft_wrap=True)
     device = pick_device(args.device)
     if args.dtype not in DTYPES:
         raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, but got {args.dtype!r}")
+    console = Console(highlight=False, markup=False, soft_wrap=True)
+    processes = Processes()
     try:
-        with forced_backend(args.backend, device):
-            job = start(args, device) if args.resume is None else resume(args, device)
+        with forced_backend(args.backend, device), joined(device) as processes:
+            console.quiet = not processes.first
+            job = (start if args.resume is None else resume)(args, processes)
             _introduce(job, device, args.dtype, console)
             complete = train(job, console)
             agree = True
-            if args.compare:
+            if len(job.trainers) > 1:
                 agree = report.compare(console, job.trainers, job.step_shape[0] * job.step_shape[1])
             if complete:
-                finish(job, console)
+                if processes.first:
+                    finish(job, console)
                 console.print(f"done in {time.perf_counter() - began:.0f} s")
                 return 0 if agree else 1
             console.print(
@@ -189,6 +211,10 @@ def run(args: argparse.Namespace) -> int:
             f"--device {device}: expected a batch that fits into its memory, but it does not; lower --batch-size, or "
             f"choose a smaller --config"
         ) from None
+    except UserError:
+        if processes.first:
+            raise
+        return 2  # all have the same input, and the first one says what is wrong with it
     except KeyboardInterrupt:
         console.print("interrupted; nothing is saved beyond the last checkpoint")
     return INTERRUPTED
@@ -205,6 +231,7 @@ def _introduce(job: Job, device: str, dtype: str, console: Console) -> None:
         f"{job.settings.steps} steps of {sequences} x {context} tokens"
     )
     threads = f", {torch.get_num_threads()} thread(s)" if torch.device(device).type == "cpu" else ""
-    console.print(f"device: {device}{threads}, {dtype}, kernels of the {backend.active(device)} backend")
+    together = f"{job.processes.count} processes, each on " if job.processes.count > 1 else ""
+    console.print(f"device: {together}{device}{threads}, {dtype}, kernels of the {backend.active(device)} backend")
     if job.trainers[0].step:
         console.print(f"resuming after step {job.trainers[0].step}")

@@ -93,6 +93,7 @@ class GPT2Config:
 CONFIGS = {
     "tiny": GPT2Config(vocab_size=512, n_positions=64, n_embd=64, n_layer=2, n_head=2),
     "small": GPT2Config(vocab_size=4096, n_positions=256, n_embd=192, n_layer=4, n_head=3),
+    "medium": GPT2Config(vocab_size=4096, n_positions=512, n_embd=384, n_layer=6, n_head=6),
     "gpt2": GPT2Config(),
     "gpt2-medium": GPT2Config(n_embd=1024, n_layer=24, n_head=16),
     "gpt2-large": GPT2Config(n_embd=1280, n_layer=36, n_head=20),

@@ -1,7 +1,7 @@
 """The fused functions. Names and argument order are those of `torch.nn.functional` where a twin exists there."""
 
-from torchweld.ops.adamw import adamw_, grad_norm
-from torchweld.ops.attention import attention, scaled_dot_product_attention
+from torchweld.ops.adamw import adamw_
+from torchweld.ops.attention import attention
 from torchweld.ops.cross_entropy import cross_entropy
 from torchweld.ops.gelu import gelu
 from torchweld.ops.layer_norm import add_layer_norm, layer_norm

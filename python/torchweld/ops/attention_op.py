@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import applier, double_backward, register, wants_grad
+from torchweld.ops.library import applier, double_backward, register, wants_definition, wants_grad
 
 ALIGNMENTS = ("top_left", "bottom_right")
 
@@ -220,7 +220,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, doutput: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
         output, lse, *inputs = ctx.saved_tensors
         mask = ctx.needs_input_grad[1 : 1 + _GRADS]
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if wants_definition(doutput, dlse):
 
             def function(*leaves: Any) -> tuple[Tensor, ...]:
                 return _on_reference(*leaves, *inputs[_GRADS:], *ctx.options)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import applier, double_backward, register, wants_grad
+from torchweld.ops.library import applier, double_backward, register, wants_definition, wants_grad
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -90,7 +90,7 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         logits, target, stats = ctx.saved_tensors
         ignore_index, smoothing = ctx.options
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if wants_definition(dloss):
 
             def function(x: Tensor) -> Tensor:
                 return reference.cross_entropy(x.float(), target, None, ignore_index, "none", smoothing)

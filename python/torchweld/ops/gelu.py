@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import applier, double_backward, register, wants_grad
+from torchweld.ops.library import applier, double_backward, register, wants_definition, wants_grad
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -55,7 +55,7 @@ class _Gelu(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, doutput: Tensor) -> Tensor | None:
         (input,) = ctx.saved_tensors
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if wants_definition(doutput):
             return double_backward(lambda x: reference.gelu(x, "tanh"), (input,), (doutput,), (True,))[0]
         return _backward_op(doutput, input)
 
@@ -81,11 +81,11 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
             for the exact function, which torch's own kernel already does at the speed of memory and does here too.
 
     Raises:
-        ValueError: another `approximate`.
+        RuntimeError: another `approximate`.
         TypeError: input is not floating point.
     """
     if approximate not in ("none", "tanh"):
-        raise ValueError(f"[gelu] approximate: expected 'none' or 'tanh', but got {approximate!r}")
+        raise RuntimeError(f"[gelu] approximate: expected 'none' or 'tanh', but got {approximate!r}")
     if not input.dtype.is_floating_point:
         raise TypeError(f"[gelu] input: expected a floating-point dtype, but got {input.dtype}")
     if approximate == "none":

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchweld import reference
 from torchweld.ops.layer_norm_op import add_forward_op, backward_op, forward_op
-from torchweld.ops.library import applier, double_backward
+from torchweld.ops.library import applier, double_backward, wants_definition
 from torchweld.reference.layer_norm import dropped
 
 
@@ -52,7 +52,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        if wants_definition(doutput):
             mask = (need[0], need[2], need[3])
             dx, dw, db = _differentiable(_function(*ctx.norm), ctx, doutput, None, mask)
             return dx, None, dw, db, None, None, None
@@ -101,7 +101,7 @@ class _AddLayerNorm(torch.autograd.Function):
         total, weight, bias, stats, seed = ctx.saved_tensors
         need, p, (shape, _, _, weight_offset) = ctx.needs_input_grad, ctx.dropout_p, ctx.norm
         cols = math.prod(shape)
-        differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        differentiable = wants_definition(doutput, dsum)
         dr, dx, dw, db = dsum, None, None, None
         if doutput is None or differentiable:
             if doutput is not None:  # else only new_residual was used

@@ -8,11 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchweld import backend
+
 _library = torch.library.Library("torchweld", "DEF")
 
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _profiling = torch._C._autograd._profiler_enabled
+_batched = torch._C._functorch.is_legacy_batchedtensor
 _PLAIN = frozenset((Tensor, torch.nn.Parameter))
 
 
@@ -61,6 +64,16 @@ def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     return apply
 
 
+def wants_definition(*grads: Tensor | None) -> bool:
+    """Whether a backward is itself to be derived (`create_graph=True`) or batched (`is_grads_batched=True`, vmap).
+
+    The kernels' gradients are constants to the one and opaque to the other; those of the reference are neither.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    return torch.is_grad_enabled() or backend.transforms_active() or any(g is not None and _batched(g) for g in grads)
+
+
 def double_backward(
     function: Callable[..., Tensor | tuple[Tensor, ...]],
     inputs: Sequence[Tensor | None],
@@ -69,7 +82,7 @@ def double_backward(
 ) -> list[Tensor | None]:
     """Gradients that can themselves be differentiated: those of the reference `function(*inputs)`.
 
-    Called by a backward that runs under `create_graph=True`, where the kernels' own gradients would be constants.
+    Called by a backward that `wants_definition`.
     """
     with torch.enable_grad():
         outputs = function(*inputs)

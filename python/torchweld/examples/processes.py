@@ -1,0 +1,74 @@
+"""The processes that train one model together, as `torchrun` starts them; or this one alone."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among `count`, and its device. The first one, of rank 0, is the one that prints and saves."""
+
+    rank: int = 0
+    count: int = 1
+    device: str = "cpu"
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This process's rows of a batch of all: (B, N) to (B / count, N)."""
+        return batch.chunk(self.count)[self.rank]
+
+    def mean(self, *values: float) -> list[float]:
+        """The mean over all processes of each value."""
+        if self.count == 1:
+            return list(values)
+        reduced = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(reduced)
+        return (reduced / self.count).tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is so in any of them."""
+        return self.mean(float(flag))[0] > 0
+
+    @contextmanager
+    def one_after_another(self) -> Iterator[None]:
+        """Inside, the others wait until the first is through: they find in the cache what it has made."""
+        if self.count > 1 and not self.first:
+            dist.barrier()
+        try:
+            yield
+        finally:
+            if self.count > 1 and self.first:
+                dist.barrier()
+
+
+def local_rank() -> int | None:
+    """Which of the processes on this machine this is; None where it was not started with others."""
+    return int(os.environ["LOCAL_RANK"]) if "LOCAL_RANK" in os.environ and "RANK" in os.environ else None
+
+
+@contextmanager
+def joined(device: str) -> Iterator[Processes]:
+    """Joins the processes that `torchrun` started together with this one, over NCCL on GPUs and gloo on CPUs."""
+    count = int(os.environ.get("WORLD_SIZE", "1"))
+    if local_rank() is None or count == 1:
+        yield Processes(device=device)
+        return
+    on_gpu = torch.device(device).type == "cuda"
+    if on_gpu:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    try:
+        yield Processes(dist.get_rank(), count, device)
+    finally:
+        dist.destroy_process_group()

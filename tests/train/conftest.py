@@ -1,0 +1,49 @@
+"""Fixtures of the tests of training: a directory of their own, a text, and the command."""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from torchweld import cli
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory and a cache of the test's own."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def text(home: Path) -> str:
+    """The path of 100 kB of Python."""
+    return str(shutil.copy(argparse.__file__, home / "text.py"))
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs `torchweld ...`: (exit code, stdout, stderr). A refusal is one line."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        try:
+            code = cli.main([str(word) for word in words])
+        except SystemExit as error:  # argparse
+            code = int(error.code or 0)
+        out, err = capsys.readouterr()
+        if code == 2:
+            assert err.startswith("torchweld: error: ") and err.count("\n") == 1
+        return code, out, err
+
+    return run
+
+
+@pytest.fixture
+def train(text: str, command: Callable) -> Callable[..., tuple[int, str, str]]:
+    """Runs `torchweld train gpt2 --config tiny` on the text."""
+    return lambda *words: command("train", "gpt2", "--config", "tiny", "--device", "cpu", "--data", text, *words)
