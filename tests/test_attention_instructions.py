@@ -7,6 +7,7 @@ from types import ModuleType
 import pytest
 import torch
 
+
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 @pytest.mark.parametrize(("size", "padded"), [(32, 32), (64, 64), (128, 128), (24, 32), (7, 32), (50, 64), (100, 128)])
 @pytest.mark.parametrize("rows", [16, 9])

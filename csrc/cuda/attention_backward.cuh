@@ -12,8 +12,8 @@
 //   bias       block -> tile of dbias: the sum of dS over whatever bias is broadcast to
 //   reduce     block -> head: gradients of sinks and slopes
 //
-// In keys and queries a block keeps the tiles of its own rows and streams those of the others through a ring by cp.async.
-// Dao: FlashAttention-2, arXiv:2307.08691.
+// In keys and queries a block keeps the tiles of its own rows and streams those of the others through a ring by
+// cp.async. Dao: FlashAttention-2, arXiv:2307.08691.
 #pragma once
 
 #include "cuda/attention_dropout.cuh"
@@ -25,9 +25,10 @@ struct Backward : AttentionBackwardParams {
   Schedule schedule;  // of the kernel that is launched
   bool packets;       // all rows that are read begin on 16 bytes
   bool pairs;         // all rows of gradients begin on two elements
-  float* lse2;  // [B, H, Nq] lse * log2(e), inf where a query sees nothing: its weights are exp2(-inf)
-  float* delta; // [B, H, Nq]
-  float* distances;   // [B, H, Nq] sum over keys of dS * -|i + shift - j|, nullptr: not wanted by the kernel that is launched
+  float* lse2;        // [B, H, Nq] lse * log2(e), inf where a query sees nothing: its weights are exp2(-inf)
+  float* delta;       // [B, H, Nq]
+  float* distances;   // [B, H, Nq] sum over keys of dS * -|i + shift - j|, nullptr: not wanted by the kernel that is
+                      // launched
 };
 
 template <class T>
@@ -41,8 +42,8 @@ bool writes_pairs(const Backward& p) {
                        {p.dquery_strides, p.dkey_strides, p.dvalue_strides});
 }
 
-// A block of `kRows` own rows, 16 * MT to a warp, and tiles of `kOthers` streamed ones, kStages of them in flight. A block
-// fits the 99 KB of shared memory of sm_86 and sm_89.
+// A block of `kRows` own rows, 16 * MT to a warp, and tiles of `kOthers` streamed ones, kStages of them in flight. A
+// block fits the 99 KB of shared memory of sm_86 and sm_89.
 template <class T, int D, bool kPlain>
 struct BackwardShape {
   static constexpr bool kWide = sizeof(T) == 4;
@@ -68,7 +69,9 @@ struct BackwardMemory {
     own[1] = own[0] + Shape::kRows * Shape::kRowBytes;
     stages = own[1] + Shape::kRows * Shape::kRowBytes;
   }
-  __device__ __forceinline__ uint32_t own_rows(int which) const { return own[which] + warp() * Shape::MT * 16 * Shape::kRowBytes; }
+  __device__ __forceinline__ uint32_t own_rows(int which) const {
+    return own[which] + warp() * Shape::MT * 16 * Shape::kRowBytes;
+  }
   __device__ __forceinline__ uint32_t others(int step, int which) const {
     return stages + step % Shape::kStages * Shape::kStageBytes + which * Shape::kOthers * Shape::kRowBytes;
   }
@@ -126,14 +129,30 @@ struct BackwardRows {
 
   // Of keys and values those from `begin` to `end`.
   __device__ __forceinline__ BackwardRows(const Backward& p, const Head& head, int begin, int end)
-      : query{head.query_rows(static_cast<const T*>(p.query), p.query_strides), p.query_strides.row, 0, head.queries,
-              static_cast<int>(p.dim), p.packets},
-        doutput{head.query_rows(static_cast<const T*>(p.doutput), p.doutput_strides), p.doutput_strides.row, 0, head.queries,
-                static_cast<int>(p.value_dim), p.packets},
-        key{head.key_rows(static_cast<const T*>(p.key), p.key_strides), p.key_strides.row, begin, end,
-            static_cast<int>(p.dim), p.packets},
-        value{head.key_rows(static_cast<const T*>(p.value), p.value_strides), p.value_strides.row, begin, end,
-              static_cast<int>(p.value_dim), p.packets} {}
+      : query{head.query_rows(static_cast<const T*>(p.query), p.query_strides),
+              p.query_strides.row,
+              0,
+              head.queries,
+              static_cast<int>(p.dim),
+              p.packets},
+        doutput{head.query_rows(static_cast<const T*>(p.doutput), p.doutput_strides),
+                p.doutput_strides.row,
+                0,
+                head.queries,
+                static_cast<int>(p.value_dim),
+                p.packets},
+        key{head.key_rows(static_cast<const T*>(p.key), p.key_strides),
+            p.key_strides.row,
+            begin,
+            end,
+            static_cast<int>(p.dim),
+            p.packets},
+        value{head.key_rows(static_cast<const T*>(p.value), p.value_strides),
+              p.value_strides.row,
+              begin,
+              end,
+              static_cast<int>(p.value_dim),
+              p.packets} {}
 };
 
 }  // namespace torchweld::cuda

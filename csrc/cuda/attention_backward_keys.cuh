@@ -2,7 +2,8 @@
 //
 // All is transposed: scores^T = key @ query^T has a row per key, so that P^T and dS^T are the left operands of both
 // gradients where they are, in registers, and lse and delta are read by column. A key head's query heads are taken one
-// after the other. From head size 129 on the two gradients do not fit the registers together: a block makes one of them.
+// after the other. From head size 129 on the two gradients do not fit the registers together: a block makes one of
+// them.
 #pragma once
 
 #include "cuda/attention_backward.cuh"
@@ -11,7 +12,8 @@ namespace torchweld::cuda {
 
 // kKey, kValue: which of the gradients.
 template <class T, int D, bool kPlain, bool kKey, bool kValue>
-__global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads) differentiate_keys(const __grid_constant__ Backward p) {
+__global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads)
+    differentiate_keys(const __grid_constant__ Backward p) {
   using Shape = BackwardShape<T, D, kPlain>;
   constexpr int MT = Shape::MT, NT = Shape::kOthers / 8, kThreads = Shape::kThreads;
   const Schedule::Work work = p.schedule.work(blockIdx.x);
@@ -93,7 +95,9 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads) differe
         [&](int, int) { return factor; });
   };
   if (kKey && p.dkey != nullptr) store(dkey, p.dkey, p.dkey_strides, p.dim, p.scale);
-  if (kValue && p.dvalue != nullptr) store(dvalue, p.dvalue, p.dvalue_strides, p.value_dim, !kPlain && p.dropout.seed != nullptr ? p.dropout.scale : 1.0f);
+  if (kValue && p.dvalue != nullptr)
+    store(dvalue, p.dvalue, p.dvalue_strides, p.value_dim,
+          !kPlain && p.dropout.seed != nullptr ? p.dropout.scale : 1.0f);
 }
 
 template <class T, int D, bool kPlain>

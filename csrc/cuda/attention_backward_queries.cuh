@@ -20,12 +20,12 @@ struct RowValues {
   }
 };
 
-// ds = P * (dP - delta) of the block's queries from i0, those of this warp from row0, and a tile of keys from j0. capped:
-// of the product itself, where a softcap comes after it.
+// ds = P * (dP - delta) of the block's queries from i0, those of this warp from row0, and a tile of keys from j0.
+// capped: of the product itself, where a softcap comes after it.
 template <class T, int D, bool kPlain, int NT, int MT>
 __device__ __forceinline__ void score_gradient(const Backward& p, const Head& head, const RowValues<MT>& values,
-                                               const BackwardMemory<T, D, kPlain>& memory, int step, int i0, int row0, int j0, float unit, bool capped,
-                                               float (&ds)[MT][NT][4]) {
+                                               const BackwardMemory<T, D, kPlain>& memory, int step, int i0, int row0,
+                                               int j0, float unit, bool capped, float (&ds)[MT][NT][4]) {
   float s[MT][NT][4];
   multiply_rows<T, D>(s, memory.own_rows(0), memory.others(step, 0));
   multiply_rows<T, D>(ds, memory.own_rows(1), memory.others(step, 1));
@@ -41,7 +41,8 @@ __device__ __forceinline__ void score_gradient(const Backward& p, const Head& he
   for_each<MT, NT>([&](int m, int n, int e) { ds[m][n][e] *= s[m][n][e]; });
 }
 
-// dquery and distances, whichever are wanted. With a softcap they are of different scores, and are asked for one by one.
+// dquery and distances, whichever are wanted. With a softcap they are of different scores, and are asked for one by
+// one.
 template <class T, int D, bool kPlain>
 __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads)
     differentiate_queries(const __grid_constant__ Backward p) {
@@ -90,21 +91,25 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads)
   if (p.dquery != nullptr)
     store_rows<T>(
         dquery, static_cast<int>(p.dim), p.pairs,
-        [&](int m, int half) { return row_of(m, half) < head.queries ? to + row_of(m, half) * p.dquery_strides.row : nullptr; },
+        [&](int m, int half) {
+          return row_of(m, half) < head.queries ? to + row_of(m, half) * p.dquery_strides.row : nullptr;
+        },
         [&](int, int) { return p.scale; });
   if (!kPlain && p.distances != nullptr) {
 #pragma unroll
     for (int r = 0; r < 2 * MT; ++r) {
       const float sum = group_sum(distances[r / 2][r % 2], 4);
-      if (lane_column() == 0 && row_of(r / 2, r % 2) < head.queries) p.distances[head.values + row_of(r / 2, r % 2)] = sum;
+      if (lane_column() == 0 && row_of(r / 2, r % 2) < head.queries)
+        p.distances[head.values + row_of(r / 2, r % 2)] = sum;
     }
   }
 }
 
-// Grid (tiles of keys, B * H * tiles of queries) of dbias's extents. Where bias is broadcast a block goes through all of
-// that dimension, in order.
+// Grid (tiles of keys, B * H * tiles of queries) of dbias's extents. Where bias is broadcast a block goes through all
+// of that dimension, in order.
 template <class T, int D>
-__global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads) differentiate_bias(const __grid_constant__ Backward p) {
+__global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads, 2)
+    differentiate_bias(const __grid_constant__ Backward p) {
   using Shape = BackwardShape<T, D, false>;
   constexpr int MT = Shape::MT, NT = Shape::kOthers / 8, kThreads = Shape::kThreads;
   const int64_t* extent = p.dbias_extents;
@@ -154,8 +159,10 @@ __global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads) differen
   });
   __syncthreads();
   auto least = [](int a, int b) { return a < b ? a : b; };
-  const int rows_here = extent[2] > 1 ? least(Shape::kRows, queries - i_begin) : 1, rows_summed = extent[2] > 1 ? 1 : Shape::kRows;
-  const int keys_here = extent[3] > 1 ? least(Shape::kOthers, keys - j_begin) : 1, keys_summed = extent[3] > 1 ? 1 : Shape::kOthers;
+  const int rows_here = extent[2] > 1 ? least(Shape::kRows, queries - i_begin) : 1,
+            rows_summed = extent[2] > 1 ? 1 : Shape::kRows;
+  const int keys_here = extent[3] > 1 ? least(Shape::kOthers, keys - j_begin) : 1,
+            keys_summed = extent[3] > 1 ? 1 : Shape::kOthers;
   for (int c = static_cast<int>(threadIdx.x); c < rows_here * keys_here; c += kThreads) {
     const int row = c / keys_here, column = c % keys_here;
     float total = 0.0f;
@@ -167,9 +174,12 @@ __global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads) differen
       using B = typename decltype(tag)::type;
       store_one(static_cast<B*>(p.dbias) + place, total);
     };
-    if (p.bias_type == MaskType::float32) store(Tag<float>{});
-    else if (p.bias_type == MaskType::bfloat16) store(Tag<__nv_bfloat16>{});
-    else store(Tag<__half>{});
+    if (p.bias_type == MaskType::float32)
+      store(Tag<float>{});
+    else if (p.bias_type == MaskType::bfloat16)
+      store(Tag<__nv_bfloat16>{});
+    else
+      store(Tag<__half>{});
   }
 }
 
@@ -188,8 +198,8 @@ void launch_queries(Backward p, Stream stream) {
   p.schedule = Schedule(p.batch * p.heads, p.queries, Shape::kRows, p.heads / p.kv_heads,
                         p.keys * (p.dim + p.value_dim) * sizeof(T), false);
   if (p.schedule.empty()) return;
-  launch("attention_backward", differentiate_queries<T, D, kPlain>, p.schedule.grid(), dim3(Shape::kThreads), Shape::kBytes,
-         stream, p);
+  launch("attention_backward", differentiate_queries<T, D, kPlain>, p.schedule.grid(), dim3(Shape::kThreads),
+         Shape::kBytes, stream, p);
 }
 
 template <class T, int D>

@@ -1,5 +1,5 @@
-// What the backward needs of every query before its products, and the gradients that are sums over a head's queries: see
-// attention_backward.cuh.
+// What the backward needs of every query before its products, and the gradients that are sums over a head's queries:
+// see attention_backward.cuh.
 #pragma once
 
 #include "cuda/attention_backward.cuh"
@@ -18,9 +18,10 @@ __global__ void __launch_bounds__(kPrepareWarps* kLanes) prepare(const __grid_co
   const int64_t row = static_cast<int64_t>(blockIdx.x) * kPrepareWarps + warp();
   if (row >= query_rows(p)) return;
   const int64_t i = row % p.total_q, h = row / p.total_q % p.heads, b = row / p.total_q / p.heads;
-  const T* output = static_cast<const T*>(p.output) + b * p.output_strides.batch + h * p.output_strides.head + i * p.output_strides.row;
-  const T* doutput =
-      static_cast<const T*>(p.doutput) + b * p.doutput_strides.batch + h * p.doutput_strides.head + i * p.doutput_strides.row;
+  const T* output = static_cast<const T*>(p.output) + b * p.output_strides.batch + h * p.output_strides.head +
+                    i * p.output_strides.row;
+  const T* doutput = static_cast<const T*>(p.doutput) + b * p.doutput_strides.batch + h * p.doutput_strides.head +
+                     i * p.doutput_strides.row;
   float sum = 0.0f;
   for (int64_t c = lane(); c < p.value_dim; c += kLanes) {
     Run<T, 1> o, d;
@@ -47,7 +48,9 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_heads(const __grid_cons
       if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
     }
     __syncthreads();
-    return static_cast<float>(sums[0]);
+    const auto all = static_cast<float>(sums[0]);
+    __syncthreads();  // the next sum may begin
+    return all;
   };
   if (p.dsinks != nullptr) {
     const float total = block_sum([&](int64_t row) {

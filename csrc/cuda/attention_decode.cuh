@@ -1,7 +1,8 @@
 // Attention forward for a few queries over many keys, as of a KV cache: what counts is that every key and value is read
 // once, at the speed of the memory.
 //
-// attend_split   block -> a split of the keys of one key head. The rows of its tile are all queries of all query heads that
+// attend_split   block -> a split of the keys of one key head. The rows of its tile are all queries of all query heads
+// that
 //                share the key head, 16 at most; each warp takes its own 16 keys of a tile, and the warps' results are
 //                merged at the end. Keys and values come alternately into a ring of slots, as in attention_forward.cuh.
 // combine        warp -> query: merges the splits by their lse
@@ -47,21 +48,33 @@ template <class T, int D>
 __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads) attend_split(const __grid_constant__ Decode p) {
   using Shape = DecodeShape<T, D>;
   constexpr int kSlots = Shape::kSlots, kThreads = Shape::kThreads, kChunks = Tile<T, D>::kChunks;
-  const int queries = static_cast<int>(p.queries), group = static_cast<int>(p.heads / p.kv_heads), rows = group * queries;
+  const int queries = static_cast<int>(p.queries), group = static_cast<int>(p.heads / p.kv_heads),
+            rows = group * queries;
   const int split = static_cast<int>(blockIdx.x % p.splits);
-  const int kv_head = static_cast<int>(blockIdx.x / p.splits % p.kv_heads), b = static_cast<int>(blockIdx.x / p.splits / p.kv_heads);
+  const int kv_head = static_cast<int>(blockIdx.x / p.splits % p.kv_heads),
+            b = static_cast<int>(blockIdx.x / p.splits / p.kv_heads);
   auto head_of = [&](int row) { return Head(p, b, kv_head * group + clamp(row, 0, rows - 1) / queries); };
-  const DecodeCells own{head_of(lane_row()), head_of(lane_row() + 8), {lane_row() % queries, (lane_row() + 8) % queries}, 0};
+  const DecodeCells own{
+      head_of(lane_row()), head_of(lane_row() + 8), {lane_row() % queries, (lane_row() + 8) % queries}, 0};
 
   // What the block sees of its split.
   const int first = split * p.split_keys, beyond = first + p.split_keys;
   const int low = own.upper.low(0), high = own.upper.high(queries - 1);
   const int begin = low > first ? low : first, end = high < beyond ? high : beyond;
-  const int start = begin / Shape::kKeys * Shape::kKeys, steps = begin < end ? (end - start + Shape::kKeys - 1) / Shape::kKeys : 0;
-  const Rows<T> key{own.upper.key_rows(static_cast<const T*>(p.key), p.key_strides), p.key_strides.row, begin, end,
-                    static_cast<int>(p.dim), p.packets};
-  const Rows<T> value{own.upper.key_rows(static_cast<const T*>(p.value), p.value_strides), p.value_strides.row, begin, end,
-                      static_cast<int>(p.value_dim), p.packets};
+  const int start = begin / Shape::kKeys * Shape::kKeys,
+            steps = begin < end ? (end - start + Shape::kKeys - 1) / Shape::kKeys : 0;
+  const Rows<T> key{own.upper.key_rows(static_cast<const T*>(p.key), p.key_strides),
+                    p.key_strides.row,
+                    begin,
+                    end,
+                    static_cast<int>(p.dim),
+                    p.packets};
+  const Rows<T> value{own.upper.key_rows(static_cast<const T*>(p.value), p.value_strides),
+                      p.value_strides.row,
+                      begin,
+                      end,
+                      static_cast<int>(p.value_dim),
+                      p.packets};
   const uint32_t tile = ptx::shared_base(), ring = tile + Shape::kQueryBytes;
   auto slot = [&](int item) { return ring + static_cast<uint32_t>(item % kSlots * Shape::kSlotBytes); };
   auto load = [&](int item) {
@@ -77,7 +90,8 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads) attend_split(cons
   if (steps > 0)
     for (int c = static_cast<int>(threadIdx.x); c < kDecodeRows * kChunks; c += kThreads) {
       const int row = c / kChunks;
-      const T* from = head_of(row).query_rows(static_cast<const T*>(p.query), p.query_strides) + row % queries * p.query_strides.row;
+      const T* from = head_of(row).query_rows(static_cast<const T*>(p.query), p.query_strides) +
+                      row % queries * p.query_strides.row;
       load_chunk<T, D>(tile, row, c % kChunks, row < rows ? from : nullptr, static_cast<int>(p.dim), p.packets);
     }
 #pragma unroll
@@ -87,7 +101,8 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads) attend_split(cons
   Softmax<1> softmax;
 #pragma unroll
   for (int half = 0; half < 2; ++half)
-    softmax.init(0, half, p.sinks != nullptr && split == 0 && warp() == 0 ? p.sinks + own.head(0, 2 * half).h : nullptr);
+    softmax.init(0, half,
+                 p.sinks != nullptr && split == 0 && warp() == 0 ? p.sinks + own.head(0, 2 * half).h : nullptr);
   const bool plain = is_plain(p);
   const float unit = plain ? unit_of<true>(p) : unit_of<false>(p);
   for (int step = 0; step < steps; ++step) {
@@ -119,7 +134,8 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads) attend_split(cons
     float* row = memory + (warp() * kDecodeRows + lane_row() + 8 * half) * Shape::kRowFloats;
 #pragma unroll
     for (int n = 0; n < D / 8; ++n)
-      *reinterpret_cast<float2*>(row + n * 8 + lane_column()) = make_float2(output[0][n][2 * half], output[0][n][2 * half + 1]);
+      *reinterpret_cast<float2*>(row + n * 8 + lane_column()) =
+          make_float2(output[0][n][2 * half], output[0][n][2 * half + 1]);
     if (lane_column() == 0) row[D] = softmax.max[0][half], row[D + 1] = softmax.sum[0][half];
   }
   __syncthreads();
@@ -158,7 +174,8 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads) attend_split(cons
 
 template <class T>
 __global__ void __launch_bounds__(kDecodeCombineWarps* kLanes) combine(const __grid_constant__ Decode p) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kDecodeCombineWarps + warp(), rows = p.batch * p.heads * p.queries;
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kDecodeCombineWarps + warp(),
+                rows = p.batch * p.heads * p.queries;
   if (row >= rows) return;
   const int64_t i = row % p.queries, h = row / p.queries % p.heads, b = row / p.queries / p.heads;
 
@@ -169,7 +186,8 @@ __global__ void __launch_bounds__(kDecodeCombineWarps* kLanes) combine(const __g
   for (int s = 0; s < p.splits; ++s) sum += ptx::exp2(p.lse2[s * rows + row] - finite);
   const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
 
-  T* out = static_cast<T*>(p.output) + b * p.output_strides.batch + h * p.output_strides.head + i * p.output_strides.row;
+  T* out =
+      static_cast<T*>(p.output) + b * p.output_strides.batch + h * p.output_strides.head + i * p.output_strides.row;
   for (int64_t c = lane(); c < p.value_dim; c += kLanes) {
     float total = 0.0f;
     for (int s = 0; s < p.splits; ++s)
@@ -186,7 +204,8 @@ void launch_decode(const AttentionForwardParams& params, Stream stream) {
   Decode p{params};
   p.splits = static_cast<int>(decode_splits(p));
   p.split_keys = static_cast<int>((p.keys + p.splits - 1) / p.splits + kDecodeKeys - 1) / kDecodeKeys * kDecodeKeys;
-  p.packets = rows_begin_on(16, sizeof(T), {p.query, p.key, p.value}, {p.query_strides, p.key_strides, p.value_strides});
+  p.packets =
+      rows_begin_on(16, sizeof(T), {p.query, p.key, p.value}, {p.query_strides, p.key_strides, p.value_strides});
   const int64_t rows = p.batch * p.heads * p.queries;
   p.lse2 = p.workspace;
   p.partial = p.workspace + p.splits * rows;

@@ -1,5 +1,5 @@
-// Which weights dropout keeps, for the elements of an accumulator where they are. One Philox counter serves four keys of a
-// query, which are spread over the lanes: each lane makes some of the counters, and they trade words.
+// Which weights dropout keeps, for the elements of an accumulator where they are. One Philox counter serves four keys
+// of a query, which are spread over the lanes: each lane makes some of the counters, and they trade words.
 #pragma once
 
 #include "cuda/attention_scores.cuh"
@@ -23,20 +23,27 @@ class Kept {
 #pragma unroll
       for (int n = 0; n < NT; ++n) {
         uint32_t words[4];
-        if constexpr (kTransposed) by_column(seed, mask_row, row + 16 * m, column + 8 * n, words);
-        else by_row(seed, mask_row, row + 16 * m, column + 8 * n, words);
+        if constexpr (kTransposed)
+          by_column(seed, mask_row, row + 16 * m, column + 8 * n, words);
+        else
+          by_row(seed, mask_row, row + 16 * m, column + 8 * n, words);
 #pragma unroll
-        for (int e = 0; e < 4; ++e) bits_[place(m, n, e) / 32] |= (words[e] >= dropout.drop ? 1u : 0u) << place(m, n, e) % 32;
+        for (int e = 0; e < 4; ++e)
+          bits_[place(m, n, e) / 32] |= (words[e] >= dropout.drop ? 1u : 0u) << place(m, n, e) % 32;
       }
   }
 
-  __device__ __forceinline__ bool operator()(int m, int n, int e) const { return bits_[place(m, n, e) / 32] >> place(m, n, e) % 32 & 1; }
+  __device__ __forceinline__ bool operator()(int m, int n, int e) const {
+    return bits_[place(m, n, e) / 32] >> place(m, n, e) % 32 & 1;
+  }
 
  private:
   static __device__ constexpr int place(int m, int n, int e) { return (m * NT + n) * 4 + e; }
 
-  // Columns are keys. Two lanes share a counter: the even one makes that of the upper row, the odd one that of the lower.
-  static __device__ __forceinline__ void by_row(uint64_t seed, int64_t mask_row, int row, int column, uint32_t (&words)[4]) {
+  // Columns are keys. Two lanes share a counter: the even one makes that of the upper row, the odd one that of the
+  // lower.
+  static __device__ __forceinline__ void by_row(uint64_t seed, int64_t mask_row, int row, int column,
+                                                uint32_t (&words)[4]) {
     const bool odd = lane() % 2 != 0;
     const int i = row + lane_row() + (odd ? 8 : 0), block = column / 4 + lane() % 4 / 2;
     const philox::Words own = philox::words(seed, static_cast<uint64_t>(mask_row + i), static_cast<uint32_t>(block));
@@ -46,9 +53,10 @@ class Kept {
     words[2] = odd ? own.word[2] : first, words[3] = odd ? own.word[3] : second;
   }
 
-  // Rows are keys. Four lanes share the counters of all their elements: the q-th makes that of element q of each, and the
-  // four by four words are transposed.
-  static __device__ __forceinline__ void by_column(uint64_t seed, int64_t mask_row, int row, int column, uint32_t (&words)[4]) {
+  // Rows are keys. Four lanes share the counters of all their elements: the q-th makes that of element q of each, and
+  // the four by four words are transposed.
+  static __device__ __forceinline__ void by_column(uint64_t seed, int64_t mask_row, int row, int column,
+                                                   uint32_t (&words)[4]) {
     const int q = lane_row() % 4, block = (row + q / 2 * 8) / 4 + lane_row() / 4, i = column + lane_column() + q % 2;
     const philox::Words own = philox::words(seed, static_cast<uint64_t>(mask_row + i), static_cast<uint32_t>(block));
 #pragma unroll

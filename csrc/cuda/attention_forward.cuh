@@ -26,15 +26,15 @@ struct ForwardShape {
   static constexpr int kWarps = 4, kThreads = kWarps * kLanes;
   static constexpr int MT = kPlain && !kWide && D <= 128 ? 2 : 1;
   static constexpr int kQueries = kWarps * MT * 16;
-  static constexpr int kKeys = !kWide || D <= 64 ? 64 : D <= 128 ? 32 : 16;
-  static constexpr int kSlots = D <= 128 ? 3 : 2;
+  static constexpr int kKeys = D <= 64 || (D <= 128 && !kWide) ? 64 : D <= 128 || !kWide ? 32 : 16;
+  static constexpr int kSlots = D <= 128 ? 3 : kWide ? 2 : 4;
   static constexpr int kQueryBytes = kQueries * Tile<T, D>::kRowBytes, kSlotBytes = kKeys * Tile<T, D>::kRowBytes;
   static constexpr int kBytes = kQueryBytes + kSlots * kSlotBytes;
   static_assert(kBytes <= 99 * 1024);
 };
 
-// Of a lane's rows: the largest score so far, in units of log2, and its share of the sum of weights. A row that has seen
-// nothing has -inf and 0.
+// Of a lane's rows: the largest score so far, in units of log2, and its share of the sum of weights. A row that has
+// seen nothing has -inf and 0.
 template <int MT>
 struct Softmax {
   float max[MT][2], sum[MT][2];
@@ -83,7 +83,9 @@ struct Softmax {
 #pragma unroll
     for (int r = 0; r < 2 * MT; ++r) sum[r / 2][r % 2] = group_sum(sum[r / 2][r % 2], 4);
   }
-  __device__ __forceinline__ float inverse(int m, int half) const { return sum[m][half] == 0.0f ? 0.0f : 1.0f / sum[m][half]; }
+  __device__ __forceinline__ float inverse(int m, int half) const {
+    return sum[m][half] == 0.0f ? 0.0f : 1.0f / sum[m][half];
+  }
   __device__ __forceinline__ float lse(int m, int half) const {
     return sum[m][half] == 0.0f ? -infinity() : max[m][half] * kLn2 + logf(sum[m][half]);
   }
@@ -102,12 +104,24 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads) attend(c
   const int last = (i0 + Shape::kQueries < head.queries ? i0 + Shape::kQueries : head.queries) - 1;
   const int begin = head.low(i0), end = head.high(last), start = begin / Shape::kKeys * Shape::kKeys;
   const int steps = begin < end ? (end - start + Shape::kKeys - 1) / Shape::kKeys : 0;
-  const Rows<T> query{head.query_rows(static_cast<const T*>(p.query), p.query_strides), p.query_strides.row, 0, head.queries,
-                      static_cast<int>(p.dim), p.packets};
-  const Rows<T> key{head.key_rows(static_cast<const T*>(p.key), p.key_strides), p.key_strides.row, begin, end,
-                    static_cast<int>(p.dim), p.packets};
-  const Rows<T> value{head.key_rows(static_cast<const T*>(p.value), p.value_strides), p.value_strides.row, begin, end,
-                      static_cast<int>(p.value_dim), p.packets};
+  const Rows<T> query{head.query_rows(static_cast<const T*>(p.query), p.query_strides),
+                      p.query_strides.row,
+                      0,
+                      head.queries,
+                      static_cast<int>(p.dim),
+                      p.packets};
+  const Rows<T> key{head.key_rows(static_cast<const T*>(p.key), p.key_strides),
+                    p.key_strides.row,
+                    begin,
+                    end,
+                    static_cast<int>(p.dim),
+                    p.packets};
+  const Rows<T> value{head.key_rows(static_cast<const T*>(p.value), p.value_strides),
+                      p.value_strides.row,
+                      begin,
+                      end,
+                      static_cast<int>(p.value_dim),
+                      p.packets};
 
   // Item 2n of the ring is tile n of keys, item 2n + 1 its values.
   const uint32_t queries = ptx::shared_base(), ring = queries + Shape::kQueryBytes;
@@ -164,7 +178,9 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads) attend(c
   auto row_of = [&](int m, int half) { return row0 + m * 16 + lane_row() + half * 8; };
   store_rows<T>(
       output, static_cast<int>(p.value_dim), p.pairs,
-      [&](int m, int half) { return row_of(m, half) < head.queries ? out + row_of(m, half) * p.output_strides.row : nullptr; },
+      [&](int m, int half) {
+        return row_of(m, half) < head.queries ? out + row_of(m, half) * p.output_strides.row : nullptr;
+      },
       [&](int m, int half) { return softmax.inverse(m, half) * kept; });
   if (p.lse == nullptr || lane_column() != 0) return;
 #pragma unroll
@@ -179,7 +195,8 @@ void launch_forward(const AttentionForwardParams& params, Stream stream) {
   p.schedule = Schedule(p.batch * p.heads, p.queries, Shape::kQueries, p.heads / p.kv_heads,
                         p.keys * (p.dim + p.value_dim) * sizeof(T), false);
   if (p.schedule.empty()) return;
-  p.packets = rows_begin_on(16, sizeof(T), {p.query, p.key, p.value}, {p.query_strides, p.key_strides, p.value_strides});
+  p.packets =
+      rows_begin_on(16, sizeof(T), {p.query, p.key, p.value}, {p.query_strides, p.key_strides, p.value_strides});
   p.pairs = rows_begin_on(2 * sizeof(T), sizeof(T), {p.output}, {p.output_strides});
   launch("attention_forward", attend<T, D, kPlain>, p.schedule.grid(), dim3(Shape::kThreads), Shape::kBytes, stream, p);
 }

@@ -1,5 +1,5 @@
-// Which tile of which head a block has. Heads are taken in sections whose keys and values fit the L2 cache together; in a
-// section, all heads' longest tiles come first: under a causal mask the last tiles of queries, the first of keys.
+// Which tile of which head a block has. Heads are taken in sections whose keys and values fit the L2 cache together; in
+// a section, all heads' longest tiles come first: under a causal mask the last tiles of queries, the first of keys.
 #pragma once
 
 #include <initializer_list>
@@ -17,7 +17,8 @@ class Schedule {
 
   Schedule() = default;
 
-  // Tiles of `tile` out of `rows` rows for each of `heads` heads; `bytes`: what the tiles of `shared` heads in a row share.
+  // Tiles of `tile` out of `rows` rows for each of `heads` heads; `bytes`: what the tiles of `shared` heads in a row
+  // share.
   Schedule(int64_t heads, int64_t rows, int64_t tile, int64_t shared, int64_t bytes, bool first_longest)
       : heads_(heads), tiles_(static_cast<int>((rows + tile - 1) / tile)), first_longest_(first_longest) {
     constexpr int64_t kCache = 16 << 20;
@@ -34,7 +35,8 @@ class Schedule {
   dim3 grid() const { return dim3(static_cast<unsigned>(heads_ * tiles_)); }
 
   __device__ __forceinline__ Work work(int64_t block) const {
-    const int64_t first = block / (section_ * tiles_) * section_, here = heads_ - first < section_ ? heads_ - first : section_;
+    const int64_t first = block / (section_ * tiles_) * section_,
+                  here = heads_ - first < section_ ? heads_ - first : section_;
     const int64_t rest = block - first * tiles_;
     const int tile = static_cast<int>(rest / here);
     return {first + rest % here, first_longest_ ? tile : tiles_ - 1 - tile};

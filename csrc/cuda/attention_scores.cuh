@@ -7,7 +7,7 @@
 namespace torchweld::cuda {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr int kRowLimit = 1 << 29;       // queries and keys of a sequence
+constexpr int kRowLimit = 1 << 29;      // queries and keys of a sequence
 constexpr int kUnseen = 2 * kRowLimit;  // a distance that none of them have; sums with it fit an int
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
@@ -15,9 +15,9 @@ __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u
 // Head h of batch (or packed sequence) b.
 struct Head {
   int b, h, kv, queries, keys, shift;
-  int low_offset, high_offset;      // query i sees keys i + low_offset to i + high_offset
-  int64_t first_query, first_key;   // of a packed sequence, else 0
-  int64_t values;                   // where its row 0 is in what has one value per row, [B, H, Nq]; also the dropout's row
+  int low_offset, high_offset;     // query i sees keys i + low_offset to i + high_offset
+  int64_t first_query, first_key;  // of a packed sequence, else 0
+  int64_t values;  // where its row 0 is in what has one value per row, [B, H, Nq]; also the dropout's row
 
   __device__ __forceinline__ Head(const AttentionInputs& p, int b, int h)
       : b(b), h(h), kv(h / static_cast<int>(p.heads / p.kv_heads)) {
@@ -49,7 +49,8 @@ struct Head {
 
   // Whether queries [i, i + rows) all see keys [j, j + columns).
   __device__ __forceinline__ bool sees_all(int i, int rows, int j, int columns) const {
-    return j >= i + rows - 1 + low_offset && j + columns - 1 <= i + high_offset && j + columns <= keys && i + rows <= queries;
+    return j >= i + rows - 1 + low_offset && j + columns - 1 <= i + high_offset && j + columns <= keys &&
+           i + rows <= queries;
   }
 
   template <class T>
@@ -74,15 +75,17 @@ struct Head {
   }
 };
 
-// Whose scores the elements of an accumulator are: its rows from `row` on are queries of `head`, its columns from `column` on
-// are keys; of a transposed one the rows are keys.
+// Whose scores the elements of an accumulator are: its rows from `row` on are queries of `head`, its columns from
+// `column` on are keys; of a transposed one the rows are keys.
 template <bool kTransposed>
 struct Cells {
   const Head& of;
   int row, column;
 
   __device__ __forceinline__ const Head& head(int, int) const { return of; }
-  __device__ __forceinline__ int query(int m, int n, int e) const { return kTransposed ? column_of(n, e) : row_of(m, e); }
+  __device__ __forceinline__ int query(int m, int n, int e) const {
+    return kTransposed ? column_of(n, e) : row_of(m, e);
+  }
   __device__ __forceinline__ int key(int m, int n, int e) const { return kTransposed ? row_of(m, e) : column_of(n, e); }
 
  private:
@@ -101,7 +104,8 @@ __device__ __forceinline__ void for_each(F&& f) {
       for (int e = 0; e < 4; ++e) f(m, n, e);
 }
 
-// Whether scores are products times a positive scale and nothing else, and no weight is dropped: what has a kernel of its own.
+// Whether scores are products times a positive scale and nothing else, and no weight is dropped: what has a kernel of
+// its own.
 __host__ __device__ inline bool is_plain(const AttentionInputs& p) {
   return p.scale > 0 && p.softcap == 0 && p.bias_type == MaskType::none && p.alibi_slopes == nullptr &&
          p.dropout.seed == nullptr;
@@ -109,7 +113,9 @@ __host__ __device__ inline bool is_plain(const AttentionInputs& p) {
 
 // exp(score) is exp2(unit * what is there where the weights are made: products, or what `modify` made of them).
 template <bool kPlain>
-__device__ __forceinline__ float unit_of(const AttentionInputs& p) { return kPlain ? p.scale * kLog2e : kLog2e; }
+__device__ __forceinline__ float unit_of(const AttentionInputs& p) {
+  return kPlain ? p.scale * kLog2e : kLog2e;
+}
 
 template <class T, class Cells, int MT, int NT>
 __device__ __forceinline__ void add_bias(const AttentionInputs& p, const Cells& cells, float (&s)[MT][NT][4]) {
@@ -129,7 +135,8 @@ __device__ __forceinline__ void add_bias(const AttentionInputs& p, const Cells& 
   });
 }
 
-// Products to scores. ds, of the same layout, is multiplied by the softcap's derivative if it is to be that of the products
+// Products to scores. ds, of the same layout, is multiplied by the softcap's derivative if it is to be that of the
+// products
 // (`capped`). An array is passed where it is, never behind a pointer chosen at run time: it would leave the registers.
 template <class Cells, int MT, int NT>
 __device__ __forceinline__ void modify(const AttentionInputs& p, const Cells& cells, float (&s)[MT][NT][4],
@@ -143,11 +150,20 @@ __device__ __forceinline__ void modify(const AttentionInputs& p, const Cells& ce
       if (ds != nullptr && capped) ds[m][n][e] *= 1.0f - t * t;
     });
   switch (p.bias_type) {
-    case MaskType::none: break;
-    case MaskType::boolean: add_bias<uint8_t>(p, cells, s); break;
-    case MaskType::float32: add_bias<float>(p, cells, s); break;
-    case MaskType::bfloat16: add_bias<__nv_bfloat16>(p, cells, s); break;
-    case MaskType::float16: add_bias<__half>(p, cells, s); break;
+    case MaskType::none:
+      break;
+    case MaskType::boolean:
+      add_bias<uint8_t>(p, cells, s);
+      break;
+    case MaskType::float32:
+      add_bias<float>(p, cells, s);
+      break;
+    case MaskType::bfloat16:
+      add_bias<__nv_bfloat16>(p, cells, s);
+      break;
+    case MaskType::float16:
+      add_bias<__half>(p, cells, s);
+      break;
   }
   if (p.alibi_slopes != nullptr)
     for_each<MT, NT>([&](int m, int n, int e) {

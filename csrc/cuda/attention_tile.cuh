@@ -1,11 +1,12 @@
 // Tiles of rows in shared memory, and their products by tensor cores.
 //
-// A tile is R rows of D elements (the head size, padded with zeros), in chunks of 16 bytes; chunk c of row r lies at place
-// c ^ (r % 8), so that the eight rows that an ldmatrix reads at once are in different banks. Products are accumulated as
-// mma leaves them: acc[m][n][e] of lane 4 * g + t is row 16 * m + g (+ 8 if e > 1), column 8 * n + 2 * t (+ 1 if e is odd).
+// A tile is R rows of D elements (the head size, padded with zeros), in chunks of 16 bytes; chunk c of row r lies at
+// place c ^ (r % 8), so that the eight rows that an ldmatrix reads at once are in different banks. Products are
+// accumulated as mma leaves them: acc[m][n][e] of lane 4 * g + t is row 16 * m + g (+ 8 if e > 1), column 8 * n + 2 * t
+// (+ 1 if e is odd).
 //
-// A step of a product takes 32 bytes of a row: 16 elements of 16 bits, or 8 floats. Floats go through TF32 as two numbers
-// each, high + low, and three products (low * low is below fp32's own rounding).
+// A step of a product takes 32 bytes of a row: 16 elements of 16 bits, or 8 floats. Floats go through TF32 as two
+// numbers each, high + low, and three products (low * low is below fp32's own rounding).
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -37,13 +38,14 @@ struct Tile {
     return static_cast<uint32_t>(row * kRowBytes + ((chunk ^ turn) << 4));
   }
 
-  // What a lane reads in a loop: a row within 16 and chunk 0 or 1, moved by constants: whole groups of 8 rows, and an even
-  // number of chunks. Splitting the sum this way leaves the loop one xor in each of four steps.
+  // What a lane reads in a loop: a row within 16 and chunk 0 or 1, moved by constants: whole groups of 8 rows, and an
+  // even number of chunks. Splitting the sum this way leaves the loop one xor in each of four steps.
   struct Cursor {
     uint32_t row, chunk;
 
     __device__ __forceinline__ Cursor(uint32_t base, int row, int chunk)
-        : row(base + static_cast<uint32_t>(row * kRowBytes)), chunk(Tile::at(row, chunk) - static_cast<uint32_t>(row * kRowBytes)) {}
+        : row(base + static_cast<uint32_t>(row * kRowBytes)),
+          chunk(Tile::at(row, chunk) - static_cast<uint32_t>(row * kRowBytes)) {}
 
     __device__ __forceinline__ uint32_t at(int rows, int chunks) const {
       constexpr int kMask = kChunks >= 8 ? 7 : 3;
@@ -53,7 +55,8 @@ struct Tile {
   };
 };
 
-// Where the rows of one head lie: row i at base + i * stride; of those only [begin, end) may be read, and `size` elements.
+// Where the rows of one head lie: row i at base + i * stride; of those only [begin, end) may be read, and `size`
+// elements.
 template <class T>
 struct Rows {
   const T* base;
@@ -62,8 +65,8 @@ struct Rows {
   bool packets;  // every row begins on 16 bytes
 };
 
-// One chunk of a row of `size` elements at `from`, zeros if that is nullptr; the copy belongs to the group that the caller
-// ends. If the row does not begin on 16 bytes (`packets`) it goes element by element, at once.
+// One chunk of a row of `size` elements at `from`, zeros if that is nullptr; the copy belongs to the group that the
+// caller ends. If the row does not begin on 16 bytes (`packets`) it goes element by element, at once.
 template <class T, int D>
 __device__ __forceinline__ void load_chunk(uint32_t tile, int row, int chunk, const T* from, int size, bool packets) {
   constexpr int kChunk = Tile<T, D>::kChunk;
@@ -175,11 +178,13 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t 
 
 // acc += weights @ tile: weights, 16 * MT by 8 * NT, as an accumulator; the tile's first 8 * NT rows.
 template <class T, int D, int MT, int NT>
-__device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], const float (&weights)[MT][NT][4], uint32_t tile) {
+__device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], const float (&weights)[MT][NT][4],
+                                                 uint32_t tile) {
   constexpr int kTiles = Left<T>::kSplit ? 1 : 2;  // of 8 columns, that one step takes
   static_assert(NT % kTiles == 0);
-  const typename Tile<T, D>::Cursor even = Left<T>::kSplit ? typename Tile<T, D>::Cursor(tile, lane_column(), lane_row() / 4)
-                                                           : typename Tile<T, D>::Cursor(tile, lane() % 16, lane() / 16);
+  const typename Tile<T, D>::Cursor even = Left<T>::kSplit
+                                               ? typename Tile<T, D>::Cursor(tile, lane_column(), lane_row() / 4)
+                                               : typename Tile<T, D>::Cursor(tile, lane() % 16, lane() / 16);
   const typename Tile<T, D>::Cursor odd(tile, lane_column() + 1, lane_row() / 4);  // floats only
 #pragma unroll
   for (int step = 0; step < NT / kTiles; ++step) {
@@ -215,9 +220,11 @@ __device__ __forceinline__ void store_one(T* to, float value) {
   one.store(to);
 }
 
-// An accumulator times `factor(m, half)` to rows of T: row 16 * m + g + 8 * half of it to `row(m, half)`, nullptr: none.
+// An accumulator times `factor(m, half)` to rows of T: row 16 * m + g + 8 * half of it to `row(m, half)`, nullptr:
+// none.
 template <class T, int MT, int NT, class Row, class Factor>
-__device__ __forceinline__ void store_rows(const float (&acc)[MT][NT][4], int size, bool pairs, Row&& row, Factor&& factor) {
+__device__ __forceinline__ void store_rows(const float (&acc)[MT][NT][4], int size, bool pairs, Row&& row,
+                                           Factor&& factor) {
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -230,8 +237,10 @@ __device__ __forceinline__ void store_rows(const float (&acc)[MT][NT][4], int si
         const int column = n * 8 + lane_column();
         const float x = acc[m][n][2 * half] * f, y = acc[m][n][2 * half + 1] * f;
         if (pairs && column + 1 < size) {
-          if constexpr (sizeof(T) == 4) *reinterpret_cast<float2*>(to + column) = make_float2(x, y);
-          else *reinterpret_cast<uint32_t*>(to + column) = pack<T>(x, y);
+          if constexpr (sizeof(T) == 4)
+            *reinterpret_cast<float2*>(to + column) = make_float2(x, y);
+          else
+            *reinterpret_cast<uint32_t*>(to + column) = pack<T>(x, y);
         } else {
           if (column < size) store_one(to + column, x);
           if (column + 1 < size) store_one(to + column + 1, y);

@@ -1,6 +1,5 @@
-#include "products.h"
-
 #include "cuda/attention_tile.cuh"
+#include "products.h"
 
 namespace emulation {
 namespace {
@@ -34,11 +33,15 @@ void products(const Products& p, torchweld::DType dtype) {
     using T = typename decltype(t)::type;
     auto run = [&](auto size) {
       constexpr int D = decltype(size)::value;
-      torchweld::cuda::launch("products", multiply<T, D>, dim3(1), dim3(kLanes), 32 * Tile<T, D>::kRowBytes, nullptr, p);
+      torchweld::cuda::launch("products", multiply<T, D>, dim3(1), dim3(kLanes), 32 * Tile<T, D>::kRowBytes, nullptr,
+                              p);
     };
-    if (p.padded == 32) run(std::integral_constant<int, 32>{});
-    else if (p.padded == 64) run(std::integral_constant<int, 64>{});
-    else run(std::integral_constant<int, 128>{});
+    if (p.padded == 32)
+      run(std::integral_constant<int, 32>{});
+    else if (p.padded == 64)
+      run(std::integral_constant<int, 64>{});
+    else
+      run(std::integral_constant<int, 128>{});
   });
 }
 

@@ -9,7 +9,9 @@ namespace torchweld::cuda::ptx {
 inline uint32_t shared_base() { return emulation::shared_address(shared_memory); }
 
 template <class T>
-T& shared(uint32_t address) { return *reinterpret_cast<T*>(emulation::shared_pointer(address)); }
+T& shared(uint32_t address) {
+  return *reinterpret_cast<T*>(emulation::shared_pointer(address));
+}
 
 inline uint32_t load_shared(uint32_t address) { return shared<uint32_t>(address); }
 inline void store_shared(uint32_t address, uint32_t word) { shared<uint32_t>(address) = word; }
@@ -108,7 +110,9 @@ void cp_async(uint32_t to, const void* from, int bytes) {
 }
 inline void cp_async_commit() { emulation::commit_copies(); }
 template <int kPending>
-void cp_async_wait() { emulation::wait_for_copies(kPending); }
+void cp_async_wait() {
+  emulation::wait_for_copies(kPending);
+}
 
 inline float exp2(float x) { return std::exp2(x); }
 
