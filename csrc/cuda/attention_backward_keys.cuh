@@ -12,7 +12,7 @@ namespace torchweld::cuda {
 
 // kKey, kValue: which of the gradients.
 template <class T, int D, bool kPlain, bool kKey, bool kValue>
-__global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads)
+__global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     differentiate_keys(const __grid_constant__ Backward p) {
   using Shape = BackwardShape<T, D, kPlain>;
   constexpr int MT = Shape::MT, NT = Shape::kOthers / 8, kThreads = Shape::kThreads;

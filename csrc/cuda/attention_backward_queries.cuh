@@ -44,7 +44,7 @@ __device__ __forceinline__ void score_gradient(const Backward& p, const Head& he
 // dquery and distances, whichever are wanted. With a softcap they are of different scores, and are asked for one by
 // one.
 template <class T, int D, bool kPlain>
-__global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads)
+__global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     differentiate_queries(const __grid_constant__ Backward p) {
   using Shape = BackwardShape<T, D, kPlain>;
   constexpr int MT = Shape::MT, NT = Shape::kOthers / 8, kThreads = Shape::kThreads;

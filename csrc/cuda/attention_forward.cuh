@@ -26,7 +26,12 @@ struct ForwardShape {
   static constexpr int kWarps = 4, kThreads = kWarps * kLanes;
   static constexpr int MT = kPlain && !kWide && D <= 128 ? 2 : 1;
   static constexpr int kQueries = kWarps * MT * 16;
-  static constexpr int kKeys = D <= 64 || (D <= 128 && !kWide) ? 64 : D <= 128 || !kWide ? 32 : 16;
+  static constexpr int kKeys = kWide      ? (D <= 64    ? 64
+                                             : D <= 128 ? 32
+                                                        : 16)
+                               : D <= 64  ? 64
+                               : D <= 128 ? (kPlain ? 48 : 64)
+                                          : 32;
   static constexpr int kSlots = D <= 128 ? 3 : kWide ? 2 : 4;
   static constexpr int kQueryBytes = kQueries * Tile<T, D>::kRowBytes, kSlotBytes = kKeys * Tile<T, D>::kRowBytes;
   static constexpr int kBytes = kQueryBytes + kSlots * kSlotBytes;
@@ -92,7 +97,7 @@ struct Softmax {
 };
 
 template <class T, int D, bool kPlain>
-__global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads) attend(const __grid_constant__ Forward p) {
+__global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) attend(const __grid_constant__ Forward p) {
   using Shape = ForwardShape<T, D, kPlain>;
   constexpr int MT = Shape::MT, NT = Shape::kKeys / 8, kSlots = Shape::kSlots, kThreads = Shape::kThreads;
   const Schedule::Work work = p.schedule.work(blockIdx.x);

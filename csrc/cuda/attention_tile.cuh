@@ -157,7 +157,7 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t 
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc[m][n][e] = 0.0f;
   const typename Tile<T, D>::Cursor lefts(left, lane() % 16, lane() / 16);
-  const typename Tile<T, D>::Cursor rights(right, lane() % 8 + lane() / 16 * 8, lane() / 8 % 2);
+  const typename Tile<T, D>::Cursor rights(right, lane() % 16, lane() / 16);
 #pragma unroll
   for (int step = 0; step < Tile<T, D>::kSteps; ++step) {
     Left<T> a[MT];
@@ -169,8 +169,8 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t 
       ptx::ldmatrix(b, rights.at(8 * n, 2 * step));
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
-        multiply<T>(acc[m][n], a[m], b[0], b[1]);
-        multiply<T>(acc[m][n + 1], a[m], b[2], b[3]);
+        multiply<T>(acc[m][n], a[m], b[0], b[2]);
+        multiply<T>(acc[m][n + 1], a[m], b[1], b[3]);
       }
     }
   }
