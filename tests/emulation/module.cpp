@@ -41,12 +41,12 @@ PYBIND11_MODULE(emulated, m) {
   m.def("write_coverage", [] {
     if (__gcov_dump != nullptr) __gcov_dump();
   });
-  m.def("products", [](const TensorView& a, const TensorView& b, int rows, bool packets, int padded, const TensorView& inner,
-                       const TensorView& outer) {
+  m.def("products", [](const TensorView& a, const TensorView& b, int rows, bool packets, int padded,
+                       const TensorView& inner, const TensorView& outer) {
     const Arguments args("products", Emulated::device, a);
     const DType dtype = args.dtype(a, "a");
-    emulation::products({args.strided(a, "a", dtype, {16, a.size(1)}), args.strided(b, "b", dtype, {16, a.size(1)}), a.stride(0),
-                         static_cast<int>(a.size(1)), padded, rows, packets,
+    emulation::products({args.strided(a, "a", dtype, {16, a.size(1)}), args.strided(b, "b", dtype, {16, a.size(1)}),
+                         a.stride(0), static_cast<int>(a.size(1)), padded, rows, packets,
                          static_cast<float*>(args.flat(inner, "inner", DType::float32, 256)),
                          static_cast<float*>(args.flat(outer, "outer", DType::float32, 16 * a.size(1)))},
                         dtype);
