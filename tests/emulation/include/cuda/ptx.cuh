@@ -14,8 +14,13 @@ T& shared(uint32_t address) {
 }
 
 inline uint32_t load_shared(uint32_t address) { return shared<uint32_t>(address); }
-inline void store_shared(uint32_t address, uint32_t word) { shared<uint32_t>(address) = word; }
-inline void store_shared(uint32_t address, uint16_t half) { shared<uint16_t>(address) = half; }
+
+// Said to the machine, since an ldmatrix may read it and not every variant watches plain accesses.
+template <class T>
+void store_shared(uint32_t address, T value) {
+  emulation::check_write(emulation::shared_pointer(address), sizeof(T), sizeof(T));
+  shared<T>(address) = value;
+}
 
 // ---- Matrices
 
