@@ -17,7 +17,8 @@ from torchweld.testing import Case, Oracle
 from torchweld.testing.cases import evaluate
 
 SEEDS = (1, 2)  # of the schedule, beside the one in order
-CASES = list(sanitized.small_cases(1 << 17))
+# Attention's products are slow here: tests/test_attention_host.py has its cases.
+CASES = [(case, dtype) for case, dtype in sanitized.small_cases(1 << 17) if case.op != "attention"]
 IDS = [f"{case.op}: {case.name}-{str(dtype)[6:]}" for case, dtype in CASES]
 
 
@@ -49,7 +50,7 @@ def test_kernels_are_clean_under_the_sanitizers() -> None:
         text=True,
     )
     assert found.returncode == 0, found.stdout + found.stderr
-    for op in {case.op for case, _ in CASES}:
+    for op in {"attention", *(case.op for case, _ in CASES)}:
         assert re.search(f"every case is clean:.*'{op}': \\d+", found.stdout), found.stdout
 
 

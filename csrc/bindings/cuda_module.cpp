@@ -1,3 +1,4 @@
+#include "bindings/attention.h"
 #include "bindings/layer_norm.h"
 #include "bindings/optimizer.h"
 #include "cuda/device.h"
@@ -10,6 +11,7 @@ using namespace torchweld;
 struct Cuda {
   using Kernels = cuda::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCUDA;
+  static Kernels kernels() { return {}; }
   static constexpr bool optimizer_table = true;
 
   static int64_t layer_norm_forward_workspace(int64_t rows, int64_t cols, int32_t index) {
@@ -40,6 +42,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("runtime_version", &cuda::runtime_version, "Version of the CUDA runtime that is linked in.");
   m.def("driver_version", &cuda::driver_version, "Newest CUDA that the driver serves, None without a driver.");
   m.def("unavailable", &cuda::unavailable, "Why no GPU can be used here, None if one can.");
+  bind_attention<Cuda>(m);
   bind_optimizers<Cuda>(m);
   bind_layer_norm<Cuda>(m);
 }

@@ -8,6 +8,8 @@ namespace torchweld::cuda {
 
 void adamw(const AdamWParams& p, Stream stream);
 void grad_norm(const GradNormParams& p, Stream stream);
+void attention_forward(const AttentionForwardParams& p, Stream stream);
+void attention_backward(const AttentionBackwardParams& p, Stream stream);
 void sgd(const SgdParams& p, Stream stream);
 void layer_norm_forward(const LayerNormForwardParams& p, Stream stream);
 void layer_norm_backward(const LayerNormBackwardParams& p, Stream stream);
@@ -18,9 +20,17 @@ int64_t layer_norm_forward_workspace(int64_t rows, int64_t cols, int device);
 // How many (2, cols) float32 blocks the workspace of layer_norm_backward holds on the device with this index.
 int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int device);
 
+// How many floats of workspace they want.
+int64_t attention_forward_workspace(const AttentionForwardParams& p);
+int64_t attention_backward_workspace(const AttentionBackwardParams& p);
+
 struct Kernels {
   void (*adamw)(const AdamWParams&, Stream) = cuda::adamw;
   void (*grad_norm)(const GradNormParams&, Stream) = cuda::grad_norm;
+  void (*attention_forward)(const AttentionForwardParams&, Stream) = cuda::attention_forward;
+  void (*attention_backward)(const AttentionBackwardParams&, Stream) = cuda::attention_backward;
+  int64_t (*attention_forward_workspace)(const AttentionForwardParams&) = cuda::attention_forward_workspace;
+  int64_t (*attention_backward_workspace)(const AttentionBackwardParams&) = cuda::attention_backward_workspace;
   void (*sgd)(const SgdParams&, Stream) = cuda::sgd;
   void (*layer_norm_forward)(const LayerNormForwardParams&, Stream) = cuda::layer_norm_forward;
   void (*layer_norm_backward)(const LayerNormBackwardParams&, Stream) = cuda::layer_norm_backward;

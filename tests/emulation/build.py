@@ -56,7 +56,16 @@ MACHINE = [
     for name in ("async", "fiber", "host", "machine", "report", "shared", "tensor_map", "wgmma")
 ]
 MACHINE.append(Source(CSRC / "cuda/device.cpp"))
-KERNELS = [Source(path) for path in sorted(CSRC.glob("cuda/*.cu"))]
+# As in csrc/cuda/CMakeLists.txt.
+_HEAD_SIZES = {"float": (64, 128, 256), "__nv_bfloat16": (32, 64, 128, 256), "__half": (32, 64, 128, 256)}
+_ATTENTION = CSRC / "cuda/attention_instance.cu"
+KERNELS = [Source(path) for path in sorted(CSRC.glob("cuda/*.cu")) if path != _ATTENTION]
+KERNELS += [
+    Source(_ATTENTION, (f"-DTORCHWELD_DTYPE={dtype}", f"-DTORCHWELD_HEAD_SIZE={size}"))
+    for dtype, sizes in _HEAD_SIZES.items()
+    for size in sizes
+]
+KERNELS.append(Source(HERE / "products.cu"))
 
 
 def unavailable() -> str | None:

@@ -1,8 +1,10 @@
 // The CUDA kernels as a Python module whose functions take CPU tensors.
-#include "bindings/optimizer.h"
+#include "bindings/attention.h"
 #include "bindings/layer_norm.h"
+#include "bindings/optimizer.h"
 #include "cuda/kernels.h"
 #include "machine.h"
+#include "products.h"
 
 namespace {
 
@@ -11,6 +13,7 @@ using namespace torchweld;
 struct Emulated {
   using Kernels = cuda::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
+  static Kernels kernels() { return {}; }
   static constexpr bool optimizer_table = true;
 
   static int64_t layer_norm_forward_workspace(int64_t rows, int64_t cols, int32_t) {
@@ -42,6 +45,17 @@ PYBIND11_MODULE(emulated, m) {
   m.def("write_coverage", [] {
     if (__gcov_dump != nullptr) __gcov_dump();
   });
+  m.def("products", [](const TensorView& a, const TensorView& b, int rows, bool packets, int padded,
+                       const TensorView& inner, const TensorView& outer) {
+    const Arguments args("products", Emulated::device, a);
+    const DType dtype = args.dtype(a, "a");
+    emulation::products({args.strided(a, "a", dtype, {16, a.size(1)}), args.strided(b, "b", dtype, {16, a.size(1)}),
+                         a.stride(0), static_cast<int>(a.size(1)), padded, rows, packets,
+                         static_cast<float*>(args.flat(inner, "inner", DType::float32, 256)),
+                         static_cast<float*>(args.flat(outer, "outer", DType::float32, 16 * a.size(1)))},
+                        dtype);
+  });
+  bind_attention<Emulated>(m);
   bind_optimizers<Emulated>(m);
   bind_layer_norm<Emulated>(m);
 }

@@ -44,7 +44,8 @@ def attention(
     Dao et al.: FlashAttention, arXiv:2205.14135 and 2307.08691; Milakov, Gimelshein: arXiv:1805.02867.
 
     Args:
-        query: (B, Hq, Nq, D), float32, bfloat16 or float16 (others run on the reference). Packed: (total_q, Hq, D).
+        query: (B, Hq, Nq, D), float32, bfloat16 or float16 (others, and on a GPU head sizes above 256, run on the
+            reference). Packed: (total_q, Hq, D).
         key: (B, Hkv, Nk, D), Hq a multiple of Hkv. Packed: (total_k, Hkv, D).
         value: (B, Hkv, Nk, Dv). Packed: (total_k, Hkv, Dv).
         causal: query i sees keys up to i + shift.

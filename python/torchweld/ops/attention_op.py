@@ -239,14 +239,15 @@ _attention_with_grad = applier(_Attention)
 # ---- Backend
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+_CUDA_HEAD_SIZE = 256
 
 
-def _refusal(query: Tensor) -> str | None:
+def _refusal(query: Tensor, value: Tensor) -> str | None:
     """Why the kernels do not take these arguments, None if they do."""
-    if query.device.type == "cuda":
-        return "there are no CUDA kernels for attention"
     if query.dtype not in _DTYPES:
         return f"query of dtype {query.dtype}"
+    if query.device.type == "cuda" and max(query.shape[-1], value.shape[-1]) > _CUDA_HEAD_SIZE:
+        return f"a head size above {_CUDA_HEAD_SIZE}"
     return None
 
 
@@ -260,7 +261,7 @@ def attend(
     *options: Any,
 ) -> Any:
     """output or (output, lse) of checked arguments, by whichever backend serves them. `options`: those of `Options`."""
-    if backend.choose(op, query.device, _refusal(query)) == "reference":
+    if backend.choose(op, query.device, _refusal(query, value)) == "reference":
         both = _on_reference(query, key, value, *modifiers, *options)
     elif wants_grad(query, key, value, *modifiers[: _GRADS - 3]):
         both = _attention_with_grad(options, query, key, value, *modifiers)

@@ -1,0 +1,62 @@
+// attention_forward and attention_backward: the choice among the instances, and what comes before and after them.
+#include "cuda/attention_backward_rows.cuh"
+#include "cuda/attention_decode.h"
+#include "cuda/attention_instances.h"
+#include "cuda/kernels.h"
+
+namespace torchweld::cuda {
+namespace {
+
+// f(Tag<T>, std::integral_constant<int, D>) for the instance that serves `p`.
+template <class F>
+void dispatch_instance(const char* op, const AttentionInputs& p, F&& f) {
+  if (p.queries > kRowLimit || p.keys > kRowLimit)
+    throw std::invalid_argument("[" + std::string(op) + "] query, key: expected at most 2^29 rows, but got " +
+                                std::to_string(p.queries) + " and " + std::to_string(p.keys));
+  const int64_t size = p.dim > p.value_dim ? p.dim : p.value_dim;
+  dispatch(op, p.dtype, [&](auto t) {
+    if constexpr (sizeof(typename decltype(t)::type) == 2)
+      if (size <= 32) return f(t, std::integral_constant<int, 32>{});
+    if (size <= 64) return f(t, std::integral_constant<int, 64>{});
+    if (size <= 128) return f(t, std::integral_constant<int, 128>{});
+    if (size <= 256) return f(t, std::integral_constant<int, 256>{});
+    throw std::invalid_argument("[" + std::string(op) + "] query, value: expected head sizes of at most 256, but got " +
+                                std::to_string(size) + "; use torchweld.use_backend('reference')");
+  });
+}
+
+}  // namespace
+
+int64_t attention_forward_workspace(const AttentionForwardParams& p) {
+  const int64_t splits = decodes(p) ? decode_splits(p) : 1;
+  return splits > 1 ? splits * query_rows(p) * (p.value_dim + 1) : 0;
+}
+
+void attention_forward(const AttentionForwardParams& p, Stream stream) {
+  if (query_rows(p) == 0) return;
+  dispatch_instance("attention_forward", p, [&](auto t, auto size) {
+    run_forward<typename decltype(t)::type, decltype(size)::value>(p, stream);
+  });
+}
+
+int64_t attention_backward_workspace(const AttentionBackwardParams& p) { return 3 * query_rows(p); }
+
+void attention_backward(const AttentionBackwardParams& params, Stream stream) {
+  constexpr const char* kName = "attention_backward";
+  const int64_t rows = query_rows(params);
+  Backward p{params};
+  p.lse2 = p.workspace;
+  p.delta = p.workspace + rows;
+  p.distances = p.dalibi_slopes != nullptr ? p.workspace + 2 * rows : nullptr;
+  dispatch_instance(kName, p, [&](auto t, auto size) {
+    using T = typename decltype(t)::type;
+    const dim3 blocks(static_cast<unsigned>((rows + kPrepareWarps - 1) / kPrepareWarps));
+    if (rows > 0) launch(kName, prepare<T>, blocks, dim3(kPrepareWarps * kLanes), 0, stream, p);
+    run_backward<T, decltype(size)::value>(p, stream);
+  });
+  const dim3 heads(static_cast<unsigned>(p.batch * p.heads));
+  if (heads.x > 0 && (p.dsinks != nullptr || p.dalibi_slopes != nullptr))
+    launch(kName, reduce_heads, heads, dim3(kReduceThreads), kReduceThreads * sizeof(double), stream, p);
+}
+
+}  // namespace torchweld::cuda

@@ -1,0 +1,219 @@
+// Attention forward for a few queries over many keys, as of a KV cache: what counts is that every key and value is read
+// once, at the speed of the memory.
+//
+// attend_split   block -> a split of the keys of one key head. The rows of its tile are all queries of all query heads
+// that
+//                share the key head, 16 at most; each warp takes its own 16 keys of a tile, and the warps' results are
+//                merged at the end. Keys and values come alternately into a ring of slots, as in attention_forward.cuh.
+// combine        warp -> query: merges the splits by their lse
+//
+// How many splits there are depends on the shape alone, and they are added in order: the same bits everywhere.
+// Dao et al.: Flash-Decoding, 2023.
+#pragma once
+
+#include "cuda/attention_decode.h"
+#include "cuda/attention_forward.cuh"
+
+namespace torchweld::cuda {
+
+struct Decode : AttentionForwardParams {
+  int splits, split_keys;
+  bool packets;
+  float* partial;  // [splits, B, H, Nq, Dv] outputs of the splits
+  float* lse2;     // [splits, B, H, Nq] in units of log2
+};
+
+template <class T, int D>
+struct DecodeShape {
+  static constexpr int kWarps = sizeof(T) == 4 && D > 128 ? 2 : 4, kThreads = kWarps * kLanes;
+  static constexpr int kKeys = kWarps * 16, kSlots = Tile<T, D>::kRowBytes <= 256 ? 3 : 2;
+  static constexpr int kQueryBytes = kDecodeRows * Tile<T, D>::kRowBytes, kSlotBytes = kKeys * Tile<T, D>::kRowBytes;
+  static constexpr int kBytes = kQueryBytes + kSlots * kSlotBytes;
+  // What the warps leave for each other at the end: their rows of output, maxima and sums.
+  static constexpr int kRowFloats = D + 4;
+  static_assert(kBytes <= 99 * 1024 && kWarps * kDecodeRows * kRowFloats * 4 <= kBytes);
+};
+
+// A lane's two rows: rows g and g + 8 of the tile are queries of different heads.
+struct DecodeCells {
+  Head upper, lower;
+  int queries[2], column;
+
+  __device__ __forceinline__ const Head& head(int, int e) const { return e / 2 == 0 ? upper : lower; }
+  __device__ __forceinline__ int query(int, int, int e) const { return queries[e / 2]; }
+  __device__ __forceinline__ int key(int, int n, int e) const { return column + 8 * n + lane_column() + e % 2; }
+};
+
+template <class T, int D>
+__global__ void __launch_bounds__(DecodeShape<T, D>::kThreads) attend_split(const __grid_constant__ Decode p) {
+  using Shape = DecodeShape<T, D>;
+  constexpr int kSlots = Shape::kSlots, kThreads = Shape::kThreads, kChunks = Tile<T, D>::kChunks;
+  const int queries = static_cast<int>(p.queries), group = static_cast<int>(p.heads / p.kv_heads),
+            rows = group * queries;
+  const int split = static_cast<int>(blockIdx.x % p.splits);
+  const int kv_head = static_cast<int>(blockIdx.x / p.splits % p.kv_heads),
+            b = static_cast<int>(blockIdx.x / p.splits / p.kv_heads);
+  auto head_of = [&](int row) { return Head(p, b, kv_head * group + clamp(row, 0, rows - 1) / queries); };
+  const DecodeCells own{
+      head_of(lane_row()), head_of(lane_row() + 8), {lane_row() % queries, (lane_row() + 8) % queries}, 0};
+
+  // What the block sees of its split.
+  const int first = split * p.split_keys, beyond = first + p.split_keys;
+  const int low = own.upper.low(0), high = own.upper.high(queries - 1);
+  const int begin = low > first ? low : first, end = high < beyond ? high : beyond;
+  const int start = begin / Shape::kKeys * Shape::kKeys,
+            steps = begin < end ? (end - start + Shape::kKeys - 1) / Shape::kKeys : 0;
+  const Rows<T> key{own.upper.key_rows(static_cast<const T*>(p.key), p.key_strides),
+                    p.key_strides.row,
+                    begin,
+                    end,
+                    static_cast<int>(p.dim),
+                    p.packets};
+  const Rows<T> value{own.upper.key_rows(static_cast<const T*>(p.value), p.value_strides),
+                      p.value_strides.row,
+                      begin,
+                      end,
+                      static_cast<int>(p.value_dim),
+                      p.packets};
+  const uint32_t tile = ptx::shared_base(), ring = tile + Shape::kQueryBytes;
+  auto slot = [&](int item) { return ring + static_cast<uint32_t>(item % kSlots * Shape::kSlotBytes); };
+  auto load = [&](int item) {
+    if (item < 2 * steps)
+      load_tile<T, D, Shape::kKeys, kThreads>(slot(item), item % 2 == 0 ? key : value, start + item / 2 * Shape::kKeys);
+    ptx::cp_async_commit();
+  };
+  auto advance = [&](int item) {
+    ptx::cp_async_wait<kSlots - 2>();
+    __syncthreads();
+    load(item + kSlots - 1);
+  };
+  if (steps > 0)
+    for (int c = static_cast<int>(threadIdx.x); c < kDecodeRows * kChunks; c += kThreads) {
+      const int row = c / kChunks;
+      const T* from = head_of(row).query_rows(static_cast<const T*>(p.query), p.query_strides) +
+                      row % queries * p.query_strides.row;
+      load_chunk<T, D>(tile, row, c % kChunks, row < rows ? from : nullptr, static_cast<int>(p.dim), p.packets);
+    }
+#pragma unroll
+  for (int item = 0; item < kSlots - 1; ++item) load(item);
+
+  float output[1][D / 8][4] = {};
+  Softmax<1> softmax;
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    softmax.init(0, half,
+                 p.sinks != nullptr && split == 0 && warp() == 0 ? p.sinks + own.head(0, 2 * half).h : nullptr);
+  const bool plain = is_plain(p);
+  const float unit = plain ? unit_of<true>(p) : unit_of<false>(p);
+  for (int step = 0; step < steps; ++step) {
+    const int j0 = start + step * Shape::kKeys + warp() * 16;
+    const uint32_t keys_offset = warp() * 16 * Tile<T, D>::kRowBytes;
+    DecodeCells cells = own;
+    cells.column = j0;
+
+    // Scores. Weights.
+    float s[1][2][4];
+    advance(2 * step);
+    multiply_rows<T, D>(s, tile, slot(2 * step) + keys_offset);
+    if (!plain) modify(p, cells, s);
+    hide(cells, s);
+    softmax.merge(s, output, unit);
+
+    // Values.
+    advance(2 * step + 1);
+    multiply_columns<T, D>(output, s, slot(2 * step + 1) + keys_offset);
+  }
+
+  // Every warp leaves its rows.
+  softmax.finish();
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  float* memory = reinterpret_cast<float*>(shared_memory);
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    float* row = memory + (warp() * kDecodeRows + lane_row() + 8 * half) * Shape::kRowFloats;
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+      *reinterpret_cast<float2*>(row + n * 8 + lane_column()) =
+          make_float2(output[0][n][2 * half], output[0][n][2 * half + 1]);
+    if (lane_column() == 0) row[D] = softmax.max[0][half], row[D + 1] = softmax.sum[0][half];
+  }
+  __syncthreads();
+
+  // Merge. Store.
+  for (int row = warp(); row < rows; row += Shape::kWarps) {
+    const float* of = memory + row * Shape::kRowFloats;
+    constexpr int kNext = kDecodeRows * Shape::kRowFloats;
+    float max = -infinity(), sum = 0.0f, factor[Shape::kWarps];
+#pragma unroll
+    for (int w = 0; w < Shape::kWarps; ++w) max = fmaxf(max, of[w * kNext + D]);
+    const float finite = max == -infinity() ? 0.0f : max;
+#pragma unroll
+    for (int w = 0; w < Shape::kWarps; ++w) {
+      factor[w] = ptx::exp2(of[w * kNext + D] - finite);
+      sum += of[w * kNext + D + 1] * factor[w];
+    }
+    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum, lse2 = sum == 0.0f ? -infinity() : max + log2f(sum);
+    const Head head = head_of(row);
+    const int64_t index = head.values + row % queries, place = split * p.batch * p.heads * p.queries + index;
+    T* out = head.query_rows(static_cast<T*>(p.output), p.output_strides) + row % queries * p.output_strides.row;
+    for (int c = lane(); c < p.value_dim; c += kLanes) {
+      float total = 0.0f;
+#pragma unroll
+      for (int w = 0; w < Shape::kWarps; ++w) total += of[w * kNext + c] * factor[w];
+      if (p.splits > 1) {
+        p.partial[place * p.value_dim + c] = total * inverse;
+      } else {
+        store_one(out + c, total * inverse);
+      }
+    }
+    if (lane() == 0 && p.splits > 1) p.lse2[place] = lse2;
+    if (lane() == 0 && p.splits == 1 && p.lse != nullptr) p.lse[index] = lse2 * kLn2;
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kDecodeCombineWarps* kLanes) combine(const __grid_constant__ Decode p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kDecodeCombineWarps + warp(),
+                rows = p.batch * p.heads * p.queries;
+  if (row >= rows) return;
+  const int64_t i = row % p.queries, h = row / p.queries % p.heads, b = row / p.queries / p.heads;
+
+  // The splits' shares of the whole.
+  float max = -infinity(), sum = 0.0f;
+  for (int s = 0; s < p.splits; ++s) max = fmaxf(max, p.lse2[s * rows + row]);
+  const float finite = max == -infinity() ? 0.0f : max;
+  for (int s = 0; s < p.splits; ++s) sum += ptx::exp2(p.lse2[s * rows + row] - finite);
+  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+
+  T* out =
+      static_cast<T*>(p.output) + b * p.output_strides.batch + h * p.output_strides.head + i * p.output_strides.row;
+  for (int64_t c = lane(); c < p.value_dim; c += kLanes) {
+    float total = 0.0f;
+    for (int s = 0; s < p.splits; ++s)
+      total += p.partial[(s * rows + row) * p.value_dim + c] * ptx::exp2(p.lse2[s * rows + row] - finite);
+    store_one(out + c, total * inverse);
+  }
+  if (lane() == 0 && p.lse != nullptr) p.lse[row] = sum == 0.0f ? -infinity() : (max + log2f(sum)) * kLn2;
+}
+
+template <class T, int D>
+void launch_decode(const AttentionForwardParams& params, Stream stream) {
+  using Shape = DecodeShape<T, D>;
+  constexpr const char* kName = "attention_forward";
+  Decode p{params};
+  p.splits = static_cast<int>(decode_splits(p));
+  p.split_keys = static_cast<int>((p.keys + p.splits - 1) / p.splits + kDecodeKeys - 1) / kDecodeKeys * kDecodeKeys;
+  p.packets =
+      rows_begin_on(16, sizeof(T), {p.query, p.key, p.value}, {p.query_strides, p.key_strides, p.value_strides});
+  const int64_t rows = p.batch * p.heads * p.queries;
+  p.lse2 = p.workspace;
+  p.partial = p.workspace + p.splits * rows;
+  const dim3 blocks(static_cast<unsigned>(p.batch * p.kv_heads * p.splits));
+  launch(kName, attend_split<T, D>, blocks, dim3(Shape::kThreads), Shape::kBytes, stream, p);
+  if (p.splits == 1) return;
+  const dim3 rest(static_cast<unsigned>((rows + kDecodeCombineWarps - 1) / kDecodeCombineWarps));
+  launch(kName, combine<T>, rest, dim3(kDecodeCombineWarps * kLanes), 0, stream, p);
+}
+
+}  // namespace torchweld::cuda

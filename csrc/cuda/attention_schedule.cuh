@@ -1,0 +1,61 @@
+// Which tile of which head a block has. Heads are taken in sections whose keys and values fit the L2 cache together; in
+// a section, all heads' longest tiles come first: under a causal mask the last tiles of queries, the first of keys.
+#pragma once
+
+#include <initializer_list>
+
+#include "cuda/common.cuh"
+
+namespace torchweld::cuda {
+
+class Schedule {
+ public:
+  struct Work {
+    int64_t head;  // b * heads + h
+    int tile;
+  };
+
+  Schedule() = default;
+
+  // Tiles of `tile` out of `rows` rows for each of `heads` heads; `bytes`: what the tiles of `shared` heads in a row
+  // share.
+  Schedule(int64_t heads, int64_t rows, int64_t tile, int64_t shared, int64_t bytes, bool first_longest)
+      : heads_(heads), tiles_(static_cast<int>((rows + tile - 1) / tile)), first_longest_(first_longest) {
+    constexpr int64_t kCache = 16 << 20;
+    const int64_t fitting = kCache / (bytes > 0 ? bytes : 1);
+    section_ = (fitting > 0 ? fitting : 1) * shared;
+    if (section_ > heads) section_ = heads;
+    if (section_ < 1) section_ = 1;
+    if (heads * tiles_ > INT32_MAX)
+      throw std::invalid_argument("[attention] query: expected at most 2^31 - 1 tiles of all heads, but got " +
+                                  std::to_string(heads * tiles_) + "; split the batch");
+  }
+
+  bool empty() const { return heads_ * tiles_ == 0; }
+  dim3 grid() const { return dim3(static_cast<unsigned>(heads_ * tiles_)); }
+
+  __device__ __forceinline__ Work work(int64_t block) const {
+    const int64_t first = block / (section_ * tiles_) * section_,
+                  here = heads_ - first < section_ ? heads_ - first : section_;
+    const int64_t rest = block - first * tiles_;
+    const int tile = static_cast<int>(rest / here);
+    return {first + rest % here, first_longest_ ? tile : tiles_ - 1 - tile};
+  }
+
+ private:
+  int64_t heads_ = 0, section_ = 0;
+  int tiles_ = 0;
+  bool first_longest_ = false;
+};
+
+// Whether every row begins on a multiple of `bytes`. A tensor that is not there does no harm.
+inline bool rows_begin_on(int64_t bytes, size_t element, std::initializer_list<const void*> bases,
+                          std::initializer_list<Strides> strides) {
+  for (const void* base : bases)
+    if (reinterpret_cast<uintptr_t>(base) % bytes != 0) return false;
+  for (const Strides& s : strides)
+    if ((s.batch | s.head | s.row) * static_cast<int64_t>(element) % bytes != 0) return false;
+  return true;
+}
+
+}  // namespace torchweld::cuda

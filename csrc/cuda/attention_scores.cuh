@@ -1,0 +1,186 @@
+// What every attention kernel shares: which head and rows a block has, which keys a query sees, and how products
+// query @ key^T become scores.
+#pragma once
+
+#include "cuda/attention_tile.cuh"
+
+namespace torchweld::cuda {
+
+constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
+constexpr int kRowLimit = 1 << 29;      // queries and keys of a sequence
+constexpr int kUnseen = 2 * kRowLimit;  // a distance that none of them have; sums with it fit an int
+
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+
+// Head h of batch (or packed sequence) b.
+struct Head {
+  int b, h, kv, queries, keys, shift;
+  int low_offset, high_offset;     // query i sees keys i + low_offset to i + high_offset
+  int64_t first_query, first_key;  // of a packed sequence, else 0
+  int64_t values;  // where its row 0 is in what has one value per row, [B, H, Nq]; also the dropout's row
+
+  __device__ __forceinline__ Head(const AttentionInputs& p, int b, int h)
+      : b(b), h(h), kv(h / static_cast<int>(p.heads / p.kv_heads)) {
+    first_query = first_key = 0;
+    queries = static_cast<int>(p.queries);
+    keys = static_cast<int>(p.keys);
+    values = p.row(b, h);
+    if (p.cu_seqlens_q != nullptr) {
+      extent(p.cu_seqlens_q + b, p.total_q, first_query, queries);
+      extent(p.cu_seqlens_k + b, p.total_k, first_key, keys);
+      values = p.row(0, h) + first_query;
+    }
+    shift = p.bottom_right ? keys - queries : 0;
+    low_offset = bounded(shift - p.left);
+    high_offset = bounded(shift + p.right);
+  }
+
+  // Query i sees keys [low(i), high(i)); both grow with i. Empty where high <= low.
+  __device__ __forceinline__ int low(int i) const { return clamp(i + low_offset, 0, keys); }
+  __device__ __forceinline__ int high(int i) const { return clamp(i + high_offset + 1, 0, keys); }
+  // Keys [begin, end) are seen by queries [first(begin), last(end)) and by no others.
+  __device__ __forceinline__ int first(int begin) const { return clamp(begin - high_offset, 0, queries); }
+  __device__ __forceinline__ int last(int end) const { return clamp(end - low_offset, 0, queries); }
+
+  __device__ __forceinline__ bool sees(int i, int j) const {
+    const unsigned width = static_cast<unsigned>(high_offset) - static_cast<unsigned>(low_offset);
+    return static_cast<unsigned>(j - i - low_offset) <= width && j < keys && i < queries;
+  }
+
+  // Whether queries [i, i + rows) all see keys [j, j + columns).
+  __device__ __forceinline__ bool sees_all(int i, int rows, int j, int columns) const {
+    return j >= i + rows - 1 + low_offset && j + columns - 1 <= i + high_offset && j + columns <= keys &&
+           i + rows <= queries;
+  }
+
+  template <class T>
+  __device__ __forceinline__ T* query_rows(T* base, const Strides& s) const {
+    return base + b * s.batch + h * s.head + first_query * s.row;
+  }
+  template <class T>
+  __device__ __forceinline__ T* key_rows(T* base, const Strides& s) const {
+    return base + b * s.batch + kv * s.head + first_key * s.row;
+  }
+
+ private:
+  // Of a packed sequence; whatever its starts say, it stays inside the tensor.
+  static __device__ __forceinline__ void extent(const int32_t* starts, int64_t total, int64_t& first, int& rows) {
+    const int most = static_cast<int>(total), begin = clamp(starts[0], 0, most);
+    first = begin;
+    rows = clamp(starts[1], begin, most) - begin;
+  }
+
+  static __device__ __forceinline__ int bounded(int64_t x) {
+    return static_cast<int>(x < -kUnseen ? -kUnseen : x > kUnseen ? kUnseen : x);
+  }
+};
+
+// Whose scores the elements of an accumulator are: its rows from `row` on are queries of `head`, its columns from
+// `column` on are keys; of a transposed one the rows are keys.
+template <bool kTransposed>
+struct Cells {
+  const Head& of;
+  int row, column;
+
+  __device__ __forceinline__ const Head& head(int, int) const { return of; }
+  __device__ __forceinline__ int query(int m, int n, int e) const {
+    return kTransposed ? column_of(n, e) : row_of(m, e);
+  }
+  __device__ __forceinline__ int key(int m, int n, int e) const { return kTransposed ? row_of(m, e) : column_of(n, e); }
+
+ private:
+  __device__ __forceinline__ int row_of(int m, int e) const { return row + 16 * m + lane_row() + e / 2 * 8; }
+  __device__ __forceinline__ int column_of(int n, int e) const { return column + 8 * n + lane_column() + e % 2; }
+};
+
+// f(m, n, e) for every element of an accumulator.
+template <int MT, int NT, class F>
+__device__ __forceinline__ void for_each(F&& f) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) f(m, n, e);
+}
+
+// Whether scores are products times a positive scale and nothing else, and no weight is dropped: what has a kernel of
+// its own.
+__host__ __device__ inline bool is_plain(const AttentionInputs& p) {
+  return p.scale > 0 && p.softcap == 0 && p.bias_type == MaskType::none && p.alibi_slopes == nullptr &&
+         p.dropout.seed == nullptr;
+}
+
+// exp(score) is exp2(unit * what is there where the weights are made: products, or what `modify` made of them).
+template <bool kPlain>
+__device__ __forceinline__ float unit_of(const AttentionInputs& p) {
+  return kPlain ? p.scale * kLog2e : kLog2e;
+}
+
+template <class T, class Cells, int MT, int NT>
+__device__ __forceinline__ void add_bias(const AttentionInputs& p, const Cells& cells, float (&s)[MT][NT][4]) {
+  for_each<MT, NT>([&](int m, int n, int e) {
+    const Head& head = cells.head(m, e);
+    const int i = cells.query(m, n, e), j = cells.key(m, n, e);
+    if (i >= head.queries || j >= head.keys) return;
+    const T* at = static_cast<const T*>(p.bias) + head.b * p.bias_strides.batch + head.h * p.bias_strides.head +
+                  i * p.bias_strides.row + j * p.bias_step;
+    if constexpr (sizeof(T) == 1) {
+      if (__ldg(at) == 0) s[m][n][e] = -infinity();
+    } else {
+      Run<T, 1> one;
+      one.load(at);
+      s[m][n][e] += one[0];
+    }
+  });
+}
+
+// Products to scores. ds, of the same layout, is multiplied by the softcap's derivative if it is to be that of the
+// products
+// (`capped`). An array is passed where it is, never behind a pointer chosen at run time: it would leave the registers.
+template <class Cells, int MT, int NT>
+__device__ __forceinline__ void modify(const AttentionInputs& p, const Cells& cells, float (&s)[MT][NT][4],
+                                       float (*ds)[NT][4] = nullptr, bool capped = true) {
+  const float softcap = p.softcap, inverse = softcap != 0 ? p.scale / softcap : p.scale;
+  for_each<MT, NT>([&](int m, int n, int e) { s[m][n][e] *= inverse; });
+  if (softcap != 0)
+    for_each<MT, NT>([&](int m, int n, int e) {
+      const float t = tanhf(s[m][n][e]);
+      s[m][n][e] = softcap * t;
+      if (ds != nullptr && capped) ds[m][n][e] *= 1.0f - t * t;
+    });
+  switch (p.bias_type) {
+    case MaskType::none:
+      break;
+    case MaskType::boolean:
+      add_bias<uint8_t>(p, cells, s);
+      break;
+    case MaskType::float32:
+      add_bias<float>(p, cells, s);
+      break;
+    case MaskType::bfloat16:
+      add_bias<__nv_bfloat16>(p, cells, s);
+      break;
+    case MaskType::float16:
+      add_bias<__half>(p, cells, s);
+      break;
+  }
+  if (p.alibi_slopes != nullptr)
+    for_each<MT, NT>([&](int m, int n, int e) {
+      const Head& head = cells.head(m, e);
+      const int distance = cells.query(m, n, e) + head.shift - cells.key(m, n, e);
+      s[m][n][e] -= p.alibi_slopes[head.b * p.alibi_batch_stride + head.h] * fabsf(static_cast<float>(distance));
+    });
+}
+
+// -inf to scores whose query does not see the key, 0 to their ds (nullptr: none).
+template <class Cells, int MT, int NT>
+__device__ __forceinline__ void hide(const Cells& cells, float (&s)[MT][NT][4], float (*ds)[NT][4] = nullptr) {
+  for_each<MT, NT>([&](int m, int n, int e) {
+    if (cells.head(m, e).sees(cells.query(m, n, e), cells.key(m, n, e))) return;
+    s[m][n][e] = -infinity();
+    if (ds != nullptr) ds[m][n][e] = 0.0f;
+  });
+}
+
+}  // namespace torchweld::cuda

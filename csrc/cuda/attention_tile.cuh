@@ -1,0 +1,252 @@
+// Tiles of rows in shared memory, and their products by tensor cores.
+//
+// A tile is R rows of D elements (the head size, padded with zeros), in chunks of 16 bytes; chunk c of row r lies at
+// place c ^ (r % 8), so that the eight rows that an ldmatrix reads at once are in different banks. Products are
+// accumulated as mma leaves them: acc[m][n][e] of lane 4 * g + t is row 16 * m + g (+ 8 if e > 1), column 8 * n + 2 * t
+// (+ 1 if e is odd).
+//
+// A step of a product takes 32 bytes of a row: 16 elements of 16 bits, or 8 floats. Floats go through TF32 as two
+// numbers each, high + low, and three products (low * low is below fp32's own rounding).
+#pragma once
+
+#include "cuda/ptx.cuh"
+
+namespace torchweld::cuda {
+
+constexpr int kLanes = 32;
+
+__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
+__device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kLanes; }
+__device__ __forceinline__ int lane_row() { return lane() / 4; }         // g
+__device__ __forceinline__ int lane_column() { return lane() % 4 * 2; }  // 2t
+
+__device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
+
+// ---- In shared memory
+
+template <class T, int D>
+struct Tile {
+  static constexpr int kRowBytes = D * static_cast<int>(sizeof(T));
+  static constexpr int kChunk = 16 / static_cast<int>(sizeof(T));  // elements
+  static constexpr int kChunks = D / kChunk;                       // per row
+  static constexpr int kSteps = D * static_cast<int>(sizeof(T)) / 32;
+  static_assert(kChunks >= 4, "a row is at least 64 bytes");
+
+  // Offset of a chunk of the tile.
+  static __device__ __forceinline__ uint32_t at(int row, int chunk) {
+    const int turn = kChunks >= 8 ? row % 8 : row / 2 % 4;  // two rows of 64 bytes share the banks
+    return static_cast<uint32_t>(row * kRowBytes + ((chunk ^ turn) << 4));
+  }
+
+  // What a lane reads in a loop: a row within 16 and chunk 0 or 1, moved by constants: whole groups of 8 rows, and an
+  // even number of chunks. Splitting the sum this way leaves the loop one xor in each of four steps.
+  struct Cursor {
+    uint32_t row, chunk;
+
+    __device__ __forceinline__ Cursor(uint32_t base, int row, int chunk)
+        : row(base + static_cast<uint32_t>(row * kRowBytes)),
+          chunk(Tile::at(row, chunk) - static_cast<uint32_t>(row * kRowBytes)) {}
+
+    __device__ __forceinline__ uint32_t at(int rows, int chunks) const {
+      constexpr int kMask = kChunks >= 8 ? 7 : 3;
+      return row + (chunk ^ static_cast<uint32_t>((chunks & kMask) << 4)) +
+             static_cast<uint32_t>(rows * kRowBytes + ((chunks & ~kMask) << 4));
+    }
+  };
+};
+
+// Where the rows of one head lie: row i at base + i * stride; of those only [begin, end) may be read, and `size`
+// elements.
+template <class T>
+struct Rows {
+  const T* base;
+  int64_t stride;
+  int begin, end, size;
+  bool packets;  // every row begins on 16 bytes
+};
+
+// One chunk of a row of `size` elements at `from`, zeros if that is nullptr; the copy belongs to the group that the
+// caller ends. If the row does not begin on 16 bytes (`packets`) it goes element by element, at once.
+template <class T, int D>
+__device__ __forceinline__ void load_chunk(uint32_t tile, int row, int chunk, const T* from, int size, bool packets) {
+  constexpr int kChunk = Tile<T, D>::kChunk;
+  const uint32_t to = tile + Tile<T, D>::at(row, chunk);
+  const int elements = from == nullptr ? 0 : clamp(size - chunk * kChunk, 0, kChunk);
+  if (elements > 0) from += chunk * kChunk;
+  if (packets) return ptx::cp_async<16>(to, from, elements * static_cast<int>(sizeof(T)));
+#pragma unroll 1
+  for (int e = 0; e < kChunk; ++e) {
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
+    ptx::store_shared(to + e * sizeof(T), e < elements ? __ldg(reinterpret_cast<const Bits*>(from + e)) : Bits{0});
+  }
+}
+
+// Rows [first, first + R) into the tile at `tile`, zeros for what may not be read; kThreads threads share the work.
+template <class T, int D, int R, int kThreads>
+__device__ __forceinline__ void load_tile(uint32_t tile, const Rows<T>& rows, int first) {
+  constexpr int kChunks = Tile<T, D>::kChunks, kRowsAtOnce = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0);
+  const int chunk = static_cast<int>(threadIdx.x) % kChunks, row0 = static_cast<int>(threadIdx.x) / kChunks;
+  const T* from = rows.base + (first + row0) * rows.stride;
+  const int64_t ahead = kRowsAtOnce * rows.stride;
+#pragma unroll
+  for (int r = 0; r < R; r += kRowsAtOnce, from += ahead) {
+    if (R % kRowsAtOnce != 0 && r + row0 >= R) break;
+    const bool exists = first + row0 + r >= rows.begin && first + row0 + r < rows.end;
+    load_chunk<T, D>(tile, row0 + r, chunk, exists ? from : nullptr, rows.size, rows.packets);
+  }
+}
+
+// ---- Products
+
+// The left operand of one step: 16 rows by 32 bytes, as mma takes it. low: floats only.
+template <class T>
+struct Left {
+  static constexpr bool kSplit = sizeof(T) == 4;
+  uint32_t high[4], low[kSplit ? 4 : 1];
+
+  // `address`: that of chunk lane / 16 of row lane % 16.
+  __device__ __forceinline__ void load(uint32_t address) {
+    ptx::ldmatrix(high, address);
+    if constexpr (kSplit) split();
+  }
+
+  // Of an accumulator: its next two tiles of 8 columns are 16 columns of 16 bits, the next one is 8 floats. Of those
+  // column 2t takes the place of t, and 2t + 1 that of t + 4; `multiply_columns` orders the right operand likewise.
+  __device__ __forceinline__ void take(const float (*c)[4]) {
+    if constexpr (kSplit) {
+      for (int w = 0; w < 4; ++w) high[w] = __float_as_uint(c[0][w / 2 + w % 2 * 2]);
+      split();
+    } else {
+      for (int w = 0; w < 4; ++w) high[w] = pack<T>(c[w / 2][w % 2 * 2], c[w / 2][w % 2 * 2 + 1]);
+    }
+  }
+
+ private:
+  __device__ __forceinline__ void split() {
+#pragma unroll
+    for (int w = 0; w < 4; ++w) {
+      const float value = __uint_as_float(high[w]);
+      high[w] = ptx::to_tf32(value);
+      low[w] = ptx::to_tf32(value - __uint_as_float(high[w]));
+    }
+  }
+};
+
+template <class T>
+__device__ __forceinline__ void multiply(float (&c)[4], const Left<T>& a, uint32_t b0, uint32_t b1) {
+  if constexpr (Left<T>::kSplit) {
+    const float v0 = __uint_as_float(b0), v1 = __uint_as_float(b1);
+    const uint32_t high0 = ptx::to_tf32(v0), high1 = ptx::to_tf32(v1);
+    ptx::mma_tf32(c, a.low, high0, high1);
+    ptx::mma_tf32(c, a.high, ptx::to_tf32(v0 - __uint_as_float(high0)), ptx::to_tf32(v1 - __uint_as_float(high1)));
+    ptx::mma_tf32(c, a.high, high0, high1);
+  } else {
+    ptx::mma<T>(c, a.high, b0, b1);
+  }
+}
+
+// acc = left @ right^T: the products of 16 * MT rows of the tile at `left` with 8 * NT rows of the tile at `right`.
+template <class T, int D, int MT, int NT>
+__device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t left, uint32_t right) {
+  static_assert(NT % 2 == 0);
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) acc[m][n][e] = 0.0f;
+  const typename Tile<T, D>::Cursor lefts(left, lane() % 16, lane() / 16);
+  const typename Tile<T, D>::Cursor rights(right, lane() % 16, lane() / 16);
+#pragma unroll
+  for (int step = 0; step < Tile<T, D>::kSteps; ++step) {
+    Left<T> a[MT];
+#pragma unroll
+    for (int m = 0; m < MT; ++m) a[m].load(lefts.at(16 * m, 2 * step));
+#pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+      uint32_t b[4];
+      ptx::ldmatrix(b, rights.at(8 * n, 2 * step));
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        multiply<T>(acc[m][n], a[m], b[0], b[2]);
+        multiply<T>(acc[m][n + 1], a[m], b[1], b[3]);
+      }
+    }
+  }
+}
+
+// acc += weights @ tile: weights, 16 * MT by 8 * NT, as an accumulator; the tile's first 8 * NT rows.
+template <class T, int D, int MT, int NT>
+__device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], const float (&weights)[MT][NT][4],
+                                                 uint32_t tile) {
+  constexpr int kTiles = Left<T>::kSplit ? 1 : 2;  // of 8 columns, that one step takes
+  static_assert(NT % kTiles == 0);
+  const typename Tile<T, D>::Cursor even = Left<T>::kSplit
+                                               ? typename Tile<T, D>::Cursor(tile, lane_column(), lane_row() / 4)
+                                               : typename Tile<T, D>::Cursor(tile, lane() % 16, lane() / 16);
+  const typename Tile<T, D>::Cursor odd(tile, lane_column() + 1, lane_row() / 4);  // floats only
+#pragma unroll
+  for (int step = 0; step < NT / kTiles; ++step) {
+    Left<T> a[MT];
+#pragma unroll
+    for (int m = 0; m < MT; ++m) a[m].take(weights[m] + step * kTiles);
+#pragma unroll
+    for (int n = 0; n < D / 8; n += 2) {
+      uint32_t b[4];
+      if constexpr (Left<T>::kSplit) {
+        // Rows 2t and 2t + 1 at column g; two chunks hold 8 columns.
+#pragma unroll
+        for (int w = 0; w < 4; ++w)
+          b[w] = ptx::load_shared((w % 2 == 0 ? even : odd).at(8 * step, 2 * n + w / 2 * 2) + lane_row() % 4 * 4);
+      } else {
+        ptx::ldmatrix_transposed(b, even.at(16 * step, n));
+      }
+#pragma unroll
+      for (int m = 0; m < MT; ++m) {
+        multiply<T>(acc[m][n], a[m], b[0], b[1]);
+        multiply<T>(acc[m][n + 1], a[m], b[2], b[3]);
+      }
+    }
+  }
+}
+
+// ---- To global memory
+
+template <class T>
+__device__ __forceinline__ void store_one(T* to, float value) {
+  Run<T, 1> one;
+  one.set([&](int) { return value; });
+  one.store(to);
+}
+
+// An accumulator times `factor(m, half)` to rows of T: row 16 * m + g + 8 * half of it to `row(m, half)`, nullptr:
+// none.
+template <class T, int MT, int NT, class Row, class Factor>
+__device__ __forceinline__ void store_rows(const float (&acc)[MT][NT][4], int size, bool pairs, Row&& row,
+                                           Factor&& factor) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      T* to = row(m, half);
+      if (to == nullptr) continue;
+      const float f = factor(m, half);
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const int column = n * 8 + lane_column();
+        const float x = acc[m][n][2 * half] * f, y = acc[m][n][2 * half + 1] * f;
+        if (pairs && column + 1 < size) {
+          if constexpr (sizeof(T) == 4)
+            *reinterpret_cast<float2*>(to + column) = make_float2(x, y);
+          else
+            *reinterpret_cast<uint32_t*>(to + column) = pack<T>(x, y);
+        } else {
+          if (column < size) store_one(to + column, x);
+          if (column + 1 < size) store_one(to + column + 1, y);
+        }
+      }
+    }
+}
+
+}  // namespace torchweld::cuda

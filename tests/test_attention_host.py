@@ -1,0 +1,190 @@
+"""The CUDA kernels of attention on the machine that runs them on the CPU (tests/emulation): every way through them."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from torchweld import ops, reference
+from torchweld.testing import Case, Oracle, assert_parity
+from torchweld.testing.attention import AttentionCase
+from torchweld.testing.cases import evaluate
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def kernels(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.setattr(sys.modules[Case.__module__], "_DRAWS", 1)  # products are slow here
+    return emulated
+
+
+def case(regime: str, queries: int, keys: int, **flags: object) -> AttentionCase:
+    return AttentionCase(name=regime, regime=regime, queries=queries, keys=keys, **flags)  # type: ignore[arg-type]
+
+
+# By instance: head size and type. Two tiles of own rows and several of streamed ones, none of them whole.
+SIZES = [
+    (case("D 24: rows of 64 bytes, padded", 130, 37, dim=24, heads=1, causal=True, bottom_right=True), DTYPES[1:]),
+    (case("D 64", 150, 80, heads=1, causal=True, bottom_right=True), DTYPES),
+    (case("D 128", 70, 75, dim=128, heads=1, causal=True), DTYPES),
+    (case("D 100, element by element", 20, 75, dim=98, value_dim=101, heads=1), DTYPES),
+    (case("D 256: one gradient at a time", 70, 37, dim=256, heads=1, causal=True), DTYPES),
+    (case("D 200, capped", 20, 37, dim=200, heads=1, softcap=2.0), DTYPES),
+]
+# By what comes between the products and the softmax; tiles of 16 rows a warp, at a size of two tiles.
+MODIFIERS = [
+    case("ALiBi in a window", 70, 90, heads=2, alibi=True, window=(20, 3), merged=True),
+    case("softcap and bias", 40, 70, softcap=3.0, bias=(1, 1, 40, 70), logits=4.0, lse=True),
+    case("sinks", 40, 70, sinks=True, causal=True, bottom_right=True),
+    case("bias by row", 70, 40, batch=2, bias=(2, 2, 70, 1)),
+    case("bias by key", 70, 40, batch=2, bias=(1, 2, 1, 40)),
+    case("bias by head alone", 70, 40, bias=(1, 2, 1, 1), causal=True),
+    case("mask", 40, 70, heads=4, kv_heads=2, bias=(1, 1, 40, 70), masks=True),
+    case("rows that see nothing, lse", 100, 40, heads=1, causal=True, bottom_right=True, lse=True),
+    case("a value that is not seen may be NaN", 40, 100, heads=1, causal=True, unseen_nan=True),
+    case("one query", 1, 70, heads=4, kv_heads=2),
+    case("one key: dquery and dkey cancel", 3, 1, dim=8),
+]
+
+
+@pytest.mark.parametrize(
+    ("each", "dtype"), [(c, t) for c, dtypes in SIZES for t in dtypes], ids=lambda x: getattr(x, "name", str(x))
+)
+def test_sizes(each: AttentionCase, dtype: torch.dtype) -> None:
+    Oracle(each, dtype).check()
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("each", MODIFIERS, ids=lambda c: c.name)
+def test_modifiers(each: AttentionCase, dtype: torch.dtype) -> None:
+    Oracle(each, dtype).check()
+
+
+DECODING = [
+    case("one split, padded", 1, 17, dim=40),
+    case("an empty cache", 1, 0),
+    case("three splits, GQA 8:1, element by element", 1, 700, heads=8, kv_heads=1, dim=39),
+    case("16 rows", 4, 300, heads=8, kv_heads=2, batch=2, causal=True, bottom_right=True, merged=True),
+    case("a window that leaves splits empty", 3, 900, causal=True, bottom_right=True, window=(100, None), dim=128),
+    case("rows that see nothing", 4, 2, causal=True, bottom_right=True, lse=True),
+    case("D 256", 2, 300, dim=256, heads=1, lse=True),
+    case("everything", 2, 600, heads=4, kv_heads=2, causal=True, bottom_right=True, window=(500, None), softcap=3.0,
+         bias=(1, 4, 2, 600), alibi=True, sinks=True, lse=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("each", DECODING, ids=lambda c: c.name)
+def test_decoding(each: AttentionCase, dtype: torch.dtype) -> None:
+    x = {n: t for n, t in each.inputs(dtype).items() if n not in ("doutput", "dlse")}
+    wider = {n: t.double() if t.is_floating_point() else t for n, t in x.items()}
+    with torch.no_grad():
+        ours, theirs, exact = each.ours(x), each.torch(x), each.reference(wider)
+    terms = each.terms({**wider, "doutput": exact["output"]}) if each.keys else {}
+    assert_parity(ours, theirs, exact, op="attention", case=each.name, terms=terms)
+
+
+def test_an_unwritten_cache_is_masked() -> None:
+    q, k, v = torch.randn(2, 4, 1, 32), torch.randn(2, 2, 300, 32), torch.randn(2, 2, 300, 32)
+    out = ops.attention(q, k, v, bias=torch.arange(300) < 77)
+    assert isinstance(out, Tensor)
+    torch.testing.assert_close(out, reference.attention(q, k[:, :, :77], v[:, :, :77]))
+
+
+# ---- Dropout, packed sequences
+
+
+def gradients(function, leaves: list[Tensor], dout: Tensor) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(64, torch.bfloat16), (64, torch.float32), (256, torch.float16)], ids=str)
+def test_dropout_is_that_of_the_definition(dim: int, dtype: torch.dtype) -> None:
+    """The same bits in the forward and in both directions of the backward, whose tiles are laid out differently."""
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(2, 2, n, dim).to(dtype) for n in (37, 70, 70, 37))
+    seed = torch.tensor([-5_000_000_019])
+    options = {"dropout_p": 0.3, "seed": seed, "causal": True, "causal_align": "bottom_right"}
+    found = gradients(lambda *t: ops.attention(*t, **options), [q, k, v], dout)
+    wide = [t.double() for t in (q, k, v)]
+    exact = gradients(lambda *t: reference.attention(*t, **options), wide, dout.double())
+    for got, want in zip(found, exact, strict=True):
+        step = 4 * torch.finfo(dtype).eps * want.abs().max()
+        assert (got.double() - want).abs().max() <= step + 1e-5
+
+    # The weights themselves, through values that pick a key each.
+    eye = torch.eye(70, dtype=dtype).expand(2, 2, 70, 70)
+    dropped = ops.attention(q, k, eye, **options) == 0
+    assert torch.equal(dropped, reference.attention(*wide[:2], eye.double(), **options) == 0)
+
+
+@pytest.mark.parametrize("p", [0.0, 1.0])
+def test_dropout_of_nothing_and_of_all(p: float) -> None:
+    q = torch.randn(1, 1, 20, 32).requires_grad_()
+    out = ops.attention(q, q, q, dropout_p=p)
+    grad = torch.autograd.grad(out.square().sum(), q)[0]
+    if p == 1.0:
+        assert not out.any() and not grad.any()
+    else:
+        torch.testing.assert_close(out, reference.attention(q, q, q))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+def test_packed_sequences(dropout_p: float, dtype: torch.dtype) -> None:
+    """One of them empty, one without keys, one of one query; aligned to the last key, so that shifts differ."""
+    torch.manual_seed(1)
+    lens_q, lens_k = (torch.tensor(n, dtype=torch.int32) for n in ([0, 70, 70, 75, 76], [0, 40, 51, 51, 100]))
+    q, k, v, dout = (torch.randn(n, h, 32).to(dtype) for n, h in ((76, 4), (100, 2), (100, 2), (76, 4)))
+    slopes, sinks = torch.rand(4, 4), torch.randn(4)
+
+    def call(module, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sinks: Tensor) -> Tensor:
+        out = module.attention(
+            q, k, v, causal=True, causal_align="bottom_right", alibi_slopes=slopes, sinks=sinks, softcap=5.0,
+            cu_seqlens_q=lens_q, cu_seqlens_k=lens_k, dropout_p=dropout_p, seed=torch.tensor([7]),
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
+
+    leaves = [q, k, v, slopes, sinks]
+    found = gradients(lambda *t: call(ops, *t), leaves, dout)
+    exact = gradients(lambda *t: call(reference, *t), [t.double() for t in leaves], dout.double())
+    for name, got, want in zip(["out", "dq", "dk", "dv", "dslopes", "dsinks"], found, exact, strict=True):
+        step = 4 * torch.finfo(dtype).eps * want.abs().max()
+        assert (got.double() - want).abs().max() <= step + 2e-5, name
+
+
+# ---- The machine
+
+
+@pytest.mark.parametrize("each", [SIZES[1][0], MODIFIERS[1], MODIFIERS[4]], ids=lambda c: c.name)
+def test_the_order_of_threads_does_not_show(kernels: ModuleType, each: AttentionCase) -> None:
+    x = each.inputs(torch.bfloat16)
+    first = evaluate(each, each.ours, x)
+    for seed in (1, 2):
+        kernels.set_machine(seed=seed)
+        for name, found in evaluate(each, each.ours, x).items():
+            assert torch.equal(found, first[name]), name
+
+
+def test_a_block_fits_the_shared_memory_of_every_gpu(kernels: ModuleType) -> None:
+    """8.6 and 8.9 have the least: 99 KB."""
+    kernels.set_machine(shared_bytes_per_block=99 * 1024)
+    for dtype, dim in ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128), (torch.float32, 256)):
+        q = torch.randn(1, 1, 20, dim).to(dtype).requires_grad_()
+        for flags in ({}, {"softcap": 1.0}):
+            torch.autograd.grad(ops.attention(q, q, q, **flags).sum(), q)
+        ops.attention(q[:, :, :1].detach(), q.detach(), q.detach())
+
+
+def test_too_large_a_head_is_refused() -> None:
+    q = torch.randn(1, 1, 2, 257)
+    with pytest.raises(ValueError, match=r"\[attention_forward\] query, value: .* at most 256, but got 257"):
+        ops.attention(q, q, q)
