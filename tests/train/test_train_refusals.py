@@ -18,7 +18,7 @@ from torchweld.examples import checkpoint
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--config", "huge"], "--config: expected one of tiny, small, gpt2.* got 'huge'"),
+        (["--config", "huge"], "--config: expected one of tiny, small, medium, gpt2.* got 'huge'"),
         (["--device", "tpu"], "--device: expected cpu, cuda or cuda:N, but got 'tpu'"),
         (["--device", "meta"], "--device: expected cpu, cuda"),
         (["--dtype", "float16"], "--dtype: expected one of float32, bfloat16, but got 'float16'"),
