@@ -99,7 +99,9 @@ def run(args: argparse.Namespace) -> int:
     from torchweld.bench.harness import Settings, keep_freed_memory, measure  # noqa: PLC0415
 
     if args.markdown is not None:
-        print(report.markdown(report.read(args.markdown)))
+        print(report.markdown(rows := report.read(args.markdown)))
+        if args.plot is not None:
+            report.plot(rows, args.plot)
         return 0
     _check(args)
     if args.threads is not None:

@@ -73,19 +73,29 @@ def markdown(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """Bars: how many times as fast as torch, for each piece of work."""
+    """How many times as fast as torch: bars by direction and dtype for each case, on a log scale."""
     pyplot = plotter()
     ours = [r for r in rows if r["provider"] == "torchweld" and r["speedup_vs_torch"] is not None]
-    labels = [f"{r['op']} {r['direction']} {r['dtype']}\n{r['case']['name']}" for r in ours]
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.42 * len(ours)), layout="constrained")
-    bars = axes.barh(labels, [r["speedup_vs_torch"] for r in ours], color="#2a6f97")
-    axes.bar_label(bars, fmt="%.2fx", padding=3, fontsize=7)
+    labels = list(dict.fromkeys(f"{r['op']}\n{r['case']['name']}" for r in ours))
+    series = list(dict.fromkeys((r["direction"], r["dtype"]) for r in ours))
+    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.42 * len(labels)), layout="constrained")
+    thickness = 0.8 / max(len(series), 1)
+    for n, (direction, dtype) in enumerate(series):
+        chosen = [r for r in ours if (r["direction"], r["dtype"]) == (direction, dtype)]
+        places = [labels.index(f"{r['op']}\n{r['case']['name']}") + (n + 0.5) * thickness - 0.4 for r in chosen]
+        speedups = [r["speedup_vs_torch"] for r in chosen]
+        bars = axes.barh(places, speedups, height=thickness, label=f"{direction}, {dtype}")
+        axes.bar_label(bars, fmt="%.2f", padding=2, fontsize=4)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.invert_yaxis()
+    axes.set_yticks(range(len(labels)), labels, fontsize=6)
+    axes.set_ylim(len(labels) - 0.4, -0.6)
     axes.margins(x=0.1)
-    axes.tick_params(axis="y", labelsize=6)
     axes.set_xlabel("times as fast as torch eager")
     axes.set_title(ours[0]["device"] if ours else "")
+    if series:
+        axes.legend(fontsize=7, loc="lower right")
     aside = path.with_name(f".{path.name}.part")
     figure.savefig(aside, format=path.suffix.removeprefix(".") or "png", dpi=150)
     pyplot.close(figure)
