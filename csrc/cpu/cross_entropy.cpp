@@ -62,11 +62,15 @@ void backward_row(const CrossEntropyBackwardParams& p, int64_t m, bool streaming
     for_each_vector(V, [&](int64_t i, auto lanes) { store_output(dx + i, zero(), lanes, streaming); });
     return;
   }
-  const float max = p.max[m], dloss = p.dloss[m], scale = dloss / p.sum[m];
-  const float others = dloss * p.smoothing / static_cast<float>(V);
+  // What each class and the target's own should have got; with one class that is 1, and the gradient exactly 0.
+  const double smoothing = p.smoothing, other = smoothing / static_cast<double>(V);
+  const float others = static_cast<float>(other), own = static_cast<float>(1.0 - smoothing + other);
+  const float max = p.max[m], dloss = p.dloss[m], inverse = 1.0f / p.sum[m];
   for_each_vector(V, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-    Vec v = exp2<6>((load(x + i, lanes) - max) * kLog2e) * scale - others;
-    if (static_cast<uint64_t>(target - i) < static_cast<uint64_t>(W)) v[target - i] -= dloss * (1.0f - p.smoothing);
+    const Vec probability = exp2<6>((load(x + i, lanes) - max) * kLog2e) * inverse;
+    Vec v = probability - others;
+    if (static_cast<uint64_t>(target - i) < static_cast<uint64_t>(W)) v[target - i] = probability[target - i] - own;
+    v = v * dloss;
     store_output(dx + i, v, lanes, streaming);
   });
 }
