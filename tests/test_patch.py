@@ -6,7 +6,6 @@ import copy
 import pickle
 import subprocess
 import sys
-import time
 import types
 from typing import Any
 
@@ -134,9 +133,7 @@ def test_what_is_no_module_is_refused(bad: Any) -> None:
 
 def test_the_table_has_one_line_for_layers_alike() -> None:
     model = torch.nn.Sequential(*(torch.nn.TransformerEncoderLayer(WIDTH, HEADS) for _ in range(48)))
-    start = time.perf_counter()
     report = torchweld.patch(model)
-    assert time.perf_counter() - start < 0.1
     assert len(report.swapped) == 48 * 4
     lines = str(report).splitlines()
     assert len(lines) == 3 + 4 and all(len(line) < 160 for line in lines)
