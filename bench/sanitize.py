@@ -25,11 +25,43 @@ def layer_norm(cols: int, dtype: torch.dtype) -> None:
         assert t is not None and t.isfinite().all()
 
 
+def attention(dim: int, dtype: torch.dtype) -> None:
+    q, k, v, doutput = (torch.randn(1, 2, 70, dim, device="cuda").to(dtype).requires_grad_() for _ in range(4))
+    bias = torch.randn(1, 2, 70, 70, device="cuda").to(dtype).requires_grad_()
+    slopes, sinks = (torch.rand(2, device="cuda").requires_grad_() for _ in range(2))
+    starts = torch.tensor([0, 33, 70], device="cuda", dtype=torch.int32)
+    for modifiers in (
+        {},
+        {"causal": True, "window": (20, None), "softcap": 5.0, "bias": bias},
+        {"alibi_slopes": slopes, "sinks": sinks, "dropout_p": 0.25},
+    ):
+        output = torchweld.ops.attention(q, k, v, **modifiers)
+        output.backward(doutput.detach())
+    rows = (t.detach()[0].transpose(0, 1) for t in (q, k, v))
+    packed = torchweld.ops.attention(*rows, causal=True, cu_seqlens_q=starts, cu_seqlens_k=starts)
+    decoded = torchweld.ops.attention(q.detach()[:, :, :1], k.detach(), v.detach())
+    for t in (output, packed, decoded, q.grad, k.grad, v.grad, bias.grad, slopes.grad, sinks.grad):
+        assert t is not None and t.isfinite().all()
+
+
+def optimizers(dtype: torch.dtype) -> None:
+    for kind in (torchweld.optim.AdamW, torchweld.optim.SGD):
+        for options in ({}, {"max_grad_norm": 1.0, "zero_grads": True}):
+            params = [torch.randn(n, device="cuda").to(dtype).requires_grad_() for n in (1, 7, 16385)]
+            for p in params:
+                p.grad = torch.randn_like(p)
+            kind(params, lr=0.1, **options).step()
+            assert all(p.isfinite().all() for p in params)
+
+
 def main() -> None:
     assert torchweld.backend.active("cuda") == "cuda", torchweld.backend.unavailable("cuda")
     for dtype in (torch.float32, torch.bfloat16):
         for cols in COLUMNS:
             layer_norm(cols, dtype)
+        for dim in (32, 64, 128, 256):
+            attention(dim, dtype)
+        optimizers(dtype)
     torch.cuda.synchronize()
     print("all kernels ran")
 
