@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
+from gloo_processes import WORLD, in_two_processes, needs_gloo
 from torchweld import optim
 from torchweld.models import CONFIGS, GPT2
 
-pytestmark = pytest.mark.skipif(
-    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no torch.distributed over gloo"
-)
-WORLD = 2
+pytestmark = needs_gloo
 CONFIG = replace(CONFIGS["tiny"], n_positions=24, vocab_size=97)
 
 
@@ -113,16 +109,6 @@ def fsdp_and_checkpoint(rank: int, folder: str) -> None:
     same(back, plain)
 
 
-def _process(rank: int, folder: str, check: Callable[[int, str], None]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    try:
-        check(rank, folder)
-    finally:
-        dist.destroy_process_group()
-
-
 @pytest.mark.parametrize("check", [ddp, fsdp_and_checkpoint])
 def test_two_processes(check: Callable[[int, str], None]) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (folder, check), nprocs=WORLD)
+    in_two_processes(check)

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from gloo_processes import WORLD, in_two_processes, needs_gloo
 from torchweld import optim
 
-WORLD, LIMIT = 2, 0.5
+pytestmark = needs_gloo
+LIMIT = 0.5
 
 
 def model() -> torch.nn.Sequential:
@@ -37,7 +36,7 @@ def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int, wor
     return norms
 
 
-def fsdp(rank: int) -> None:
+def fsdp(rank: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
 
     alone, sharded = model(), model()
@@ -55,7 +54,7 @@ def fsdp(rank: int) -> None:
         assert type(optimizer.state[p]["exp_avg"]) is type(p)
 
 
-def copies(_: int) -> None:
+def copies(rank: int, folder: str) -> None:
     """Copies on two processes count once in the norm; a gradient that is still to be summed is summed first."""
     from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, init_device_mesh  # noqa: PLC0415
 
@@ -81,17 +80,6 @@ def copies(_: int) -> None:
         torch.testing.assert_close(p.full_tensor() if isinstance(p, DTensor) else p, q)
 
 
-def _process(rank: int, folder: str, check: Any) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=WORLD)
-    try:
-        for each in check:
-            each(rank)
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no gloo")
-def test_sharded_parameters() -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (str(Path(folder)), (fsdp, copies)), nprocs=WORLD)
+@pytest.mark.parametrize("check", [fsdp, copies])
+def test_sharded_parameters(check: Callable[[int, str], None]) -> None:
+    in_two_processes(check)

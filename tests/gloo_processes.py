@@ -1,0 +1,34 @@
+"""Runs a check in two processes over gloo."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+WORLD = 2
+needs_gloo = pytest.mark.skipif(
+    not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no torch.distributed over gloo"
+)
+
+
+def in_two_processes(check: Callable[[int, str], None]) -> None:
+    """check(rank, folder) in each of two processes of one thread, which share a temporary folder."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(_process, (folder, check), nprocs=WORLD)
+
+
+def _process(rank: int, folder: str, check: Callable[[int, str], None]) -> None:
+    torch.set_num_threads(1)
+    rendezvous = Path(folder, "rendezvous").as_uri()
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD)
+    check(rank, folder)
+    dist.barrier()
+    dist.destroy_process_group()
+    # Device meshes keep gloo's threads alive, and an interpreter that ends beside them can abort: "terminate called".
+    os._exit(0)
