@@ -20,7 +20,7 @@ constexpr int64_t kMergeRows = 64;
 
 template <class T>
 class Decode {
-  using Compute = typename ComputeOf<T>::type;
+  using Compute = typename VectorComputeOf<T>::type;
   using Params = AttentionForwardParams;
 
  public:
@@ -69,6 +69,13 @@ class Decode {
   // Row r of a key head: query r % Nq of the query head that this returns.
   int64_t query_head(int64_t head, int64_t r) const { return head % p_.kv_heads * group_ + r / p_.queries; }
 
+  // Words [d, d + W) of a row of query or key.
+  TW_INLINE Vec words(const T* row, int64_t d) const {
+    Vec v[1];
+    load_words<T, Compute>(row, d, p_.dim, v);
+    return v[0];
+  }
+
   void attend(int64_t head, int64_t split, float* queries) const {
     const int64_t b = head / p_.kv_heads, hk = head % p_.kv_heads;
     const int64_t begin = split * kSplitKeys, width = min_of(kSplitKeys, p_.keys - begin);
@@ -77,7 +84,7 @@ class Decode {
     float* s = queries + rows_ * query_words_;
     for (int64_t r = 0; r < rows_; ++r) {
       const T* q = head_of<T>(p_.query, p_.query_strides, b, query_head(head, r)) + r % p_.queries * p_.query_strides.row;
-      for (int64_t d = 0; d < query_words_; d += W) store(queries + r * query_words_ + d, load_words<T, Compute>(q, d, p_.dim));
+      for (int64_t d = 0; d < query_words_; d += W) store(queries + r * query_words_ + d, words(q, d));
     }
 
     // Products. Keys that no row sees are not read.
@@ -90,8 +97,7 @@ class Decode {
           product[n] = zero();
           if (j + n >= seen.end) continue;
           for (int64_t d = 0; d < query_words_; d += W)
-            product[n] = Compute::dot(load_words<T, Compute>(k + (j + n) * p_.key_strides.row, d, p_.dim),
-                                      load(queries + r * query_words_ + d), product[n]);
+            product[n] = Compute::dot(words(k + (j + n) * p_.key_strides.row, d), load(queries + r * query_words_ + d), product[n]);
         }
         store(s + r * kSplitKeys + j, reduce(product, [](Vec a, Vec b) { return a + b; }));
       }

@@ -33,8 +33,10 @@ class HeadDropout {
       if constexpr (Compute::per_word == 1) {
         store(row + j, from_bits(bits(load(row + j)) & (VecU)kept));
       } else {
-        auto* p = reinterpret_cast<uint16_t*>(row) + Compute::element(j);
-        store_bits(p, load_bits(p, All{}) & (VecH) __builtin_convertvector(kept, VecH), All{});
+        for (int part = 0; part < Compute::parts; ++part) {
+          auto* p = reinterpret_cast<uint16_t*>(row) + Compute::element(j) + part * 512;
+          store_bits(p, load_bits(p, All{}) & (VecH) __builtin_convertvector(kept, VecH), All{});
+        }
       }
     }
   }

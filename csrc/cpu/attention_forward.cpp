@@ -126,7 +126,7 @@ class Forward {
     const int64_t seen = min_of(end, Band(p_).high(p_.queries - 1)) - begin;
     if (!right_in_place<T, Compute>(p_.value_dim) && seen > 0)
       pack_rows<T, Compute>(head_of<T>(p_.value, p_.value_strides, b, h) + begin * vs, vs, seen, p_.value_dim,
-                            packed + plan_.key_words + begin / Compute::per_word * value_step(), value_panel());
+                            packed + plan_.key_words + words_of<Compute>(begin) * value_step(), value_panel());
   }
 
   // One tile of queries of query head `g` of the group that shares kv head `head`.
@@ -164,16 +164,14 @@ class Forward {
       for (int64_t m = 0; m < rows; m += kBlockRows) {
         const int64_t low = min_of(max_of(band.low(i0 + m) - j0, 0), width);
         const int64_t high = min_of(band.high(i0 + min_of(m + kBlockRows, rows) - 1) - j0, width);
-        columns[m / kBlockRows] = steps[m / kBlockRows] = {0, 0};
-        if (low >= high) continue;
-        columns[m / kBlockRows] = {round_down(low, Compute::column_unit), round_up(high, Compute::column_unit)};
-        steps[m / kBlockRows] = {round_down(low / Compute::per_word, Compute::step_unit),
-                                 round_up(ceil_div(high, Compute::per_word), Compute::step_unit)};
+        columns[m / kBlockRows] =
+            low < high ? Span{round_down(low, Compute::column_unit), round_up(high, Compute::column_unit)} : Span{0, 0};
+        steps[m / kBlockRows] = steps_between<Compute>(low, high);
       }
       softmax.weigh(scores, {i0, j0, rows, plan_.steps, columns, left, {keys.data + j0 * plan_.steps, keys.step, keys.panel},
                              products, weights, o, plan_.value_width});
       gemm_accumulate<Compute>(rows, plan_.value_width, {weights, Softmax<Compute>::weight_stride, 1},
-                               {values.data + j0 / Compute::per_word * values.step, values.step, values.panel}, steps, o,
+                               {values.data + words_of<Compute>(j0) * values.step, values.step, values.panel}, steps, o,
                                plan_.value_width);
     }
 

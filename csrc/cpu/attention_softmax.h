@@ -13,19 +13,19 @@ namespace {
 constexpr int64_t kTileQueries = 96;
 
 template <class Compute>
-constexpr int64_t kTileKeys = Compute::per_word == 2 ? 512 : 256;
+constexpr int64_t kTileKeys = Compute::per_word / Compute::parts == 2 ? 512 : 256;
 
 // Products are made and weighed for so many rows and keys at a time. Whole tiles, in place, where the micro-kernel wants to
 // keep a panel of keys in L1 for many rows; with tile registers, few enough that they never leave L1 themselves.
 template <class Compute>
-constexpr int64_t kGroup = Compute::tiles ? 16 : kTileQueries;
+constexpr int64_t kGroup = Compute::tiles ? (Compute::parts == 1 ? 16 : 32) : kTileQueries;
 template <class Compute>
 constexpr int64_t kChunk = Compute::tiles ? 128 : kTileKeys<Compute>;
 
 // Weights of one tile may add up to this in a lane before they are weighed again. Their precision does not depend on their
 // size, but in float32 that of a large exponent would be the worse for it.
 template <class Compute>
-constexpr float kMostWeight = Compute::per_word == 2 ? 0x1p40f : 0x1p12f;
+constexpr float kMostWeight = Compute::per_word / Compute::parts == 2 ? 0x1p40f : 0x1p12f;
 
 template <class Compute>
 class Softmax {
@@ -36,7 +36,7 @@ class Softmax {
  public:
   // In words, of a row of products and of weights. No powers of two: rows would share cache sets.
   static constexpr int64_t product_stride = kChunk<Compute> + 16;
-  static constexpr int64_t weight_stride = Compute::tiles ? kTileKeys<Compute> / 2 : product_stride;
+  static constexpr int64_t weight_stride = Compute::tiles ? kTileKeys<Compute> / 2 * Compute::parts : product_stride;
   // Of products: those at hand, or with tiles a whole row of chunks that is weighed again.
   static constexpr int64_t product_words = Compute::tiles ? kGroup<Compute> * product_stride * (kTileKeys<Compute> / kChunk<Compute>) : 0;
 
@@ -129,8 +129,7 @@ class Softmax {
       const Vec second = exp2<Compute::exp_degree>(load(row + j + W) * unit + minus);
       a += first;
       b += second;
-      Compute::store_row(p, j, first);
-      Compute::store_row(p, j + W, second);
+      Compute::store_row(p, j, first, second);
     }
     if (j < span.end) {
       const Vec last = exp2<Compute::exp_degree>(load(row + j) * unit + minus);

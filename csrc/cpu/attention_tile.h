@@ -14,11 +14,11 @@ template <class T>
 class GradientTile {
   using Compute = typename ComputeOf<T>::type;
   static constexpr bool kPairs = Compute::per_word == 2;
-  static constexpr int64_t kScoreRows = Compute::tiles ? 16 : 48;  // so many rows of products at a time: they stay in L1
+  static constexpr int64_t kScoreRows = Compute::tiles ? (Compute::parts == 1 ? 16 : 32) : 48;  // so many rows of products at a time: they stay in L1
   static constexpr int64_t kBlockRows = Compute::block_rows;
 
  public:
-  static constexpr int64_t kQueries = kPairs ? 192 : 96;
+  static constexpr int64_t kQueries = Compute::per_word / Compute::parts == 2 ? 192 : 96;
 
   // The query side of one query head, shared by all tiles of keys: statistics and operands.
   struct Queries {
@@ -95,9 +95,9 @@ class GradientTile {
                           const Left& columns) {
       if (!left_in_place<T, Compute>(stride, dim))
         pack_left<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(l.data) + begin * l.row);
-      const int64_t first = begin / Compute::per_word;
+      const int64_t first = words_of<Compute>(begin);
       if constexpr (Compute::tiles)
-        pack_columns<T>(rows, stride, end - begin, dim, const_cast<float*>(columns.data) + first * 16, columns.row);
+        pack_columns<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(columns.data) + first * 16, columns.row);
       else if (!right_in_place<T, Compute>(dim))
         pack_rows<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(r.data) + first * r.step, 0);
     }
@@ -106,8 +106,8 @@ class GradientTile {
   static int64_t scratch_words(const AttentionInputs& p, int64_t tile_keys) {
     const int64_t stride = tile_keys + 32;
     return tile_keys * (words_of<Compute>(p.dim) + words_of<Compute>(p.value_dim)) +  // key^T, value^T
-           tile_keys / Compute::per_word * round_up(p.dim, W) +                       // key
-           3 * kScoreRows * stride + (kPairs ? 3 : 4) * kQueries * stride / 2;
+           words_of<Compute>(tile_keys) * round_up(p.dim, W) +                        // key
+           3 * kScoreRows * stride + (kPairs ? 3 : 4) * kQueries * stride / 2 * Compute::parts;
   }
 
   // Packs keys [j0, j0 + keys) of key head (b, hk).
@@ -123,7 +123,7 @@ class GradientTile {
     const T* v = head_of<T>(p.value, p.value_strides, b, hk) + j0 * p.value_strides.row;
     float* key = take(tile_keys * key_steps);
     float* value = take(tile_keys * value_steps);
-    float* steps = take(tile_keys / Compute::per_word * round_up(p.dim, W));
+    float* steps = take(words_of<Compute>(tile_keys) * round_up(p.dim, W));
     // Blocks reach past the keys that queries see: what no query sees may be NaN, and zeros stand for it.
     const int64_t seen = max_of(min_of(keys, Band(p).high(p.queries - 1) - j0), 0);
     pack_transposed<T, Compute>(k, p.key_strides.row, seen, p.dim, key);
@@ -140,9 +140,9 @@ class GradientTile {
     products_ = take(kScoreRows * stride_);
     dprobability_ = take(kScoreRows * stride_);
     slopes_ = take(kScoreRows * stride_);
-    probability_ = take(kQueries / Compute::per_word * stride_);
-    dscore_ = take(kQueries / Compute::per_word * stride_);
-    dscore_rows_ = kPairs ? take(kQueries * stride_ / 2) : dscore_;
+    probability_ = take(words_of<Compute>(kQueries) * stride_);
+    dscore_ = take(words_of<Compute>(kQueries) * stride_);
+    dscore_rows_ = kPairs ? take(kQueries * words_of<Compute>(stride_)) : dscore_;
   }
 
   // Where score() leaves the gradient of the bias of this head, [Nq, Nk]; nullptr: nowhere.
@@ -213,20 +213,14 @@ class GradientTile {
     for (int64_t i = queries.begin; i < queries.end; i += kBlockRows) {
       const int64_t low = max_of(band.low(i) - j0_, 0);
       const int64_t high = min_of(band.high(min_of(i + kBlockRows, queries.end) - 1) - j0_, keys_);
-      steps[(i - queries.begin) / kBlockRows] = steps_between(low, high);
+      steps[(i - queries.begin) / kBlockRows] = steps_between<Compute>(low, high);
     }
     const int64_t width = round_up(p_.dim, W);
-    gemm_accumulate<Compute>(queries.end - queries.begin, width, {dscore_rows_, stride_ / Compute::per_word, 1}, key_steps_, steps,
+    gemm_accumulate<Compute>(queries.end - queries.begin, width, {dscore_rows_, words_of<Compute>(stride_), 1}, key_steps_, steps,
                              dq + queries.begin * width, width);
   }
 
  private:
-  static Span steps_between(int64_t low, int64_t high) {
-    if (low >= high) return {0, 0};
-    return {round_down(low / Compute::per_word, Compute::step_unit),
-            round_up(ceil_div(high, Compute::per_word), Compute::step_unit)};
-  }
-
   // Keys: each block of them sums over the queries that see one of it. by_query: P or dscores.
   void add_by_key(const float* by_query, const Right& right, const Left& columns, Span queries, int64_t width, float* out) const {
     const Band band(p_);
@@ -234,9 +228,9 @@ class GradientTile {
     for (int64_t r = 0; r < keys_; r += kBlockRows) {
       const int64_t first = max_of(band.first(j0_ + r), queries.begin) - queries.begin;
       const int64_t last = min_of(band.last(j0_ + min_of(r + kBlockRows, keys_)), queries.end) - queries.begin;
-      steps[r / kBlockRows] = steps_between(first, last);
+      steps[r / kBlockRows] = steps_between<Compute>(first, last);
     }
-    const int64_t first = queries.begin / Compute::per_word;
+    const int64_t first = words_of<Compute>(queries.begin);
     if constexpr (Compute::tiles) {
       for (int64_t r = 0; r < keys_; r += kBlockRows)
         for (int64_t m = 0; m < width; m += kBlockRows)
@@ -334,31 +328,33 @@ class GradientTile {
   // Row t of the tile, and its neighbour where rows go in pairs, columns [j, j + W).
   TW_INLINE void write(int64_t t, int64_t j, const Score (&score)[Compute::per_word]) {
     if constexpr (kPairs) {
-      const int64_t at = Compute::tiles ? j / 16 * kPairPanel + t / 2 * 16 : t / 2 * stride_ + j;
-      store(probability_ + at, pair(score[0].probability, score[1].probability));
-      store(dscore_ + at, pair(score[0].gradient, score[1].gradient));
-      for (int n = 0; n < 2; ++n) Compute::store_row(Compute::row_of(dscore_rows_, stride_ / 2, t + n), j, score[n].gradient);
+      const int64_t at = Compute::tiles ? j / 16 * kPairPanel + t / 32 * 256 * Compute::parts + t / 2 % 16 * 16 : t / 2 * stride_ + j;
+      store_pairs(probability_ + at, score[0].probability, score[1].probability);
+      store_pairs(dscore_ + at, score[0].gradient, score[1].gradient);
+      for (int n = 0; n < 2; ++n) Compute::store_row(Compute::row_of(dscore_rows_, words_of<Compute>(stride_), t + n), j, score[n].gradient);
     } else {
       store(probability_ + t * stride_ + j, score[0].probability);
       store(dscore_ + t * stride_ + j, score[0].gradient);
     }
   }
 
-  // Rounded to bf16, side by side in words; half an ulp goes up.
-  TW_INLINE static Vec pair(Vec even, Vec odd) {
-    return from_bits(((bits(even) + 0x8000u) >> 16) | ((bits(odd) + 0x8000u) & 0xffff0000u));
+  TW_INLINE static void store_pairs(float* to, Vec even, Vec odd) {
+    VecU part[2][Compute::parts];
+    split(even, part[0]);
+    split(odd, part[1]);
+    for (int n = 0; n < Compute::parts; ++n) store(to + n * 256, pairs(part[0][n], part[1][n]));
   }
 
   static constexpr int64_t kTileKeysMost = 192;
   // With tiles, P and dscores by pairs of queries are right operands: columns of blocks of keys.
-  static constexpr int64_t kPairRows = kQueries / 2, kPairPanel = 16 * kPairRows;
+  static constexpr int64_t kPairRows = kQueries / 2 * Compute::parts, kPairPanel = 16 * kPairRows;
 
   const AttentionInputs& p_;
   const int64_t j0_, keys_, width_, tile_keys_, stride_;
   Right key_, value_, key_steps_;  // key^T, value^T, key
   float *products_, *dprobability_, *slopes_;  // [kScoreRows, stride]
-  float *probability_, *dscore_;               // [kQueries / per_word, stride] words along the queries
-  float* dscore_rows_;                         // [kQueries, stride / per_word] words along the keys
+  float *probability_, *dscore_;               // [words_of(kQueries), stride] words along the queries
+  float* dscore_rows_;                         // [kQueries, words_of(stride)] words along the keys
 };
 
 }  // namespace

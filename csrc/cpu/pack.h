@@ -9,7 +9,7 @@ namespace {
 
 // Whether memory of T already is words of Compute.
 template <class T, class Compute>
-constexpr bool kNative = sizeof(T) * Compute::per_word == 4;
+constexpr bool kNative = sizeof(T) * Compute::per_word == 4 * Compute::parts;
 
 // W x W: row i becomes column i. Each round interleaves the two halves; after log2(W) rounds that is the transpose.
 TW_INLINE void transpose(Vec (&v)[W]) {
@@ -37,49 +37,63 @@ TW_INLINE Vec reduce(Vec (&group)[W], F&& f) {
   return group[0];
 }
 
-// Words of a row of `dim` elements, padded as the products want it.
-template <class Compute>
-TW_INLINE int64_t words_of(int64_t dim) { return round_up(ceil_div(dim, Compute::per_word), Compute::step_unit); }
-
-// Words [word, word + W) of a row of `dim` elements.
+// Words [word, word + W) of each part of a row of `dim` elements.
 template <class T, class Compute>
-TW_INLINE Vec load_words(const T* row, int64_t word, int64_t dim) {
+TW_INLINE void load_words(const T* row, int64_t word, int64_t dim, Vec (&words)[Compute::parts]) {
   const int64_t first = word * Compute::per_word, left = dim - first;
-  if (Compute::step_unit > 1 && left <= 0) return Vec{};
+  auto vector = [&](int64_t i) { return left >= i + W ? load(row + first + i) : load(row + first + i, First{static_cast<int>(max_of(left - i, 0))}); };
   if constexpr (Compute::per_word == 1) {
-    return left >= W ? load(row + first) : load(row + first, First{static_cast<int>(left)});
-  } else {
-    if (left >= 2 * W) {
-      Vec v;
-      std::memcpy(&v, row + first, sizeof v);
-      return v;
-    }
+    words[0] = vector(0);
+  } else if constexpr (kNative<T, Compute>) {
+    if (left >= 2 * W) std::memcpy(words, row + first, sizeof words);
 #if defined(__AVX512BW__)
-    return (Vec)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << left) - 1), row + first);
-#else
-    Vec v{};
-    std::memcpy(&v, row + first, static_cast<uint64_t>(left) * sizeof(T));
-    return v;
+    else if (left > 0) words[0] = (Vec)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << left) - 1), row + first);
 #endif
+    else words[0] = Vec{};
+  } else {
+    VecU part[2][Compute::parts];
+    for (int i = 0; i < 2; ++i) split(vector(i * W), part[i]);
+    for (int n = 0; n < Compute::parts; ++n) words[n] = in_order(part[0][n], part[1][n]);
   }
+}
+
+// Vectors of two neighbouring rows, or of zeros, as words of pairs.
+template <class T, class Compute, class Lanes>
+TW_INLINE void load_pairs(const T* row, int64_t stride, bool even, bool odd, Lanes lanes, Vec (&words)[Compute::parts]) {
+  if constexpr (kNative<T, Compute>) {
+    const VecU first = even ? widen(load_bits(row, lanes)) : VecU{}, second = odd ? widen(load_bits(row + stride, lanes)) : VecU{};
+    words[0] = from_bits(first | (second << 16));
+    return;
+  }
+  VecU part[2][Compute::parts];
+  split(even ? load(row, lanes) : zero(), part[0]);
+  split(odd ? load(row + stride, lanes) : zero(), part[1]);
+  for (int n = 0; n < Compute::parts; ++n) words[n] = pairs(part[0][n], part[1][n]);
 }
 
 // The transpose as a right operand: B[k, n] is word k of row n. Panels of that many rows, each [dim in words][panel].
 template <class T, class Compute>
 void pack_transposed(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out) {
+  constexpr int64_t kPanel = Compute::panel, kParts = Compute::parts;
   const int64_t steps = words_of<Compute>(dim);
   for (int64_t n = 0; n < round_up(rows, Compute::column_unit); n += W) {
-    constexpr int64_t kPanel = Compute::panel;
     float* panel = out + n / kPanel * steps * kPanel + n % kPanel;
-    for (int64_t k = 0; k < steps; k += W) {
-      Vec v[W];
-      for (int i = 0; i < W; ++i) v[i] = n + i < rows ? load_words<T, Compute>(source + (n + i) * stride, k, dim) : Vec{};
-      transpose(v);
-      const int64_t count = min_of(W, steps - k);
-      if (count == W) {
-        for (int i = 0; i < W; ++i) store(panel + (k + i) * kPanel, v[i]);
-      } else {
-        for (int i = 0; i < count; ++i) store(panel + (k + i) * kPanel, v[i]);
+    for (int64_t k = 0; k < steps; k += W * kParts) {
+      Vec v[kParts][W];
+      for (int i = 0; i < W; ++i) {
+        Vec words[kParts] = {};
+        if (n + i < rows) load_words<T, Compute>(source + (n + i) * stride, k / kParts, dim, words);
+        for (int part = 0; part < kParts; ++part) v[part][i] = words[part];
+      }
+      for (int part = 0; part < kParts; ++part) {
+        transpose(v[part]);
+        float* block = panel + (k + part * W) * kPanel;
+        const int64_t count = min_of(W, steps - k);
+        if (count == W) {
+          for (int i = 0; i < W; ++i) store(block + i * kPanel, v[part][i]);
+        } else {
+          for (int i = 0; i < count; ++i) store(block + i * kPanel, v[part][i]);
+        }
       }
     }
   }
@@ -89,39 +103,43 @@ void pack_transposed(const T* source, int64_t stride, int64_t rows, int64_t dim,
 // columns of blocks that are `panel` words apart.
 template <class T, class Compute>
 void pack_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out, int64_t panel) {
-  const int64_t width = round_up(dim, W), steps = words_of<Compute>(rows);
-  auto at = [&](int64_t k, int64_t i) { return Compute::tiles ? out + i / 16 * panel + k * 16 + i % 16 : out + k * width + i; };
-  for (int64_t k = 0; k < steps; ++k) {
-    const T* row = source + k * Compute::per_word * stride;
-    for_each_vector(dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      if constexpr (Compute::per_word == 1) {
-        store(at(k, i), load(row + i, lanes));
-      } else {
-        const VecU even = 2 * k < rows ? __builtin_convertvector(load_bits(row + i, lanes), VecU) : VecU{};
-        const VecU odd = 2 * k + 1 < rows ? __builtin_convertvector(load_bits(row + stride + i, lanes), VecU) : VecU{};
-        store(at(k, i), from_bits(even | (odd << 16)));
-      }
-    });
+  const int64_t width = round_up(dim, W);
+  if constexpr (Compute::tiles) {
+    for (int64_t k = 0; k < words_of<Compute>(rows) / Compute::parts; ++k)
+      for_each_vector(dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+        Vec words[Compute::parts];
+        load_pairs<T, Compute>(source + 2 * k * stride + i, stride, 2 * k < rows, 2 * k + 1 < rows, lanes, words);
+        float* to = out + i / 16 * panel + k / 16 * 256 * Compute::parts + k % 16 * 16;
+        for (int n = 0; n < Compute::parts; ++n) store(to + n * 256, words[n]);
+      });
+  } else {
+    for (int64_t k = 0; k < words_of<Compute>(rows); ++k)
+      for_each_vector(dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+        Vec words[1];
+        if constexpr (Compute::per_word == 1) words[0] = load(source + k * stride + i, lanes);
+        else load_pairs<T, Compute>(source + 2 * k * stride + i, stride, 2 * k < rows, 2 * k + 1 < rows, lanes, words);
+        store(out + k * width + i, words[0]);
+      });
   }
 }
 
 // The transpose as a left operand of tiles: A[m, k] is element m of rows 2k and 2k + 1. `row`: words of a row of A.
-template <class T>
+template <class T, class Compute>
 void pack_columns(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out, int64_t row) {
+  constexpr int kParts = Compute::parts;
   for (int64_t k = 0; 2 * k < rows; k += W)
     for_each_vector(dim, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
-      Vec v[W];
+      Vec v[kParts][W];
       for (int i = 0; i < W; ++i) {
         const int64_t first = 2 * (k + i);
-        v[i] = zero();
-        if (first >= rows) continue;
-        const VecU even = __builtin_convertvector(load_bits(source + first * stride + d, lanes), VecU);
-        const VecU odd =
-            first + 1 < rows ? __builtin_convertvector(load_bits(source + (first + 1) * stride + d, lanes), VecU) : VecU{};
-        v[i] = from_bits(even | (odd << 16));
+        Vec words[kParts];
+        load_pairs<T, Compute>(source + first * stride + d, stride, first < rows, first + 1 < rows, lanes, words);
+        for (int n = 0; n < kParts; ++n) v[n][i] = words[n];
       }
-      transpose(v);
-      for (int i = 0; i < W; ++i) store(out + d * row + k * 16 + i * 16, v[i]);
+      for (int n = 0; n < kParts; ++n) {
+        transpose(v[n]);
+        for (int i = 0; i < W; ++i) store(out + d * row + k * 16 * kParts + n * 256 + i * 16, v[n][i]);
+      }
     });
 }
 
@@ -130,11 +148,16 @@ template <class T, class Compute>
 void pack_left(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out) {
   const int64_t steps = words_of<Compute>(dim);
   for (int64_t m = 0; m < rows; ++m)
-    for (int64_t k = 0; k < steps; k += W) {
-      const Vec v = load_words<T, Compute>(source + m * stride, k, dim);
-      if (Compute::tiles) store(out + m / 16 * 16 * steps + k * 16 + m % 16 * 16, v);
-      else if (steps - k >= W) store(out + m * steps + k, v);
-      else store(out + m * steps + k, v, First{static_cast<int>(steps - k)});
+    for (int64_t k = 0; k < steps; k += W * Compute::parts) {
+      Vec words[Compute::parts];
+      load_words<T, Compute>(source + m * stride, k / Compute::parts, dim, words);
+      if constexpr (Compute::tiles) {
+        for (int n = 0; n < Compute::parts; ++n) store(out + m / 16 * 16 * steps + k * 16 + n * 256 + m % 16 * 16, words[n]);
+      } else if (steps - k >= W) {
+        store(out + m * steps + k, words[0]);
+      } else {
+        store(out + m * steps + k, words[0], First{static_cast<int>(steps - k)});
+      }
     }
 }
 
