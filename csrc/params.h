@@ -168,6 +168,15 @@ struct AttentionForwardParams : AttentionInputs {
   float* lse;  // [B, H, Nq] log of the softmax's denominator, -inf where a query sees nothing; nullptr: not wanted
 };
 
+// A few queries over a cache in blocks: key j of batch b is row j % block_size of block block_table[b, j / block_size].
+// key and value are [blocks, Hkv, block_size, D] and [.., Dv], the batch of their strides is a block. `keys` is what a row
+// of the table has room for; shift is that of each batch, from its own number of keys.
+struct PagedAttentionParams : AttentionForwardParams {
+  const int32_t* block_table;    // [B, keys / block_size]; those past the last key may be anything
+  const int32_t* cache_seqlens;  // [B] keys of each batch
+  int64_t block_size, blocks;
+};
+
 struct AttentionBackwardParams : AttentionInputs {
   const void* output;   // [B, H, Nq, Dv]
   const void* doutput;  // [B, H, Nq, Dv]

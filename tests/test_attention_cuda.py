@@ -10,6 +10,7 @@ from torchweld import backend, ops, reference
 from torchweld.testing import Case, Oracle
 from torchweld.testing.attention import ATTENTION
 from torchweld.testing.cases import evaluate
+from torchweld.testing.paged_attention import PAGED_ATTENTION
 
 _REASON = backend.unavailable("cuda")
 pytestmark = [
@@ -27,7 +28,7 @@ def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", (*ATTENTION, *PAGED_ATTENTION), ids=lambda case: f"{case.op}: {case.name}")
 def test_parity(case: Case, dtype: torch.dtype) -> None:
     Oracle(case, dtype, "cuda").check()
 
@@ -85,6 +86,22 @@ def test_in_a_graph() -> None:
     q.normal_()
     graph.replay()
     assert torch.equal(out, ops.attention(q, q, q, causal=True))
+
+
+def test_a_cache_that_grows_under_a_graph() -> None:
+    """The host knows neither the table nor the lengths."""
+    q = torch.randn(2, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
+    cache = torch.randn(2, 40, 16, 2, 64, device="cuda", dtype=torch.bfloat16)
+    table = torch.randperm(40, device="cuda").int().view(2, 20)
+    lengths = torch.tensor([100, 7], dtype=torch.int32, device="cuda")
+    ops.paged_attention(q, *cache, table, lengths)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.paged_attention(q, *cache, table, lengths)
+    for _ in range(3):
+        lengths += 37
+        graph.replay()
+        assert torch.equal(out, ops.paged_attention(q, *cache, table, lengths))
 
 
 def test_more_than_2_to_31_elements() -> None:

@@ -25,7 +25,7 @@ const int32_t* fill_sequences(const Arguments& args, const char* name, const Opt
                               int64_t total, int64_t& most) {
   if (!lens) args.fail(name, "both of cu_seqlens_q and cu_seqlens_k", "None");
   const auto* starts = static_cast<const int32_t*>(args.integers(*lens, name, 32, batch + 1));
-  if (Backend::device != dlpack::kCPU) {
+  if (!Backend::reads_tensors) {
     most = most < 0 || most > total ? total : most;
     return starts;
   }

@@ -1,8 +1,8 @@
 #include <algorithm>
 
+#include "bindings/attention.h"
 #include "bindings/cross_entropy.h"
 #include "bindings/gelu.h"
-#include "bindings/attention.h"
 #include "bindings/layer_norm.h"
 #include "bindings/optimizer.h"
 #include "cpu/isa.h"
@@ -14,6 +14,7 @@ using namespace torchweld;
 struct Cpu {
   using Kernels = cpu::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
+  static constexpr bool reads_tensors = true;  // what is in an argument can be checked
   static constexpr bool optimizer_table = false;
 
   static const Kernels& kernels() { return cpu::kernels(); }

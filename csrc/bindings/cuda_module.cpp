@@ -1,6 +1,7 @@
 #include "bindings/attention.h"
 #include "bindings/layer_norm.h"
 #include "bindings/optimizer.h"
+#include "bindings/paged_attention.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 
@@ -11,6 +12,7 @@ using namespace torchweld;
 struct Cuda {
   using Kernels = cuda::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCUDA;
+  static constexpr bool reads_tensors = false;  // to look into an argument would be to wait for it
   static Kernels kernels() { return {}; }
   static constexpr bool optimizer_table = true;
 
@@ -43,6 +45,7 @@ PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
   m.def("driver_version", &cuda::driver_version, "Newest CUDA that the driver serves, None without a driver.");
   m.def("unavailable", &cuda::unavailable, "Why no GPU can be used here, None if one can.");
   bind_attention<Cuda>(m);
+  bind_paged_attention<Cuda>(m);
   bind_optimizers<Cuda>(m);
   bind_layer_norm<Cuda>(m);
 }

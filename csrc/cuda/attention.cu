@@ -1,4 +1,5 @@
-// attention_forward and attention_backward: the choice among the instances, and what comes before and after them.
+// attention_forward, paged_attention and attention_backward: the choice among the instances, and what comes before and
+// after them.
 #include "cuda/attention_backward_rows.cuh"
 #include "cuda/attention_decode.h"
 #include "cuda/attention_instances.h"
@@ -27,15 +28,21 @@ void dispatch_instance(const char* op, const AttentionInputs& p, F&& f) {
 
 }  // namespace
 
-int64_t attention_forward_workspace(const AttentionForwardParams& p) {
-  const int64_t splits = decodes(p) ? decode_splits(p) : 1;
-  return splits > 1 ? splits * query_rows(p) * (p.value_dim + 1) : 0;
-}
+int64_t attention_forward_workspace(const AttentionForwardParams& p) { return decodes(p) ? decode_workspace(p) : 0; }
 
 void attention_forward(const AttentionForwardParams& p, Stream stream) {
   if (query_rows(p) == 0) return;
   dispatch_instance("attention_forward", p, [&](auto t, auto size) {
     run_forward<typename decltype(t)::type, decltype(size)::value>(p, stream);
+  });
+}
+
+int64_t paged_attention_workspace(const PagedAttentionParams& p) { return decode_workspace(p); }
+
+void paged_attention(const PagedAttentionParams& p, Stream stream) {
+  if (query_rows(p) == 0) return;
+  dispatch_instance("paged_attention", p, [&](auto t, auto size) {
+    run_paged<typename decltype(t)::type, decltype(size)::value>(p, stream);
   });
 }
 

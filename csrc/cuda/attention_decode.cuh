@@ -1,13 +1,14 @@
 // Attention forward for a few queries over many keys, as of a KV cache: what counts is that every key and value is read
 // once, at the speed of the memory.
 //
-// attend_split   block -> a split of the keys of one key head. The rows of its tile are all queries of all query heads
-// that
-//                share the key head, 16 at most; each warp takes its own 16 keys of a tile, and the warps' results are
-//                merged at the end. Keys and values come alternately into a ring of slots, as in attention_forward.cuh.
+// attend_split   block -> a split of the keys of one key head, and 16 rows: the first query of all query heads that
+//                share the key head, then the second, and so on. Each warp takes its own 16 keys of a tile, and the
+//                warps' results are merged at the end. Keys and values come alternately into a ring of slots, as in
+//                attention_forward.cuh.
 // combine        warp -> query: merges the splits by their lse
 //
-// How many splits there are depends on the shape alone, and they are added in order: the same bits everywhere.
+// How many splits there are depends on the shape alone, and they are added in order: the same bits everywhere. A cache
+// in blocks is the same with another way to find a row; each batch cuts the keys that it has into all of the splits.
 // Dao et al.: Flash-Decoding, 2023.
 #pragma once
 
@@ -16,12 +17,59 @@
 
 namespace torchweld::cuda {
 
-struct Decode : AttentionForwardParams {
-  int splits, split_keys;
+struct Decode : PagedAttentionParams {
+  int splits, tiles;
   bool packets;
-  float* partial;  // [splits, B, H, Nq, Dv] outputs of the splits
+  float* partial;  // [splits, B, H, Nq, Dv] outputs of the splits, where they have seen a key
   float* lse2;     // [splits, B, H, Nq] in units of log2
 };
+
+// Rows as in `Rows`, but in blocks: whatever the table says, they are rows of the cache.
+template <class T>
+struct PagedRows {
+  const T* base;  // row 0 of block 0
+  Strides strides;
+  const int32_t* table;
+  int block_size, blocks;
+  int begin, end, size;
+  bool packets;
+
+  struct Walk {
+    const PagedRows& of;
+    int i, step;
+
+    __device__ __forceinline__ const T* here() const {
+      const int entry = static_cast<int>(static_cast<unsigned>(i) / static_cast<unsigned>(of.block_size));
+      const int block = clamp(__ldg(of.table + entry), 0, of.blocks - 1);
+      return of.base + block * of.strides.batch + (i - entry * of.block_size) * of.strides.row;
+    }
+    __device__ __forceinline__ void next() { i += step; }
+  };
+  __device__ __forceinline__ Walk walk(int i, int step) const { return {*this, i, step}; }
+};
+
+// Rows [begin, end) of keys or values.
+template <bool kPaged, class T>
+__device__ __forceinline__ auto cached_rows(const Decode& p, const Head& head, const void* base, const Strides& strides,
+                                            int64_t size, int begin, int end) {
+  if constexpr (kPaged)
+    return PagedRows<T>{static_cast<const T*>(base) + head.kv * strides.head,
+                        strides,
+                        p.block_table + head.b * (p.keys / p.block_size),
+                        static_cast<int>(p.block_size),
+                        static_cast<int>(p.blocks),
+                        begin,
+                        end,
+                        static_cast<int>(size),
+                        p.packets};
+  else
+    return Rows<T>{head.key_rows(static_cast<const T*>(base), strides),
+                   strides.row,
+                   begin,
+                   end,
+                   static_cast<int>(size),
+                   p.packets};
+}
 
 template <class T, int D>
 struct DecodeShape {
@@ -44,37 +92,35 @@ struct DecodeCells {
   __device__ __forceinline__ int key(int, int n, int e) const { return column + 8 * n + lane_column() + e % 2; }
 };
 
-template <class T, int D>
+template <class T, int D, bool kPaged>
 __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads) attend_split(const __grid_constant__ Decode p) {
   using Shape = DecodeShape<T, D>;
   constexpr int kSlots = Shape::kSlots, kThreads = Shape::kThreads, kChunks = Tile<T, D>::kChunks;
-  const int queries = static_cast<int>(p.queries), group = static_cast<int>(p.heads / p.kv_heads),
-            rows = group * queries;
-  const int split = static_cast<int>(blockIdx.x % p.splits);
-  const int kv_head = static_cast<int>(blockIdx.x / p.splits % p.kv_heads),
-            b = static_cast<int>(blockIdx.x / p.splits / p.kv_heads);
-  auto head_of = [&](int row) { return Head(p, b, kv_head * group + clamp(row, 0, rows - 1) / queries); };
+  const int split = static_cast<int>(blockIdx.x % p.splits),
+            tile_of_rows = static_cast<int>(blockIdx.x / p.splits % p.tiles);
+  const unsigned shared = blockIdx.x / p.splits / p.tiles;
+  const int kv_head = static_cast<int>(shared % p.kv_heads), b = static_cast<int>(shared / p.kv_heads);
+  int keys = static_cast<int>(p.keys);
+  if constexpr (kPaged) keys = clamp(__ldg(p.cache_seqlens + b), 0, keys);
+
+  // Row r of the tile is a query of one of the heads; past the last one, a query that is not there.
+  const int queries = static_cast<int>(p.queries), group = static_cast<int>(p.heads / p.kv_heads);
+  const int row0 = tile_of_rows * kDecodeRows,
+            rows = group * queries - row0 < kDecodeRows ? group * queries - row0 : kDecodeRows;
+  auto query_of = [&](int row) { return (row0 + row) / group; };
+  auto head_of = [&](int row) { return Head(p, b, kv_head * group + (row0 + row) % group, keys); };
   const DecodeCells own{
-      head_of(lane_row()), head_of(lane_row() + 8), {lane_row() % queries, (lane_row() + 8) % queries}, 0};
+      head_of(lane_row()), head_of(lane_row() + 8), {query_of(lane_row()), query_of(lane_row() + 8)}, 0};
 
   // What the block sees of its split.
-  const int first = split * p.split_keys, beyond = first + p.split_keys;
-  const int low = own.upper.low(0), high = own.upper.high(queries - 1);
+  const int split_keys = ((keys + p.splits - 1) / p.splits + kDecodeKeys - 1) / kDecodeKeys * kDecodeKeys;
+  const int first = split * split_keys, beyond = first + split_keys;
+  const int low = own.upper.low(query_of(0)), high = own.upper.high(query_of(rows - 1));
   const int begin = low > first ? low : first, end = high < beyond ? high : beyond;
   const int start = begin / Shape::kKeys * Shape::kKeys,
             steps = begin < end ? (end - start + Shape::kKeys - 1) / Shape::kKeys : 0;
-  const Rows<T> key{own.upper.key_rows(static_cast<const T*>(p.key), p.key_strides),
-                    p.key_strides.row,
-                    begin,
-                    end,
-                    static_cast<int>(p.dim),
-                    p.packets};
-  const Rows<T> value{own.upper.key_rows(static_cast<const T*>(p.value), p.value_strides),
-                      p.value_strides.row,
-                      begin,
-                      end,
-                      static_cast<int>(p.value_dim),
-                      p.packets};
+  const auto key = cached_rows<kPaged, T>(p, own.upper, p.key, p.key_strides, p.dim, begin, end);
+  const auto value = cached_rows<kPaged, T>(p, own.upper, p.value, p.value_strides, p.value_dim, begin, end);
   const uint32_t tile = ptx::shared_base(), ring = tile + Shape::kQueryBytes;
   auto slot = [&](int item) { return ring + static_cast<uint32_t>(item % kSlots * Shape::kSlotBytes); };
   auto load = [&](int item) {
@@ -91,7 +137,7 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads) attend_split(cons
     for (int c = static_cast<int>(threadIdx.x); c < kDecodeRows * kChunks; c += kThreads) {
       const int row = c / kChunks;
       const T* from = head_of(row).query_rows(static_cast<const T*>(p.query), p.query_strides) +
-                      row % queries * p.query_strides.row;
+                      query_of(row) * p.query_strides.row;
       load_chunk<T, D>(tile, row, c % kChunks, row < rows ? from : nullptr, static_cast<int>(p.dim), p.packets);
     }
 #pragma unroll
@@ -155,8 +201,10 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads) attend_split(cons
     }
     const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum, lse2 = sum == 0.0f ? -infinity() : max + log2f(sum);
     const Head head = head_of(row);
-    const int64_t index = head.values + row % queries, place = split * p.batch * p.heads * p.queries + index;
-    T* out = head.query_rows(static_cast<T*>(p.output), p.output_strides) + row % queries * p.output_strides.row;
+    const int64_t index = head.values + query_of(row), place = split * p.batch * p.heads * p.queries + index;
+    T* out = head.query_rows(static_cast<T*>(p.output), p.output_strides) + query_of(row) * p.output_strides.row;
+    if (lane() == 0 && p.splits > 1) p.lse2[place] = lse2;
+    if (p.splits > 1 && sum == 0.0f) continue;  // the others do without it
     for (int c = lane(); c < p.value_dim; c += kLanes) {
       float total = 0.0f;
 #pragma unroll
@@ -167,7 +215,6 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads) attend_split(cons
         store_one(out + c, total * inverse);
       }
     }
-    if (lane() == 0 && p.splits > 1) p.lse2[place] = lse2;
     if (lane() == 0 && p.splits == 1 && p.lse != nullptr) p.lse[index] = lse2 * kLn2;
   }
 }
@@ -190,27 +237,29 @@ __global__ void __launch_bounds__(kDecodeCombineWarps* kLanes) combine(const __g
       static_cast<T*>(p.output) + b * p.output_strides.batch + h * p.output_strides.head + i * p.output_strides.row;
   for (int64_t c = lane(); c < p.value_dim; c += kLanes) {
     float total = 0.0f;
-    for (int s = 0; s < p.splits; ++s)
-      total += p.partial[(s * rows + row) * p.value_dim + c] * ptx::exp2(p.lse2[s * rows + row] - finite);
+    for (int s = 0; s < p.splits; ++s) {
+      const float lse2 = p.lse2[s * rows + row];
+      if (lse2 != -infinity()) total += p.partial[(s * rows + row) * p.value_dim + c] * ptx::exp2(lse2 - finite);
+    }
     store_one(out + c, total * inverse);
   }
   if (lane() == 0 && p.lse != nullptr) p.lse[row] = sum == 0.0f ? -infinity() : (max + log2f(sum)) * kLn2;
 }
 
-template <class T, int D>
-void launch_decode(const AttentionForwardParams& params, Stream stream) {
+template <class T, int D, bool kPaged>
+void launch_decode(const PagedAttentionParams& params, Stream stream) {
   using Shape = DecodeShape<T, D>;
-  constexpr const char* kName = "attention_forward";
+  constexpr const char* kName = kPaged ? "paged_attention" : "attention_forward";
   Decode p{params};
   p.splits = static_cast<int>(decode_splits(p));
-  p.split_keys = static_cast<int>((p.keys + p.splits - 1) / p.splits + kDecodeKeys - 1) / kDecodeKeys * kDecodeKeys;
+  p.tiles = static_cast<int>(decode_tiles(p));
   p.packets =
       rows_begin_on(16, sizeof(T), {p.query, p.key, p.value}, {p.query_strides, p.key_strides, p.value_strides});
   const int64_t rows = p.batch * p.heads * p.queries;
   p.lse2 = p.workspace;
   p.partial = p.workspace + p.splits * rows;
-  const dim3 blocks(static_cast<unsigned>(p.batch * p.kv_heads * p.splits));
-  launch(kName, attend_split<T, D>, blocks, dim3(Shape::kThreads), Shape::kBytes, stream, p);
+  const dim3 blocks(static_cast<unsigned>(p.batch * p.kv_heads * p.tiles * p.splits));
+  launch(kName, attend_split<T, D, kPaged>, blocks, dim3(Shape::kThreads), Shape::kBytes, stream, p);
   if (p.splits == 1) return;
   const dim3 rest(static_cast<unsigned>((rows + kDecodeCombineWarps - 1) / kDecodeCombineWarps));
   launch(kName, combine<T>, rest, dim3(kDecodeCombineWarps * kLanes), 0, stream, p);

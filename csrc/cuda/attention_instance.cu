@@ -8,8 +8,13 @@ namespace torchweld::cuda {
 
 template <class T, int D>
 void run_forward(const AttentionForwardParams& p, Stream stream) {
-  if (decodes(p)) return launch_decode<T, D>(p, stream);
+  if (decodes(p)) return launch_decode<T, D, false>({p}, stream);
   is_plain(p) ? launch_forward<T, D, true>(p, stream) : launch_forward<T, D, false>(p, stream);
+}
+
+template <class T, int D>
+void run_paged(const PagedAttentionParams& p, Stream stream) {
+  launch_decode<T, D, true>(p, stream);
 }
 
 template <class T, int D>
@@ -22,6 +27,7 @@ void run_backward(const Backward& p, Stream stream) {
 }
 
 template void run_forward<TORCHWELD_DTYPE, TORCHWELD_HEAD_SIZE>(const AttentionForwardParams& p, Stream stream);
+template void run_paged<TORCHWELD_DTYPE, TORCHWELD_HEAD_SIZE>(const PagedAttentionParams& p, Stream stream);
 template void run_backward<TORCHWELD_DTYPE, TORCHWELD_HEAD_SIZE>(const Backward& p, Stream stream);
 
 }  // namespace torchweld::cuda

@@ -10,6 +10,9 @@ struct Backward;
 template <class T, int D>
 void run_forward(const AttentionForwardParams& p, Stream stream);
 
+template <class T, int D>
+void run_paged(const PagedAttentionParams& p, Stream stream);
+
 // Gradients of queries, keys, values and bias.
 template <class T, int D>
 void run_backward(const Backward& p, Stream stream);

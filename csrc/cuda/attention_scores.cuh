@@ -19,11 +19,14 @@ struct Head {
   int64_t first_query, first_key;  // of a packed sequence, else 0
   int64_t values;  // where its row 0 is in what has one value per row, [B, H, Nq]; also the dropout's row
 
-  __device__ __forceinline__ Head(const AttentionInputs& p, int b, int h)
+  __device__ __forceinline__ Head(const AttentionInputs& p, int b, int h) : Head(p, b, h, static_cast<int>(p.keys)) {}
+
+  // With so many keys, if not packed.
+  __device__ __forceinline__ Head(const AttentionInputs& p, int b, int h, int keys_here)
       : b(b), h(h), kv(h / static_cast<int>(p.heads / p.kv_heads)) {
     first_query = first_key = 0;
     queries = static_cast<int>(p.queries);
-    keys = static_cast<int>(p.keys);
+    keys = keys_here;
     values = p.row(b, h);
     if (p.cu_seqlens_q != nullptr) {
       extent(p.cu_seqlens_q + b, p.total_q, first_query, queries);

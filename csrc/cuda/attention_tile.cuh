@@ -63,6 +63,16 @@ struct Rows {
   int64_t stride;
   int begin, end, size;
   bool packets;  // every row begins on 16 bytes
+
+  // Row i, then every `step`-th after it.
+  struct Walk {
+    const T* row;
+    int64_t ahead;
+
+    __device__ __forceinline__ const T* here() const { return row; }
+    __device__ __forceinline__ void next() { row += ahead; }
+  };
+  __device__ __forceinline__ Walk walk(int i, int step) const { return {base + i * stride, step * stride}; }
 };
 
 // One chunk of a row of `size` elements at `from`, zeros if that is nullptr; the copy belongs to the group that the
@@ -82,18 +92,17 @@ __device__ __forceinline__ void load_chunk(uint32_t tile, int row, int chunk, co
 }
 
 // Rows [first, first + R) into the tile at `tile`, zeros for what may not be read; kThreads threads share the work.
-template <class T, int D, int R, int kThreads>
-__device__ __forceinline__ void load_tile(uint32_t tile, const Rows<T>& rows, int first) {
+template <class T, int D, int R, int kThreads, class Source = Rows<T>>
+__device__ __forceinline__ void load_tile(uint32_t tile, const Source& rows, int first) {
   constexpr int kChunks = Tile<T, D>::kChunks, kRowsAtOnce = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0);
   const int chunk = static_cast<int>(threadIdx.x) % kChunks, row0 = static_cast<int>(threadIdx.x) / kChunks;
-  const T* from = rows.base + (first + row0) * rows.stride;
-  const int64_t ahead = kRowsAtOnce * rows.stride;
+  auto walk = rows.walk(first + row0, kRowsAtOnce);
 #pragma unroll
-  for (int r = 0; r < R; r += kRowsAtOnce, from += ahead) {
+  for (int r = 0; r < R; r += kRowsAtOnce, walk.next()) {
     if (R % kRowsAtOnce != 0 && r + row0 >= R) break;
     const bool exists = first + row0 + r >= rows.begin && first + row0 + r < rows.end;
-    load_chunk<T, D>(tile, row0 + r, chunk, exists ? from : nullptr, rows.size, rows.packets);
+    load_chunk<T, D>(tile, row0 + r, chunk, exists ? walk.here() : nullptr, rows.size, rows.packets);
   }
 }
 

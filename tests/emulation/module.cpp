@@ -2,6 +2,7 @@
 #include "bindings/attention.h"
 #include "bindings/layer_norm.h"
 #include "bindings/optimizer.h"
+#include "bindings/paged_attention.h"
 #include "cuda/kernels.h"
 #include "machine.h"
 #include "products.h"
@@ -13,6 +14,7 @@ using namespace torchweld;
 struct Emulated {
   using Kernels = cuda::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
+  static constexpr bool reads_tensors = false;  // as on a GPU
   static Kernels kernels() { return {}; }
   static constexpr bool optimizer_table = true;
 
@@ -56,6 +58,7 @@ PYBIND11_MODULE(emulated, m) {
                         dtype);
   });
   bind_attention<Emulated>(m);
+  bind_paged_attention<Emulated>(m);
   bind_optimizers<Emulated>(m);
   bind_layer_norm<Emulated>(m);
 }

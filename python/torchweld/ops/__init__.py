@@ -6,6 +6,7 @@ from torchweld.ops.cross_entropy import cross_entropy
 from torchweld.ops.gelu import gelu
 from torchweld.ops.layer_norm import add_layer_norm, layer_norm
 from torchweld.ops.optimizer import grad_norm
+from torchweld.ops.paged_attention import paged_attention
 from torchweld.ops.rms_norm import add_rms_norm, rms_norm
 from torchweld.ops.scaled_dot_product_attention import scaled_dot_product_attention
 from torchweld.ops.sgd import sgd_
@@ -19,6 +20,7 @@ __all__ = [
     "gelu",
     "grad_norm",
     "layer_norm",
+    "paged_attention",
     "rms_norm",
     "scaled_dot_product_attention",
     "sgd_",

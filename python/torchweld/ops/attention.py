@@ -7,7 +7,17 @@ import math
 import torch
 from torch import Tensor
 
-from torchweld.ops.attention_checks import check_bias, check_common, check_device, check_heads, check_sequences, fail
+from torchweld.ops.attention_checks import (
+    check_band,
+    check_bias,
+    check_by_head,
+    check_common,
+    check_device,
+    check_heads,
+    check_sequences,
+    check_softcap,
+    fail,
+)
 from torchweld.ops.attention_op import ALIGNMENTS, attend
 from torchweld.ops.library import check_dense
 from torchweld.reference.philox import draw_seed
@@ -78,18 +88,8 @@ def attention(
     check_dense(op, query=query, key=key, value=value)
     if causal_align not in ALIGNMENTS:
         raise ValueError(f"[{op}] causal_align: expected 'top_left' or 'bottom_right', but got {causal_align!r}")
-    if not 0.0 <= softcap < math.inf:
-        raise ValueError(f"[{op}] softcap: expected 0 (none) or a positive number, but got {softcap}")
-    left = right = -1
-    if window is not None:
-        if len(window) != 2 or any(w is not None and w < 0 for w in window):
-            raise ValueError(
-                f"[{op}] window: expected (left, right), each None or at least 0, but got {window}; "
-                f"None stands for no bound"
-            )
-        left, right = (-1 if w is None else w for w in window)
-    if causal:
-        right = 0
+    check_softcap(op, softcap)
+    left, right = check_band(op, causal, window)
     check_common(op, query, key, value, dropout_p)
     if cu_seqlens_q is None and cu_seqlens_k is None:
         _check_layout(op, (query, key, value), "(batch, heads, rows, head size)", 4)
@@ -103,15 +103,7 @@ def attention(
         check_heads(op, *(t.transpose(0, 1).unsqueeze(0) for t in (query, key, value)))
         if bias is not None:
             fail(op, "bias", "None beside cu_seqlens_q", "a tensor")
-    heads = query.shape[1]
-    for name, modifier, shapes in (
-        ("alibi_slopes", alibi_slopes, ((heads,), (batch, heads))),
-        ("sinks", sinks, ((heads,),)),
-    ):
-        if modifier is not None:
-            check_device(op, name, modifier, query)
-            if tuple(modifier.shape) not in shapes:
-                fail(op, name, " or ".join(str(list(s)) for s in shapes), list(modifier.shape))
+    check_by_head(op, query, batch, alibi_slopes, sinks)
     if seed is not None:
         check_device(op, "seed", seed, query)
         if seed.dtype is not torch.int64 or seed.numel() != 1:

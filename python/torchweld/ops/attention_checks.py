@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -13,14 +14,16 @@ def fail(op: str, name: str, expected: str, got: object, remedy: str = "") -> No
     raise RuntimeError(f"[{op}] {name}: expected {expected}, but got {got}{remedy and '; ' + remedy}")
 
 
-def check_common(op: str, query: Tensor, key: Tensor, value: Tensor, dropout_p: float) -> None:
+def check_common(
+    op: str, query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, names: str = "key, value"
+) -> None:
     device, dtype = query.device, query.dtype
     if key.device != device or value.device != device:
-        fail(op, "key, value", f"device {device} as query", f"{key.device} and {value.device}", "move them with .to()")
+        fail(op, names, f"device {device} as query", f"{key.device} and {value.device}", "move them with .to()")
     if not dtype.is_floating_point:
         raise TypeError(f"[{op}] query: expected a floating-point dtype, but got {dtype}")
     if key.dtype is not dtype or value.dtype is not dtype:
-        fail(op, "key, value", f"query's dtype {dtype}", f"{key.dtype} and {value.dtype}", "convert them with .to()")
+        fail(op, names, f"query's dtype {dtype}", f"{key.dtype} and {value.dtype}", "convert them with .to()")
     if not 0.0 <= dropout_p <= 1.0:
         fail(op, "dropout_p", "a probability between 0 and 1", dropout_p)
 
@@ -35,6 +38,36 @@ def check_heads(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
         fail(op, "value", f"key's {kv_heads} heads and {keys} rows", list(value.shape))
     if kv_heads != heads and (kv_heads == 0 or heads % kv_heads != 0):
         fail(op, "key", f"a number of heads that divides query's {heads}", kv_heads)
+
+
+def check_softcap(op: str, softcap: float) -> None:
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"[{op}] softcap: expected 0 (none) or a positive number, but got {softcap}")
+
+
+def check_band(op: str, causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
+    """How far a query sees to the left and to the right of where it stands; -1: as far as there are keys."""
+    left = right = -1
+    if window is not None:
+        if len(window) != 2 or any(w is not None and w < 0 for w in window):
+            raise ValueError(
+                f"[{op}] window: expected (left, right), each None or at least 0, but got {window}; "
+                f"None stands for no bound"
+            )
+        left, right = (-1 if w is None else w for w in window)
+    return left, 0 if causal else right
+
+
+def check_by_head(op: str, query: Tensor, batch: int, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:
+    heads = query.shape[1]
+    for name, modifier, shapes in (
+        ("alibi_slopes", alibi_slopes, ((heads,), (batch, heads))),
+        ("sinks", sinks, ((heads,),)),
+    ):
+        if modifier is not None:
+            check_device(op, name, modifier, query)
+            if tuple(modifier.shape) not in shapes:
+                fail(op, name, " or ".join(str(list(s)) for s in shapes), list(modifier.shape))
 
 
 def check_device(op: str, name: str, t: Tensor, query: Tensor) -> None:

@@ -48,11 +48,11 @@ _GRADS = 6  # of query, key, value, bias, alibi_slopes and sinks
 # ---- Implementation. The kernels read any strides but the last; they fill what is allocated here.
 
 
-def _operand(t: Tensor) -> Tensor:
+def operand(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 else t.contiguous()
 
 
-def _heads_like(query: Tensor, size: int) -> Tensor:
+def heads_like(query: Tensor, size: int) -> Tensor:
     """(B, H, N, size), in memory (B, N, H, size) where query is so: merging the heads afterwards is then free."""
     if size == query.shape[-1] and query.is_contiguous():
         return torch.empty_like(query)
@@ -66,7 +66,7 @@ def _heads_like(query: Tensor, size: int) -> Tensor:
     return torch.empty_strided((batch, heads, rows, size), strides, dtype=query.dtype, device=query.device)
 
 
-def _per_row(query: Tensor) -> Tensor:
+def per_row(query: Tensor) -> Tensor:
     """float32 (B, H, Nq), packed (H, total_q)."""
     shape = query.shape[:3] if query.dim() == 4 else query.shape[1::-1]
     return query.new_empty(shape, dtype=torch.float32)
@@ -90,11 +90,11 @@ def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
 
 
 def _run_forward(query: Tensor, key: Tensor, value: Tensor, lse: Tensor | None, rest: tuple[Any, ...]) -> Tensor:
-    q, k, v = _operand(query), _operand(key), _operand(value)
+    q, k, v = operand(query), operand(key), operand(value)
     modifiers, options = rest[:_COUNT], rest[_COUNT:]
     if modifiers != PLAIN:  # None is compared by identity: cheap
         modifiers = _prepared(q, k, Modifiers(*modifiers))
-    output, device = _heads_like(query, value.shape[-1]), q.device
+    output, device = heads_like(query, value.shape[-1]), q.device
     kernels = backend.kernels[device.type]
     size = kernels.attention_forward_workspace(q, k, v, modifiers[-2], modifiers[-1], lse)
     workspace = torch.empty(size, dtype=torch.float32, device=device)
@@ -107,7 +107,7 @@ def _inference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    lse = _per_row(query)
+    lse = per_row(query)
     return _run_forward(query, key, value, lse, rest), lse
 
 
@@ -115,11 +115,11 @@ def _backward(
     doutput: Tensor, dlse: Tensor | None, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    q, k, v, doutput = _operand(query), _operand(key), _operand(value), _operand(doutput)
+    q, k, v, doutput = operand(query), operand(key), operand(value), operand(doutput)
     modifiers, options, mask = Modifiers(*rest[:_COUNT]), rest[_COUNT:-1], rest[-1]
     bias, alibi_slopes, sinks = modifiers[:3]
     grads: list[Tensor | None] = [
-        _heads_like(t, t.shape[-1]) if wanted else None for t, wanted in zip((query, key, value), mask, strict=False)
+        heads_like(t, t.shape[-1]) if wanted else None for t, wanted in zip((query, key, value), mask, strict=False)
     ]
     dbias = dalibi = dsinks = None
     if modifiers != PLAIN:
@@ -135,7 +135,7 @@ def _backward(
     size = kernels.attention_backward_workspace(q, k, v, *modifiers[-2:], doutput)
     workspace = torch.empty(size, dtype=torch.float32, device=q.device)
     kernels.attention_backward(
-        doutput, None if dlse is None else dlse.contiguous(), q, k, v, modifiers, options, _operand(output), lse,
+        doutput, None if dlse is None else dlse.contiguous(), q, k, v, modifiers, options, operand(output), lse,
         *grads, dbias, dalibi, dsinks, workspace,
     )  # fmt: skip
     if bias is not None and dbias is not None:
@@ -151,11 +151,11 @@ def _backward(
 
 
 def _inference_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
-    return _heads_like(query, value.shape[-1])
+    return heads_like(query, value.shape[-1])
 
 
 def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return _heads_like(query, value.shape[-1]), _per_row(query)
+    return heads_like(query, value.shape[-1]), per_row(query)
 
 
 def _backward_fake(
@@ -163,7 +163,7 @@ def _backward_fake(
     *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     mask = rest[-1]
-    heads = (_heads_like(t, t.shape[-1]) if m else query.new_empty(0) for t, m in zip((query, key, value), mask))  # noqa: B905
+    heads = (heads_like(t, t.shape[-1]) if m else query.new_empty(0) for t, m in zip((query, key, value), mask))  # noqa: B905
     others = (query.new_empty(0) if t is None or not m else t.new_empty(t.shape) for t, m in zip(rest, mask[3:]))  # noqa: B905
     return *heads, *others
 
@@ -239,15 +239,15 @@ _attention_with_grad = applier(_Attention)
 # ---- Backend
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
-_CUDA_HEAD_SIZE = 256
+CUDA_HEAD_SIZE = 256
 
 
-def _refusal(query: Tensor, value: Tensor) -> str | None:
+def refusal(query: Tensor, value: Tensor) -> str | None:
     """Why the kernels do not take these arguments, None if they do."""
     if query.dtype not in _DTYPES:
         return f"query of dtype {query.dtype}"
-    if query.device.type == "cuda" and max(query.shape[-1], value.shape[-1]) > _CUDA_HEAD_SIZE:
-        return f"a head size above {_CUDA_HEAD_SIZE}"
+    if query.device.type == "cuda" and max(query.shape[-1], value.shape[-1]) > CUDA_HEAD_SIZE:
+        return f"a head size above {CUDA_HEAD_SIZE}"
     return None
 
 
@@ -261,7 +261,7 @@ def attend(
     *options: Any,
 ) -> Any:
     """output or (output, lse) of checked arguments, by whichever backend serves them. `options`: those of `Options`."""
-    if backend.choose(op, query.device, _refusal(query, value)) == "reference":
+    if backend.choose(op, query.device, refusal(query, value)) == "reference":
         both = _on_reference(query, key, value, *modifiers, *options)
     elif wants_grad(query, key, value, *modifiers[: _GRADS - 3]):
         both = _attention_with_grad(options, query, key, value, *modifiers)

@@ -36,10 +36,24 @@ def _formula(op: str, by_key: int, by_value: int) -> Callable[..., int]:
     return flops
 
 
+def _paged(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    *_: Any,
+    **__: Any,
+) -> int:
+    scores = query.shape[1] * query.shape[2] * int(cache_seqlens.sum())
+    return 2 * scores * (key_cache.shape[-1] + value_cache.shape[-1])
+
+
 _FORMULAS = {
     "attention": _formula("attention", 1, 1),
     "attention_forward": _formula("attention_forward", 1, 1),
     "attention_backward": _formula("attention_backward", 3, 2),  # the scores once more, dquery, dkey; dscores, dvalue
+    "paged_attention": _paged,
 }
 
 

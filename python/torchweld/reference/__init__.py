@@ -6,6 +6,7 @@ from torchweld.reference.cross_entropy import cross_entropy
 from torchweld.reference.gelu import gelu
 from torchweld.reference.layer_norm import add_layer_norm, layer_norm
 from torchweld.reference.optimizer import grad_norm
+from torchweld.reference.paged_attention import paged_attention
 from torchweld.reference.rms_norm import add_rms_norm, rms_norm
 from torchweld.reference.sgd import sgd_
 
@@ -18,6 +19,7 @@ __all__ = [
     "gelu",
     "grad_norm",
     "layer_norm",
+    "paged_attention",
     "rms_norm",
     "scaled_dot_product_attention",
     "sgd_",

@@ -145,10 +145,12 @@ def ops() -> dict[str, tuple[Case, ...]]:
     from torchweld.testing.cross_entropy import CROSS_ENTROPY  # noqa: PLC0415
     from torchweld.testing.gelu import GELU  # noqa: PLC0415
     from torchweld.testing.layer_norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM  # noqa: PLC0415
+    from torchweld.testing.paged_attention import PAGED_ATTENTION  # noqa: PLC0415
     from torchweld.testing.sgd import SGD  # noqa: PLC0415
 
     return {
         "attention": ATTENTION,
+        "paged_attention": PAGED_ATTENTION,
         "layer_norm": LAYER_NORM,
         "add_layer_norm": ADD_LAYER_NORM,
         "rms_norm": RMS_NORM,

@@ -1,0 +1,184 @@
+"""paged_attention: queries over a cache of keys and values in blocks, as servers of language models keep it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchweld import backend, reference
+from torchweld.ops.attention_checks import (
+    check_band,
+    check_by_head,
+    check_common,
+    check_device,
+    check_softcap,
+    fail,
+)
+from torchweld.ops.attention_op import heads_like, operand, per_row, refusal
+from torchweld.ops.library import check_dense, register, wants_grad
+
+# ---- Implementation
+
+
+def _run(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+    *options: Any,
+) -> tuple[Tensor, Tensor]:
+    q, k, v, table = operand(query), operand(key_cache), operand(value_cache), block_table.contiguous()
+    output, lse = heads_like(query, value_cache.shape[-1]), per_row(query)
+    if alibi_slopes is not None:
+        alibi_slopes = alibi_slopes.float().contiguous().expand(query.shape[:2])
+    if sinks is not None:
+        sinks = sinks.float().contiguous()
+    kernels = backend.kernels[q.device.type]
+    size = kernels.paged_attention_workspace(q, k, v, table)
+    workspace = torch.empty(size, dtype=torch.float32, device=q.device)
+    kernels.paged_attention(
+        q, k, v, table, cache_seqlens.contiguous(), alibi_slopes, sinks, options, output, lse, workspace
+    )
+    return output, lse
+
+
+# ---- Fake
+
+
+def _fake(query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return heads_like(query, value_cache.shape[-1]), per_row(query)
+
+
+# ---- Registration
+
+_op = register(
+    "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor cache_seqlens, "
+    "Tensor? alibi_slopes, Tensor? sinks, float scale, float softcap, SymInt left, SymInt right) "
+    "-> (Tensor output, Tensor lse)",
+    _run,
+    _fake,
+)
+
+# ---- Public
+
+
+def paged_attention(
+    query: Tensor,
+    key_cache: Tensor,
+    value_cache: Tensor,
+    block_table: Tensor,
+    cache_seqlens: Tensor,
+    *,
+    causal: bool = False,
+    window: tuple[int | None, int | None] | None = None,
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    sinks: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`attention` of a few new queries over a cache of keys and values in blocks, each batch with a length of its own.
+
+    Key j of batch b is row j % block_size of block block_table[b, j // block_size], for j < cache_seqlens[b]. Queries
+    are aligned to the last key, as with `causal_align="bottom_right"`: the last one stands at the last key. A batch
+    without keys gives zeros, and lse -inf. What lies past the last key is not read. The lengths stay on the device:
+    nothing waits for them, so that a CUDA graph may be replayed while the cache grows. Inference only.
+    A cache of one piece for each batch is one whose blocks are as long as it, with the table arange(B)[:, None].
+    Kwon et al.: PagedAttention, arXiv:2309.06180; Dao et al.: Flash-Decoding, 2023.
+
+    Args:
+        query: (B, Hq, Nq, D), float32, bfloat16 or float16 (others, and on a GPU head sizes above 256, run on the
+            reference). Several queries (a draft to be verified, a piece of a prompt) want `causal=True`; the kernels
+            are made for few of them.
+        key_cache: (blocks, block_size, Hkv, D), Hq a multiple of Hkv; any strides, the last of them 1.
+        value_cache: (blocks, block_size, Hkv, Dv).
+        block_table: int32 (B, as many blocks as a batch may have); what is past a batch's last block may be anything.
+        cache_seqlens: int32 (B), how many keys each batch has, those of `query` included.
+            The CPU checks both; on a GPU wrong ones give wrong rows, never a bad access.
+        causal, window, softcap, alibi_slopes, sinks, scale, return_lse: as in `attention`.
+
+    Returns:
+        (B, Hq, Nq, Dv) of query's dtype, in memory (B, Nq, Hq, Dv) if query is so. With `return_lse` also lse,
+        float32 (B, Hq, Nq).
+
+    Raises:
+        RuntimeError: a device, dtype or shape does not fit, or a gradient would be needed.
+        TypeError: query is not floating point.
+        ValueError: window, softcap, or what is in block_table or cache_seqlens is not as above.
+    """
+    op = "paged_attention"
+    check_dense(op, query=query, key_cache=key_cache, value_cache=value_cache)
+    check_softcap(op, softcap)
+    left, right = check_band(op, causal, window)
+    check_common(op, query, key_cache, value_cache, names="key_cache, value_cache")
+    _check_cache(op, query, key_cache, value_cache, block_table, cache_seqlens)
+    check_by_head(op, query, query.shape[0], alibi_slopes, sinks)
+    if wants_grad(query, key_cache, value_cache, alibi_slopes, sinks):
+        fail(
+            op, "query, key_cache, value_cache", "tensors that need no gradient", "one that does",
+            "it has none: use torch.no_grad(), or attention for training",
+        )  # fmt: skip
+    if scale is None:
+        scale = 1.0 / math.sqrt(max(query.shape[-1], 1))
+    if backend.choose(op, query.device, _refusal(query, value_cache)) == "reference":
+        return reference.paged_attention(
+            query,
+            key_cache,
+            value_cache,
+            block_table,
+            cache_seqlens,
+            window=(None if left < 0 else left, None if right < 0 else right),
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+            scale=scale,
+            return_lse=return_lse,
+        )
+    output, lse = _op(
+        query, key_cache, value_cache, block_table, cache_seqlens, alibi_slopes, sinks, scale, softcap, left, right
+    )
+    return (output, lse) if return_lse else output
+
+
+def _check_cache(
+    op: str, query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor
+) -> None:
+    for name, t, layout in (
+        ("query", query, "(batch, heads, rows, head size)"),
+        ("key_cache", key_cache, "(blocks, block size, heads, head size)"),
+        ("value_cache", value_cache, "(blocks, block size, heads, head size)"),
+    ):
+        if t.dim() != 4:
+            fail(op, name, layout, f"shape {list(t.shape)}")
+    batch = query.shape[0]
+    for name, t, dims, shape in (
+        ("block_table", block_table, 2, "[batch, blocks]"),
+        ("cache_seqlens", cache_seqlens, 1, "[batch]"),
+    ):
+        check_device(op, name, t, query)
+        if t.dtype is not torch.int32 or t.dim() != dims or t.shape[0] != batch:
+            expected = f"int32 of shape {shape}, a batch of {batch} as query"
+            fail(op, name, expected, f"{t.dtype} of shape {list(t.shape)}", "use .int()")
+    heads, kv_heads = query.shape[1], key_cache.shape[2]
+    if key_cache.shape[-1] != query.shape[-1]:
+        fail(op, "key_cache", f"query's head size {query.shape[-1]}", key_cache.shape[-1])
+    if value_cache.shape[:3] != key_cache.shape[:3]:
+        fail(op, "value_cache", f"key_cache's {list(key_cache.shape[:3])}", list(value_cache.shape))
+    if kv_heads == 0 or heads % kv_heads:
+        fail(op, "key_cache", f"a number of heads that divides query's {heads}", kv_heads)
+    if key_cache.shape[1] == 0:
+        fail(op, "key_cache", "blocks of at least one row", list(key_cache.shape))
+
+
+def _refusal(query: Tensor, value: Tensor) -> str | None:
+    """Why the kernels do not take these arguments, None if they do."""
+    module = backend.kernels.get(query.device.type)
+    if module is not None and not hasattr(module, "paged_attention"):
+        return f"no kernel for {query.device.type} yet"
+    return refusal(query, value)
