@@ -20,6 +20,7 @@ ALLOWED = {
     "ops": {"ops", "backend", "reference"},
     "nn": {"nn", "ops"},
     "hugging_face": {"ops"},
+    "flash_attention_impl": {"ops", "backend", "reference"},
     "patching": {"patching", "nn", "ops", "hugging_face", "backend"},
     "optim": {"optim", "ops", "backend"},
 }

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  (first: the kernels use the OpenMP runtime that torch loads)
 
-from torchweld import ops, reference
+from torchweld import flash_attention_impl, ops, reference
 from torchweld.backend import use_backend
 
 if TYPE_CHECKING:
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["nn", "ops", "optim", "patch", "reference", "use_backend"]
+
+flash_attention_impl.register()
 
 
 def __getattr__(name: str) -> Any:

@@ -6,6 +6,7 @@ cu_seqlens, (B, H, N, D) is (total, H, D) and (B, H, Nq) is (H, total_q): packed
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -89,38 +90,50 @@ def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
     return Modifiers(bias, alibi_slopes, sinks, seed, lens_q, lens_k)
 
 
-def _run_forward(query: Tensor, key: Tensor, value: Tensor, lse: Tensor | None, rest: tuple[Any, ...]) -> Tensor:
+def run_forward(
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor | None, rest: tuple[Any, ...]
+) -> Tensor:
+    """`output`, filled. `rest`: modifiers and options."""
     q, k, v = operand(query), operand(key), operand(value)
     modifiers, options = rest[:_COUNT], rest[_COUNT:]
     if modifiers != PLAIN:  # None is compared by identity: cheap
         modifiers = _prepared(q, k, Modifiers(*modifiers))
-    output, device = heads_like(query, value.shape[-1]), q.device
-    kernels = backend.kernels[device.type]
+    kernels = backend.kernels[q.device.type]
     size = kernels.attention_forward_workspace(q, k, v, modifiers[-2], modifiers[-1], lse)
-    workspace = torch.empty(size, dtype=torch.float32, device=device)
+    workspace = torch.empty(size, dtype=torch.float32, device=q.device)
     kernels.attention_forward(q, k, v, modifiers, options, output, lse, workspace)
     return output
 
 
 def _inference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    return _run_forward(query, key, value, None, rest)
+    return run_forward(query, key, value, heads_like(query, value.shape[-1]), None, rest)
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     lse = per_row(query)
-    return _run_forward(query, key, value, lse, rest), lse
+    return run_forward(query, key, value, heads_like(query, value.shape[-1]), lse, rest), lse
 
 
 def _backward(
     doutput: Tensor, dlse: Tensor | None, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    mask = rest[-1]
+    grads = [
+        heads_like(t, t.shape[-1]) if wanted else None for t, wanted in zip((query, key, value), mask, strict=False)
+    ]
+    others = run_backward(doutput, dlse, output, lse, query, key, value, grads, rest)
+    return tuple(query.new_empty(0) if g is None else g for g in (*grads, *others))
+
+
+def run_backward(
+    doutput: Tensor, dlse: Tensor | None, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    grads: Sequence[Tensor | None], rest: tuple[Any, ...],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Fills `grads` of query, key and value; returns those of bias, alibi_slopes and sinks. `rest`: see `_backward`."""
     q, k, v, doutput = operand(query), operand(key), operand(value), operand(doutput)
     modifiers, options, mask = Modifiers(*rest[:_COUNT]), rest[_COUNT:-1], rest[-1]
     bias, alibi_slopes, sinks = modifiers[:3]
-    grads: list[Tensor | None] = [
-        heads_like(t, t.shape[-1]) if wanted else None for t, wanted in zip((query, key, value), mask, strict=False)
-    ]
     dbias = dalibi = dsinks = None
     if modifiers != PLAIN:
         modifiers = _prepared(q, k, modifiers)
@@ -144,7 +157,7 @@ def _backward(
         dalibi = (dalibi if alibi_slopes.dim() == 2 else dalibi.sum(0)).to(alibi_slopes.dtype)
     if sinks is not None and dsinks is not None:
         dsinks = dsinks.sum(0).to(sinks.dtype)
-    return tuple(query.new_empty(0) if g is None else g for g in (*grads, dbias, dalibi, dsinks))
+    return dbias, dalibi, dsinks
 
 
 # ---- Fake
