@@ -1,4 +1,4 @@
-"""What torchweld puts in the place of aten's flash attention, called as it is: signatures, outputs, and on CUDA dropout."""
+"""What torchweld puts in the place of aten's flash attention, called as it is: signatures, outputs, dropout."""
 
 from __future__ import annotations
 
