@@ -181,8 +181,9 @@ struct AttentionBackwardParams : AttentionInputs {
   const void* output;   // [B, H, Nq, Dv]
   const void* doutput;  // [B, H, Nq, Dv]
   Strides output_strides, doutput_strides;
-  const float* lse;   // [B, H, Nq]
-  const float* dlse;  // [B, H, Nq], nullptr: none
+  bool deterministic;  // the same bits on every run; else sums may be added up in any order
+  const float* lse;    // [B, H, Nq]
+  const float* dlse;   // [B, H, Nq], nullptr: none
   void* dquery;       // [B, H, Nq, D], nullptr: not wanted; so for all that follow
   void* dkey;         // [B, Hkv, Nk, D]
   void* dvalue;       // [B, Hkv, Nk, Dv]

@@ -175,7 +175,7 @@ def test_registered_ops_pass_opcheck() -> None:
             [True, False, True, False, False, False],
             [False, True, False, rest is full, False, False],
         ):
-            torch.library.opcheck(library.attention_backward.default, (*arguments, mask))
+            torch.library.opcheck(library.attention_backward.default, (*arguments, mask, True))
 
 
 def rich(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:

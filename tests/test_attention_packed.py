@@ -191,4 +191,5 @@ def test_registered_ops_pass_opcheck() -> None:
     torch.library.opcheck(library.attention_forward.default, (q, k, v, *rest))
     out, lse = library.attention_forward(q, k, v, *rest)
     arguments = (torch.randn_like(out), torch.randn_like(lse), out, lse, q, k, v, *rest)
-    torch.library.opcheck(library.attention_backward.default, (*arguments, [True, True, True, False, True, True]))
+    mask = [True, True, True, False, True, True]
+    torch.library.opcheck(library.attention_backward.default, (*arguments, mask, True))

@@ -171,9 +171,10 @@ void bind_attention(py::module_& m) {
   // How many attention_backward wants.
   m.def("attention_backward_workspace",
         [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& lens_q,
-           const OptionalTensor& lens_k, const TensorView& doutput) {
+           const OptionalTensor& lens_k, const TensorView& doutput, bool deterministic) {
           const Arguments args("attention_backward_workspace", Backend::device, query);
           AttentionBackwardParams p{};
+          p.deterministic = deterministic;
           fill_inputs<Backend>(args, p, query, key, value, lens_q, lens_k);
           p.doutput = rows_of(args, p, doutput, "doutput", p.heads, p.total_q, p.value_dim, p.doutput_strides);
           return Backend::kernels().attention_backward_workspace(p);
@@ -200,9 +201,10 @@ void bind_attention(py::module_& m) {
            const TensorView& value, const Modifiers& modifiers, const Options& options, const TensorView& output,
            const TensorView& lse, const OptionalTensor& dquery, const OptionalTensor& dkey,
            const OptionalTensor& dvalue, const OptionalTensor& dbias, const OptionalTensor& dalibi_slopes,
-           const OptionalTensor& dsinks, const TensorView& workspace) {
+           const OptionalTensor& dsinks, bool deterministic, const TensorView& workspace) {
           const Arguments args("attention_backward", Backend::device, query);
           AttentionBackwardParams p{};
+          p.deterministic = deterministic;
           fill_inputs<Backend>(args, p, query, key, value, std::get<4>(modifiers), std::get<5>(modifiers),
                                std::get<6>(options), std::get<7>(options));
           fill_scores(args, p, modifiers, options, workspace);

@@ -46,20 +46,28 @@ void paged_attention(const PagedAttentionParams& p, Stream stream) {
   });
 }
 
-int64_t attention_backward_workspace(const AttentionBackwardParams& p) { return 3 * query_rows(p); }
+int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
+  const bool sums = !p.deterministic && p.dtype != DType::float32;
+  return (3 + (sums ? Backward{p}.sum_width() : 0)) * query_rows(p);
+}
 
 void attention_backward(const AttentionBackwardParams& params, Stream stream) {
   constexpr const char* kName = "attention_backward";
   const int64_t rows = query_rows(params);
   Backward p{params};
-  p.lse2 = p.workspace;
-  p.delta = p.workspace + rows;
-  p.distances = p.dalibi_slopes != nullptr ? p.workspace + 2 * rows : nullptr;
+  float* next = p.workspace;
+  auto take = [&](int64_t width) { return next += width * rows, next - width * rows; };
+  p.dquery_sum = adds_up(p) ? take(p.sum_width()) : nullptr;
+  p.lse2 = take(1);
+  p.delta = take(1);
+  p.distances = p.dalibi_slopes != nullptr ? take(1) : nullptr;
   dispatch_instance(kName, p, [&](auto t, auto size) {
     using T = typename decltype(t)::type;
     const dim3 blocks(static_cast<unsigned>((rows + kPrepareWarps - 1) / kPrepareWarps));
     if (rows > 0) launch(kName, prepare<T>, blocks, dim3(kPrepareWarps * kLanes), 0, stream, p);
     run_backward<T, decltype(size)::value>(p, stream);
+    if (rows > 0 && p.dquery_sum != nullptr)
+      launch(kName, round_queries<T>, blocks, dim3(kPrepareWarps * kLanes), 0, stream, p);
   });
   const dim3 heads(static_cast<unsigned>(p.batch * p.heads));
   if (heads.x > 0 && (p.dsinks != nullptr || p.dalibi_slopes != nullptr))

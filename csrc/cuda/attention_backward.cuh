@@ -4,11 +4,13 @@
 //
 // are made again, tile by tile, from the row values lse and delta. Every kernel has its own loop over them instead of
 // sharing one, which costs 7 products in place of 5, but leaves nothing to be added across blocks: no atomics, no
-// semaphores, no partial sums in memory, and the same bits on every run.
+// semaphores, no partial sums in memory, and the same bits on every run. Where that is not asked for, keys also adds
+// its part to dquery, by atomics in fp32, and nobody makes the scores a second time.
 //
 //   prepare    warp -> query: delta = sum(doutput * output) - dlse, lse in units of log2
 //   keys       block -> tile of keys of one key head, transposed: dkey = dS^T @ query, dvalue = P^T @ doutput
 //   queries    block -> tile of queries: dquery = dS @ key, and each row's share of the gradient of the ALiBi slope
+//   round      warp -> query: dquery of what keys has added up, in place of queries
 //   bias       block -> tile of dbias: the sum of dS over whatever bias is broadcast to
 //   reduce     block -> head: gradients of sinks and slopes
 //
@@ -29,7 +31,18 @@ struct Backward : AttentionBackwardParams {
   float* delta;       // [B, H, Nq]
   float* distances;   // [B, H, Nq] sum over keys of dS * -|i + shift - j|, nullptr: not wanted by the kernel that is
                       // launched
+  float* dquery_sum;  // [B, H, Nq, sum_width()] what keys adds to, nullptr: queries makes dquery
+
+  // A row of dquery_sum begins on two floats.
+  TW_HOST_DEVICE int64_t sum_width() const { return (dim + 1) / 2 * 2; }
 };
+
+// Whether keys makes dquery too: not with floats, whose tiles leave no room in shared memory, nor where the gradient of
+// the slopes needs the loop of queries anyway.
+inline bool adds_up(const AttentionBackwardParams& p) {
+  return !p.deterministic && p.dtype != DType::float32 && p.dquery != nullptr &&
+         (p.dkey != nullptr || p.dvalue != nullptr) && p.dalibi_slopes == nullptr;
+}
 
 template <class T>
 bool reads_packets(const Backward& p) {
@@ -55,10 +68,12 @@ struct BackwardShape {
   static constexpr int kRowBytes = Tile<T, D>::kRowBytes;
   static constexpr int kStageBytes = kOthers * (2 * kRowBytes + 2 * static_cast<int>(sizeof(float)));
   static constexpr int kBytes = 2 * kRows * kRowBytes + kStages * kStageBytes;
-  static_assert(kBytes <= 99 * 1024);
+  static constexpr int kScoreBytes = kRows * kOthers * static_cast<int>(sizeof(T));  // of dS, where warps share it
+  static_assert(kBytes + (kWide ? 0 : kScoreBytes) <= 99 * 1024);
 };
 
-// Shared memory: two tiles of own rows, then the stages, each of two tiles of other rows and two rows of floats.
+// Shared memory: two tiles of own rows, then the stages, each of two tiles of other rows and two rows of floats, then
+// dS.
 template <class T, int D, bool kPlain>
 struct BackwardMemory {
   using Shape = BackwardShape<T, D, kPlain>;
@@ -75,6 +90,7 @@ struct BackwardMemory {
   __device__ __forceinline__ uint32_t others(int step, int which) const {
     return stages + step % Shape::kStages * Shape::kStageBytes + which * Shape::kOthers * Shape::kRowBytes;
   }
+  __device__ __forceinline__ uint32_t scores() const { return stages + Shape::kStages * Shape::kStageBytes; }
   __device__ __forceinline__ uint32_t values(int step, int which) const {
     return others(step, 2) + which * Shape::kOthers * static_cast<int>(sizeof(float));
   }

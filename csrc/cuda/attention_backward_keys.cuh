@@ -10,8 +10,35 @@
 
 namespace torchweld::cuda {
 
-// kKey, kValue: which of the gradients.
-template <class T, int D, bool kPlain, bool kKey, bool kValue>
+// dquery_sum += dS @ key: rows of the streamed queries from i0. All warps' dS^T is in shared memory, where each takes
+// 16 queries and a part of the columns.
+template <class T, int D, bool kPlain>
+__device__ __forceinline__ void add_queries(const Backward& p, const Head& head,
+                                            const BackwardMemory<T, D, kPlain>& memory, int i0) {
+  using Shape = BackwardShape<T, D, kPlain>;
+  constexpr int kTiles = Shape::kOthers / 16, kColumns = D * kTiles / Shape::kWarps,
+                NT = kColumns > 32 ? 4 : kColumns / 8;
+  const int row = warp() % kTiles * 16;
+#pragma unroll 1
+  for (int column = warp() / kTiles * kColumns, last = column + kColumns; column < last; column += 8 * NT) {
+    float sum[1][NT][4] = {};
+    multiply_transposed<T, Shape::kOthers, D, Shape::kRows>(sum, memory.scores(), row / 8, memory.own[0], column / 8);
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int i = i0 + row + lane_row() + 8 * half;
+      if (i >= head.queries) continue;
+      float* to = p.dquery_sum + (head.values + i) * p.sum_width();
+#pragma unroll
+      for (int n = 0; n < NT; ++n) {
+        const int c = column + 8 * n + lane_column();
+        if (c < p.dim) ptx::add_pair(to + c, sum[0][n][2 * half], sum[0][n][2 * half + 1]);
+      }
+    }
+  }
+}
+
+// kKey, kValue, kQuery: which of the gradients. dkey and dquery come of the same dS.
+template <class T, int D, bool kPlain, bool kKey, bool kValue, bool kQuery>
 __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     differentiate_keys(const __grid_constant__ Backward p) {
   using Shape = BackwardShape<T, D, kPlain>;
@@ -53,14 +80,17 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
   memory.pipeline(tiles * group, load, [&](int step) {
     const Head head(p, b, first_head + step / tiles);
     const int i0 = start + step % tiles * Shape::kOthers;
+    const uint32_t values = memory.values(step, 0) + lane_anew() % 4 * 8;
     auto value_of = [&](int which, int n, int e) {
-      return __uint_as_float(ptx::load_shared(memory.values(step, which) + (n * 8 + lane_column() + e % 2) * 4));
+      return __uint_as_float(ptx::load_shared(values + (which * Shape::kOthers + n * 8 + e % 2) * 4));
     };
 
     // Products.
     float s[MT][NT][4], ds[MT][NT][4];
-    multiply_rows<T, D>(s, memory.own_rows(0), memory.others(step, 0));
-    if constexpr (kKey) multiply_rows<T, D>(ds, memory.own_rows(1), memory.others(step, 1));
+    const int here = ptx::opaque(warp()) * MT * 16;
+    const uint32_t rows = ptx::opaque(memory.own[0] + here * Shape::kRowBytes);
+    multiply_rows<T, D>(s, rows, memory.others(step, 0));
+    if constexpr (kKey) multiply_rows<T, D>(ds, rows + memory.own[1] - memory.own[0], memory.others(step, 1));
     const bool drops = !kPlain && p.dropout.seed != nullptr;
     Kept<true, MT, NT> kept;
     if (drops) kept.draw(p.dropout, head.values, row0, i0);
@@ -75,11 +105,16 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     // Gradients.
     if constexpr (kKey) {
       for_each<MT, NT>([&](int m, int n, int e) { ds[m][n][e] *= s[m][n][e]; });
+      if constexpr (kQuery) store_tile<T>(memory.scores() + here * Shape::kOthers * static_cast<int>(sizeof(T)), ds);
       multiply_columns<T, D>(dkey, ds, memory.others(step, 0));
     }
     if constexpr (kValue) {
       if (drops) drop(s, kept);
       multiply_columns<T, D>(dvalue, s, memory.others(step, 1));
+    }
+    if constexpr (kQuery) {
+      __syncthreads();
+      add_queries(p, head, memory, i0);
     }
   });
 
@@ -108,15 +143,18 @@ void launch_keys(Backward p, Stream stream) {
   p.schedule = Schedule(p.batch * p.kv_heads, p.keys, Shape::kRows, 1,
                         p.queries * (p.dim + p.value_dim) * sizeof(T) * (p.heads / p.kv_heads), true);
   if (p.schedule.empty()) return;
-  auto run = [&](auto kernel) {
-    launch("attention_backward", kernel, p.schedule.grid(), dim3(Shape::kThreads), Shape::kBytes, stream, p);
+  auto run = [&](auto kernel, int bytes) {
+    launch("attention_backward", kernel, p.schedule.grid(), dim3(Shape::kThreads), bytes, stream, p);
   };
-  if constexpr (D <= 128) {
-    if (p.dkey != nullptr || p.dvalue != nullptr) run(differentiate_keys<T, D, kPlain, true, true>);
-  } else {
-    if (p.dkey != nullptr) run(differentiate_keys<T, D, kPlain, true, false>);
-    if (p.dvalue != nullptr) run(differentiate_keys<T, D, kPlain, false, true>);
+  constexpr bool kTogether = D <= 128;
+  if (p.dkey != nullptr || (kTogether && p.dvalue != nullptr) || p.dquery_sum != nullptr) {
+    if constexpr (sizeof(T) == 2)
+      if (p.dquery_sum != nullptr)
+        run(differentiate_keys<T, D, kPlain, true, kTogether, true>, Shape::kBytes + Shape::kScoreBytes);
+    if (p.dquery_sum == nullptr) run(differentiate_keys<T, D, kPlain, true, kTogether, false>, Shape::kBytes);
   }
+  if constexpr (!kTogether)
+    if (p.dvalue != nullptr) run(differentiate_keys<T, D, kPlain, false, true, false>, Shape::kBytes);
 }
 
 }  // namespace torchweld::cuda

@@ -30,9 +30,20 @@ __global__ void __launch_bounds__(kPrepareWarps* kLanes) prepare(const __grid_co
     sum += o[0] * d[0];
   }
   sum = group_sum(sum, kLanes);
+  if (p.dquery_sum != nullptr)
+    for (int64_t c = lane(); c < p.sum_width(); c += kLanes) p.dquery_sum[row * p.sum_width() + c] = 0.0f;
   if (lane() != 0) return;
   p.delta[row] = sum - (p.dlse != nullptr ? p.dlse[row] : 0.0f);
   p.lse2[row] = p.lse[row] == -infinity() ? infinity() : p.lse[row] * kLog2e;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kPrepareWarps* kLanes) round_queries(const __grid_constant__ Backward p) {
+  const int64_t row = static_cast<int64_t>(blockIdx.x) * kPrepareWarps + warp();
+  if (row >= query_rows(p)) return;
+  const int64_t i = row % p.total_q, h = row / p.total_q % p.heads, b = row / p.total_q / p.heads;
+  T* to = static_cast<T*>(p.dquery) + b * p.dquery_strides.batch + h * p.dquery_strides.head + i * p.dquery_strides.row;
+  for (int64_t c = lane(); c < p.dim; c += kLanes) store_one(to + c, p.dquery_sum[row * p.sum_width() + c] * p.scale);
 }
 
 // Block -> head (b, h). A sink's own weight is exp(sink - lse), its value zero.

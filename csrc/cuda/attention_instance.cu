@@ -21,7 +21,8 @@ template <class T, int D>
 void run_backward(const Backward& p, Stream stream) {
   if (p.batch * p.heads > 0) {
     is_plain(p) ? launch_keys<T, D, true>(p, stream) : launch_keys<T, D, false>(p, stream);
-    is_plain(p) ? launch_queries<T, D, true>(p, stream) : launch_queries<T, D, false>(p, stream);
+    if (p.dquery_sum == nullptr)
+      is_plain(p) ? launch_queries<T, D, true>(p, stream) : launch_queries<T, D, false>(p, stream);
   }
   if (p.dbias != nullptr) launch_bias<T, D>(p, stream);
 }

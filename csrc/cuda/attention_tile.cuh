@@ -20,6 +20,10 @@ __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / k
 __device__ __forceinline__ int lane_row() { return lane() / 4; }         // g
 __device__ __forceinline__ int lane_column() { return lane() % 4 * 2; }  // 2t
 
+// The lane, but the compiler cannot know that it always is: what follows from it is worked out where it is needed, not
+// kept in registers that the accumulators need.
+__device__ __forceinline__ int lane_anew() { return ptx::opaque(lane()); }
+
 __device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 
 // ---- In shared memory
@@ -30,11 +34,12 @@ struct Tile {
   static constexpr int kChunk = 16 / static_cast<int>(sizeof(T));  // elements
   static constexpr int kChunks = D / kChunk;                       // per row
   static constexpr int kSteps = D * static_cast<int>(sizeof(T)) / 32;
-  static_assert(kChunks >= 4, "a row is at least 64 bytes");
+  static constexpr int kTurns = kChunks < 8 ? kChunks : 8;
+  static_assert(kChunks >= 2, "a row is at least 32 bytes");
 
   // Offset of a chunk of the tile.
   static __device__ __forceinline__ uint32_t at(int row, int chunk) {
-    const int turn = kChunks >= 8 ? row % 8 : row / 2 % 4;  // two rows of 64 bytes share the banks
+    const int turn = row / (8 / kTurns) % kTurns;  // shorter rows share the banks
     return static_cast<uint32_t>(row * kRowBytes + ((chunk ^ turn) << 4));
   }
 
@@ -48,7 +53,7 @@ struct Tile {
           chunk(Tile::at(row, chunk) - static_cast<uint32_t>(row * kRowBytes)) {}
 
     __device__ __forceinline__ uint32_t at(int rows, int chunks) const {
-      constexpr int kMask = kChunks >= 8 ? 7 : 3;
+      constexpr int kMask = kTurns - 1;
       return row + (chunk ^ static_cast<uint32_t>((chunks & kMask) << 4)) +
              static_cast<uint32_t>(rows * kRowBytes + ((chunks & ~kMask) << 4));
     }
@@ -72,7 +77,9 @@ struct Rows {
     __device__ __forceinline__ const T* here() const { return row; }
     __device__ __forceinline__ void next() { row += ahead; }
   };
-  __device__ __forceinline__ Walk walk(int i, int step) const { return {base + i * stride, step * stride}; }
+  __device__ __forceinline__ Walk walk(int i, int step) const {
+    return {base + i * stride, ptx::opaque(step * stride)};
+  }
 };
 
 // One chunk of a row of `size` elements at `from`, zeros if that is nullptr; the copy belongs to the group that the
@@ -96,7 +103,7 @@ template <class T, int D, int R, int kThreads, class Source = Rows<T>>
 __device__ __forceinline__ void load_tile(uint32_t tile, const Source& rows, int first) {
   constexpr int kChunks = Tile<T, D>::kChunks, kRowsAtOnce = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0);
-  const int chunk = static_cast<int>(threadIdx.x) % kChunks, row0 = static_cast<int>(threadIdx.x) / kChunks;
+  const int thread = ptx::opaque(static_cast<int>(threadIdx.x)), chunk = thread % kChunks, row0 = thread / kChunks;
   auto walk = rows.walk(first + row0, kRowsAtOnce);
 #pragma unroll
   for (int r = 0; r < R; r += kRowsAtOnce, walk.next()) {
@@ -165,8 +172,9 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t 
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc[m][n][e] = 0.0f;
-  const typename Tile<T, D>::Cursor lefts(left, lane() % 16, lane() / 16);
-  const typename Tile<T, D>::Cursor rights(right, lane() % 16, lane() / 16);
+  const int own = lane_anew();
+  const typename Tile<T, D>::Cursor lefts(left, own % 16, own / 16);
+  const typename Tile<T, D>::Cursor rights(right, own % 16, own / 16);
 #pragma unroll
   for (int step = 0; step < Tile<T, D>::kSteps; ++step) {
     Left<T> a[MT];
@@ -191,9 +199,10 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], con
                                                  uint32_t tile) {
   constexpr int kTiles = Left<T>::kSplit ? 1 : 2;  // of 8 columns, that one step takes
   static_assert(NT % kTiles == 0);
+  const int own = lane_anew();
   const typename Tile<T, D>::Cursor even = Left<T>::kSplit
                                                ? typename Tile<T, D>::Cursor(tile, lane_column(), lane_row() / 4)
-                                               : typename Tile<T, D>::Cursor(tile, lane() % 16, lane() / 16);
+                                               : typename Tile<T, D>::Cursor(tile, own % 16, own / 16);
   const typename Tile<T, D>::Cursor odd(tile, lane_column() + 1, lane_row() / 4);  // floats only
 #pragma unroll
   for (int step = 0; step < NT / kTiles; ++step) {
@@ -216,6 +225,42 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], con
         multiply<T>(acc[m][n], a[m], b[0], b[1]);
         multiply<T>(acc[m][n + 1], a[m], b[2], b[3]);
       }
+    }
+  }
+}
+
+// An accumulator to the first 16 * MT rows of the tile at `tile`, of 8 * NT elements of 16 bits.
+template <class T, int MT, int NT>
+__device__ __forceinline__ void store_tile(uint32_t tile, const float (&acc)[MT][NT][4]) {
+  const int own = lane_anew();
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int n = 0; n < NT; ++n)
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        ptx::store_shared(tile + Tile<T, 8 * NT>::at(16 * m + own / 4 + 8 * half, n) + own % 4 * 4,
+                          pack<T>(acc[m][n][2 * half], acc[m][n][2 * half + 1]));
+}
+
+// acc += left^T @ right, over R rows of two tiles: 16 columns of the left one, of L, from chunk `row` on, and 8 * NT of
+// the right one, of D, from chunk `column` on. Elements of 16 bits.
+template <class T, int L, int D, int R, int NT>
+__device__ __forceinline__ void multiply_transposed(float (&acc)[1][NT][4], uint32_t left, int row, uint32_t right,
+                                                    int column) {
+  const int own = lane_anew();
+  const typename Tile<T, L>::Cursor lefts(left, own % 8 + own / 16 * 8, row + own / 8 % 2);
+  const typename Tile<T, D>::Cursor rights(right, own % 16, column + own / 16);
+#pragma unroll
+  for (int step = 0; step < R / 16; ++step) {
+    Left<T> a;
+    ptx::ldmatrix_transposed(a.high, lefts.at(16 * step, 0));
+#pragma unroll
+    for (int n = 0; n < NT; n += 2) {
+      uint32_t b[4];
+      ptx::ldmatrix_transposed(b, rights.at(16 * step, n));
+      multiply<T>(acc[0][n], a, b[0], b[1]);
+      multiply<T>(acc[0][n + 1], a, b[2], b[3]);
     }
   }
 }

@@ -133,7 +133,7 @@ def cpu_backward(
         return None
     grads = [torch.empty_permuted(t.shape, (0, 2, 1, 3), dtype=t.dtype, device=t.device) for t in (query, key, value)]
     rest = _arguments(query, attn_mask, None, 0.0, is_causal, scale)
-    run_backward(grad_out, None, out, logsumexp.contiguous(), query, key, value, grads, (*rest, _MASK))
+    run_backward(grad_out, None, out, logsumexp.contiguous(), query, key, value, grads, (*rest, _MASK, True))
     return tuple(grads)
 
 
@@ -190,5 +190,5 @@ def cuda_backward(
     seed = philox_seed.view(torch.int64)[:1] if dropout_p > 0 else None
     grads = [torch.empty_like(t) for t in (query, key, value)]
     rest = _arguments(query, None, seed, dropout_p, is_causal, scale)
-    run_backward(grad_out, None, out, logsumexp.contiguous(), query, key, value, grads, (*rest, _MASK))
+    run_backward(grad_out, None, out, logsumexp.contiguous(), query, key, value, grads, (*rest, _MASK, True))
     return tuple(grads)

@@ -42,6 +42,7 @@ def attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     causal_align: str = "top_left",
+    deterministic: bool = True,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scores) @ value with tiled online softmax: O(N) memory, forward and backward.
@@ -73,6 +74,9 @@ def attention(
             A sequence may be empty. The CPU checks them; on a GPU wrong ones give wrong rows, never a bad access.
         max_seqlen_q, max_seqlen_k: no sequence is longer; spares a GPU some idle blocks where given.
         causal_align: "top_left" or "bottom_right".
+        deterministic: gradients have the same bits on every run. False lets 16-bit ones of a GPU be added up in any
+            order: five products where seven are made else, for float32 sums of query's size. Without effect on the
+            CPU, beside alibi_slopes that learn, and under torch.use_deterministic_algorithms(True).
         return_lse: also return the log of the softmax's denominator.
 
     Returns:
@@ -125,6 +129,7 @@ def attention(
         dropout_p,
         -1 if max_seqlen_q is None else max_seqlen_q,
         -1 if max_seqlen_k is None else max_seqlen_k,
+        deterministic=deterministic,
     )
 
 

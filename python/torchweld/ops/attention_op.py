@@ -118,7 +118,7 @@ def _backward(
     doutput: Tensor, dlse: Tensor | None, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    mask = rest[-1]
+    mask = rest[-2]
     grads = [
         heads_like(t, t.shape[-1]) if wanted else None for t, wanted in zip((query, key, value), mask, strict=False)
     ]
@@ -132,7 +132,8 @@ def run_backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Fills `grads` of query, key and value; returns those of bias, alibi_slopes and sinks. `rest`: see `_backward`."""
     q, k, v, doutput = operand(query), operand(key), operand(value), operand(doutput)
-    modifiers, options, mask = Modifiers(*rest[:_COUNT]), rest[_COUNT:-1], rest[-1]
+    modifiers, options, (mask, deterministic) = Modifiers(*rest[:_COUNT]), rest[_COUNT:-2], rest[-2:]
+    deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     bias, alibi_slopes, sinks = modifiers[:3]
     dbias = dalibi = dsinks = None
     if modifiers != PLAIN:
@@ -145,11 +146,11 @@ def run_backward(
         if sinks is not None and mask[5]:
             dsinks = torch.empty((batch, q.shape[1]), dtype=torch.float32, device=q.device)
     kernels = backend.kernels[q.device.type]
-    size = kernels.attention_backward_workspace(q, k, v, *modifiers[-2:], doutput)
+    size = kernels.attention_backward_workspace(q, k, v, *modifiers[-2:], doutput, deterministic)
     workspace = torch.empty(size, dtype=torch.float32, device=q.device)
     kernels.attention_backward(
         doutput, None if dlse is None else dlse.contiguous(), q, k, v, modifiers, options, operand(output), lse,
-        *grads, dbias, dalibi, dsinks, workspace,
+        *grads, dbias, dalibi, dsinks, deterministic, workspace,
     )  # fmt: skip
     if bias is not None and dbias is not None:
         dbias = dbias.view(bias.shape)
@@ -175,7 +176,7 @@ def _backward_fake(
     doutput: Tensor, dlse: Tensor | None, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    mask = rest[-1]
+    mask = rest[-2]
     heads = (heads_like(t, t.shape[-1]) if m else query.new_empty(0) for t, m in zip((query, key, value), mask))  # noqa: B905
     others = (query.new_empty(0) if t is None or not m else t.new_empty(t.shape) for t, m in zip(rest, mask[3:]))  # noqa: B905
     return *heads, *others
@@ -191,7 +192,8 @@ _INPUTS = (
 inference_op = register(f"attention({_INPUTS}) -> Tensor", _inference, _inference_fake)
 forward_op = register(f"attention_forward({_INPUTS}) -> (Tensor output, Tensor lse)", _forward, _forward_fake)
 _backward_op = register(
-    f"attention_backward(Tensor doutput, Tensor? dlse, Tensor output, Tensor lse, {_INPUTS}, bool[6] mask) -> "
+    f"attention_backward(Tensor doutput, Tensor? dlse, Tensor output, Tensor lse, {_INPUTS}, bool[6] mask, "
+    "bool deterministic) -> "
     "(Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dbias, Tensor dalibi_slopes, Tensor dsinks)",
     _backward,
     _backward_fake,
@@ -223,9 +225,10 @@ def _on_reference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, options: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, Tensor]:
-        output, lse = forward_op(*inputs, *options)
+        # One argument, the last of them `deterministic`: each costs a call as much as a tensor.
+        ctx.options, ctx.deterministic = options[:-1], options[-1]
+        output, lse = forward_op(*inputs, *ctx.options)
         ctx.save_for_backward(output, lse, *inputs)
-        ctx.options = options  # one argument: each costs a call as much as a tensor
         ctx.set_materialize_grads(False)
         return output, lse
 
@@ -242,7 +245,7 @@ class _Attention(torch.autograd.Function):
         else:
             if doutput is None:  # only lse was used
                 doutput = torch.zeros_like(output)
-            grads = _backward_op(doutput, dlse, output, lse, *inputs, *ctx.options, mask)
+            grads = _backward_op(doutput, dlse, output, lse, *inputs, *ctx.options, mask, ctx.deterministic)
         found = [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
         return None, *found, None, None, None
 
@@ -272,12 +275,13 @@ def attend(
     value: Tensor,
     modifiers: tuple[Tensor | None, ...],
     *options: Any,
+    deterministic: bool = True,
 ) -> Any:
     """output or (output, lse) of checked arguments, by whichever backend serves them. `options`: those of `Options`."""
     if backend.choose(op, query.device, refusal(query, value)) == "reference":
         both = _on_reference(query, key, value, *modifiers, *options)
     elif wants_grad(query, key, value, *modifiers[: _GRADS - 3]):
-        both = _attention_with_grad(options, query, key, value, *modifiers)
+        both = _attention_with_grad((*options, deterministic), query, key, value, *modifiers)
     elif return_lse:
         both = forward_op(query, key, value, *modifiers, *options)
     else:

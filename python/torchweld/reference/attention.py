@@ -130,12 +130,14 @@ def attention(
     max_seqlen_q: int | None = None,
     max_seqlen_k: int | None = None,
     causal_align: str = "top_left",
+    deterministic: bool = True,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """softmax(scores) @ value, scores = query @ key^T * scale, soft-capped, biased and masked in this order.
 
-    Arguments, shapes and result are those of `torchweld.ops.attention`. Computed in float32 at least. Dropout is a mask
-    of B * H * Nq rows (packed: H * total_q), and a column for each key of the sequence: see `philox.dropout_factors`.
+    Arguments, shapes and result are those of `torchweld.ops.attention`; `deterministic` changes nothing here. Computed
+    in float32 at least. Dropout is a mask of B * H * Nq rows (packed: H * total_q), and a column for each key of the
+    sequence: see `philox.dropout_factors`.
     """
     band = _band(causal, window)
     scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale

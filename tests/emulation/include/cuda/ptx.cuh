@@ -119,6 +119,16 @@ void cp_async_wait() {
   emulation::wait_for_copies(kPending);
 }
 
+inline void add_pair(float* to, float x, float y) {
+  atomicAdd(to, x);
+  atomicAdd(to + 1, y);
+}
+
+template <class T>
+T opaque(T x) {
+  return x;
+}
+
 inline float exp2(float x) { return std::exp2(x); }
 
 }  // namespace torchweld::cuda::ptx
