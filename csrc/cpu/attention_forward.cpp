@@ -30,12 +30,12 @@ struct ForwardPlan {
     key_words = round_up(p.keys, kPanel) * steps;
     value_words = right_in_place<T, Compute>(p.value_dim) ? 0 : words_of<Compute>(p.keys) * value_width;
     value_words = round_up(value_words, 16);
-    tiles = max_of(ceil_div(p.queries, kTileQueries), 1);
+    tiles = max_of(ceil_div(p.queries, kTileQueries<Compute>), 1);
     tile = round_up(ceil_div(p.queries, tiles), Compute::block_rows);
   }
 
   int64_t tile_words() const {
-    return round_up(kTileQueries * steps, 16) + kTileQueries * (Softmax<Compute>::weight_stride + value_width) +
+    return round_up(kTileQueries<Compute> * steps, 16) + kTileQueries<Compute> * (Softmax<Compute>::weight_stride + value_width) +
            Softmax<Compute>::product_words;
   }
   int64_t packed_words() const { return key_words + value_words; }
@@ -47,9 +47,11 @@ struct ForwardLayout {
   int64_t threads, shared = 0, scratch = 0;
   bool whole_heads;
 
+  using Compute = typename ComputeOf<T>::type;
+
   explicit ForwardLayout(const AttentionForwardParams& p) : threads(threads_for(p, 2)) {
     const Pairs pairs(p);
-    const bool one_tile = p.queries <= kTileQueries && p.heads == p.kv_heads;
+    const bool one_tile = p.queries <= kTileQueries<Compute> && p.heads == p.kv_heads;
     whole_heads = threads == 1 || one_tile || pairs.total * p.kv_heads >= 4 * threads * pairs.most;
     int64_t packed = 0;
     for_each_sequence(p, [&](const AttentionForwardParams& sequence) {
@@ -73,7 +75,7 @@ template <class T>
 class Forward {
   using Plan = ForwardPlan<T>;
   using Compute = typename Plan::Compute;
-  static constexpr int64_t kBlockRows = Compute::block_rows, kBlocks = kTileQueries / kBlockRows;
+  static constexpr int64_t kBlockRows = Compute::block_rows, kBlocks = kTileQueries<Compute> / kBlockRows;
 
   using Params = AttentionForwardParams;
 
@@ -138,9 +140,9 @@ class Forward {
     const Band& band = scores.band;
 
     // Load.
-    float* weights = scratch + round_up(kTileQueries * plan_.steps, 16);
-    float* o = weights + kTileQueries * Softmax<Compute>::weight_stride;
-    float* products = Compute::tiles ? o + kTileQueries * plan_.value_width : weights;
+    float* weights = scratch + round_up(kTileQueries<Compute> * plan_.steps, 16);
+    float* o = weights + kTileQueries<Compute> * Softmax<Compute>::weight_stride;
+    float* products = Compute::tiles ? o + kTileQueries<Compute> * plan_.value_width : weights;
     const T* q = head_of<T>(p_.query, p_.query_strides, b, h) + i0 * p_.query_strides.row;
     Left left{scratch, plan_.steps, 1};
     if (left_in_place<T, Compute>(p_.query_strides.row, p_.dim))

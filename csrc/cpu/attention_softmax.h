@@ -10,17 +10,18 @@
 namespace torchweld::cpu {
 namespace {
 
+template <class Compute>
 constexpr int64_t kTileQueries = 96;
 
 template <class Compute>
-constexpr int64_t kTileKeys = Compute::per_word / Compute::parts == 2 ? 512 : 256;
+constexpr int64_t kTileKeys = Compute::parts == 3 ? 64 : Compute::per_word / Compute::parts == 2 ? 512 : 256;
 
 // Products are made and weighed for so many rows and keys at a time. Whole tiles, in place, where the micro-kernel wants to
 // keep a panel of keys in L1 for many rows; with tile registers, few enough that they never leave L1 themselves.
 template <class Compute>
-constexpr int64_t kGroup = Compute::tiles ? (Compute::parts == 1 ? 16 : 32) : kTileQueries;
+constexpr int64_t kGroup = Compute::tiles ? (Compute::parts == 1 ? 16 : 32) : kTileQueries<Compute>;
 template <class Compute>
-constexpr int64_t kChunk = Compute::tiles ? 128 : kTileKeys<Compute>;
+constexpr int64_t kChunk = Compute::parts == 3 ? 64 : Compute::tiles ? 128 : kTileKeys<Compute>;
 
 // Weights of one tile may add up to this in a lane before they are weighed again. Their precision does not depend on their
 // size, but in float32 that of a large exponent would be the worse for it.
@@ -29,8 +30,8 @@ constexpr float kMostWeight = Compute::per_word / Compute::parts == 2 ? 0x1p40f 
 
 template <class Compute>
 class Softmax {
-  static constexpr int64_t kBlockRows = Compute::block_rows, kBlocks = kTileQueries / kBlockRows;
-  static_assert(kTileQueries % kBlockRows == 0 && (kGroup<Compute> % kBlockRows == 0 || kBlockRows % kGroup<Compute> == 0),
+  static constexpr int64_t kBlockRows = Compute::block_rows, kBlocks = kTileQueries<Compute> / kBlockRows;
+  static_assert(kTileQueries<Compute> % kBlockRows == 0 && (kGroup<Compute> % kBlockRows == 0 || kBlockRows % kGroup<Compute> == 0),
                 "whole blocks");
 
  public:
@@ -212,8 +213,8 @@ class Softmax {
   }
 
   // m is in units of log2, l a sum per lane; weights are those of the tile at hand.
-  alignas(64) float max_[kTileQueries];
-  Vec sum_[kTileQueries], weight_[kTileQueries];
+  alignas(64) float max_[kTileQueries<Compute>];
+  Vec sum_[kTileQueries<Compute>], weight_[kTileQueries<Compute>];
 };
 
 }  // namespace
