@@ -17,9 +17,8 @@ namespace torchweld::cpu {
 namespace {
 
 // Sizes of a sequence, all in words. Every part of the workspace starts on a cache line.
-template <class T>
+template <class T, class Compute>
 struct ForwardPlan {
-  using Compute = typename ComputeOf<T>::type;
   int64_t steps, value_width;      // of a query or key, of a value
   int64_t key_words, value_words;  // packed, per head
   int64_t tile, tiles;             // of queries
@@ -42,12 +41,10 @@ struct ForwardPlan {
 };
 
 // How the work is shared out, and the workspace: the table of the sequences, what is packed once, each thread's scratch.
-template <class T>
+template <class T, class Compute>
 struct ForwardLayout {
   int64_t threads, shared = 0, scratch = 0;
   bool whole_heads;
-
-  using Compute = typename ComputeOf<T>::type;
 
   explicit ForwardLayout(const AttentionForwardParams& p) : threads(threads_for(p, 2)) {
     const Pairs pairs(p);
@@ -55,7 +52,7 @@ struct ForwardLayout {
     whole_heads = threads == 1 || one_tile || pairs.total * p.kv_heads >= 4 * threads * pairs.most;
     int64_t packed = 0;
     for_each_sequence(p, [&](const AttentionForwardParams& sequence) {
-      const ForwardPlan<T> plan(sequence);
+      const ForwardPlan<T, Compute> plan(sequence);
       packed = max_of(packed, plan.packed_words());
       scratch = plan.tile_words();
       shared += own_words(sequence);
@@ -64,24 +61,23 @@ struct ForwardLayout {
   }
 
   int64_t own_words(const AttentionForwardParams& sequence) const {
-    return whole_heads ? 0 : sequence.batch * sequence.kv_heads * ForwardPlan<T>(sequence).packed_words();
+    return whole_heads ? 0 : sequence.batch * sequence.kv_heads * ForwardPlan<T, Compute>(sequence).packed_words();
   }
   int64_t workspace(const AttentionForwardParams& p) const {
     return threads * scratch + Sequences<AttentionForwardParams>::table_words(p) + shared;
   }
 };
 
-template <class T>
+template <class T, class Compute>
 class Forward {
-  using Plan = ForwardPlan<T>;
-  using Compute = typename Plan::Compute;
+  using Plan = ForwardPlan<T, Compute>;
   static constexpr int64_t kBlockRows = Compute::block_rows, kBlocks = kTileQueries<Compute> / kBlockRows;
 
   using Params = AttentionForwardParams;
 
  public:
   static void run(const Params& p) {
-    const ForwardLayout<T> layout(p);
+    const ForwardLayout<T, Compute> layout(p);
     auto scratch = [&](int64_t thread) { return p.workspace + thread * layout.scratch; };
     Sequences<Params> sequences(p, scratch(layout.threads), [&](const Params& one) { return layout.own_words(one); });
     if (layout.whole_heads) {
@@ -103,7 +99,7 @@ class Forward {
       call.pack(head, begin, min_of(begin + kKeys, one.keys), shared + head * call.plan_.packed_words());
     });
     // Last tiles first: under a causal mask they are the longest.
-    auto tiles = [](const Params& one) { return one.batch * one.heads * ForwardPlan<T>(one).tiles; };
+    auto tiles = [](const Params& one) { return one.batch * one.heads * Plan(one).tiles; };
     sequences.for_each_unit(layout.threads, tiles, [&](const Params& one, int64_t unit, int64_t thread, float* shared) {
       const Forward call(one);
       const int64_t heads = one.batch * one.heads, tile = call.plan_.tiles - 1 - unit / heads, head = unit % heads;
@@ -203,14 +199,16 @@ namespace TORCHWELD_ISA {
 int64_t attention_forward_workspace(const AttentionForwardParams& p) {
   if (decodes(p)) return attention_decode_workspace(p);
   int64_t size = 0;
-  dispatch(p.dtype, [&](auto t) { size = ForwardLayout<typename decltype(t)::type>(p).workspace(p); });
+  dispatch_products(p, [&](auto t, auto words) {
+    size = ForwardLayout<typename decltype(t)::type, typename decltype(words)::type>(p).workspace(p);
+  });
   return size;
 }
 
 void attention_forward(const AttentionForwardParams& p) {
   if (p.batch * p.heads * p.total_q == 0) return;
   if (decodes(p)) return attention_decode(p);
-  dispatch(p.dtype, [&](auto t) { Forward<typename decltype(t)::type>::run(p); });
+  dispatch_products(p, [&](auto t, auto words) { Forward<typename decltype(t)::type, typename decltype(words)::type>::run(p); });
 }
 
 }  // namespace TORCHWELD_ISA
