@@ -176,14 +176,17 @@ class Forward {
     // Normalise. Store.
     T* out = head_of<T>(p_.output, p_.output_strides, b, h) + i0 * p_.output_strides.row;
     float* lse = p_.lse != nullptr ? p_.lse + p_.row(b, h) + i0 : nullptr;
-    for (int64_t r = 0; r < rows; ++r) {
-      float inverse, denominator;
-      softmax.finish(r, p_.sinks != nullptr ? p_.sinks + h : nullptr, inverse, denominator);
-      inverse *= scores.dropout.scale();
-      for_each_vector(p_.value_dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-        store(out + r * p_.output_strides.row + i, load(o + r * plan_.value_width + i) * inverse, lanes);
-      });
-      if (lse != nullptr) lse[r] = denominator;
+    for (int64_t first = 0; first < rows; first += W) {
+      const int64_t count = min_of(W, rows - first);
+      Vec factor, denominator;
+      softmax.finish(first, p_.sinks != nullptr ? p_.sinks + h : nullptr, factor, denominator);
+      float factors[W];
+      store(factors, factor * scores.dropout.scale());
+      for (int64_t r = first; r < first + count; ++r)
+        for_each_vector(p_.value_dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+          store(out + r * p_.output_strides.row + i, load(o + r * plan_.value_width + i) * factors[r - first], lanes);
+        });
+      if (lse != nullptr) std::memcpy(lse + first, &denominator, sizeof(float) * static_cast<size_t>(count));
     }
   }
 
