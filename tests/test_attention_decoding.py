@@ -19,6 +19,9 @@ DECODING = [
     *(wide(f"D {d}", 1, 300, dim=d, value_dim=300 - d) for d in (1, 7, 64, 97)),
     wide("4 x 600, cache", 4, 600, causal=True, bottom_right=True, merged=True, batch=2),
     wide("GQA 4:1", 1, 600, heads=8, kv_heads=2),
+    wide("GQA 8:1", 1, 600, heads=16, kv_heads=2, merged=True, batch=2),
+    wide("16 rows", 4, 530, heads=8, kv_heads=2, causal=True, bottom_right=True, value_dim=40),
+    wide("30 rows", 5, 300, heads=6, kv_heads=1, dim=96, value_dim=100),
     wide("window", 3, 900, causal=True, bottom_right=True, window=(300, None)),
     wide("rows that see nothing", 4, 2, causal=True, bottom_right=True),
     wide("mask", 2, 70, bias=(1, 1, 2, 70), masks=True),
@@ -45,9 +48,10 @@ def test_decoding(case: AttentionCase, dtype: torch.dtype, isa: str, threads: No
     assert_parity(ours, theirs, exact, op="attention", case=case.name, terms=terms)
 
 
-def test_a_value_without_weight_may_be_not_a_number() -> None:
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_a_value_without_weight_may_be_not_a_number(dtype: torch.dtype, isa: str) -> None:
     """The end of a KV cache that was never written."""
-    q, k, v = torch.randn(2, 4, 1, 32), torch.randn(2, 2, 300, 32), torch.randn(2, 2, 300, 32)
+    q, k, v = (torch.randn(2, h, n, 32).to(dtype) for h, n in ((4, 1), (2, 300), (2, 300)))
     expected = ops.attention(q, k[:, :, :77], v[:, :, :77])
     k[:, :, 77:], v[:, :, 77:] = torch.nan, torch.nan
     torch.testing.assert_close(ops.attention(q, k, v, bias=torch.arange(300) < 77), expected)

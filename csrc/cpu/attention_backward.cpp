@@ -23,10 +23,9 @@ constexpr int64_t kTileKeys = 192;
 constexpr int64_t kPrepareRows = 192;   // of queries, per task of the first and the last pass
 
 // Sizes of a sequence, in words. share: of the work of all sequences.
-template <class T>
+template <class T, class Compute>
 struct BackwardPlan {
-  using Compute = typename ComputeOf<T>::type;
-  using Tile = GradientTile<T>;
+  using Tile = GradientTile<T, Compute>;
 
   int64_t tile_keys, chunks, chunk;  // chunk: keys, a multiple of tile_keys
   int64_t key_width, value_width;    // of a row of dquery and dkey, of dvalue
@@ -54,10 +53,9 @@ struct BackwardPlan {
   }
 };
 
-template <class T>
+template <class T, class Compute>
 class Backward {
-  using Plan = BackwardPlan<T>;
-  using Compute = typename Plan::Compute;
+  using Plan = BackwardPlan<T, Compute>;
   using Tile = typename Plan::Tile;
   using Params = AttentionBackwardParams;
 
@@ -144,10 +142,12 @@ class Backward {
   // The sink's own probability is exp(sink - lse), its value zero.
   void sink_gradient(int64_t head) const {
     const typename Tile::Queries rows = queries(head);
-    const float sink = p_.sinks[head % p_.heads] * kLog2e;
+    const double sink = p_.sinks[head % p_.heads];
+    const float* lse = p_.lse + p_.row(head / p_.heads, head % p_.heads);
     double total = 0;
-    for (int64_t i = 0; i < p_.queries; ++i)
-      total -= static_cast<double>(__builtin_exp2f(sink - rows.lse[i])) * rows.delta[i];
+    for (int64_t i = 0; i < p_.queries; ++i) {
+      if (lse[i] != -kInfinity) total -= __builtin_exp(sink - static_cast<double>(lse[i])) * static_cast<double>(rows.delta[i]);
+    }
     p_.dsinks[head] = static_cast<float>(total);
   }
 
@@ -328,13 +328,15 @@ namespace TORCHWELD_ISA {
 
 int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
   int64_t size = 0;
-  dispatch(p.dtype, [&](auto t) { size = Backward<typename decltype(t)::type>::workspace(p); });
+  dispatch_products(p, [&](auto t, auto words) {
+    size = Backward<typename decltype(t)::type, typename decltype(words)::type>::workspace(p);
+  });
   return size;
 }
 
 void attention_backward(const AttentionBackwardParams& p) {
   if (p.kv_heads == 0) return;
-  dispatch(p.dtype, [&](auto t) { Backward<typename decltype(t)::type>::run(p); });
+  dispatch_products(p, [&](auto t, auto words) { Backward<typename decltype(t)::type, typename decltype(words)::type>::run(p); });
 }
 
 }  // namespace TORCHWELD_ISA

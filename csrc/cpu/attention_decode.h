@@ -6,10 +6,11 @@
 namespace torchweld::cpu {
 namespace {
 
-constexpr int64_t kDecodeRows = 4;  // from about here on the packed products win
-
 inline bool decodes(const AttentionForwardParams& p) {
-  return p.lse == nullptr && p.kv_heads > 0 && p.heads / p.kv_heads * p.queries <= kDecodeRows;
+  if (p.lse != nullptr || p.kv_heads == 0) return false;
+  // With more rows the packed products win. With few keys the bits had better not depend on whether lse is wanted.
+  const int64_t most = p.keys < 256 ? 4 : p.dtype == DType::float32 ? 32 : 16;
+  return p.heads / p.kv_heads * p.queries <= most;
 }
 
 }  // namespace

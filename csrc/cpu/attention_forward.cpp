@@ -17,9 +17,8 @@ namespace torchweld::cpu {
 namespace {
 
 // Sizes of a sequence, all in words. Every part of the workspace starts on a cache line.
-template <class T>
+template <class T, class Compute>
 struct ForwardPlan {
-  using Compute = typename ComputeOf<T>::type;
   int64_t steps, value_width;      // of a query or key, of a value
   int64_t key_words, value_words;  // packed, per head
   int64_t tile, tiles;             // of queries
@@ -30,30 +29,30 @@ struct ForwardPlan {
     key_words = round_up(p.keys, kPanel) * steps;
     value_words = right_in_place<T, Compute>(p.value_dim) ? 0 : words_of<Compute>(p.keys) * value_width;
     value_words = round_up(value_words, 16);
-    tiles = max_of(ceil_div(p.queries, kTileQueries), 1);
+    tiles = max_of(ceil_div(p.queries, kTileQueries<Compute>), 1);
     tile = round_up(ceil_div(p.queries, tiles), Compute::block_rows);
   }
 
   int64_t tile_words() const {
-    return round_up(kTileQueries * steps, 16) + kTileQueries * (Softmax<Compute>::weight_stride + value_width) +
+    return round_up(kTileQueries<Compute> * steps, 16) + kTileQueries<Compute> * (Softmax<Compute>::weight_stride + value_width) +
            Softmax<Compute>::product_words;
   }
   int64_t packed_words() const { return key_words + value_words; }
 };
 
 // How the work is shared out, and the workspace: the table of the sequences, what is packed once, each thread's scratch.
-template <class T>
+template <class T, class Compute>
 struct ForwardLayout {
   int64_t threads, shared = 0, scratch = 0;
   bool whole_heads;
 
   explicit ForwardLayout(const AttentionForwardParams& p) : threads(threads_for(p, 2)) {
     const Pairs pairs(p);
-    const bool one_tile = p.queries <= kTileQueries && p.heads == p.kv_heads;
+    const bool one_tile = p.queries <= kTileQueries<Compute> && p.heads == p.kv_heads;
     whole_heads = threads == 1 || one_tile || pairs.total * p.kv_heads >= 4 * threads * pairs.most;
     int64_t packed = 0;
     for_each_sequence(p, [&](const AttentionForwardParams& sequence) {
-      const ForwardPlan<T> plan(sequence);
+      const ForwardPlan<T, Compute> plan(sequence);
       packed = max_of(packed, plan.packed_words());
       scratch = plan.tile_words();
       shared += own_words(sequence);
@@ -62,24 +61,23 @@ struct ForwardLayout {
   }
 
   int64_t own_words(const AttentionForwardParams& sequence) const {
-    return whole_heads ? 0 : sequence.batch * sequence.kv_heads * ForwardPlan<T>(sequence).packed_words();
+    return whole_heads ? 0 : sequence.batch * sequence.kv_heads * ForwardPlan<T, Compute>(sequence).packed_words();
   }
   int64_t workspace(const AttentionForwardParams& p) const {
     return threads * scratch + Sequences<AttentionForwardParams>::table_words(p) + shared;
   }
 };
 
-template <class T>
+template <class T, class Compute>
 class Forward {
-  using Plan = ForwardPlan<T>;
-  using Compute = typename Plan::Compute;
-  static constexpr int64_t kBlockRows = Compute::block_rows, kBlocks = kTileQueries / kBlockRows;
+  using Plan = ForwardPlan<T, Compute>;
+  static constexpr int64_t kBlockRows = Compute::block_rows, kBlocks = kTileQueries<Compute> / kBlockRows;
 
   using Params = AttentionForwardParams;
 
  public:
   static void run(const Params& p) {
-    const ForwardLayout<T> layout(p);
+    const ForwardLayout<T, Compute> layout(p);
     auto scratch = [&](int64_t thread) { return p.workspace + thread * layout.scratch; };
     Sequences<Params> sequences(p, scratch(layout.threads), [&](const Params& one) { return layout.own_words(one); });
     if (layout.whole_heads) {
@@ -101,7 +99,7 @@ class Forward {
       call.pack(head, begin, min_of(begin + kKeys, one.keys), shared + head * call.plan_.packed_words());
     });
     // Last tiles first: under a causal mask they are the longest.
-    auto tiles = [](const Params& one) { return one.batch * one.heads * ForwardPlan<T>(one).tiles; };
+    auto tiles = [](const Params& one) { return one.batch * one.heads * Plan(one).tiles; };
     sequences.for_each_unit(layout.threads, tiles, [&](const Params& one, int64_t unit, int64_t thread, float* shared) {
       const Forward call(one);
       const int64_t heads = one.batch * one.heads, tile = call.plan_.tiles - 1 - unit / heads, head = unit % heads;
@@ -138,9 +136,9 @@ class Forward {
     const Band& band = scores.band;
 
     // Load.
-    float* weights = scratch + round_up(kTileQueries * plan_.steps, 16);
-    float* o = weights + kTileQueries * Softmax<Compute>::weight_stride;
-    float* products = Compute::tiles ? o + kTileQueries * plan_.value_width : weights;
+    float* weights = scratch + round_up(kTileQueries<Compute> * plan_.steps, 16);
+    float* o = weights + kTileQueries<Compute> * Softmax<Compute>::weight_stride;
+    float* products = Compute::tiles ? o + kTileQueries<Compute> * plan_.value_width : weights;
     const T* q = head_of<T>(p_.query, p_.query_strides, b, h) + i0 * p_.query_strides.row;
     Left left{scratch, plan_.steps, 1};
     if (left_in_place<T, Compute>(p_.query_strides.row, p_.dim))
@@ -178,14 +176,17 @@ class Forward {
     // Normalise. Store.
     T* out = head_of<T>(p_.output, p_.output_strides, b, h) + i0 * p_.output_strides.row;
     float* lse = p_.lse != nullptr ? p_.lse + p_.row(b, h) + i0 : nullptr;
-    for (int64_t r = 0; r < rows; ++r) {
-      float inverse, denominator;
-      softmax.finish(r, p_.sinks != nullptr ? p_.sinks + h : nullptr, inverse, denominator);
-      inverse *= scores.dropout.scale();
-      for_each_vector(p_.value_dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-        store(out + r * p_.output_strides.row + i, load(o + r * plan_.value_width + i) * inverse, lanes);
-      });
-      if (lse != nullptr) lse[r] = denominator;
+    for (int64_t first = 0; first < rows; first += W) {
+      const int64_t count = min_of(W, rows - first);
+      Vec factor, denominator;
+      softmax.finish(first, p_.sinks != nullptr ? p_.sinks + h : nullptr, factor, denominator);
+      float factors[W];
+      store(factors, factor * scores.dropout.scale());
+      for (int64_t r = first; r < first + count; ++r)
+        for_each_vector(p_.value_dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+          store(out + r * p_.output_strides.row + i, load(o + r * plan_.value_width + i) * factors[r - first], lanes);
+        });
+      if (lse != nullptr) std::memcpy(lse + first, &denominator, sizeof(float) * static_cast<size_t>(count));
     }
   }
 
@@ -201,14 +202,16 @@ namespace TORCHWELD_ISA {
 int64_t attention_forward_workspace(const AttentionForwardParams& p) {
   if (decodes(p)) return attention_decode_workspace(p);
   int64_t size = 0;
-  dispatch(p.dtype, [&](auto t) { size = ForwardLayout<typename decltype(t)::type>(p).workspace(p); });
+  dispatch_products(p, [&](auto t, auto words) {
+    size = ForwardLayout<typename decltype(t)::type, typename decltype(words)::type>(p).workspace(p);
+  });
   return size;
 }
 
 void attention_forward(const AttentionForwardParams& p) {
   if (p.batch * p.heads * p.total_q == 0) return;
   if (decodes(p)) return attention_decode(p);
-  dispatch(p.dtype, [&](auto t) { Forward<typename decltype(t)::type>::run(p); });
+  dispatch_products(p, [&](auto t, auto words) { Forward<typename decltype(t)::type, typename decltype(words)::type>::run(p); });
 }
 
 }  // namespace TORCHWELD_ISA

@@ -63,6 +63,20 @@ struct Pairs {
   }
 };
 
+// f(type, words) for the type of a call and the words that its products are made of. To take float32 apart is worth its
+// while from a few hundred queries and keys on. Forward and backward choose alike, for the backward makes P again.
+template <class F>
+TW_INLINE void dispatch_products(const AttentionInputs& p, F&& f) {
+  dispatch(p.dtype, [&](auto t) {
+    using T = typename decltype(t)::type;
+    using Words = typename ComputeOf<T>::type;
+    if constexpr (Words::parts == 3) {
+      if (min_of(p.queries, p.keys) < 256) return f(t, Tag<Fp32>{});
+    }
+    f(t, Tag<Words>{});
+  });
+}
+
 // A second thread is worth its start from about this many FLOPs on.
 inline int64_t threads_for(const AttentionInputs& p, int64_t flops_per_product) {
   const int64_t flops = Pairs(p).total * p.heads * (p.dim + p.value_dim) * flops_per_product;

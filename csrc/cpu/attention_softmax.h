@@ -10,17 +10,18 @@
 namespace torchweld::cpu {
 namespace {
 
+template <class Compute>
 constexpr int64_t kTileQueries = 96;
 
 template <class Compute>
-constexpr int64_t kTileKeys = Compute::per_word / Compute::parts == 2 ? 512 : 256;
+constexpr int64_t kTileKeys = Compute::parts == 3 ? 64 : Compute::per_word / Compute::parts == 2 ? 512 : 256;
 
 // Products are made and weighed for so many rows and keys at a time. Whole tiles, in place, where the micro-kernel wants to
 // keep a panel of keys in L1 for many rows; with tile registers, few enough that they never leave L1 themselves.
 template <class Compute>
-constexpr int64_t kGroup = Compute::tiles ? (Compute::parts == 1 ? 16 : 32) : kTileQueries;
+constexpr int64_t kGroup = Compute::tiles ? (Compute::parts == 1 ? 16 : 32) : kTileQueries<Compute>;
 template <class Compute>
-constexpr int64_t kChunk = Compute::tiles ? 128 : kTileKeys<Compute>;
+constexpr int64_t kChunk = Compute::parts == 3 ? 64 : Compute::tiles ? 128 : kTileKeys<Compute>;
 
 // Weights of one tile may add up to this in a lane before they are weighed again. Their precision does not depend on their
 // size, but in float32 that of a large exponent would be the worse for it.
@@ -29,8 +30,8 @@ constexpr float kMostWeight = Compute::per_word / Compute::parts == 2 ? 0x1p40f 
 
 template <class Compute>
 class Softmax {
-  static constexpr int64_t kBlockRows = Compute::block_rows, kBlocks = kTileQueries / kBlockRows;
-  static_assert(kTileQueries % kBlockRows == 0 && (kGroup<Compute> % kBlockRows == 0 || kBlockRows % kGroup<Compute> == 0),
+  static constexpr int64_t kBlockRows = Compute::block_rows, kBlocks = kTileQueries<Compute> / kBlockRows;
+  static_assert(kTileQueries<Compute> % kBlockRows == 0 && (kGroup<Compute> % kBlockRows == 0 || kBlockRows % kGroup<Compute> == 0),
                 "whole blocks");
 
  public:
@@ -58,7 +59,7 @@ class Softmax {
   };
 
   void init(int64_t rows) {
-    for (int64_t r = 0; r < rows; ++r) {
+    for (int64_t r = 0; r < round_up(rows, W); ++r) {
       max_[r] = -kInfinity;
       sum_[r] = zero();
     }
@@ -71,17 +72,21 @@ class Softmax {
       if (!add_weights(r, min_of(r + kGroup<Compute>, at.rows))) weigh_again(scores, at, r);
   }
 
-  // The sums are final, but for the sink. What P @ value is to be multiplied by, and the logarithm of the denominator.
-  void finish(int64_t r, const float* sink, float& inverse, float& lse) const {
-    float total = cpu::sum(sum_[r]), top = max_[r], factor = 1.0f;
+  // The sums of W rows are final, but for the sink. What P @ value is to be multiplied by, and the logarithm of the
+  // denominator.
+  TW_INLINE void finish(int64_t r, const float* sink, Vec& inverse, Vec& lse) const {
+    Vec sums[W];
+    for (int n = 0; n < W; ++n) sums[n] = sum_[r + n];
+    Vec total = reduce(sums, [](Vec a, Vec b) { return a + b; });
+    Vec top = load(max_ + r), factor = splat(1.0f);
     if (sink != nullptr && *sink != -kInfinity) {
-      const float other = *sink * kLog2e;
-      top = other > max_[r] ? other : max_[r];
-      factor = __builtin_exp2f(max_[r] - top);
-      total = total * factor + __builtin_exp2f(other - top);
+      const Vec other = splat(*sink * kLog2e), largest = vmax(other, top);
+      factor = exp2<6>(top - largest);
+      total = total * factor + exp2<6>(other - largest);
+      top = largest;
     }
-    inverse = total == 0.0f ? 0.0f : factor / total;
-    lse = total == 0.0f ? -kInfinity : top * kLn2 + __builtin_logf(total);
+    inverse = total == zero() ? zero() : factor / total;
+    lse = total == zero() ? splat(-kInfinity) : top * kLn2 + vlog(total);
   }
 
  private:
@@ -166,14 +171,31 @@ class Softmax {
       const int64_t c = begin + part / groups * kChunk<Compute>;
       multiply(at, first, c, at.products);
       const bool bare = scores.bare(at.i0 + first, at.i0 + last, at.j0 + c, at.j0 + min_of(c + kChunk<Compute>, end));
-      for (int64_t r = first; r < last; ++r) {
-        const Span span = at.seen(r, c);
-        if (span.begin >= span.end) continue;
-        float* row = at.products + (r - first) * product_stride;
-        if (!bare) scores.finish(row, at.i0 + r, at.j0 + c, span, nullptr);
-        if (max_[r] == -kInfinity) max_[r] = cpu::max_of(largest(row, span)) * scores.unit();
-        weight_[r] += weigh_row(scores, at, r, c, span, row);
+      for (int64_t r = first; r < last; r += W) weigh_rows(scores, at, {r, min_of(r + W, last)}, c, bare, at.products + (r - first) * product_stride);
+    }
+  }
+
+  // Up to W rows of a chunk of columns.
+  TW_INLINE void weigh_rows(const Scores& scores, const Tile& at, Span rows, int64_t c, bool bare, float* products) {
+    bool fresh = false;
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const Span span = at.seen(r, c);
+      if (span.begin >= span.end) continue;
+      if (!bare) scores.finish(products + (r - rows.begin) * product_stride, at.i0 + r, at.j0 + c, span, nullptr);
+      fresh |= max_[r] == -kInfinity;
+    }
+    if (fresh) {
+      Vec top[W];
+      for (int n = 0; n < W; ++n) {
+        const Span span = rows.begin + n < rows.end ? at.seen(rows.begin + n, c) : Span{0, 0};
+        top[n] = span.begin < span.end ? largest(products + n * product_stride, span) : splat(-kInfinity);
       }
+      const Vec before = load(max_ + rows.begin), tops = reduce(top, [](Vec a, Vec b) { return vmax(a, b); }) * scores.unit();
+      store(max_ + rows.begin, before == splat(-kInfinity) ? tops : before);
+    }
+    for (int64_t r = rows.begin; r < rows.end; ++r) {
+      const Span span = at.seen(r, c);
+      if (span.begin < span.end) weight_[r] += weigh_row(scores, at, r, c, span, products + (r - rows.begin) * product_stride);
     }
   }
 
@@ -212,8 +234,8 @@ class Softmax {
   }
 
   // m is in units of log2, l a sum per lane; weights are those of the tile at hand.
-  alignas(64) float max_[kTileQueries];
-  Vec sum_[kTileQueries], weight_[kTileQueries];
+  alignas(64) float max_[kTileQueries<Compute>];
+  Vec sum_[kTileQueries<Compute>], weight_[kTileQueries<Compute>];
 };
 
 }  // namespace

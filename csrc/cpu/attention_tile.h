@@ -10,9 +10,8 @@
 namespace torchweld::cpu {
 namespace {
 
-template <class T>
+template <class T, class Compute>
 class GradientTile {
-  using Compute = typename ComputeOf<T>::type;
   static constexpr bool kPairs = Compute::per_word == 2;
   static constexpr int64_t kScoreRows = Compute::tiles ? (Compute::parts == 1 ? 16 : 32) : 48;  // so many rows of products at a time: they stay in L1
   static constexpr int64_t kBlockRows = Compute::block_rows;
