@@ -169,12 +169,12 @@ struct AttentionForwardParams : AttentionInputs {
 };
 
 // A few queries over a cache in blocks: key j of batch b is row j % block_size of block block_table[b, j / block_size].
-// key and value are [blocks, Hkv, block_size, D] and [.., Dv], the batch of their strides is a block. `keys` is what a row
-// of the table has room for; shift is that of each batch, from its own number of keys.
+// key and value are [blocks, Hkv, block_size, D] and [.., Dv], the batch of their strides is a block. No batch has more than
+// `keys`; shift is that of each batch, from its own number of keys.
 struct PagedAttentionParams : AttentionForwardParams {
-  const int32_t* block_table;    // [B, keys / block_size]; those past the last key may be anything
+  const int32_t* block_table;    // [B, table_width]; those past the last key may be anything
   const int32_t* cache_seqlens;  // [B] keys of each batch
-  int64_t block_size, blocks;
+  int64_t table_width, block_size, blocks;
 };
 
 struct AttentionBackwardParams : AttentionInputs {

@@ -5,6 +5,7 @@
 #include "bindings/gelu.h"
 #include "bindings/layer_norm.h"
 #include "bindings/optimizer.h"
+#include "bindings/paged_attention.h"
 #include "cpu/isa.h"
 
 namespace {
@@ -45,6 +46,7 @@ PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
   bind_cross_entropy<Cpu>(m);
   bind_gelu<Cpu>(m);
   bind_attention<Cpu>(m);
+  bind_paged_attention<Cpu>(m);
   bind_layer_norm<Cpu>(m);
   bind_optimizers<Cpu>(m);
 }

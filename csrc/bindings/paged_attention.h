@@ -8,10 +8,31 @@ namespace torchweld {
 // scale, softcap, left, right (-1: unbounded).
 using PagedOptions = std::tuple<float, float, int64_t, int64_t>;
 
-// Query (B, H, Nq, D), key_cache (blocks, block size, Hkv, D), value_cache (.., Dv), block_table (B, blocks of a
-// batch).
-inline void fill_cache(const Arguments& args, PagedAttentionParams& p, const TensorView& query,
-                       const TensorView& key_cache, const TensorView& value_cache, const TensorView& block_table) {
+// What the host can see of the table and the lengths: that they lead to rows of the cache. Returns the greatest length.
+inline int64_t check_cache(const Arguments& args, const PagedAttentionParams& p) {
+  int64_t longest = 0;
+  for (int64_t b = 0; b < p.batch; ++b) {
+    const int64_t length = p.cache_seqlens[b];
+    const std::string at = " at index " + std::to_string(b);
+    if (length < 0 || length > p.keys)
+      args.fail("cache_seqlens", "lengths of 0 to " + std::to_string(p.keys) + ", what block_table has room for",
+                std::to_string(length) + at);
+    for (int64_t n = 0; n * p.block_size < length; ++n) {
+      const int64_t block = p.block_table[b * p.table_width + n];
+      if (block < 0 || block >= p.blocks)
+        args.fail("block_table", "blocks of 0 to " + std::to_string(p.blocks - 1) + " where there are keys",
+                  std::to_string(block) + at + ", " + std::to_string(n));
+    }
+    longest = std::max(longest, length);
+  }
+  return longest;
+}
+
+// Query (B, H, Nq, D), key_cache (blocks, block size, Hkv, D), value_cache (.., Dv), int32 block_table (B, blocks of a
+// batch) and cache_seqlens (B).
+template <class Backend>
+void fill_cache(const Arguments& args, PagedAttentionParams& p, const TensorView& query, const TensorView& key_cache,
+                const TensorView& value_cache, const TensorView& block_table, const TensorView& cache_seqlens) {
   for (const auto& [t, name] : {std::pair{&query, "query"}, {&key_cache, "key_cache"}, {&value_cache, "value_cache"}})
     if (t->ndim != 4) args.fail(name, "4 dimensions", std::to_string(t->ndim));
   if (block_table.ndim != 2) args.fail("block_table", "2 dimensions (batch, blocks)", std::to_string(block_table.ndim));
@@ -37,38 +58,26 @@ inline void fill_cache(const Arguments& args, PagedAttentionParams& p, const Ten
   p.value_strides = {value_cache.stride(0), value_cache.stride(2), value_cache.stride(1)};
   args.check_shape(block_table, "block_table", {p.batch, block_table.size(1)});
   p.block_table = static_cast<const int32_t*>(args.integers(block_table, "block_table", 32, block_table.numel()));
+  p.cache_seqlens = static_cast<const int32_t*>(args.integers(cache_seqlens, "cache_seqlens", 32, p.batch));
+  p.table_width = block_table.size(1);
+  p.keys = p.table_width * p.block_size;
+  if constexpr (Backend::reads_tensors) p.keys = check_cache(args, p);
   // A cache without blocks has no row that a wrong table could be led to.
-  p.keys = p.total_k = p.blocks > 0 ? block_table.size(1) * p.block_size : 0;
-}
-
-// What a kernel on the host may rely on.
-inline void check_cache(const Arguments& args, const PagedAttentionParams& p) {
-  const int64_t entries = p.keys / p.block_size;
-  for (int64_t b = 0; b < p.batch; ++b) {
-    const int64_t length = p.cache_seqlens[b];
-    const std::string at = " at index " + std::to_string(b);
-    if (length < 0 || length > p.keys)
-      args.fail("cache_seqlens", "lengths of 0 to " + std::to_string(p.keys) + ", what block_table has room for",
-                std::to_string(length) + at);
-    for (int64_t n = 0; n * p.block_size < length; ++n) {
-      const int64_t block = p.block_table[b * entries + n];
-      if (block < 0 || block >= p.blocks)
-        args.fail("block_table", "blocks of 0 to " + std::to_string(p.blocks - 1) + " where there are keys",
-                  std::to_string(block) + at + ", " + std::to_string(n));
-    }
-  }
+  if (p.blocks == 0) p.keys = 0;
+  p.total_k = p.keys;
 }
 
 template <class Backend>
 void bind_paged_attention(py::module_& m) {
   // How many floats of workspace paged_attention wants with these arguments.
-  m.def("paged_attention_workspace", [](const TensorView& query, const TensorView& key_cache,
-                                        const TensorView& value_cache, const TensorView& block_table) {
-    PagedAttentionParams p{};
-    fill_cache(Arguments("paged_attention_workspace", Backend::device, query), p, query, key_cache, value_cache,
-               block_table);
-    return Backend::kernels().paged_attention_workspace(p);
-  });
+  m.def("paged_attention_workspace",
+        [](const TensorView& query, const TensorView& key_cache, const TensorView& value_cache,
+           const TensorView& block_table, const TensorView& cache_seqlens) {
+          PagedAttentionParams p{};
+          fill_cache<Backend>(Arguments("paged_attention", Backend::device, query), p, query, key_cache, value_cache,
+                              block_table, cache_seqlens);
+          return Backend::kernels().paged_attention_workspace(p);
+        });
 
   // cache_seqlens: int32 (B); alibi_slopes: float32 (B, H); sinks: float32 (H); output: (B, H, Nq, Dv); lse: (B, H,
   // Nq).
@@ -79,15 +88,13 @@ void bind_paged_attention(py::module_& m) {
            const OptionalTensor& lse, const TensorView& workspace) {
           const Arguments args("paged_attention", Backend::device, query);
           PagedAttentionParams p{};
-          fill_cache(args, p, query, key_cache, value_cache, block_table);
-          p.cache_seqlens = static_cast<const int32_t*>(args.integers(cache_seqlens, "cache_seqlens", 32, p.batch));
+          fill_cache<Backend>(args, p, query, key_cache, value_cache, block_table, cache_seqlens);
           const auto& [scale, softcap, left, right] = options;
           fill_scores(args, p, {std::nullopt, alibi_slopes, sinks, std::nullopt, std::nullopt, std::nullopt},
                       {scale, softcap, left, right, true, 0.0, -1, -1}, workspace);
           p.output = rows_of(args, p, output, "output", p.heads, p.queries, p.value_dim, p.output_strides);
           p.lse = values_of(args, p, lse, "lse");
           check_workspace(args, p, Backend::kernels().paged_attention_workspace(p));
-          if constexpr (Backend::reads_tensors) check_cache(args, p);
           Backend::run(&Backend::Kernels::paged_attention, p, query.device.index);
         });
 }

@@ -7,6 +7,8 @@
 // merges the splits, first to last. Splits depend on the number of keys alone, so results do not on the number of threads.
 // Bound by memory: (D + Dv) elements per key and key head.
 // Dao, Haziza, Massa, Sizov: Flash-Decoding, 2023.
+//
+// paged_attention is the same for every batch of a cache in blocks, whose rows a task gathers first.
 
 #include "cpu/attention_decode.h"
 #include "cpu/attention_sequences.h"
@@ -19,7 +21,11 @@ constexpr int64_t kSplitKeys = 256;
 constexpr int64_t kMergeRows = 64;
 
 template <class T>
+class Paged;
+
+template <class T>
 class Decode {
+  friend class Paged<T>;
   using Compute = typename VectorComputeOf<T>::type;
   static constexpr bool kTiles = ComputeOf<T>::type::tiles && Compute::per_word == 2;
   using Params = AttentionForwardParams;
@@ -77,11 +83,23 @@ class Decode {
     return v[0];
   }
 
+  // The keys of a split, counted from its first, that any row sees: from a whole vector on.
+  Span seen(int64_t split) const {
+    const int64_t begin = split * kSplitKeys;
+    const Band band(p_);
+    return {round_down(max_of(band.low(0) - begin, 0), W),
+            min_of(band.high(p_.queries - 1) - begin, min_of(kSplitKeys, p_.keys - begin))};
+  }
+
   void attend(int64_t head, int64_t split, float* queries) const {
-    const int64_t b = head / p_.kv_heads, hk = head % p_.kv_heads;
-    const int64_t begin = split * kSplitKeys, width = min_of(kSplitKeys, p_.keys - begin);
-    const T* k = head_of<T>(p_.key, p_.key_strides, b, hk) + begin * p_.key_strides.row;
-    const T* v = head_of<T>(p_.value, p_.value_strides, b, hk) + begin * p_.value_strides.row;
+    const int64_t b = head / p_.kv_heads, hk = head % p_.kv_heads, begin = split * kSplitKeys;
+    attend(head, split, queries, head_of<T>(p_.key, p_.key_strides, b, hk) + begin * p_.key_strides.row,
+           head_of<T>(p_.value, p_.value_strides, b, hk) + begin * p_.value_strides.row);
+  }
+
+  // k, v: the first rows of the split.
+  void attend(int64_t head, int64_t split, float* queries, const T* k, const T* v) const {
+    const int64_t b = head / p_.kv_heads, begin = split * kSplitKeys;
     float* s = queries + rows_ * query_words_;
     for (int64_t r = 0; r < rows_; ++r) {
       const T* q = head_of<T>(p_.query, p_.query_strides, b, query_head(head, r)) + r % p_.queries * p_.query_strides.row;
@@ -89,8 +107,7 @@ class Decode {
     }
 
     // Products. Keys that no row sees are not read.
-    const Band band(p_);
-    const Span seen{round_down(max_of(band.low(0) - begin, 0), W), min_of(band.high(p_.queries - 1) - begin, width)};
+    const Span seen = this->seen(split);
     const int64_t done = multiply_by_tiles(k, seen, queries, s);
     for_rows([&](auto count, int64_t r) { multiply<decltype(count)::value>(k, {done, seen.end}, queries + r * query_words_, s + r * kSplitKeys); });
 
@@ -284,11 +301,82 @@ class Decode {
       for (int64_t n = 0; n < splits_; ++n) value += load(partial(head, n, r) + d) * partial(head, n, r)[width_];
       store(out + d, value * inverse, lanes);
     });
+    if (p_.lse != nullptr) p_.lse[p_.row(b, h) + i] = total == 0.0f ? -kInfinity : top * kLn2 + __builtin_logf(total);
   }
 
   const Params& p_;
   const int64_t group_, rows_, query_words_, width_, splits_;
   float* const partials_;
+};
+
+// Each batch is a call of its own. All have room for the splits of the longest.
+template <class T>
+class Paged {
+  using Params = AttentionForwardParams;
+
+ public:
+  explicit Paged(const PagedAttentionParams& p) : p_(p), all_(p), threads_(threads_for(p, 2)) {}
+
+  int64_t workspace() const { return threads_ * scratch() + all_.own_words(); }
+
+  void run() const {
+    float* partials = p_.workspace + threads_ * scratch();
+    const int64_t words = all_.own_words() / p_.batch;  // of a batch
+    parallel_queue(p_.batch * p_.kv_heads * all_.splits_, threads_, [&](int64_t unit, int64_t thread) {
+      const int64_t b = unit / (p_.kv_heads * all_.splits_), head = unit / all_.splits_ % p_.kv_heads;
+      const Params one = batch(b);
+      const Decode<T> call(one, partials + b * words);
+      const int64_t split = unit % all_.splits_;
+      if (split >= call.splits_) return;
+      float* memory = p_.workspace + thread * scratch();
+      T *k = reinterpret_cast<T*>(memory + all_.scratch()), *v = k + kSplitKeys * p_.dim;
+      const Span seen = call.seen(split);
+      gather(b, split, seen, head_of<T>(p_.key, p_.key_strides, 0, head), p_.key_strides, p_.dim, k);
+      gather(b, split, seen, head_of<T>(p_.value, p_.value_strides, 0, head), p_.value_strides, p_.value_dim, v);
+      call.attend(head, split, memory, k, v);
+    });
+    const int64_t rows = p_.kv_heads * all_.rows_;
+    parallel_queue(ceil_div(p_.batch * rows, kMergeRows), threads_, [&](int64_t unit, int64_t) {
+      for (int64_t row = unit * kMergeRows; row < min_of((unit + 1) * kMergeRows, p_.batch * rows); ++row) {
+        const Params one = batch(row / rows);
+        Decode<T>(one, partials + row / rows * words).merge(row % rows / all_.rows_, row % all_.rows_);
+      }
+    });
+  }
+
+ private:
+  // Of each thread: what a split takes, then its keys and values.
+  int64_t scratch() const {
+    return all_.scratch() + round_up(kSplitKeys * (p_.dim + p_.value_dim) * static_cast<int64_t>(sizeof(T)), 64) / 4;
+  }
+
+  // Batch b alone, over gathered rows.
+  Params batch(int64_t b) const {
+    Params one = p_;
+    one.batch = 1;
+    one.keys = one.total_k = p_.cache_seqlens[b];
+    advance(one.query, b * p_.query_strides.batch * static_cast<int64_t>(sizeof(T)));
+    advance(one.output, b * p_.output_strides.batch * static_cast<int64_t>(sizeof(T)));
+    one.key_strides.row = p_.dim;
+    one.value_strides.row = p_.value_dim;
+    if (one.alibi_slopes != nullptr) one.alibi_slopes += b * p_.alibi_batch_stride;
+    if (one.lse != nullptr) one.lse += b * p_.heads * p_.queries;
+    return one;
+  }
+
+  // Rows `seen` of a split, of `size` elements; `from`: the head in block 0.
+  void gather(int64_t b, int64_t split, Span seen, const T* from, const Strides& strides, int64_t size, T* to) const {
+    const int32_t* table = p_.block_table + b * p_.table_width;
+    for (int64_t j = seen.begin; j < seen.end; ++j) {
+      const int64_t key = split * kSplitKeys + j;
+      std::memcpy(to + j * size, from + table[key / p_.block_size] * strides.batch + key % p_.block_size * strides.row,
+                  size * sizeof(T));
+    }
+  }
+
+  const PagedAttentionParams& p_;
+  const Decode<T> all_;
+  const int64_t threads_;
 };
 
 }  // namespace
@@ -303,6 +391,17 @@ int64_t attention_decode_workspace(const AttentionForwardParams& p) {
 
 void attention_decode(const AttentionForwardParams& p) {
   dispatch(p.dtype, [&](auto t) { Decode<typename decltype(t)::type>::run(p); });
+}
+
+int64_t paged_attention_workspace(const PagedAttentionParams& p) {
+  int64_t size = 0;
+  dispatch(p.dtype, [&](auto t) { size = Paged<typename decltype(t)::type>(p).workspace(); });
+  return size;
+}
+
+void paged_attention(const PagedAttentionParams& p) {
+  if (p.batch * p.heads * p.queries == 0) return;
+  dispatch(p.dtype, [&](auto t) { Paged<typename decltype(t)::type>(p).run(); });
 }
 
 }  // namespace TORCHWELD_ISA

@@ -21,6 +21,8 @@ struct Kernels {
   void (*attention_forward)(const AttentionForwardParams&);
   int64_t (*attention_backward_workspace)(const AttentionBackwardParams&);
   void (*attention_backward)(const AttentionBackwardParams&);
+  int64_t (*paged_attention_workspace)(const PagedAttentionParams&);
+  void (*paged_attention)(const PagedAttentionParams&);
 };
 
 #ifdef TORCHWELD_ISA  // baseline, avx2, avx512, avx512_bf16 or amx: set by the build for each of the compilations
@@ -39,6 +41,8 @@ int64_t attention_forward_workspace(const AttentionForwardParams& p);
 void attention_forward(const AttentionForwardParams& p);
 int64_t attention_backward_workspace(const AttentionBackwardParams& p);
 void attention_backward(const AttentionBackwardParams& p);
+int64_t paged_attention_workspace(const PagedAttentionParams& p);
+void paged_attention(const PagedAttentionParams& p);
 
 }  // namespace TORCHWELD_ISA
 #endif

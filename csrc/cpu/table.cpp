@@ -31,6 +31,8 @@ const Kernels table = {
     attention_forward,
     attention_backward_workspace,
     attention_backward,
+    paged_attention_workspace,
+    paged_attention,
 };
 
 }  // namespace torchweld::cpu::TORCHWELD_ISA

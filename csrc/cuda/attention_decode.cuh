@@ -55,7 +55,7 @@ __device__ __forceinline__ auto cached_rows(const Decode& p, const Head& head, c
   if constexpr (kPaged)
     return PagedRows<T>{static_cast<const T*>(base) + head.kv * strides.head,
                         strides,
-                        p.block_table + head.b * (p.keys / p.block_size),
+                        p.block_table + head.b * p.table_width,
                         static_cast<int>(p.block_size),
                         static_cast<int>(p.blocks),
                         begin,

@@ -33,18 +33,16 @@ def _run(
     sinks: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v, table = operand(query), operand(key_cache), operand(value_cache), block_table.contiguous()
+    q, k, v = operand(query), operand(key_cache), operand(value_cache)
+    cache = (q, k, v, block_table.contiguous(), cache_seqlens.contiguous())
     output, lse = heads_like(query, value_cache.shape[-1]), per_row(query)
     if alibi_slopes is not None:
         alibi_slopes = alibi_slopes.float().contiguous().expand(query.shape[:2])
     if sinks is not None:
         sinks = sinks.float().contiguous()
     kernels = backend.kernels[q.device.type]
-    size = kernels.paged_attention_workspace(q, k, v, table)
-    workspace = torch.empty(size, dtype=torch.float32, device=q.device)
-    kernels.paged_attention(
-        q, k, v, table, cache_seqlens.contiguous(), alibi_slopes, sinks, options, output, lse, workspace
-    )
+    workspace = torch.empty(kernels.paged_attention_workspace(*cache), dtype=torch.float32, device=q.device)
+    kernels.paged_attention(*cache, alibi_slopes, sinks, options, output, lse, workspace)
     return output, lse
 
 
@@ -126,7 +124,7 @@ def paged_attention(
         )  # fmt: skip
     if scale is None:
         scale = 1.0 / math.sqrt(max(query.shape[-1], 1))
-    if backend.choose(op, query.device, _refusal(query, value_cache)) == "reference":
+    if backend.choose(op, query.device, refusal(query, value_cache)) == "reference":
         return reference.paged_attention(
             query,
             key_cache,
@@ -174,11 +172,3 @@ def _check_cache(
         fail(op, "key_cache", f"a number of heads that divides query's {heads}", kv_heads)
     if key_cache.shape[1] == 0:
         fail(op, "key_cache", "blocks of at least one row", list(key_cache.shape))
-
-
-def _refusal(query: Tensor, value: Tensor) -> str | None:
-    """Why the kernels do not take these arguments, None if they do."""
-    module = backend.kernels.get(query.device.type)
-    if module is not None and not hasattr(module, "paged_attention"):
-        return f"no kernel for {query.device.type} yet"
-    return refusal(query, value)
