@@ -157,18 +157,8 @@ struct BackwardRows {
                 head.queries,
                 static_cast<int>(p.value_dim),
                 p.packets},
-        key{head.key_rows(static_cast<const T*>(p.key), p.key_strides),
-            p.key_strides.row,
-            begin,
-            end,
-            static_cast<int>(p.dim),
-            p.packets},
-        value{head.key_rows(static_cast<const T*>(p.value), p.value_strides),
-              p.value_strides.row,
-              begin,
-              end,
-              static_cast<int>(p.value_dim),
-              p.packets} {}
+        key(head.keys_from<T>(p.key, p.key_strides, p.dim, begin, end, p.packets)),
+        value(head.keys_from<T>(p.value, p.value_strides, p.value_dim, begin, end, p.packets)) {}
 };
 
 }  // namespace torchweld::cuda

@@ -3,8 +3,7 @@
 //
 // attend_split   block -> a split of the keys of one key head, and 16 rows: the first query of all query heads that
 //                share the key head, then the second, and so on. Each warp takes its own 16 keys of a tile, and the
-//                warps' results are merged at the end. Keys and values come alternately into a ring of slots, as in
-//                attention_forward.cuh.
+//                warps' results are merged at the end.
 // combine        warp -> query: merges the splits by their lse
 //
 // How many splits there are depends on the shape alone, and they are added in order: the same bits everywhere. A cache
@@ -63,12 +62,7 @@ __device__ __forceinline__ auto cached_rows(const Decode& p, const Head& head, c
                         static_cast<int>(size),
                         p.packets};
   else
-    return Rows<T>{head.key_rows(static_cast<const T*>(base), strides),
-                   strides.row,
-                   begin,
-                   end,
-                   static_cast<int>(size),
-                   p.packets};
+    return head.keys_from<T>(base, strides, size, begin, end, p.packets);
 }
 
 template <class T, int D>
@@ -93,9 +87,9 @@ struct DecodeCells {
 };
 
 template <class T, int D, bool kPaged>
-__global__ void __launch_bounds__(DecodeShape<T, D>::kThreads) attend_split(const __grid_constant__ Decode p) {
+__global__ void __launch_bounds__(DecodeShape<T, D>::kThreads, 2) attend_split(const __grid_constant__ Decode p) {
   using Shape = DecodeShape<T, D>;
-  constexpr int kSlots = Shape::kSlots, kThreads = Shape::kThreads, kChunks = Tile<T, D>::kChunks;
+  constexpr int kThreads = Shape::kThreads, kChunks = Tile<T, D>::kChunks;
   const int split = static_cast<int>(blockIdx.x % p.splits),
             tile_of_rows = static_cast<int>(blockIdx.x / p.splits % p.tiles);
   const unsigned shared = blockIdx.x / p.splits / p.tiles;
@@ -121,18 +115,9 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads) attend_split(cons
             steps = begin < end ? (end - start + Shape::kKeys - 1) / Shape::kKeys : 0;
   const auto key = cached_rows<kPaged, T>(p, own.upper, p.key, p.key_strides, p.dim, begin, end);
   const auto value = cached_rows<kPaged, T>(p, own.upper, p.value, p.value_strides, p.value_dim, begin, end);
-  const uint32_t tile = ptx::shared_base(), ring = tile + Shape::kQueryBytes;
-  auto slot = [&](int item) { return ring + static_cast<uint32_t>(item % kSlots * Shape::kSlotBytes); };
-  auto load = [&](int item) {
-    if (item < 2 * steps)
-      load_tile<T, D, Shape::kKeys, kThreads>(slot(item), item % 2 == 0 ? key : value, start + item / 2 * Shape::kKeys);
-    ptx::cp_async_commit();
-  };
-  auto advance = [&](int item) {
-    ptx::cp_async_wait<kSlots - 2>();
-    __syncthreads();
-    load(item + kSlots - 1);
-  };
+  const uint32_t tile = ptx::shared_base();
+  const Ring<T, D, Shape::kKeys, Shape::kSlots, kThreads, decltype(key)> ring{tile + Shape::kQueryBytes, key, value,
+                                                                              start, steps};
   if (steps > 0)
     for (int c = static_cast<int>(threadIdx.x); c < kDecodeRows * kChunks; c += kThreads) {
       const int row = c / kChunks;
@@ -140,8 +125,7 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads) attend_split(cons
                       query_of(row) * p.query_strides.row;
       load_chunk<T, D>(tile, row, c % kChunks, row < rows ? from : nullptr, static_cast<int>(p.dim), p.packets);
     }
-#pragma unroll
-  for (int item = 0; item < kSlots - 1; ++item) load(item);
+  ring.fill();
 
   float output[1][D / 8][4] = {};
   Softmax<1> softmax;
@@ -159,15 +143,13 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads) attend_split(cons
 
     // Scores. Weights.
     float s[1][2][4];
-    advance(2 * step);
-    multiply_rows<T, D>(s, tile, slot(2 * step) + keys_offset);
+    multiply_rows<T, D>(s, tile, ring.advance(2 * step) + keys_offset);
     if (!plain) modify(p, cells, s);
     hide(cells, s);
     softmax.merge(s, output, unit);
 
     // Values.
-    advance(2 * step + 1);
-    multiply_columns<T, D>(output, s, slot(2 * step + 1) + keys_offset);
+    multiply_columns<T, D>(output, s, ring.advance(2 * step + 1) + keys_offset);
   }
 
   // Every warp leaves its rows.

@@ -2,13 +2,13 @@
 //
 // Block -> a tile of queries of one head, 16 or 32 rows to a warp. It walks over the tiles of keys that it can see with
 // the online softmax (Milakov, Gimelshein, arXiv:1805.02867), scores and output in registers: the weights of one tile
-// become the left operand of the next product where they are. Keys and values come alternately into a ring of slots by
-// cp.async: while one is multiplied the next ones land. Only tiles that cross the edge of the band are masked.
+// become the left operand of the next product where they are. Only tiles that cross the edge of the band are masked.
 // 2 Nq Nk (D + Dv) FLOPs per head; every block reads the keys and values that it sees, out of L2 (see Schedule).
 // Dao: FlashAttention-2, arXiv:2307.08691.
 #pragma once
 
 #include "cuda/attention_dropout.cuh"
+#include "cuda/attention_ring.cuh"
 #include "cuda/attention_schedule.cuh"
 
 namespace torchweld::cuda {
@@ -33,8 +33,8 @@ struct ForwardShape {
                                : D <= 128 ? (kPlain ? 48 : 64)
                                           : 32;
   static constexpr int kSlots = D <= 128 ? 3 : kWide ? 2 : 4;
-  static constexpr int kQueryBytes = kQueries * Tile<T, D>::kRowBytes, kSlotBytes = kKeys * Tile<T, D>::kRowBytes;
-  static constexpr int kBytes = kQueryBytes + kSlots * kSlotBytes;
+  static constexpr int kQueryBytes = kQueries * Tile<T, D>::kRowBytes;
+  static constexpr int kBytes = kQueryBytes + kSlots * kKeys * Tile<T, D>::kRowBytes;
   static_assert(kBytes <= 99 * 1024);
 };
 
@@ -99,7 +99,7 @@ struct Softmax {
 template <class T, int D, bool kPlain>
 __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) attend(const __grid_constant__ Forward p) {
   using Shape = ForwardShape<T, D, kPlain>;
-  constexpr int MT = Shape::MT, NT = Shape::kKeys / 8, kSlots = Shape::kSlots, kThreads = Shape::kThreads;
+  constexpr int MT = Shape::MT, NT = Shape::kKeys / 8, kThreads = Shape::kThreads;
   const Schedule::Work work = p.schedule.work(blockIdx.x);
   const Head head(p, static_cast<int>(work.head / p.heads), static_cast<int>(work.head % p.heads));
   const int i0 = work.tile * Shape::kQueries, row0 = i0 + warp() * MT * 16;
@@ -115,36 +115,13 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) atten
                       head.queries,
                       static_cast<int>(p.dim),
                       p.packets};
-  const Rows<T> key{head.key_rows(static_cast<const T*>(p.key), p.key_strides),
-                    p.key_strides.row,
-                    begin,
-                    end,
-                    static_cast<int>(p.dim),
-                    p.packets};
-  const Rows<T> value{head.key_rows(static_cast<const T*>(p.value), p.value_strides),
-                      p.value_strides.row,
-                      begin,
-                      end,
-                      static_cast<int>(p.value_dim),
-                      p.packets};
-
-  // Item 2n of the ring is tile n of keys, item 2n + 1 its values.
-  const uint32_t queries = ptx::shared_base(), ring = queries + Shape::kQueryBytes;
-  auto slot = [&](int item) { return ring + static_cast<uint32_t>(item % kSlots * Shape::kSlotBytes); };
-  auto load = [&](int item) {
-    if (item < 2 * steps)
-      load_tile<T, D, Shape::kKeys, kThreads>(slot(item), item % 2 == 0 ? key : value, start + item / 2 * Shape::kKeys);
-    ptx::cp_async_commit();
-  };
-  // Item is there for all, and all are done with the one before it, whose slot is filled anew.
-  auto advance = [&](int item) {
-    ptx::cp_async_wait<kSlots - 2>();
-    __syncthreads();
-    load(item + kSlots - 1);
-  };
+  const Rows<T> key = head.keys_from<T>(p.key, p.key_strides, p.dim, begin, end, p.packets);
+  const Rows<T> value = head.keys_from<T>(p.value, p.value_strides, p.value_dim, begin, end, p.packets);
+  const uint32_t queries = ptx::shared_base();
+  const Ring<T, D, Shape::kKeys, Shape::kSlots, kThreads, Rows<T>> ring{queries + Shape::kQueryBytes, key, value, start,
+                                                                        steps};
   if (steps > 0) load_tile<T, D, Shape::kQueries, kThreads>(queries, query, i0);
-#pragma unroll
-  for (int item = 0; item < kSlots - 1; ++item) load(item);
+  ring.fill();
 
   float output[MT][D / 8][4] = {};
   Softmax<MT> softmax;
@@ -157,8 +134,8 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) atten
 
     // Scores.
     float s[MT][NT][4];
-    advance(2 * step);
-    multiply_rows<T, D>(s, queries + warp() * MT * 16 * Tile<T, D>::kRowBytes, slot(2 * step));
+    const uint32_t keys = ring.advance(2 * step);
+    multiply_rows<T, D>(s, queries + warp() * MT * 16 * Tile<T, D>::kRowBytes, keys);
     const Cells<false> cells{head, row0, j0};
     if constexpr (!kPlain) modify(p, cells, s);
     if (!head.sees_all(i0, Shape::kQueries, j0, Shape::kKeys)) hide(cells, s);
@@ -172,8 +149,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) atten
     }
 
     // Values.
-    advance(2 * step + 1);
-    multiply_columns<T, D>(output, s, slot(2 * step + 1));
+    multiply_columns<T, D>(output, s, ring.advance(2 * step + 1));
   }
 
   // Normalise. Store.

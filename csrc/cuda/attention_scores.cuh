@@ -65,6 +65,13 @@ struct Head {
     return base + b * s.batch + kv * s.head + first_key * s.row;
   }
 
+  // Of keys or values, those from `begin` to `end`.
+  template <class T>
+  __device__ __forceinline__ Rows<T> keys_from(const void* base, const Strides& s, int64_t size, int begin, int end,
+                                               bool packets) const {
+    return {key_rows(static_cast<const T*>(base), s), s.row, begin, end, static_cast<int>(size), packets};
+  }
+
  private:
   // Of a packed sequence; whatever its starts say, it stays inside the tensor.
   static __device__ __forceinline__ void extent(const int32_t* starts, int64_t total, int64_t& first, int& rows) {

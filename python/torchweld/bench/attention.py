@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -11,6 +12,7 @@ from torchweld.bench.functional import works
 from torchweld.bench.harness import Settings, Work
 from torchweld.testing.attention import AttentionCase, PackedAttentionCase
 from torchweld.testing.cases import Provider, Tensors
+from torchweld.testing.paged_attention import PagedAttentionCase
 
 
 def _case(
@@ -94,3 +96,23 @@ def attention(settings: Settings) -> Iterator[Work]:
             }
             cost = {direction: {"flops": count} for direction, count in flops.items()}
             yield from works(case, sizes, dtype, settings, cost, **others)
+
+
+def _paged(heads: int, kv_heads: int, *lengths: int) -> PagedAttentionCase:
+    name = f"{len(lengths)} x {heads} x 1 x 128, up to {max(lengths)} keys of {kv_heads} heads"
+    sizes = {"batch": len(lengths), "queries": 1, "keys": max(lengths), "lengths": lengths, "dim": 128}
+    return PagedAttentionCase(name=name, regime="bench", heads=heads, kv_heads=kv_heads, **sizes)  # type: ignore[arg-type]
+
+
+_PAGED = (_paged(32, 8, 8192), _paged(32, 8, 2048, 1531, 900, 33, 1024, 700, 311, 1600))
+
+
+def paged_attention(settings: Settings) -> Iterator[Work]:
+    """One query over caches in blocks of 16 rows; torch's user gathers each of them first."""
+    settings = replace(settings, directions=tuple(d for d in settings.directions if d == "forward"))
+    for dtype in settings.dtypes:
+        for case in _PAGED[: 1 if settings.quick else None]:
+            names = ("name", "batch", "heads", "kv_heads", "queries", "dim", "lengths", "block_size")
+            # Bytes: every key and value once.
+            cost = {"bytes": 2.0 * sum(case.lengths) * (case.kv_heads or case.heads) * case.dim * dtype.itemsize}
+            yield from works(case, {n: getattr(case, n) for n in names}, dtype, settings, {"forward": cost})

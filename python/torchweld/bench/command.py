@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NORMS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")
 OPTIMIZERS = ("adamw", "sgd")
-OPS = ("attention", *NORMS, *OPTIMIZERS, "transformer_layer", "overhead")
+OPS = ("attention", "paged_attention", *NORMS, *OPTIMIZERS, "transformer_layer", "overhead")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DIRECTIONS = ("forward", "backward", "step")
 
@@ -78,7 +78,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def sources() -> dict[str, Callable[[Settings], Iterator[Work]]]:
     """By op, what there is to measure."""
-    from torchweld.bench.attention import attention  # noqa: PLC0415
+    from torchweld.bench.attention import attention, paged_attention  # noqa: PLC0415
     from torchweld.bench.layer_norm import norms  # noqa: PLC0415
     from torchweld.bench.optimizers import optimizers  # noqa: PLC0415
     from torchweld.bench.overhead import overhead  # noqa: PLC0415
@@ -86,6 +86,7 @@ def sources() -> dict[str, Callable[[Settings], Iterator[Work]]]:
 
     return {
         "attention": attention,
+        "paged_attention": paged_attention,
         **{op: partial(norms, op) for op in NORMS},
         **{op: partial(optimizers, op) for op in OPTIMIZERS},
         "transformer_layer": transformer_layer,

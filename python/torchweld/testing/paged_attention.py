@@ -70,12 +70,14 @@ class PagedAttentionCase(AttentionCase):
         return self._named(reference.paged_attention(*self._arguments(x), **self._modifiers(x)))  # type: ignore[arg-type]
 
     def _batches(self, x: Tensors) -> Iterator[tuple[AttentionCase, Tensors]]:
-        """Each batch as a case of its own, with its part of the inputs."""
+        """Each batch as a case of its own, with its part of the inputs, gathered from the cache."""
         flags = {f.name: getattr(self, f.name) for f in fields(AttentionCase)} | {"batch": 1}
         for b, length in enumerate(self.lengths):
             part = {n: t for n, t in x.items() if n in ("alibi_slopes", "sinks")}
             part |= {n: x[n][b : b + 1] for n in ("query", "doutput")}
-            part |= {n: x[n][b : b + 1, :, :length] for n in ("key", "value")}
+            for n in ("key", "value"):
+                blocks = x["block_table"][b, : -(-length // self.block_size)].long()
+                part[n] = x[f"{n}_cache"][blocks].flatten(0, 1)[:length].transpose(0, 1).unsqueeze(0)
             yield AttentionCase(**flags | {"keys": length}), part
 
     def torch(self, x: Tensors) -> Tensors:
