@@ -129,6 +129,7 @@ class Scores {
       for (int64_t j = span.begin; j < span.end; j += W) store(row + j, load(row + j) * factor + value);
     } else {
       for_keys(key, span, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
+        __builtin_prefetch(bias + 12 * p_.bias_strides.row + key + j);
         store(row + j, load(row + j) * factor + load(bias + key + j, lanes));
       });
     }
