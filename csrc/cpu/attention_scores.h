@@ -80,27 +80,32 @@ class Scores {
     }
   }
 
+  // Each pass over the row is paid for, so `factor`, what is still to be multiplied by, goes with the next one.
   __attribute__((noinline)) void modify(float* row, int64_t i, int64_t key, Span span, float* slopes) const {
-    for (int64_t j = span.begin; j < span.end; j += W) store(row + j, load(row + j) * p_.scale);
+    float factor = p_.scale;
     if (p_.softcap != 0) {
       const float inverse = 1.0f / p_.softcap;
       for (int64_t j = span.begin; j < span.end; j += W) {
-        const Vec t = vtanh(load(row + j) * inverse);
+        const Vec t = vtanh(load(row + j) * factor * inverse);
         store(row + j, t * p_.softcap);
         if (slopes != nullptr) store(slopes + j, 1.0f - t * t);
       }
+      factor = 1.0f;
     }
     switch (p_.bias_type) {
       case MaskType::none: break;
-      case MaskType::boolean: mask(row, i, key, span); break;
-      case MaskType::float32: add_bias<float>(row, i, key, span); break;
-      case MaskType::bfloat16: add_bias<bf16>(row, i, key, span); break;
-      case MaskType::float16: add_bias<f16>(row, i, key, span); break;
+      case MaskType::boolean: mask(row, i, key, span, factor); break;
+      case MaskType::float32: add_bias<float>(row, i, key, span, factor); break;
+      case MaskType::bfloat16: add_bias<bf16>(row, i, key, span, factor); break;
+      case MaskType::float16: add_bias<f16>(row, i, key, span, factor); break;
     }
+    if (p_.bias_type != MaskType::none) factor = 1.0f;
     if (p_.alibi_slopes != nullptr) {
       Vec distance = this->distance(i, key + span.begin);
       for (int64_t j = span.begin; j < span.end; j += W, distance += static_cast<float>(W))
-        store(row + j, load(row + j) - from_bits(bits(distance) & 0x7fffffffu) * slope_);
+        store(row + j, load(row + j) * factor - from_bits(bits(distance) & 0x7fffffffu) * slope_);
+    } else if (factor != 1.0f) {
+      for (int64_t j = span.begin; j < span.end; j += W) store(row + j, load(row + j) * factor);
     }
   }
 
@@ -115,30 +120,29 @@ class Scores {
   }
 
   template <class T>
-  TW_INLINE void add_bias(float* row, int64_t i, int64_t key, Span span) const {
+  TW_INLINE void add_bias(float* row, int64_t i, int64_t key, Span span, float factor) const {
     const T* bias = bias_row<T>(i);
     if (p_.bias_step == 0) {
       T repeated[W];
       for (int l = 0; l < W; ++l) repeated[l] = *bias;
       const Vec value = load(repeated);
-      for (int64_t j = span.begin; j < span.end; j += W) store(row + j, load(row + j) + value);
+      for (int64_t j = span.begin; j < span.end; j += W) store(row + j, load(row + j) * factor + value);
     } else {
       for_keys(key, span, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
-        store(row + j, load(row + j) + load(bias + key + j, lanes));
+        __builtin_prefetch(bias + 12 * p_.bias_strides.row + key + j);
+        store(row + j, load(row + j) * factor + load(bias + key + j, lanes));
       });
     }
   }
 
-  TW_INLINE void mask(float* row, int64_t i, int64_t key, Span span) const {
+  TW_INLINE void mask(float* row, int64_t i, int64_t key, Span span, float factor) const {
     const uint8_t* attend = bias_row<uint8_t>(i);
     if (p_.bias_step == 0) {
-      if (*attend == 0) blank(row, span.begin, span.end);
+      const bool seen = *attend != 0;
+      for (int64_t j = span.begin; j < span.end; j += W) store(row + j, seen ? load(row + j) * factor : splat(-kInfinity));
     } else {
-      typedef uint8_t Bytes __attribute__((vector_size(W)));
       for_keys(key, span, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
-        Bytes seen{};
-        std::memcpy(&seen, attend + key + j, lanes.count);
-        store(row + j, __builtin_convertvector(seen, VecI) != 0 ? load(row + j) : splat(-kInfinity));
+        store(row + j, load_bytes(attend + key + j, lanes) != 0u ? load(row + j) * factor : splat(-kInfinity));
       });
     }
   }

@@ -318,8 +318,9 @@ class GradientTile {
   __attribute__((noinline)) void store_dbias(const float* gradient, int64_t i, Span span) const {
     dispatch(p_.bias_dtype(), [&](auto t) {
       auto* out = static_cast<typename decltype(t)::type*>(dbias) + i * p_.keys + j0_;
+      const bool streaming = past_cache<typename decltype(t)::type>(dbias, p_.batch * p_.heads * p_.queries, p_.keys);
       for_each_vector(keys_, [&](int64_t j, auto lanes) {
-        store(out + j, j >= span.begin && j < span.end ? load(gradient + j) : zero(), lanes);
+        store_output(out + j, j >= span.begin && j < span.end ? load(gradient + j) : zero(), lanes, streaming);
       });
     });
   }

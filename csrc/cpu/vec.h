@@ -188,6 +188,26 @@ TW_INLINE void store_bits(void* p, VecH h, First lanes) {
 #endif
 }
 
+// Bytes, a lane each.
+TW_INLINE VecU load_bytes(const uint8_t* p, All) {
+  typedef uint8_t Bytes __attribute__((vector_size(W)));
+  Bytes b;
+  std::memcpy(&b, p, sizeof b);
+#if defined(__AVX512F__)
+  return (VecU)_mm512_cvtepu8_epi32((__m128i)b);
+#elif defined(__AVX2__)
+  return (VecU)_mm256_cvtepu8_epi32(_mm_cvtsi64_si128((long long)b));
+#else
+  return __builtin_convertvector(b, VecU);
+#endif
+}
+
+TW_INLINE VecU load_bytes(const uint8_t* p, First lanes) {
+  uint8_t b[W] = {};
+  std::memcpy(b, p, static_cast<size_t>(lanes.count));
+  return load_bytes(b, All{});
+}
+
 TW_INLINE Vec load(const float* p, All) {
   Vec v;
   std::memcpy(&v, p, sizeof v);
