@@ -35,10 +35,11 @@ def test_parity(case: Case, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [64, 128, 256])
-def test_long_sequences(dim: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_long_sequences(deterministic: bool, dim: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     q, k, v, dout = (torch.randn(2, 4, 1000, dim, device="cuda").to(dtype).requires_grad_() for _ in range(4))
-    out = ops.attention(q, k, v, causal=True)
+    out = ops.attention(q, k, v, causal=True, deterministic=deterministic)
     assert isinstance(out, Tensor)
     found = [out, *torch.autograd.grad(out, (q, k, v), dout)]
     wide = [t.detach().double().requires_grad_() for t in (q, k, v)]

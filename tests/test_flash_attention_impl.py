@@ -192,3 +192,21 @@ def test_compiled_code_takes_what_is_active(calls: list[str]) -> None:
     for got, want in zip(compiled(*qkv), gradients(*qkv), strict=True):
         torch.testing.assert_close(got, want)
     assert calls == 2 * ["cpu_forward", "cpu_backward"]
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(backend.unavailable("cuda") is not None, reason="needs an NVIDIA GPU and torchweld._cuda")
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_on_a_gpu(is_causal: bool) -> None:
+    """Under sdpa_kernel(FLASH_ATTENTION), which refuses to take anything else."""
+    qkv = [torch.randn(2, 4, 300, 64, device="cuda").bfloat16().requires_grad_() for _ in range(3)]
+    with torch_attention.sdpa_kernel(torch_attention.SDPBackend.FLASH_ATTENTION):
+        torchs = gradients(*qkv, is_causal=is_causal)
+        torch_attention.activate_flash_attention_impl("torchweld")
+        try:
+            ours = gradients(*qkv, is_causal=is_causal)
+        finally:
+            torch_attention.restore_flash_attention_impl()
+        assert same(gradients(*qkv, is_causal=is_causal)[:1], torchs[:1]) and not same(ours, torchs)
+    for got, want in zip(ours, torchs, strict=True):
+        torch.testing.assert_close(got, want, rtol=2e-2, atol=2e-2)

@@ -86,6 +86,8 @@ def attention(settings: Settings) -> Iterator[Work]:
         kinds = _BACKENDS if on_gpu and dtype.itemsize == 2 else {}
         for case in chosen:
             others: dict[str, Provider] = {name: partial(_by, kind, case) for name, kind in kinds.items()}
+            if kinds:  # what determinism costs
+                others["torchweld:atomics"] = replace(case, deterministic=False).ours
             # FLOPs: two products of 2 * D per pair forward (Q K^T, P V); backward five, P from the scores again.
             flops = {"forward": 4 * case.dim * _pairs(case), "backward": 10 * case.dim * _pairs(case)}
             sizes = {n: getattr(case, n) for n in ("name", "batch", "heads", "queries", "keys", "dim", "causal")}

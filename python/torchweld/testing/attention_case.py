@@ -45,6 +45,7 @@ class AttentionCase(Case):
     merged: bool = False
     unseen_nan: bool = False
     dropout: float = 0.0
+    deterministic: bool = True
 
     @property
     def op(self) -> str:
@@ -103,6 +104,7 @@ class AttentionCase(Case):
             "dropout_p": self.dropout,
             "seed": x.get("seed"),
             "causal_align": "bottom_right" if self.bottom_right else "top_left",
+            "deterministic": self.deterministic,
             "return_lse": self.lse,
         }
 
