@@ -35,7 +35,7 @@ class HeadDropout {
       } else {
         for (int part = 0; part < Compute::parts; ++part) {
           auto* p = reinterpret_cast<uint16_t*>(row) + Compute::element(j) + part * 512;
-          store_bits(p, load_bits(p, All{}) & narrow((VecU)kept), All{});
+          store_bits(p, load_bits(p, All{}) & narrow((VecU)kept >> 16), All{});
         }
       }
     }

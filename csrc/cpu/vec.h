@@ -95,18 +95,24 @@ TW_INLINE Vec keep(Vec v, First lanes, float other) {
 
 // ---- Conversions between 16 bits and float.
 
-// In one instruction, where GCC takes a vector of 16 apart.
+// In one instruction, where GCC takes a vector apart.
 TW_INLINE VecU widen(VecH h) {
 #if defined(__AVX512F__)
   return (VecU)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return (VecU)_mm256_cvtepu16_epi32((__m128i)h);
 #else
   return __builtin_convertvector(h, VecU);
 #endif
 }
 
+// Of values below 65536.
 TW_INLINE VecH narrow(VecU u) {
 #if defined(__AVX512F__)
   return (VecH)_mm512_cvtepi32_epi16((__m512i)u);
+#elif defined(__AVX2__)
+  const __m256i halves = _mm256_packus_epi32((__m256i)u, (__m256i)u);  // of each 128 bits
+  return (VecH)_mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0b1000));
 #else
   return __builtin_convertvector(u, VecH);
 #endif
@@ -132,7 +138,7 @@ TW_INLINE Vec widen_f16(VecH h) {
   return (Vec)_mm256_cvtph_ps((__m128i)h);
 #else
   // Exponent and mantissa move to float's places, scaling by 2^112 mends the bias and the subnormals.
-  const VecU u = __builtin_convertvector(h, VecU);
+  const VecU u = widen(h);
   const VecU magnitude = (u & 0x7fffu) << 13;
   const VecU scaled = bits(from_bits(magnitude) * 0x1p112f);
   const VecU finite_or_special = (magnitude >= VecU{} + 0x0f800000u) ? (magnitude | 0x7f800000u) : scaled;
