@@ -87,7 +87,7 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
 
     // Products.
     float s[MT][NT][4], ds[MT][NT][4];
-    const int here = ptx::opaque(warp()) * MT * 16;
+    const int here = ptx::opaque(warp()) * MT * 16;  // this warp's rows; like lane_anew()
     const uint32_t rows = ptx::opaque(memory.own[0] + here * Shape::kRowBytes);
     multiply_rows<T, D>(s, rows, memory.others(step, 0));
     if constexpr (kKey) multiply_rows<T, D>(ds, rows + memory.own[1] - memory.own[0], memory.others(step, 1));
@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
       multiply_columns<T, D>(dvalue, s, memory.others(step, 1));
     }
     if constexpr (kQuery) {
-      __syncthreads();
+      __syncthreads();  // all of dS is there; before it is written again comes the next step's barrier
       add_queries(p, head, memory, i0);
     }
   });
