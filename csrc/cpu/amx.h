@@ -98,8 +98,9 @@ TW_INLINE void multiply_tiles() {
 
 // C[16 M, 16 N] (+)= A[16 M, steps] B[steps, 16 N]. a_rows: from one row of blocks of A to the next. Of the products of parts
 // those are left out that are no more than a rounding of the first.
-template <int kParts, int M, int N, bool kAccumulate>
-TW_INLINE void tile_block(int64_t steps, const float* a, int64_t a_rows, const float* b, int64_t b_panel, float* c, int64_t ldc) {
+template <int kParts, int M, int N, bool kAccumulate, class Between>
+TW_INLINE void tile_block(int64_t steps, const float* a, int64_t a_rows, const float* b, int64_t b_panel, float* c, int64_t ldc,
+                          Between& between) {
   fence();
   if constexpr (kAccumulate) {
     _tile_loadd(0, c, ldc * 4);
@@ -114,14 +115,18 @@ TW_INLINE void tile_block(int64_t steps, const float* a, int64_t a_rows, const f
   }
   for (int64_t k = 0; k < steps; k += 16 * kParts, a += kBlock * kParts, b += kBlock * kParts) {
     // Each line loads one operand anew: third by first, second by first, second by second, first by second and so on.
-    if constexpr (kParts == 3) load_left<M>(a + 2 * kBlock, a_rows), load_right<N>(b, b_panel), multiply_tiles<M, N>();
-    if constexpr (kParts == 3) load_left<M>(a + kBlock, a_rows), multiply_tiles<M, N>();
-    if constexpr (kParts == 2) load_left<M>(a + kBlock, a_rows), load_right<N>(b, b_panel), multiply_tiles<M, N>();
-    if constexpr (kParts >= 2) load_right<N>(b + kBlock, b_panel), multiply_tiles<M, N>();
-    if constexpr (kParts >= 2) load_left<M>(a, a_rows), multiply_tiles<M, N>();
-    if constexpr (kParts == 3) load_right<N>(b + 2 * kBlock, b_panel), multiply_tiles<M, N>();
+    auto multiply = [&]() __attribute__((always_inline)) {
+      multiply_tiles<M, N>();
+      between();
+    };
+    if constexpr (kParts == 3) load_left<M>(a + 2 * kBlock, a_rows), load_right<N>(b, b_panel), multiply();
+    if constexpr (kParts == 3) load_left<M>(a + kBlock, a_rows), multiply();
+    if constexpr (kParts == 2) load_left<M>(a + kBlock, a_rows), load_right<N>(b, b_panel), multiply();
+    if constexpr (kParts >= 2) load_right<N>(b + kBlock, b_panel), multiply();
+    if constexpr (kParts >= 2) load_left<M>(a, a_rows), multiply();
+    if constexpr (kParts == 3) load_right<N>(b + 2 * kBlock, b_panel), multiply();
     if constexpr (kParts == 1) load_left<M>(a, a_rows);
-    load_right<N>(b, b_panel), multiply_tiles<M, N>();
+    load_right<N>(b, b_panel), multiply();
   }
   _tile_stored(0, c, ldc * 4);
   if constexpr (N > 1) _tile_stored(1, c + 16, ldc * 4);
@@ -131,19 +136,20 @@ TW_INLINE void tile_block(int64_t steps, const float* a, int64_t a_rows, const f
 }
 
 // A block of at most 32 x 32.
-template <int kParts, bool kAccumulate>
+template <int kParts, bool kAccumulate, class Between>
 TW_INLINE void tile_square(int64_t rows, int64_t columns, int64_t steps, const float* a, int64_t a_rows, const float* b,
-                           int64_t b_panel, float* c, int64_t ldc) {
+                           int64_t b_panel, float* c, int64_t ldc, Between&& between) {
   const bool tall = rows > 16, wide = columns > 16;
-  if (tall && wide) tile_block<kParts, 2, 2, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc);
-  else if (tall) tile_block<kParts, 2, 1, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc);
-  else if (wide) tile_block<kParts, 1, 2, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc);
-  else tile_block<kParts, 1, 1, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc);
+  if (tall && wide) tile_block<kParts, 2, 2, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc, between);
+  else if (tall) tile_block<kParts, 2, 1, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc, between);
+  else if (wide) tile_block<kParts, 1, 2, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc, between);
+  else tile_block<kParts, 1, 1, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc, between);
 }
 
 // gemm_store.
-template <class Compute>
-void tile_store(int64_t rows, int64_t steps, const Left& a, const Right& b, const Span* columns_of, float* c, int64_t ldc) {
+template <class Compute, class Between>
+void tile_store(int64_t rows, int64_t steps, const Left& a, const Right& b, const Span* columns_of, float* c, int64_t ldc,
+                Between&& between) {
   constexpr int64_t kRowsAtOnce = Compute::parts == 1 ? 16 : 32;
   for (int64_t m = 0; m < rows; m += kRowsAtOnce) {
     const Span& columns = columns_of[m / Compute::block_rows];
@@ -155,7 +161,7 @@ void tile_store(int64_t rows, int64_t steps, const Left& a, const Right& b, cons
     } else {
       for (; n < columns.end; n += 32)
         tile_square<Compute::parts, false>(rows - m, 32, steps, left, 16 * a.row, b.data + n / 16 * b.panel, b.panel,
-                                           c + m * ldc + n, ldc);
+                                           c + m * ldc + n, ldc, between);
     }
   }
 }
@@ -173,7 +179,7 @@ void tile_accumulate(int64_t rows, int64_t columns, const Left& a, const Right& 
         const int64_t begin = max_of(steps_of[m / kBlockRows].begin, k), end = min_of(steps_of[m / kBlockRows].end, k + kSteps);
         if (begin < end)
           tile_square<Compute::parts, true>(rows - m, columns - n, end - begin, a.data + m * a.row + begin * 16, 16 * a.row,
-                                            right + begin * 16, b.panel, c + m * ldc + n, ldc);
+                                            right + begin * 16, b.panel, c + m * ldc + n, ldc, Nothing{});
       }
     }
 }

@@ -14,7 +14,7 @@ template <class Compute>
 constexpr int64_t kTileQueries = 96;
 
 template <class Compute>
-constexpr int64_t kTileKeys = Compute::parts == 3 ? 64 : Compute::per_word / Compute::parts == 2 ? 512 : 256;
+constexpr int64_t kTileKeys = Compute::per_word / Compute::parts == 2 ? 512 : 256;
 
 // Products are made and weighed for so many rows and keys at a time. Whole tiles, in place, where the micro-kernel wants to
 // keep a panel of keys in L1 for many rows; with tile registers, few enough that they never leave L1 themselves.
@@ -35,11 +35,13 @@ class Softmax {
                 "whole blocks");
 
  public:
+  // Whether a part is weighed between the products of the next one: pays where an element has several products.
+  static constexpr bool kOverlap = Compute::parts > 1;
   // In words, of a row of products and of weights. No powers of two: rows would share cache sets.
   static constexpr int64_t product_stride = kChunk<Compute> + 16;
   static constexpr int64_t weight_stride = Compute::tiles ? kTileKeys<Compute> / 2 * Compute::parts : product_stride;
   // Of products: those at hand, or with tiles a whole row of chunks that is weighed again.
-  static constexpr int64_t product_words = Compute::tiles ? kGroup<Compute> * product_stride * (kTileKeys<Compute> / kChunk<Compute>) : 0;
+  static constexpr int64_t product_words = Compute::tiles ? kGroup<Compute> * product_stride * max_of(kTileKeys<Compute> / kChunk<Compute>, 2) : 0;
 
   // A tile of queries against a tile of keys.
   struct Tile {
@@ -103,13 +105,14 @@ class Softmax {
   }
 
   // Rows [first, first + kGroup) and columns [begin, begin + kChunk).
-  TW_INLINE void multiply(const Tile& at, int64_t first, int64_t begin, float* products) const {
+  template <class Between = Nothing>
+  TW_INLINE void multiply(const Tile& at, int64_t first, int64_t begin, float* products, Between&& between = {}) const {
     const int64_t count = min_of(kGroup<Compute>, at.rows - first);
     Span part[kBlocks];
     for (int64_t n = 0; n < count; n += kBlockRows) part[n / kBlockRows] = at.seen(first + n, begin);
     gemm_store<Compute>(count, at.steps, rows_from(at.queries, first),
                         {at.keys.data + begin * at.steps, at.keys.step, at.keys.panel}, part, products,
-                        product_stride);
+                        product_stride, between);
   }
 
   static TW_INLINE Vec largest(const float* row, Span span) {
@@ -166,17 +169,36 @@ class Softmax {
     if (begin >= end) return;
 
     const int64_t groups = ceil_div(at.rows, kGroup<Compute>), parts = groups * ceil_div(end - begin, kChunk<Compute>);
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t first = part % groups * kGroup<Compute>, last = min_of(first + kGroup<Compute>, at.rows);
-      const int64_t c = begin + part / groups * kChunk<Compute>;
-      multiply(at, first, c, at.products);
-      const bool bare = scores.bare(at.i0 + first, at.i0 + last, at.j0 + c, at.j0 + min_of(c + kChunk<Compute>, end));
-      for (int64_t r = first; r < last; r += W) weigh_rows(scores, at, {r, min_of(r + W, last)}, c, bare, at.products + (r - first) * product_stride);
+    Part pending{};
+    for (int64_t n = 0; n < parts; ++n) {
+      const int64_t first = n % groups * kGroup<Compute>, c = begin + n / groups * kChunk<Compute>;
+      Part part{{first, min_of(first + kGroup<Compute>, at.rows)}, c, at.products};
+      if constexpr (kOverlap) {
+        part.products += n % 2 * kGroup<Compute> * product_stride;
+        const Span span = at.seen(first, c);
+        const int64_t lines = max_of((span.end - span.begin) / 32 * at.steps / 16, 1) * 2;
+        const int64_t rows = pending.rows.end - pending.rows.begin;
+        int64_t due = 0;
+        multiply(at, first, c, part.products, [&]() __attribute__((always_inline)) {
+          for (due += rows; due >= lines; due -= lines) weigh_next(scores, at, pending);
+        });
+      } else {
+        multiply(at, first, c, part.products);
+      }
+      while (pending.rows.begin < pending.rows.end) weigh_next(scores, at, pending);
+      const bool bare = scores.bare(at.i0 + first, at.i0 + part.rows.end, at.j0 + c, at.j0 + min_of(c + kChunk<Compute>, end));
+      for (int64_t r = first; r < part.rows.end; r += W)
+        prepare(scores, at, {r, min_of(r + W, part.rows.end)}, c, bare, part.products + (r - first) * product_stride);
+      pending = part;
+      if constexpr (!kOverlap) {
+        while (pending.rows.begin < pending.rows.end) weigh_next(scores, at, pending);
+      }
     }
+    while (pending.rows.begin < pending.rows.end) weigh_next(scores, at, pending);
   }
 
-  // Up to W rows of a chunk of columns.
-  TW_INLINE void weigh_rows(const Scores& scores, const Tile& at, Span rows, int64_t c, bool bare, float* products) {
+  // Up to W rows of a chunk of columns: their scores, and maxima of those that have none.
+  TW_INLINE void prepare(const Scores& scores, const Tile& at, Span rows, int64_t c, bool bare, float* products) {
     bool fresh = false;
     for (int64_t r = rows.begin; r < rows.end; ++r) {
       const Span span = at.seen(r, c);
@@ -184,19 +206,28 @@ class Softmax {
       if (!bare) scores.finish(products + (r - rows.begin) * product_stride, at.i0 + r, at.j0 + c, span, nullptr);
       fresh |= max_[r] == -kInfinity;
     }
-    if (fresh) {
-      Vec top[W];
-      for (int n = 0; n < W; ++n) {
-        const Span span = rows.begin + n < rows.end ? at.seen(rows.begin + n, c) : Span{0, 0};
-        top[n] = span.begin < span.end ? largest(products + n * product_stride, span) : splat(-kInfinity);
-      }
-      const Vec before = load(max_ + rows.begin), tops = reduce(top, [](Vec a, Vec b) { return vmax(a, b); }) * scores.unit();
-      store(max_ + rows.begin, before == splat(-kInfinity) ? tops : before);
+    if (!fresh) return;
+    Vec top[W];
+    for (int n = 0; n < W; ++n) {
+      const Span span = rows.begin + n < rows.end ? at.seen(rows.begin + n, c) : Span{0, 0};
+      top[n] = span.begin < span.end ? largest(products + n * product_stride, span) : splat(-kInfinity);
     }
-    for (int64_t r = rows.begin; r < rows.end; ++r) {
-      const Span span = at.seen(r, c);
-      if (span.begin < span.end) weight_[r] += weigh_row(scores, at, r, c, span, products + (r - rows.begin) * product_stride);
-    }
+    const Vec before = load(max_ + rows.begin), tops = reduce(top, [](Vec a, Vec b) { return vmax(a, b); }) * scores.unit();
+    store(max_ + rows.begin, before == splat(-kInfinity) ? tops : before);
+  }
+
+  // Rows whose scores in the columns from c on are final, but which are not weighed yet.
+  struct Part {
+    Span rows;
+    int64_t c;
+    float* products;
+  };
+
+  __attribute__((noinline)) void weigh_next(const Scores& scores, const Tile& at, Part& part) {
+    const int64_t r = part.rows.begin++;
+    const Span span = at.seen(r, part.c);
+    if (span.begin < span.end) weight_[r] += weigh_row(scores, at, r, part.c, span, part.products);
+    part.products += product_stride;
   }
 
   // Adds the weights of rows [first, last) to their sums; false, and nothing is added, where one has become too large.

@@ -121,8 +121,8 @@ struct ComputeOf<bf16> { using type = Bf16Pairs; };
   #endif
 #endif
 
-TW_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-TW_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+constexpr int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+constexpr int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 TW_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 TW_INLINE int64_t round_down(int64_t a, int64_t b) { return a / b * b; }
@@ -211,6 +211,10 @@ void multiply_vectors(int64_t vectors, int64_t rows, Span steps, const Left& a, 
   }
 }
 
+struct Nothing {
+  TW_INLINE void operator()() const {}
+};
+
 TW_INLINE Left rows_from(const Left& a, int64_t m) { return {a.data + m * a.row, a.row, a.step}; }
 
 }  // namespace
@@ -230,10 +234,11 @@ struct TileScope {
 #endif
 
 // C = A B. columns_of[m / block_rows]: the columns, multiples of column_unit, that are wanted of a block of rows.
-template <class Compute>
-void gemm_store(int64_t rows, int64_t steps, const Left& a, const Right& b, const Span* columns_of, float* c, int64_t ldc) {
+template <class Compute, class Between = Nothing>
+void gemm_store(int64_t rows, int64_t steps, const Left& a, const Right& b, const Span* columns_of, float* c, int64_t ldc,
+                [[maybe_unused]] Between&& between = {}) {
 #if defined(__AMX_BF16__)
-  if constexpr (Compute::tiles) return tile_store<Compute>(rows, steps, a, b, columns_of, c, ldc);
+  if constexpr (Compute::tiles) return tile_store<Compute>(rows, steps, a, b, columns_of, c, ldc, between);
 #endif
   int64_t last = 0;
   for (int64_t m = 0; m < rows; m += kRows) last = max_of(last, columns_of[m / kRows].end);
