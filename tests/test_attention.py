@@ -51,13 +51,16 @@ WIDE = [
     wide("everything", 75, 130, heads=4, kv_heads=2, value_dim=24, causal=True, bottom_right=True, window=(60, None),
          softcap=3.0, bias=(1, 4, 75, 130), alibi=True, sinks=True, lse=True),
     # From 256 rows on float32 may go by other instructions.
-    *(wide(f"long, D {d}, Dv {v}", 259, 300, heads=1, dim=d, value_dim=v) for d, v in ((7, 256), (33, 16), (128, 128), (40, 72))),
+    *(
+        wide(f"long, D {d}, Dv {v}", 259, 300, heads=1, dim=d, value_dim=v)
+        for d, v in ((7, 256), (33, 16), (128, 128), (40, 72))
+    ),
     wide("long, merged GQA", 290, 290, heads=4, kv_heads=2, merged=True, causal=True, sinks=True, lse=True),
     wide("long, mask", 261, 300, bias=(1, 2, 261, 300), masks=True),
     wide("long, bias", 261, 300, bias=(1, 2, 261, 300), softcap=5.0),
     wide("long, alibi and dropout", 270, 400, causal=True, bottom_right=True, alibi=True, dropout=0.2),
-    wide("long, everything", 275, 330, heads=4, kv_heads=2, value_dim=24, causal=True, bottom_right=True, window=(60, None),
-         softcap=3.0, bias=(1, 4, 275, 330), alibi=True, sinks=True, lse=True),
+    wide("long, everything", 275, 330, heads=4, kv_heads=2, value_dim=24, causal=True, bottom_right=True,
+         window=(60, None), softcap=3.0, bias=(1, 4, 275, 330), alibi=True, sinks=True, lse=True),
 ]  # fmt: skip
 
 
