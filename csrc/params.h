@@ -13,9 +13,9 @@ enum class DType : int32_t { float32, bfloat16, float16 };
 // A CUDA stream; nullptr on the CPU.
 using Stream = void*;
 
-// y = (s - mean) * rstd * (weight + weight_offset) + bias over rows of N, where s = input, or residual + dropout(input).
-// RMS norm is a layer norm that is not centred: its mean is 0, and rstd that of the mean square.
-// M rows, N columns. `dtype` is that of the activations, `weight_dtype` that of weight, bias and their gradients,
+// y = (s - mean) * rstd * (weight + weight_offset) + bias over rows of N, where s = input, or residual +
+// dropout(input). RMS norm is a layer norm that is not centred: its mean is 0, and rstd that of the mean square. M
+// rows, N columns. `dtype` is that of the activations, `weight_dtype` that of weight, bias and their gradients,
 // `sum_dtype` that of residual and sum: float32 or `dtype`, which it is without a residual.
 struct LayerNormForwardParams {
   int64_t rows, cols;
@@ -23,15 +23,15 @@ struct LayerNormForwardParams {
   bool centred;
   float weight_offset;  // 1 for a zero-centred weight, else 0
   DType dtype, weight_dtype, sum_dtype;
-  Dropout dropout;       // of the input, only with a residual; element (row, column) of its mask is that of the input
-  const void* input;     // [M, N]
-  const void* residual;  // [M, N], nullptr: plain layer norm
-  const void* weight;    // [N], nullptr: ones
-  const void* bias;      // [N], nullptr: zeros
-  void* sum;             // [M, N] what is normalised, nullptr without a residual
-  void* output;          // [M, N]
-  float* mean;           // [M], nullptr: not centred, or no backward will follow
-  float* rstd;           // [M], nullptr: no backward will follow
+  Dropout dropout;         // of the input, only with a residual; element (row, column) of its mask is that of the input
+  const void* input;       // [M, N]
+  const void* residual;    // [M, N], nullptr: plain layer norm
+  const void* weight;      // [N], nullptr: ones
+  const void* bias;        // [N], nullptr: zeros
+  void* sum;               // [M, N] what is normalised, nullptr without a residual
+  void* output;            // [M, N]
+  float* mean;             // [M], nullptr: not centred, or no backward will follow
+  float* rstd;             // [M], nullptr: no backward will follow
   float* workspace;        // [workspace_size]
   int64_t workspace_size;  // at least what layer_norm_forward_workspace asks for
 };
@@ -52,19 +52,19 @@ struct LayerNormBackwardParams {
   void* dweight;        // [N], nullptr: not wanted
   void* dbias;          // [N], nullptr: not wanted
   int64_t blocks;       // of the workspace, as many as layer_norm_workspace asks for
-  float* partial;       // [blocks, 2, N] workspace: dweight and dbias of each block of rows, to be summed in a fixed order
+  float* partial;  // [blocks, 2, N] workspace: dweight and dbias of each block of rows, to be summed in a fixed order
 };
 
 // One tensor of an optimizer's list: the parameter and what belongs to it, dense and with the same strides, so that the
 // order of the elements in memory serves for all of them. A list is worked on as one range: its concatenation, in which
 // each tensor is padded to whole chunks.
 struct OptimizerTensor {
-  void* param;      // [numel]
-  void* grad;       // [numel], written only when there is a grad_scale or zero_grads
-  float* master;    // [numel] what is stepped in param's place, which becomes its rounding; nullptr: param itself
-  void* state[3];   // [numel] AdamW: mean of the gradient, of its square, and its maximum (nullptr: no AMSGrad).
-                    // SGD: momentum buffer (nullptr: no momentum)
-  float* step;      // [] updates so far; SGD does not count them
+  void* param;     // [numel]
+  void* grad;      // [numel], written only when there is a grad_scale or zero_grads
+  float* master;   // [numel] what is stepped in param's place, which becomes its rounding; nullptr: param itself
+  void* state[3];  // [numel] AdamW: mean of the gradient, of its square, and its maximum (nullptr: no AMSGrad).
+                   // SGD: momentum buffer (nullptr: no momentum)
+  float* step;     // [] updates so far; SGD does not count them
   int64_t numel;
   int64_t begin;                           // where it starts in the concatenation
   DType dtype, grad_dtype, state_dtype;    // of param, of grad, of the state
@@ -81,8 +81,8 @@ struct OptimizerParams {
   OptimizerTensor* table;    // [count], their copy on the device; nullptr on the CPU
   double lr, weight_decay, max_grad_norm;
   bool maximize;
-  bool zero_grads;          // gradients are left as zeros, also after an overflow
-  bool stochastic;          // bfloat16 parameters are rounded at random: reference/optimizer.py
+  bool zero_grads;  // gradients are left as zeros, also after an overflow
+  bool stochastic;  // bfloat16 parameters are rounded at random: reference/optimizer.py
   uint64_t rounding_seed;
   const float* lr_tensor;   // [], nullptr: lr above
   const float* grad_norm;   // [] of the unscaled gradients, nullptr: no clipping
@@ -112,10 +112,10 @@ struct GradNormParams {
 // out = softmax(scores) @ value per batch B and head H, with N queries and keys of size D (values: Dv). In this order:
 //   scores = query @ key^T * scale,  softcap * tanh(scores / softcap),  + bias,  - slope * |i + shift - j|,
 // and query i sees key j only where i + shift - left <= j <= i + shift + right. A sink adds exp(sink) to the softmax's
-// denominator. Dropout multiplies the softmax by a mask. Hkv divides H: query head h uses key and value head h / (H / Hkv).
-// Packed sequences lie one after another along the rows: [total_q, H, D] stands for [B, H, Nq, D], [H, total_q] for
-// [B, H, Nq], and B counts them.
-// Strides are in elements; along the last dimension it is 1. If packed, that of the batch is 0.
+// denominator. Dropout multiplies the softmax by a mask. Hkv divides H: query head h uses key and value head h / (H /
+// Hkv). Packed sequences lie one after another along the rows: [total_q, H, D] stands for [B, H, Nq, D], [H, total_q]
+// for [B, H, Nq], and B counts them. Strides are in elements; along the last dimension it is 1. If packed, that of the
+// batch is 0.
 struct Strides {
   int64_t batch, head, row;
 };
@@ -123,32 +123,35 @@ struct Strides {
 enum class MaskType : int32_t { none, boolean, float32, bfloat16, float16 };
 
 struct AttentionInputs {
-  int64_t batch, heads, kv_heads, queries, keys, dim, value_dim;  // B, H, Hkv, Nq, Nk, D, Dv; packed: the longest Nq, Nk
-  int64_t total_q, total_k;                                       // rows of query, key and value: Nq, Nk unless packed
-  const int32_t* cu_seqlens_q;                                    // [B + 1] where each sequence starts; nullptr: not packed
-  const int32_t* cu_seqlens_k;                                    // [B + 1]
-  int64_t first_row;                                              // 0; of one packed sequence: cu_seqlens_q of it
-  DType dtype;                                                    // of query, key, value, output and their gradients
+  int64_t batch, heads, kv_heads, queries, keys, dim,
+      value_dim;                // B, H, Hkv, Nq, Nk, D, Dv; packed: the longest Nq, Nk
+  int64_t total_q, total_k;     // rows of query, key and value: Nq, Nk unless packed
+  const int32_t* cu_seqlens_q;  // [B + 1] where each sequence starts; nullptr: not packed
+  const int32_t* cu_seqlens_k;  // [B + 1]
+  int64_t first_row;            // 0; of one packed sequence: cu_seqlens_q of it
+  DType dtype;                  // of query, key, value, output and their gradients
   float scale;
-  float softcap;               // 0: none
-  int64_t left, right;         // the band of keys that a query sees; at most kUnbounded
-  bool bottom_right;           // shift is Nk - Nq, not 0
-  Dropout dropout;             // the mask's rows are counted as row() does, its columns as keys of the sequence
-  const void* query;           // [B, H, Nq, D]
-  const void* key;             // [B, Hkv, Nk, D]
-  const void* value;           // [B, Hkv, Nk, Dv]
+  float softcap;        // 0: none
+  int64_t left, right;  // the band of keys that a query sees; at most kUnbounded
+  bool bottom_right;    // shift is Nk - Nq, not 0
+  Dropout dropout;      // the mask's rows are counted as row() does, its columns as keys of the sequence
+  const void* query;    // [B, H, Nq, D]
+  const void* key;      // [B, Hkv, Nk, D]
+  const void* value;    // [B, Hkv, Nk, Dv]
   Strides query_strides, key_strides, value_strides;
   MaskType bias_type;
-  const void* bias;                            // [B, H, Nq, Nk], boolean (1: attend) or additive; nullptr: none
-  Strides bias_strides;                        // 0 where it is broadcast
-  int64_t bias_step;                           // along the keys: 1, or 0 where it is broadcast
-  const float* alibi_slopes;                   // [B, H], nullptr: none
-  int64_t alibi_batch_stride;                  // H, or 0 where it is broadcast
-  const float* sinks;                          // [H], nullptr: none
-  float* workspace;                            // [workspace_size]
-  int64_t workspace_size;                      // at least what the op's workspace function asks for
+  const void* bias;            // [B, H, Nq, Nk], boolean (1: attend) or additive; nullptr: none
+  Strides bias_strides;        // 0 where it is broadcast
+  int64_t bias_step;           // along the keys: 1, or 0 where it is broadcast
+  const float* alibi_slopes;   // [B, H], nullptr: none
+  int64_t alibi_batch_stride;  // H, or 0 where it is broadcast
+  const float* sinks;          // [H], nullptr: none
+  float* workspace;            // [workspace_size]
+  int64_t workspace_size;      // at least what the op's workspace function asks for
 
-  TW_HOST_DEVICE int64_t shift() const { return bottom_right ? keys - queries : 0; }  // packed: of each sequence, from its own lengths
+  TW_HOST_DEVICE int64_t shift() const {
+    return bottom_right ? keys - queries : 0;
+  }  // packed: of each sequence, from its own lengths
 
   // Where head (b, h) begins in what has one value per row, [B, H, Nq]. Packed: [H, total_q], b is 0 and the rows of a
   // sequence begin at `first_row`.
@@ -156,7 +159,9 @@ struct AttentionInputs {
 
   // Of an additive bias.
   DType bias_dtype() const {
-    return bias_type == MaskType::bfloat16 ? DType::bfloat16 : bias_type == MaskType::float16 ? DType::float16 : DType::float32;
+    return bias_type == MaskType::bfloat16  ? DType::bfloat16
+           : bias_type == MaskType::float16 ? DType::float16
+                                            : DType::float32;
   }
 };
 
@@ -169,8 +174,8 @@ struct AttentionForwardParams : AttentionInputs {
 };
 
 // A few queries over a cache in blocks: key j of batch b is row j % block_size of block block_table[b, j / block_size].
-// key and value are [blocks, Hkv, block_size, D] and [.., Dv], the batch of their strides is a block. No batch has more than
-// `keys`; shift is that of each batch, from its own number of keys.
+// key and value are [blocks, Hkv, block_size, D] and [.., Dv], the batch of their strides is a block. No batch has more
+// than `keys`; shift is that of each batch, from its own number of keys.
 struct PagedAttentionParams : AttentionForwardParams {
   const int32_t* block_table;    // [B, table_width]; those past the last key may be anything
   const int32_t* cache_seqlens;  // [B] keys of each batch
@@ -184,9 +189,9 @@ struct AttentionBackwardParams : AttentionInputs {
   bool deterministic;  // the same bits on every run; else sums may be added up in any order
   const float* lse;    // [B, H, Nq]
   const float* dlse;   // [B, H, Nq], nullptr: none
-  void* dquery;       // [B, H, Nq, D], nullptr: not wanted; so for all that follow
-  void* dkey;         // [B, Hkv, Nk, D]
-  void* dvalue;       // [B, Hkv, Nk, Dv]
+  void* dquery;        // [B, H, Nq, D], nullptr: not wanted; so for all that follow
+  void* dkey;          // [B, Hkv, Nk, D]
+  void* dvalue;        // [B, Hkv, Nk, Dv]
   Strides dquery_strides, dkey_strides, dvalue_strides;
   void* dbias;               // [dbias_extents] contiguous, of bias's dtype
   int64_t dbias_extents[4];  // B, H, Nq and Nk, or 1 where bias is broadcast

@@ -53,11 +53,13 @@ struct TorchApi {
     if (!py::hasattr(type, "__dlpack_c_exchange_api__"))
       throw py::import_error("torchweld needs torch >= 2.10: torch.Tensor has no __dlpack_c_exchange_api__");
     auto capsule = type.attr("__dlpack_c_exchange_api__").cast<py::capsule>();
-    auto* exchange = static_cast<const dlpack::ExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    auto* exchange =
+        static_cast<const dlpack::ExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (exchange == nullptr) throw py::error_already_set();
     while (exchange->major != 1 && exchange->previous != nullptr) exchange = exchange->previous;
     if (exchange->major != 1)
-      throw py::import_error("torchweld speaks DLPack 1, this torch offers only version " + std::to_string(exchange->major));
+      throw py::import_error("torchweld speaks DLPack 1, this torch offers only version " +
+                             std::to_string(exchange->major));
     py::object parameter = py::module_::import("torch.nn").attr("Parameter");
     py::object dispatch = type.attr("__torch_dispatch__");
     return {reinterpret_cast<PyTypeObject*>(type.release().ptr()),
@@ -67,9 +69,12 @@ struct TorchApi {
 
 inline const char* name_of(DType dtype) {
   switch (dtype) {
-    case DType::float32: return "float32";
-    case DType::bfloat16: return "bfloat16";
-    case DType::float16: return "float16";
+    case DType::float32:
+      return "float32";
+    case DType::bfloat16:
+      return "bfloat16";
+    case DType::float16:
+      return "float16";
   }
   return "unknown";
 }
@@ -123,7 +128,8 @@ class Arguments {
   // Pointer to a contiguous tensor of this number of signed integers of so many bits.
   void* integers(const TensorView& t, const char* name, int bits, int64_t numel) const {
     check_device(t, name);
-    if (t.dtype.code != dlpack::kInt || t.dtype.bits != bits) fail(name, "dtype int" + std::to_string(bits), name_of(t.dtype));
+    if (t.dtype.code != dlpack::kInt || t.dtype.bits != bits)
+      fail(name, "dtype int" + std::to_string(bits), name_of(t.dtype));
     check_contiguous(t, name);
     if (t.numel() != numel) fail(name, std::to_string(numel) + " elements", "shape " + list(t.shape, t.ndim));
     return static_cast<char*>(t.data) + t.byte_offset;
@@ -190,7 +196,9 @@ class Arguments {
   }
 
   static std::string device_name(dlpack::Device d) {
-    std::string kind = d.type == dlpack::kCPU ? "cpu" : d.type == dlpack::kCUDA ? "cuda" : "device type " + std::to_string(d.type);
+    std::string kind = d.type == dlpack::kCPU    ? "cpu"
+                       : d.type == dlpack::kCUDA ? "cuda"
+                                                 : "device type " + std::to_string(d.type);
     return d.type == dlpack::kCPU ? kind : kind + ":" + std::to_string(d.index);
   }
 

@@ -1,7 +1,7 @@
-// The products of gemm.h on Intel's AMX tiles: eight registers of 16 rows x 16 words. One instruction multiplies 16 x 32
-// by 32 x 16 bf16 into 16 x 16 float32, eight times what the vector units do in the same cycles. So memory is what counts:
-// operands are made of blocks of the size of a tile, one after the other, which the prefetchers follow.
-// Intel: Architecture Instruction Set Extensions Programming Reference, chapter 3.
+// The products of gemm.h on Intel's AMX tiles: eight registers of 16 rows x 16 words. One instruction multiplies 16 x
+// 32 by 32 x 16 bf16 into 16 x 16 float32, eight times what the vector units do in the same cycles. So memory is what
+// counts: operands are made of blocks of the size of a tile, one after the other, which the prefetchers follow. Intel:
+// Architecture Instruction Set Extensions Programming Reference, chapter 3.
 #pragma once
 
 #include "cpu/gemm.h"
@@ -9,8 +9,8 @@
 namespace torchweld::cpu {
 namespace {
 
-// While it lives, the thread's tiles are all 16 x 16 words. What another library had set up is put back: some do so once
-// per thread and rely on it.
+// While it lives, the thread's tiles are all 16 x 16 words. What another library had set up is put back: some do so
+// once per thread and rely on it.
 class TileScope {
   struct alignas(64) Config {
     uint8_t palette, start_row, reserved[14];
@@ -30,8 +30,10 @@ class TileScope {
     _tile_loadconfig(&ours);
   }
   ~TileScope() {
-    if (before_.palette != 0) _tile_loadconfig(&before_);
-    else _tile_release();
+    if (before_.palette != 0)
+      _tile_loadconfig(&before_);
+    else
+      _tile_release();
   }
   TileScope(const TileScope&) = delete;
 
@@ -96,11 +98,11 @@ TW_INLINE void multiply_tiles() {
   if constexpr (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
 }
 
-// C[16 M, 16 N] (+)= A[16 M, steps] B[steps, 16 N]. a_rows: from one row of blocks of A to the next. Of the products of parts
-// those are left out that are no more than a rounding of the first.
+// C[16 M, 16 N] (+)= A[16 M, steps] B[steps, 16 N]. a_rows: from one row of blocks of A to the next. Of the products of
+// parts those are left out that are no more than a rounding of the first.
 template <int kParts, int M, int N, bool kAccumulate, class Between>
-TW_INLINE void tile_block(int64_t steps, const float* a, int64_t a_rows, const float* b, int64_t b_panel, float* c, int64_t ldc,
-                          Between& between) {
+TW_INLINE void tile_block(int64_t steps, const float* a, int64_t a_rows, const float* b, int64_t b_panel, float* c,
+                          int64_t ldc, Between& between) {
   fence();
   if constexpr (kAccumulate) {
     _tile_loadd(0, c, ldc * 4);
@@ -140,23 +142,28 @@ template <int kParts, bool kAccumulate, class Between>
 TW_INLINE void tile_square(int64_t rows, int64_t columns, int64_t steps, const float* a, int64_t a_rows, const float* b,
                            int64_t b_panel, float* c, int64_t ldc, Between&& between) {
   const bool tall = rows > 16, wide = columns > 16;
-  if (tall && wide) tile_block<kParts, 2, 2, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc, between);
-  else if (tall) tile_block<kParts, 2, 1, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc, between);
-  else if (wide) tile_block<kParts, 1, 2, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc, between);
-  else tile_block<kParts, 1, 1, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc, between);
+  if (tall && wide)
+    tile_block<kParts, 2, 2, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc, between);
+  else if (tall)
+    tile_block<kParts, 2, 1, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc, between);
+  else if (wide)
+    tile_block<kParts, 1, 2, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc, between);
+  else
+    tile_block<kParts, 1, 1, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc, between);
 }
 
 // gemm_store.
 template <class Compute, class Between>
-void tile_store(int64_t rows, int64_t steps, const Left& a, const Right& b, const Span* columns_of, float* c, int64_t ldc,
-                Between&& between) {
+void tile_store(int64_t rows, int64_t steps, const Left& a, const Right& b, const Span* columns_of, float* c,
+                int64_t ldc, Between&& between) {
   constexpr int64_t kRowsAtOnce = Compute::parts == 1 ? 16 : 32;
   for (int64_t m = 0; m < rows; m += kRowsAtOnce) {
     const Span& columns = columns_of[m / Compute::block_rows];
     const float* left = a.data + m * a.row;
     int64_t n = columns.begin;
     if constexpr (Compute::parts == 1) {
-      for (; n + 64 <= columns.end; n += 64) tile_row<4>(steps, left, b.data + n / 16 * b.panel, b.panel, c + m * ldc + n, ldc);
+      for (; n + 64 <= columns.end; n += 64)
+        tile_row<4>(steps, left, b.data + n / 16 * b.panel, b.panel, c + m * ldc + n, ldc);
       if (n < columns.end) tile_row<2>(steps, left, b.data + n / 16 * b.panel, b.panel, c + m * ldc + n, ldc);
     } else {
       for (; n < columns.end; n += 32)
@@ -168,7 +175,8 @@ void tile_store(int64_t rows, int64_t steps, const Left& a, const Right& b, cons
 
 // gemm_accumulate. So many steps at a time that a column of B's tiles stays in L1 for all rows.
 template <class Compute>
-void tile_accumulate(int64_t rows, int64_t columns, const Left& a, const Right& b, const Span* steps_of, float* c, int64_t ldc) {
+void tile_accumulate(int64_t rows, int64_t columns, const Left& a, const Right& b, const Span* steps_of, float* c,
+                     int64_t ldc) {
   constexpr int64_t kUnit = 16 * Compute::parts, kSteps = 256 / kUnit * kUnit, kBlockRows = Compute::block_rows;
   int64_t last = 0;
   for (int64_t m = 0; m < rows; m += kBlockRows) last = max_of(last, steps_of[m / kBlockRows].end);
@@ -176,10 +184,11 @@ void tile_accumulate(int64_t rows, int64_t columns, const Left& a, const Right& 
     for (int64_t n = 0; n < columns; n += 32) {
       const float* right = b.data + n / 16 * b.panel;
       for (int64_t m = 0; m < rows; m += kBlockRows) {
-        const int64_t begin = max_of(steps_of[m / kBlockRows].begin, k), end = min_of(steps_of[m / kBlockRows].end, k + kSteps);
+        const int64_t begin = max_of(steps_of[m / kBlockRows].begin, k),
+                      end = min_of(steps_of[m / kBlockRows].end, k + kSteps);
         if (begin < end)
-          tile_square<Compute::parts, true>(rows - m, columns - n, end - begin, a.data + m * a.row + begin * 16, 16 * a.row,
-                                            right + begin * 16, b.panel, c + m * ldc + n, ldc, Nothing{});
+          tile_square<Compute::parts, true>(rows - m, columns - n, end - begin, a.data + m * a.row + begin * 16,
+                                            16 * a.row, right + begin * 16, b.panel, c + m * ldc + n, ldc, Nothing{});
       }
     }
 }

@@ -5,10 +5,9 @@
 //
 // Prepare: every head's delta, and query and doutput packed. Main: a task owns a chunk of the keys of one key head, all
 // of its query heads and all queries that see the chunk; dkey and dvalue of a tile of keys stay in its cache, dquery
-// goes to a partial sum of its own. Finish: the chunks' partials are added first to last. How many chunks there are depends
-// on the shape alone, so the sums have one order at any number of threads.
-// 2 Nq Nk (3 D + 2 Dv) FLOPs per head; memory is O(N) per chunk. Every gradient is accumulated in float32.
-// Dao: FlashAttention-2, arXiv:2307.08691.
+// goes to a partial sum of its own. Finish: the chunks' partials are added first to last. How many chunks there are
+// depends on the shape alone, so the sums have one order at any number of threads. 2 Nq Nk (3 D + 2 Dv) FLOPs per head;
+// memory is O(N) per chunk. Every gradient is accumulated in float32. Dao: FlashAttention-2, arXiv:2307.08691.
 
 #include "cpu/attention_sequences.h"
 #include "cpu/attention_tile.h"
@@ -17,10 +16,10 @@
 namespace torchweld::cpu {
 namespace {
 
-constexpr int64_t kTasks = 16;          // chunks of keys are made until there are so many tasks
-constexpr int64_t kChunkKeys = 256;     // but none shorter than this
+constexpr int64_t kTasks = 16;       // chunks of keys are made until there are so many tasks
+constexpr int64_t kChunkKeys = 256;  // but none shorter than this
 constexpr int64_t kTileKeys = 192;
-constexpr int64_t kPrepareRows = 192;   // of queries, per task of the first and the last pass
+constexpr int64_t kPrepareRows = 192;  // of queries, per task of the first and the last pass
 
 // Sizes of a sequence, in words. share: of the work of all sequences.
 template <class T, class Compute>
@@ -45,11 +44,13 @@ struct BackwardPlan {
   }
 
   int64_t tile_words(const AttentionBackwardParams& p) const {
-    return Tile::scratch_words(p, tile_keys) + max_of(tile_keys * (key_width + value_width), Tile::kQueries * tile_keys);
+    return Tile::scratch_words(p, tile_keys) +
+           max_of(tile_keys * (key_width + value_width), Tile::kQueries * tile_keys);
   }
   // dalibi_slopes has a sum of its own for every query head and block of its queries.
   int64_t own_words(const AttentionBackwardParams& p) const {
-    return p.batch * p.heads * (packed + chunks * partial) + round_up(p.batch * p.heads * ceil_div(p.queries, Tile::kQueries) * 2, 16);
+    return p.batch * p.heads * (packed + chunks * partial) +
+           round_up(p.batch * p.heads * ceil_div(p.queries, Tile::kQueries) * 2, 16);
   }
 };
 
@@ -71,7 +72,8 @@ class Backward {
     }
 
     Plan plan(const Params& one) const {
-      return {one, pairs == 0 ? 1.0 : static_cast<double>(one.batch * one.queries * one.keys) / static_cast<double>(pairs)};
+      return {one,
+              pairs == 0 ? 1.0 : static_cast<double>(one.batch * one.queries * one.keys) / static_cast<double>(pairs)};
     }
   };
 
@@ -84,12 +86,15 @@ class Backward {
   static void run(const Params& p) {
     const Layout layout(p);
     auto scratch = [&](int64_t thread) { return p.workspace + thread * layout.scratch; };
-    Sequences<Params> sequences(p, scratch(layout.threads), [&](const Params& one) { return layout.plan(one).own_words(one); });
+    Sequences<Params> sequences(p, scratch(layout.threads),
+                                [&](const Params& one) { return layout.plan(one).own_words(one); });
     // body(call, unit, thread) for units(call) units.
     auto for_each_unit = [&](auto units, auto body) {
       sequences.for_each_unit(
           layout.threads, [&](const Params& one) { return units(Backward(one, layout, nullptr)); },
-          [&](const Params& one, int64_t unit, int64_t thread, float* own) { body(Backward(one, layout, own), unit, thread); });
+          [&](const Params& one, int64_t unit, int64_t thread, float* own) {
+            body(Backward(one, layout, own), unit, thread);
+          });
     };
     auto heads = [](const Backward& call) { return call.p_.batch * call.p_.heads; };
     auto blocks = [](const Backward& call) { return call.p_.batch * call.p_.heads * call.blocks(); };
@@ -100,7 +105,8 @@ class Backward {
       const int64_t head = unit / call.blocks(), heads = call.p_.heads;
       call.queries(head).pack(call.p_, head / heads, head % heads, rows.begin, rows.end);
     });
-    if (p.dsinks != nullptr) for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.sink_gradient(head); });
+    if (p.dsinks != nullptr)
+      for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.sink_gradient(head); });
     const bool broadcast = p.dbias != nullptr && !Backward(p, layout, scratch(layout.threads)).dense_dbias();
     if (p.dbias != nullptr && !broadcast)
       for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.clear_dbias(head); });
@@ -117,15 +123,20 @@ class Backward {
       });
       for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.store_dslope(head); });
     }
-    if (p.dquery != nullptr) for_each_unit(blocks, [](const Backward& call, int64_t unit, int64_t) {
-      const Span rows = call.block(unit % call.blocks());
-      call.store_dquery(unit / call.blocks(), rows.begin, rows.end);
-    });
+    if (p.dquery != nullptr)
+      for_each_unit(blocks, [](const Backward& call, int64_t unit, int64_t) {
+        const Span rows = call.block(unit % call.blocks());
+        call.store_dquery(unit / call.blocks(), rows.begin, rows.end);
+      });
   }
 
  private:
   Backward(const Params& p, const Layout& layout, float* own)
-      : p_(p), plan_(layout.plan(p)), group_(p.heads / p.kv_heads), own_(own), partials_(own + p.batch * p.heads * plan_.packed) {}
+      : p_(p),
+        plan_(layout.plan(p)),
+        group_(p.heads / p.kv_heads),
+        own_(own),
+        partials_(own + p.batch * p.heads * plan_.packed) {}
 
   // Of queries, for the first and the last pass.
   int64_t blocks() const { return ceil_div(p_.queries, kPrepareRows); }
@@ -146,7 +157,8 @@ class Backward {
     const float* lse = p_.lse + p_.row(head / p_.heads, head % p_.heads);
     double total = 0;
     for (int64_t i = 0; i < p_.queries; ++i) {
-      if (lse[i] != -kInfinity) total -= __builtin_exp(sink - static_cast<double>(lse[i])) * static_cast<double>(rows.delta[i]);
+      if (lse[i] != -kInfinity)
+        total -= __builtin_exp(sink - static_cast<double>(lse[i])) * static_cast<double>(rows.delta[i]);
     }
     p_.dsinks[head] = static_cast<float>(total);
   }
@@ -181,8 +193,8 @@ class Backward {
         }
       }
       if (p_.dkey != nullptr)
-        store_keys(dk, plan_.key_width, keys, p_.dim, p_.scale, head_of<T>(p_.dkey, p_.dkey_strides, b, hk) + j0 * p_.dkey_strides.row,
-                   p_.dkey_strides.row);
+        store_keys(dk, plan_.key_width, keys, p_.dim, p_.scale,
+                   head_of<T>(p_.dkey, p_.dkey_strides, b, hk) + j0 * p_.dkey_strides.row, p_.dkey_strides.row);
       if (p_.dvalue != nullptr)
         store_keys(dv, plan_.value_width, keys, p_.value_dim, 1.0f,
                    head_of<T>(p_.dvalue, p_.dvalue_strides, b, hk) + j0 * p_.dvalue_strides.row, p_.dvalue_strides.row);
@@ -192,7 +204,8 @@ class Backward {
   // Whether every score has a bias of its own: its gradient is then stored as it is made.
   bool dense_dbias() const {
     const int64_t* extent = p_.dbias_extents;
-    return p_.dbias != nullptr && extent[0] == p_.batch && extent[1] == p_.heads && extent[2] == p_.queries && extent[3] == p_.keys;
+    return p_.dbias != nullptr && extent[0] == p_.batch && extent[1] == p_.heads && extent[2] == p_.queries &&
+           extent[3] == p_.keys;
   }
   int64_t dbias_bytes() const { return p_.queries * p_.keys * (p_.bias_type == MaskType::float32 ? 4 : 2); }
   void* dbias_of(int64_t head) const { return static_cast<char*>(p_.dbias) + head * dbias_bytes(); }
@@ -200,16 +213,19 @@ class Backward {
     if (p_.left < kUnbounded || p_.right < kUnbounded) std::memset(dbias_of(head), 0, dbias_bytes());
   }
 
-  // Of a bias that is broadcast. A task owns a tile of dbias and sums over whatever bias is broadcast to, in one order. It makes the products again,
-  // which costs 2 Nq Nk (D + Dv) FLOPs per head but no memory, and needs no sum over tasks whatever the broadcast is.
+  // Of a bias that is broadcast. A task owns a tile of dbias and sums over whatever bias is broadcast to, in one order.
+  // It makes the products again, which costs 2 Nq Nk (D + Dv) FLOPs per head but no memory, and needs no sum over tasks
+  // whatever the broadcast is.
   void bias_gradient(int64_t threads, int64_t scratch_words) const {
     const int64_t* extent = p_.dbias_extents;
     const int64_t row_tiles = extent[2] > 1 ? ceil_div(p_.queries, Tile::kQueries) : 1;
     const int64_t key_tiles = extent[3] > 1 ? ceil_div(p_.keys, plan_.tile_keys) : 1;
     parallel_queue(extent[0] * extent[1] * row_tiles * key_tiles, threads, [&](int64_t task, int64_t thread) {
       const int64_t kt = task % key_tiles, qt = task / key_tiles % row_tiles, outer = task / key_tiles / row_tiles;
-      const Span batches = slice(outer / extent[1], extent[0], 1, p_.batch), heads = slice(outer % extent[1], extent[1], 1, p_.heads);
-      const Span rows = slice(qt, extent[2], Tile::kQueries, p_.queries), keys = slice(kt, extent[3], plan_.tile_keys, p_.keys);
+      const Span batches = slice(outer / extent[1], extent[0], 1, p_.batch),
+                 heads = slice(outer % extent[1], extent[1], 1, p_.heads);
+      const Span rows = slice(qt, extent[2], Tile::kQueries, p_.queries),
+                 keys = slice(kt, extent[3], plan_.tile_keys, p_.keys);
       const TileScope tiles;
       float* scratch = p_.workspace + thread * scratch_words;
       float* sums = scratch + Tile::scratch_words(p_, plan_.tile_keys);
@@ -221,7 +237,8 @@ class Backward {
             const int64_t width = min_of(plan_.tile_keys, keys.end - j0);
             Tile tile(p_, b, h / group_, j0, width, plan_.tile_keys, scratch);
             for (int64_t i0 = rows.begin; i0 < rows.end; i0 += Tile::kQueries)
-              tile.add_dbias(scores, queries(b * p_.heads + h), {i0, min_of(i0 + Tile::kQueries, rows.end)}, sums, plan_.tile_keys);
+              tile.add_dbias(scores, queries(b * p_.heads + h), {i0, min_of(i0 + Tile::kQueries, rows.end)}, sums,
+                             plan_.tile_keys);
           }
         }
       store_dbias(sums, outer, rows, keys);
@@ -231,12 +248,13 @@ class Backward {
   int64_t slope_blocks() const { return ceil_div(p_.queries, Tile::kQueries); }
 
   double* slope_sums(int64_t head) const {
-    return reinterpret_cast<double*>(partials_ + p_.batch * p_.heads * plan_.chunks * plan_.partial) + head * slope_blocks();
+    return reinterpret_cast<double*>(partials_ + p_.batch * p_.heads * plan_.chunks * plan_.partial) +
+           head * slope_blocks();
   }
 
-  // The part of a block of queries in the gradient of their head's slope: the sum of dscores * -|i + shift - j|. Makes the
-  // products again, as that of the bias does. delta is summed up again too, for one from an output that was rounded to 16
-  // bits is off by the same for all keys of a row, which the distances would make much of.
+  // The part of a block of queries in the gradient of their head's slope: the sum of dscores * -|i + shift - j|. Makes
+  // the products again, as that of the bias does. delta is summed up again too, for one from an output that was rounded
+  // to 16 bits is off by the same for all keys of a row, which the distances would make much of.
   void slope_gradient(int64_t head, int64_t block, float* scratch) const {
     const TileScope tiles;
     const int64_t b = head / p_.heads, h = head % p_.heads;
@@ -276,16 +294,20 @@ class Backward {
       count = 1;
     }
     dispatch(p_.bias_dtype(), [&](auto t) {
-      auto* out = static_cast<typename decltype(t)::type*>(p_.dbias) + row * extent[3] + (extent[3] == 1 ? 0 : keys.begin);
+      auto* out =
+          static_cast<typename decltype(t)::type*>(p_.dbias) + row * extent[3] + (extent[3] == 1 ? 0 : keys.begin);
       for (int64_t r = 0; r < count; ++r, out += extent[3], sums += stride) {
-        if (extent[3] == 1) store(out, splat(sum_over(width, [&](int64_t j, auto lanes) { return load(sums + j, lanes); })), First{1});
-        else for_each_vector(width, [&](int64_t j, auto lanes) { store(out + j, load(sums + j), lanes); });
+        if (extent[3] == 1)
+          store(out, splat(sum_over(width, [&](int64_t j, auto lanes) { return load(sums + j, lanes); })), First{1});
+        else
+          for_each_vector(width, [&](int64_t j, auto lanes) { store(out + j, load(sums + j), lanes); });
       }
     });
   }
 
   // Rows of dkey or dvalue, as the tile left them.
-  void store_keys(const float* from, int64_t width, int64_t rows, int64_t dim, float factor, T* to, int64_t stride) const {
+  void store_keys(const float* from, int64_t width, int64_t rows, int64_t dim, float factor, T* to,
+                  int64_t stride) const {
     if constexpr (Compute::tiles) {
       for (int64_t r = 0; r < rows; r += W)
         for_each_vector(dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
@@ -336,7 +358,8 @@ int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
 
 void attention_backward(const AttentionBackwardParams& p) {
   if (p.kv_heads == 0) return;
-  dispatch_products(p, [&](auto t, auto words) { Backward<typename decltype(t)::type, typename decltype(words)::type>::run(p); });
+  dispatch_products(
+      p, [&](auto t, auto words) { Backward<typename decltype(t)::type, typename decltype(words)::type>::run(p); });
 }
 
 }  // namespace TORCHWELD_ISA

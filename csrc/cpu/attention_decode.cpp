@@ -1,7 +1,7 @@
-// Attention, forward, for so few queries per key head that packing keys and values would cost more than it saves: decoding
-// with a KV cache above all. attention_forward hands such calls over if they want no lse: in float32 these products are not
-// the bits that the backward would make again, and with few keys the difference would show in its gradients.
-// A task owns one split of the keys of one key head; a last pass merges them.
+// Attention, forward, for so few queries per key head that packing keys and values would cost more than it saves:
+// decoding with a KV cache above all. attention_forward hands such calls over if they want no lse: in float32 these
+// products are not the bits that the backward would make again, and with few keys the difference would show in its
+// gradients. A task owns one split of the keys of one key head; a last pass merges them.
 
 #include "cpu/attention_decode.h"
 
@@ -23,7 +23,8 @@ int64_t workspace(const Params& p) {
 template <class T>
 void decode(const Params& p) {
   const int64_t threads = threads_for(p, 2), words = Splits<T>(p).scratch();  // of the longest sequence
-  Sequences<Params> sequences(p, p.workspace + threads * words, [](const Params& one) { return Splits<T>(one).own_words(); });
+  Sequences<Params> sequences(p, p.workspace + threads * words,
+                              [](const Params& one) { return Splits<T>(one).own_words(); });
   auto units = [](const Params& one) { return one.batch * one.kv_heads * Splits<T>(one).count; };
   sequences.for_each_unit(threads, units, [&](const Params& one, int64_t unit, int64_t thread, float* partials) {
     const Splits<T> splits(one, partials);

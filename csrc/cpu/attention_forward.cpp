@@ -2,11 +2,11 @@
 //
 //   m = max(scores)    P = exp(scores - m)    l = sum(P)    output = P @ value / l    lse = m + log(l)
 //
-// A task owns a tile of queries of one head and walks over the tiles of keys that it can see, keeping m, l and P @ value
-// of what it has seen (the online softmax: Milakov, Gimelshein, arXiv:1805.02867; tiled: Dao et al., arXiv:2205.14135).
-// Keys and values are packed once per head for all its tiles: by a first pass over all threads, or, where there are heads
-// enough to keep the threads busy, by the task that owns the whole head, so that they are still in cache.
-// 2 Nq Nk (D + Dv) FLOPs per head; memory is O(N): the packed keys and values and the tiles of each thread.
+// A task owns a tile of queries of one head and walks over the tiles of keys that it can see, keeping m, l and P @
+// value of what it has seen (the online softmax: Milakov, Gimelshein, arXiv:1805.02867; tiled: Dao et al.,
+// arXiv:2205.14135). Keys and values are packed once per head for all its tiles: by a first pass over all threads, or,
+// where there are heads enough to keep the threads busy, by the task that owns the whole head, so that they are still
+// in cache. 2 Nq Nk (D + Dv) FLOPs per head; memory is O(N): the packed keys and values and the tiles of each thread.
 
 #include "cpu/attention_decode.h"
 #include "cpu/attention_sequences.h"
@@ -34,13 +34,14 @@ struct ForwardPlan {
   }
 
   int64_t tile_words() const {
-    return round_up(kTileQueries<Compute> * steps, 16) + kTileQueries<Compute> * (Softmax<Compute>::weight_stride + value_width) +
-           Softmax<Compute>::product_words;
+    return round_up(kTileQueries<Compute> * steps, 16) +
+           kTileQueries<Compute> * (Softmax<Compute>::weight_stride + value_width) + Softmax<Compute>::product_words;
   }
   int64_t packed_words() const { return key_words + value_words; }
 };
 
-// How the work is shared out, and the workspace: the table of the sequences, what is packed once, each thread's scratch.
+// How the work is shared out, and the workspace: the table of the sequences, what is packed once, each thread's
+// scratch.
 template <class T, class Compute>
 struct ForwardLayout {
   int64_t threads, shared = 0, scratch = 0;
@@ -147,7 +148,8 @@ class Forward {
       pack_left<T, Compute>(q, p_.query_strides.row, rows, p_.dim, scratch);
     Right values{packed + plan_.key_words, value_step(), value_panel()};
     if (right_in_place<T, Compute>(p_.value_dim))
-      values = {reinterpret_cast<const float*>(head_of<T>(p_.value, p_.value_strides, b, hk)), p_.value_strides.row, kPanel};
+      values = {reinterpret_cast<const float*>(head_of<T>(p_.value, p_.value_strides, b, hk)), p_.value_strides.row,
+                kPanel};
     const Right keys{packed, Compute::panel, Compute::panel * plan_.steps};
     Softmax<Compute> softmax;
     softmax.init(rows);
@@ -166,8 +168,17 @@ class Forward {
             low < high ? Span{round_down(low, Compute::column_unit), round_up(high, Compute::column_unit)} : Span{0, 0};
         steps[m / kBlockRows] = steps_between<Compute>(low, high);
       }
-      softmax.weigh(scores, {i0, j0, rows, plan_.steps, columns, left, {keys.data + j0 * plan_.steps, keys.step, keys.panel},
-                             products, weights, o, plan_.value_width});
+      softmax.weigh(scores, {i0,
+                             j0,
+                             rows,
+                             plan_.steps,
+                             columns,
+                             left,
+                             {keys.data + j0 * plan_.steps, keys.step, keys.panel},
+                             products,
+                             weights,
+                             o,
+                             plan_.value_width});
       gemm_accumulate<Compute>(rows, plan_.value_width, {weights, Softmax<Compute>::weight_stride, 1},
                                {values.data + words_of<Compute>(j0) * values.step, values.step, values.panel}, steps, o,
                                plan_.value_width);
@@ -211,7 +222,8 @@ int64_t attention_forward_workspace(const AttentionForwardParams& p) {
 void attention_forward(const AttentionForwardParams& p) {
   if (p.batch * p.heads * p.total_q == 0) return;
   if (decodes(p)) return attention_decode(p);
-  dispatch_products(p, [&](auto t, auto words) { Forward<typename decltype(t)::type, typename decltype(words)::type>::run(p); });
+  dispatch_products(
+      p, [&](auto t, auto words) { Forward<typename decltype(t)::type, typename decltype(words)::type>::run(p); });
 }
 
 }  // namespace TORCHWELD_ISA

@@ -25,7 +25,8 @@ T* head_of(void* base, const Strides& s, int64_t b, int64_t h) {
 struct Band {
   int64_t left, right, shift, keys, queries;
 
-  explicit Band(const AttentionInputs& p) : left(p.left), right(p.right), shift(p.shift()), keys(p.keys), queries(p.queries) {}
+  explicit Band(const AttentionInputs& p)
+      : left(p.left), right(p.right), shift(p.shift()), keys(p.keys), queries(p.queries) {}
 
   int64_t low(int64_t i) const { return min_of(max_of(i + shift - left, 0), keys); }
   int64_t high(int64_t i) const { return min_of(max_of(i + shift + right + 1, 0), keys); }
@@ -53,8 +54,9 @@ class Scores {
     return plain_ && band.low(last - 1) <= key && end <= band.high(i);
   }
 
-  // Columns [span.begin, span.end), multiples of W, of the row that query i has in the tile which starts at key `key`: from
-  // products to scores, -inf where i does not see the key. slopes: the softcap's derivative goes there, unless nullptr.
+  // Columns [span.begin, span.end), multiples of W, of the row that query i has in the tile which starts at key `key`:
+  // from products to scores, -inf where i does not see the key. slopes: the softcap's derivative goes there, unless
+  // nullptr.
   TW_INLINE void finish(float* row, int64_t i, int64_t key, Span span, float* slopes) const {
     if (!plain_) modify(row, i, key, span, slopes);
     const int64_t low = band.low(i) - key, high = band.high(i) - key;
@@ -93,11 +95,20 @@ class Scores {
       factor = 1.0f;
     }
     switch (p_.bias_type) {
-      case MaskType::none: break;
-      case MaskType::boolean: mask(row, i, key, span, factor); break;
-      case MaskType::float32: add_bias<float>(row, i, key, span, factor); break;
-      case MaskType::bfloat16: add_bias<bf16>(row, i, key, span, factor); break;
-      case MaskType::float16: add_bias<f16>(row, i, key, span, factor); break;
+      case MaskType::none:
+        break;
+      case MaskType::boolean:
+        mask(row, i, key, span, factor);
+        break;
+      case MaskType::float32:
+        add_bias<float>(row, i, key, span, factor);
+        break;
+      case MaskType::bfloat16:
+        add_bias<bf16>(row, i, key, span, factor);
+        break;
+      case MaskType::float16:
+        add_bias<f16>(row, i, key, span, factor);
+        break;
     }
     if (p_.bias_type != MaskType::none) factor = 1.0f;
     if (p_.alibi_slopes != nullptr) {
@@ -110,13 +121,16 @@ class Scores {
   }
 
   template <class T>
-  const T* bias_row(int64_t i) const { return static_cast<const T*>(p_.bias) + bias_ + i * p_.bias_strides.row; }
+  const T* bias_row(int64_t i) const {
+    return static_cast<const T*>(p_.bias) + bias_ + i * p_.bias_strides.row;
+  }
 
   // The last vector may reach past the last key: what is there must not be read.
   template <class Body>
   TW_INLINE void for_keys(int64_t key, Span span, Body&& body) const {
     const int64_t end = min_of(span.end, p_.keys - key);
-    for_each_vector(end - span.begin, [&](int64_t j, auto lanes) __attribute__((always_inline)) { body(span.begin + j, lanes); });
+    for_each_vector(end - span.begin,
+                    [&](int64_t j, auto lanes) __attribute__((always_inline)) { body(span.begin + j, lanes); });
   }
 
   template <class T>
@@ -139,7 +153,8 @@ class Scores {
     const uint8_t* attend = bias_row<uint8_t>(i);
     if (p_.bias_step == 0) {
       const bool seen = *attend != 0;
-      for (int64_t j = span.begin; j < span.end; j += W) store(row + j, seen ? load(row + j) * factor : splat(-kInfinity));
+      for (int64_t j = span.begin; j < span.end; j += W)
+        store(row + j, seen ? load(row + j) * factor : splat(-kInfinity));
     } else {
       for_keys(key, span, [&](int64_t j, auto lanes) __attribute__((always_inline)) {
         store(row + j, load_bytes(attend + key + j, lanes) != 0u ? load(row + j) * factor : splat(-kInfinity));

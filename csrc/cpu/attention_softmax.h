@@ -1,8 +1,9 @@
-// The softmax of a tile of queries, over the tiles of keys that it sees, one after the other: m and l of every row, and P.
+// The softmax of a tile of queries, over the tiles of keys that it sees, one after the other: m and l of every row, and
+// P.
 //
-// m need not be the maximum: any estimate will do that keeps exp within the range of float32. So a row takes the maximum of
-// the first scores it sees, and a tile of keys is weighed in one pass, a chunk after the other while it is in L1. Only where
-// that overflows is the tile weighed again, against its true maximum.
+// m need not be the maximum: any estimate will do that keeps exp within the range of float32. So a row takes the
+// maximum of the first scores it sees, and a tile of keys is weighed in one pass, a chunk after the other while it is
+// in L1. Only where that overflows is the tile weighed again, against its true maximum.
 #pragma once
 
 #include "cpu/attention_scores.h"
@@ -16,22 +17,26 @@ constexpr int64_t kTileQueries = 96;
 template <class Compute>
 constexpr int64_t kTileKeys = Compute::per_word / Compute::parts == 2 ? 512 : 256;
 
-// Products are made and weighed for so many rows and keys at a time. Whole tiles, in place, where the micro-kernel wants to
-// keep a panel of keys in L1 for many rows; with tile registers, few enough that they never leave L1 themselves.
+// Products are made and weighed for so many rows and keys at a time. Whole tiles, in place, where the micro-kernel
+// wants to keep a panel of keys in L1 for many rows; with tile registers, few enough that they never leave L1
+// themselves.
 template <class Compute>
 constexpr int64_t kGroup = Compute::tiles ? (Compute::parts == 1 ? 16 : 32) : kTileQueries<Compute>;
 template <class Compute>
-constexpr int64_t kChunk = Compute::parts == 3 ? 64 : Compute::tiles ? 128 : kTileKeys<Compute>;
+constexpr int64_t kChunk = Compute::parts == 3 ? 64
+                           : Compute::tiles    ? 128
+                                               : kTileKeys<Compute>;
 
-// Weights of one tile may add up to this in a lane before they are weighed again. Their precision does not depend on their
-// size, but in float32 that of a large exponent would be the worse for it.
+// Weights of one tile may add up to this in a lane before they are weighed again. Their precision does not depend on
+// their size, but in float32 that of a large exponent would be the worse for it.
 template <class Compute>
 constexpr float kMostWeight = Compute::per_word / Compute::parts == 2 ? 0x1p40f : 0x1p12f;
 
 template <class Compute>
 class Softmax {
   static constexpr int64_t kBlockRows = Compute::block_rows, kBlocks = kTileQueries<Compute> / kBlockRows;
-  static_assert(kTileQueries<Compute> % kBlockRows == 0 && (kGroup<Compute> % kBlockRows == 0 || kBlockRows % kGroup<Compute> == 0),
+  static_assert(kTileQueries<Compute> % kBlockRows == 0 &&
+                    (kGroup<Compute> % kBlockRows == 0 || kBlockRows % kGroup<Compute> == 0),
                 "whole blocks");
 
  public:
@@ -41,12 +46,13 @@ class Softmax {
   static constexpr int64_t product_stride = kChunk<Compute> + 16;
   static constexpr int64_t weight_stride = Compute::tiles ? kTileKeys<Compute> / 2 * Compute::parts : product_stride;
   // Of products: those at hand, or with tiles a whole row of chunks that is weighed again.
-  static constexpr int64_t product_words = Compute::tiles ? kGroup<Compute> * product_stride * max_of(kTileKeys<Compute> / kChunk<Compute>, 2) : 0;
+  static constexpr int64_t product_words =
+      Compute::tiles ? kGroup<Compute> * product_stride * max_of(kTileKeys<Compute> / kChunk<Compute>, 2) : 0;
 
   // A tile of queries against a tile of keys.
   struct Tile {
     int64_t i0, j0, rows, steps;  // steps: words of a query
-    const Span* columns;  // that each block of rows sees
+    const Span* columns;          // that each block of rows sees
     Left queries;
     Right keys;
     float *products, *weights;  // room for them; the weights are wanted
@@ -111,8 +117,8 @@ class Softmax {
     Span part[kBlocks];
     for (int64_t n = 0; n < count; n += kBlockRows) part[n / kBlockRows] = at.seen(first + n, begin);
     gemm_store<Compute>(count, at.steps, rows_from(at.queries, first),
-                        {at.keys.data + begin * at.steps, at.keys.step, at.keys.panel}, part, products,
-                        product_stride, between);
+                        {at.keys.data + begin * at.steps, at.keys.step, at.keys.panel}, part, products, product_stride,
+                        between);
   }
 
   static TW_INLINE Vec largest(const float* row, Span span) {
@@ -186,7 +192,8 @@ class Softmax {
         multiply(at, first, c, part.products);
       }
       while (pending.rows.begin < pending.rows.end) weigh_next(scores, at, pending);
-      const bool bare = scores.bare(at.i0 + first, at.i0 + part.rows.end, at.j0 + c, at.j0 + min_of(c + kChunk<Compute>, end));
+      const bool bare =
+          scores.bare(at.i0 + first, at.i0 + part.rows.end, at.j0 + c, at.j0 + min_of(c + kChunk<Compute>, end));
       for (int64_t r = first; r < part.rows.end; r += W)
         prepare(scores, at, {r, min_of(r + W, part.rows.end)}, c, bare, part.products + (r - first) * product_stride);
       pending = part;
@@ -212,7 +219,8 @@ class Softmax {
       const Span span = rows.begin + n < rows.end ? at.seen(rows.begin + n, c) : Span{0, 0};
       top[n] = span.begin < span.end ? largest(products + n * product_stride, span) : splat(-kInfinity);
     }
-    const Vec before = load(max_ + rows.begin), tops = reduce(top, [](Vec a, Vec b) { return vmax(a, b); }) * scores.unit();
+    const Vec before = load(max_ + rows.begin),
+              tops = reduce(top, [](Vec a, Vec b) { return vmax(a, b); }) * scores.unit();
     store(max_ + rows.begin, before == splat(-kInfinity) ? tops : before);
   }
 
@@ -245,7 +253,8 @@ class Softmax {
     auto row_of = [&](int64_t chunk, int64_t r) {
       return at.products + (chunk * kGroup<Compute> + r - first) * product_stride;
     };
-    for (int64_t chunk = 0; chunk < kChunks; ++chunk) multiply(at, first, chunk * kChunk<Compute>, row_of(chunk, first));
+    for (int64_t chunk = 0; chunk < kChunks; ++chunk)
+      multiply(at, first, chunk * kChunk<Compute>, row_of(chunk, first));
     for (int64_t r = first; r < min_of(first + kGroup<Compute>, at.rows); ++r) {
       Vec top = splat(-kInfinity);
       for (int64_t chunk = 0; chunk < kChunks; ++chunk) {

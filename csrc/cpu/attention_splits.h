@@ -1,11 +1,10 @@
-// What decoding and paged_attention are made of: attention of a few queries over one split of the keys of a key head, and
-// the merge of the splits.
+// What decoding and paged_attention are made of: attention of a few queries over one split of the keys of a key head,
+// and the merge of the splits.
 //
-// A split is for all of the key head's rows (queries of every query head that shares it): it reads each key and value once,
-// where they lie, and leaves maximum, sum and P @ value of each row. Splits are merged first to last; they depend on the
-// number of keys alone, so results do not on the number of threads.
-// Bound by memory: (D + Dv) elements per key and key head.
-// Dao, Haziza, Massa, Sizov: Flash-Decoding, 2023.
+// A split is for all of the key head's rows (queries of every query head that shares it): it reads each key and value
+// once, where they lie, and leaves maximum, sum and P @ value of each row. Splits are merged first to last; they depend
+// on the number of keys alone, so results do not on the number of threads. Bound by memory: (D + Dv) elements per key
+// and key head. Dao, Haziza, Massa, Sizov: Flash-Decoding, 2023.
 #pragma once
 
 #include "cpu/attention_sequences.h"
@@ -59,14 +58,17 @@ class Splits {
     const int64_t b = head / p_.kv_heads, begin = split * kSplitKeys;
     float* s = queries + rows * query_words_;
     for (int64_t r = 0; r < rows; ++r) {
-      const T* q = head_of<T>(p_.query, p_.query_strides, b, query_head(head, r)) + r % p_.queries * p_.query_strides.row;
+      const T* q =
+          head_of<T>(p_.query, p_.query_strides, b, query_head(head, r)) + r % p_.queries * p_.query_strides.row;
       for (int64_t d = 0; d < query_words_; d += W) store(queries + r * query_words_ + d, words(q, d, p_.dim));
     }
 
     // Products. Keys that no row sees are not read.
     const Span seen = this->seen(split);
     const int64_t done = multiply_by_tiles(k, seen, queries, s);
-    for_rows([&](auto several, int64_t r) { multiply<decltype(several)::value>(k, {done, seen.end}, queries + r * query_words_, s + r * kSplitKeys); });
+    for_rows([&](auto several, int64_t r) {
+      multiply<decltype(several)::value>(k, {done, seen.end}, queries + r * query_words_, s + r * kSplitKeys);
+    });
 
     for (int64_t r = 0; r < rows; ++r) {
       float *row = s + r * kSplitKeys, *out = partial(head, split, r);
@@ -89,7 +91,9 @@ class Splits {
     }
 
     // P @ value.
-    for_rows([&](auto several, int64_t r) { add_values<decltype(several)::value>(s + r * kSplitKeys, seen, v, partial(head, split, r)); });
+    for_rows([&](auto several, int64_t r) {
+      add_values<decltype(several)::value>(s + r * kSplitKeys, seen, v, partial(head, split, r));
+    });
   }
 
   // The output of row r of a key head, from all splits.
@@ -164,8 +168,10 @@ class Splits {
     }
   }
 
-  // Those of all rows, by tiles: a tile of keys is loaded from where they lie. Returns the first key that is left to do.
-  int64_t multiply_by_tiles([[maybe_unused]] const T* k, Span keys, [[maybe_unused]] float* queries, [[maybe_unused]] float* s) const {
+  // Those of all rows, by tiles: a tile of keys is loaded from where they lie. Returns the first key that is left to
+  // do.
+  int64_t multiply_by_tiles([[maybe_unused]] const T* k, Span keys, [[maybe_unused]] float* queries,
+                            [[maybe_unused]] float* s) const {
 #if defined(__AMX_BF16__)
     if constexpr (kTiles) {
       if (rows > W || p_.dim % (2 * W) != 0) return keys.begin;
@@ -234,8 +240,8 @@ class Splits {
       for (int n = 0; n < N; ++n) store(out + r * (width_ + W) + n * W, acc[r][n]);
   }
 
-  // Elements [i, i + 2 W N) by pairs of keys, which are interleaved on the way; so are the halves of each 128 bits, until
-  // the sums are stored. What has no weight in any row is left out.
+  // Elements [i, i + 2 W N) by pairs of keys, which are interleaved on the way; so are the halves of each 128 bits,
+  // until the sums are stored. What has no weight in any row is left out.
   template <int R, int N>
   TW_INLINE void add_pairs(const float* p, Span keys, const T* v, int64_t i, float* out) const {
 #if defined(__AVX512BF16__)

@@ -1,8 +1,8 @@
 // One tile of the attention backward: some queries against some keys. From the packed operands it makes P and dscores,
-// and from those the three gradients, each a product of gemm.h. Nothing is transposed on the way: as left operands, P and
-// dscores are read by columns for dkey and dvalue and by rows for dquery. In bf16 a word holds neighbours along the
-// summed dimension, so both are kept with pairs of queries, and dscores with pairs of keys as well. Tiles read left operands
-// by rows alone: there P and dscores are right operands, and dkey and dvalue come out transposed.
+// and from those the three gradients, each a product of gemm.h. Nothing is transposed on the way: as left operands, P
+// and dscores are read by columns for dkey and dvalue and by rows for dquery. In bf16 a word holds neighbours along the
+// summed dimension, so both are kept with pairs of queries, and dscores with pairs of keys as well. Tiles read left
+// operands by rows alone: there P and dscores are right operands, and dkey and dvalue come out transposed.
 #pragma once
 
 #include "cpu/attention_scores.h"
@@ -13,7 +13,8 @@ namespace {
 template <class T, class Compute>
 class GradientTile {
   static constexpr bool kPairs = Compute::per_word == 2;
-  static constexpr int64_t kScoreRows = Compute::tiles ? (Compute::parts == 1 ? 16 : 32) : 48;  // so many rows of products at a time: they stay in L1
+  static constexpr int64_t kScoreRows =
+      Compute::tiles ? (Compute::parts == 1 ? 16 : 32) : 48;  // so many rows of products at a time: they stay in L1
   static constexpr int64_t kBlockRows = Compute::block_rows;
 
  public:
@@ -21,9 +22,9 @@ class GradientTile {
 
   // The query side of one query head, shared by all tiles of keys: statistics and operands.
   struct Queries {
-    float *lse, *lse_rest, *delta;  // [Nq]; lse in units of log2 as a sum of two, +inf where nothing is seen
-    Left query, doutput;        // as left operands, rows of words
-    Right query_steps, doutput_steps;    // as right operands, steps of queries
+    float *lse, *lse_rest, *delta;        // [Nq]; lse in units of log2 as a sum of two, +inf where nothing is seen
+    Left query, doutput;                  // as left operands, rows of words
+    Right query_steps, doutput_steps;     // as right operands, steps of queries
     Left query_columns, doutput_columns;  // in their place with tiles: transposed, rows of words along the queries
 
     static int64_t words(const AttentionBackwardParams& p) {
@@ -61,7 +62,8 @@ class GradientTile {
       const T* out = head_of<T>(p.output, p.output_strides, b, h) + begin * p.output_strides.row;
       const int64_t first = p.row(b, h);
       for (int64_t i = begin; i < end; ++i, dout += p.doutput_strides.row, out += p.output_strides.row) {
-        const float total = sum_over(p.value_dim, [&](int64_t d, auto lanes) { return load(dout + d, lanes) * load(out + d, lanes); });
+        const float total =
+            sum_over(p.value_dim, [&](int64_t d, auto lanes) { return load(dout + d, lanes) * load(out + d, lanes); });
         const float l = p.lse[first + i];
         lse[i] = l == -kInfinity ? kInfinity : l * kLog2e;
         lse_rest[i] = l == -kInfinity ? 0.0f : __builtin_fmaf(l, kLog2e, -lse[i]) + l * kLog2eRest;
@@ -83,20 +85,22 @@ class GradientTile {
     }
 
     static Left left(const T* rows, int64_t stride, int64_t dim, const float* packed) {
-      if (left_in_place<T, Compute>(stride, dim)) return {reinterpret_cast<const float*>(rows), stride / Compute::per_word, 1};
+      if (left_in_place<T, Compute>(stride, dim))
+        return {reinterpret_cast<const float*>(rows), stride / Compute::per_word, 1};
       return {packed, words_of<Compute>(dim), 1};
     }
     static Right right(const T* rows, int64_t stride, int64_t dim, const float* packed) {
       if (right_in_place<T, Compute>(dim)) return {reinterpret_cast<const float*>(rows), stride, kPanel};
       return {packed, round_up(dim, W), kPanel};
     }
-    static void pack_side(const T* rows, int64_t stride, int64_t begin, int64_t end, int64_t dim, const Left& l, const Right& r,
-                          const Left& columns) {
+    static void pack_side(const T* rows, int64_t stride, int64_t begin, int64_t end, int64_t dim, const Left& l,
+                          const Right& r, const Left& columns) {
       if (!left_in_place<T, Compute>(stride, dim))
         pack_left<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(l.data) + begin * l.row);
       const int64_t first = words_of<Compute>(begin);
       if constexpr (Compute::tiles)
-        pack_columns<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(columns.data) + first * 16, columns.row);
+        pack_columns<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(columns.data) + first * 16,
+                                 columns.row);
       else if (!right_in_place<T, Compute>(dim))
         pack_rows<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(r.data) + first * r.step, 0);
     }
@@ -110,8 +114,14 @@ class GradientTile {
   }
 
   // Packs keys [j0, j0 + keys) of key head (b, hk).
-  GradientTile(const AttentionInputs& p, int64_t b, int64_t hk, int64_t j0, int64_t keys, int64_t tile_keys, float* scratch)
-      : p_(p), j0_(j0), keys_(keys), width_(round_up(keys, Compute::column_unit)), tile_keys_(tile_keys), stride_(tile_keys + 32) {
+  GradientTile(const AttentionInputs& p, int64_t b, int64_t hk, int64_t j0, int64_t keys, int64_t tile_keys,
+               float* scratch)
+      : p_(p),
+        j0_(j0),
+        keys_(keys),
+        width_(round_up(keys, Compute::column_unit)),
+        tile_keys_(tile_keys),
+        stride_(tile_keys + 32) {
     auto take = [&](int64_t words) {
       float* part = scratch;
       scratch += words;
@@ -215,13 +225,14 @@ class GradientTile {
       steps[(i - queries.begin) / kBlockRows] = steps_between<Compute>(low, high);
     }
     const int64_t width = round_up(p_.dim, W);
-    gemm_accumulate<Compute>(queries.end - queries.begin, width, {dscore_rows_, words_of<Compute>(stride_), 1}, key_steps_, steps,
-                             dq + queries.begin * width, width);
+    gemm_accumulate<Compute>(queries.end - queries.begin, width, {dscore_rows_, words_of<Compute>(stride_), 1},
+                             key_steps_, steps, dq + queries.begin * width, width);
   }
 
  private:
   // Keys: each block of them sums over the queries that see one of it. by_query: P or dscores.
-  void add_by_key(const float* by_query, const Right& right, const Left& columns, Span queries, int64_t width, float* out) const {
+  void add_by_key(const float* by_query, const Right& right, const Left& columns, Span queries, int64_t width,
+                  float* out) const {
     const Band band(p_);
     Span steps[kTileKeysMost / kBlockRows];
     for (int64_t r = 0; r < keys_; r += kBlockRows) {
@@ -233,17 +244,17 @@ class GradientTile {
     if constexpr (Compute::tiles) {
       for (int64_t r = 0; r < keys_; r += kBlockRows)
         for (int64_t m = 0; m < width; m += kBlockRows)
-          gemm_accumulate<Compute>(min_of(kBlockRows, width - m), kBlockRows,
-                                   {columns.data + m * columns.row + first * 16, columns.row, 1}, {by_query + r * kPairRows, 16, kPairPanel},
-                                   &steps[r / kBlockRows], out + m * tile_keys_ + r, tile_keys_);
+          gemm_accumulate<Compute>(
+              min_of(kBlockRows, width - m), kBlockRows, {columns.data + m * columns.row + first * 16, columns.row, 1},
+              {by_query + r * kPairRows, 16, kPairPanel}, &steps[r / kBlockRows], out + m * tile_keys_ + r, tile_keys_);
     } else {
-      gemm_accumulate<Compute>(keys_, width, {by_query, 1, stride_}, {right.data + first * right.step, right.step, right.panel},
-                               steps, out, width);
+      gemm_accumulate<Compute>(keys_, width, {by_query, 1, stride_},
+                               {right.data + first * right.step, right.step, right.panel}, steps, out, width);
     }
   }
 
-  // Products of so many rows at a time, then body(i, count, r, span) for every per_word rows: queries [i, i + count) are
-  // rows r and on of the products, which are there for columns span.
+  // Products of so many rows at a time, then body(i, count, r, span) for every per_word rows: queries [i, i + count)
+  // are rows r and on of the products, which are there for columns span.
   template <class Body>
   TW_INLINE void products(const Scores& scores, const Queries& rows, Span queries, Body&& body) {
     for (int64_t i0 = queries.begin; i0 < queries.end; i0 += kScoreRows) {
@@ -255,9 +266,10 @@ class GradientTile {
         columns[m / kBlockRows] =
             low < high ? Span{round_down(low, Compute::column_unit), round_up(high, Compute::column_unit)} : Span{0, 0};
       }
-      gemm_store<Compute>(count, words_of<Compute>(p_.dim), rows_from(rows.query, i0), key_, columns, products_, stride_);
-      gemm_store<Compute>(count, words_of<Compute>(p_.value_dim), rows_from(rows.doutput, i0), value_, columns, dprobability_,
+      gemm_store<Compute>(count, words_of<Compute>(p_.dim), rows_from(rows.query, i0), key_, columns, products_,
                           stride_);
+      gemm_store<Compute>(count, words_of<Compute>(p_.value_dim), rows_from(rows.doutput, i0), value_, columns,
+                          dprobability_, stride_);
       for (int64_t r = 0; r < count; r += Compute::per_word)
         body(i0 + r, min_of(Compute::per_word, count - r), r, columns[r / kBlockRows]);
     }
@@ -281,8 +293,8 @@ class GradientTile {
   }
 
   // P and dscores of `count` neighbouring rows (a pair, or one) from query i on, row t of the tile.
-  TW_INLINE void differentiate(const Scores& scores, const Queries& rows, int64_t i, int64_t count, int64_t t, int64_t r,
-                               Span span) {
+  TW_INLINE void differentiate(const Scores& scores, const Queries& rows, int64_t i, int64_t count, int64_t t,
+                               int64_t r, Span span) {
     constexpr int kCount = Compute::per_word;
     const bool capped = p_.softcap != 0, dropping = scores.dropout.active();
     float factors[kCount][kTileKeysMost];
@@ -328,10 +340,12 @@ class GradientTile {
   // Row t of the tile, and its neighbour where rows go in pairs, columns [j, j + W).
   TW_INLINE void write(int64_t t, int64_t j, const Score (&score)[Compute::per_word]) {
     if constexpr (kPairs) {
-      const int64_t at = Compute::tiles ? j / 16 * kPairPanel + t / 32 * 256 * Compute::parts + t / 2 % 16 * 16 : t / 2 * stride_ + j;
+      const int64_t at =
+          Compute::tiles ? j / 16 * kPairPanel + t / 32 * 256 * Compute::parts + t / 2 % 16 * 16 : t / 2 * stride_ + j;
       store_pairs(probability_ + at, score[0].probability, score[1].probability);
       store_pairs(dscore_ + at, score[0].gradient, score[1].gradient);
-      for (int n = 0; n < 2; ++n) Compute::store_row(Compute::row_of(dscore_rows_, words_of<Compute>(stride_), t + n), j, score[n].gradient);
+      for (int n = 0; n < 2; ++n)
+        Compute::store_row(Compute::row_of(dscore_rows_, words_of<Compute>(stride_), t + n), j, score[n].gradient);
     } else {
       store(probability_ + t * stride_ + j, score[0].probability);
       store(dscore_ + t * stride_ + j, score[0].gradient);
@@ -351,7 +365,7 @@ class GradientTile {
 
   const AttentionInputs& p_;
   const int64_t j0_, keys_, width_, tile_keys_, stride_;
-  Right key_, value_, key_steps_;  // key^T, value^T, key
+  Right key_, value_, key_steps_;              // key^T, value^T, key
   float *products_, *dprobability_, *slopes_;  // [kScoreRows, stride]
   float *probability_, *dscore_;               // [words_of(kQueries), stride] words along the queries
   float* dscore_rows_;                         // [kQueries, words_of(stride)] words along the keys

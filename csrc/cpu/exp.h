@@ -1,7 +1,7 @@
-// exp2, log and tanh on vectors. exp2 splits x = n + f with n = floor(x), takes 2^f from a minimax polynomial on [0, 1) and
-// puts n into the exponent. -inf gives 0 and NaN gives NaN, so masks need no branch. The coefficients are Remez fits of
-// the relative error under the condition that exp2(0) = 1: 8.6e-5 for degree 3 (a twentieth of an ulp of bf16), 2.9e-6 for
-// degree 4, 8.2e-8 for degree 5 and 1.4e-8 for degree 6.
+// exp2, log and tanh on vectors. exp2 splits x = n + f with n = floor(x), takes 2^f from a minimax polynomial on [0, 1)
+// and puts n into the exponent. -inf gives 0 and NaN gives NaN, so masks need no branch. The coefficients are Remez
+// fits of the relative error under the condition that exp2(0) = 1: 8.6e-5 for degree 3 (a twentieth of an ulp of
+// bf16), 2.9e-6 for degree 4, 8.2e-8 for degree 5 and 1.4e-8 for degree 6.
 #pragma once
 
 #include "cpu/vec.h"
@@ -9,7 +9,8 @@
 namespace torchweld::cpu {
 namespace {
 
-constexpr float kLog2e = 1.44269504088896341f, kLog2eRest = 1.44269504088896341 - static_cast<double>(kLog2e), kLn2 = 0.693147180559945309f;
+constexpr float kLog2e = 1.44269504088896341f, kLog2eRest = 1.44269504088896341 - static_cast<double>(kLog2e),
+                kLn2 = 0.693147180559945309f;
 
 template <int kDegree>
 TW_INLINE Vec exp2(Vec x) {
@@ -55,8 +56,8 @@ TW_INLINE Vec exp2(Vec x) {
 #endif
 }
 
-// Of positive normal numbers, to about an ulp: x = 2^n m with m within a factor of sqrt(2) of 1, and log(m) is the series
-// of 2 atanh(s), s = (m - 1) / (m + 1), whose fifth term is below a rounding.
+// Of positive normal numbers, to about an ulp: x = 2^n m with m within a factor of sqrt(2) of 1, and log(m) is the
+// series of 2 atanh(s), s = (m - 1) / (m + 1), whose fifth term is below a rounding.
 TW_INLINE Vec vlog(Vec x) {
   const VecI n = ((VecI)x - 0x3f3504f3) >> 23;
   const Vec m = from_bits((VecU)((VecI)x - n * (1 << 23)));

@@ -25,9 +25,8 @@ TW_INLINE Vec exp_minus(Vec u) { return exp2<6>(vmin(splat(126.0f), u * -kLog2e)
 // f(begin, end) over the elements, in whole chunks.
 template <class F>
 void for_chunks(int64_t numel, F&& f) {
-  parallel_for((numel + kChunk - 1) / kChunk, kChunksPerThread, [&](int64_t first, int64_t last) {
-    f(first * kChunk, last * kChunk < numel ? last * kChunk : numel);
-  });
+  parallel_for((numel + kChunk - 1) / kChunk, kChunksPerThread,
+               [&](int64_t first, int64_t last) { f(first * kChunk, last * kChunk < numel ? last * kChunk : numel); });
 }
 
 }  // namespace

@@ -1,10 +1,10 @@
 // The matrix products inside attention: C[m, n] (+)= sum over k of A[m, k] * B[k, n].
 //
 // Operands are words of 32 bits, each one float or a pair of bf16 that are neighbours along k; a step of k is one word.
-// The micro-kernel keeps kRows x kVectors accumulators in registers, broadcasts a word of A to a vector and multiplies it
-// with kVectors vectors of B: two FLOPs (bf16: four) per lane and step. Every product of the backward, too, finds its
-// operands in this form without a transposition, because A is read with any two strides.
-// Goto, van de Geijn: Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), 2008.
+// The micro-kernel keeps kRows x kVectors accumulators in registers, broadcasts a word of A to a vector and multiplies
+// it with kVectors vectors of B: two FLOPs (bf16: four) per lane and step. Every product of the backward, too, finds
+// its operands in this form without a transposition, because A is read with any two strides. Goto, van de Geijn:
+// Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), 2008.
 #pragma once
 
 #include "cpu/vec.h"
@@ -21,11 +21,12 @@ constexpr int kVectors = 2;
 #endif
 constexpr int kPanel = kVectors * W;
 
-// What a word is, and what its products ask of their operands. Elements of other types are converted to words when they are
-// packed. A sum is cut into chains of so many steps, because the rounding error of float32 grows with the length of a chain.
+// What a word is, and what its products ask of their operands. Elements of other types are converted to words when they
+// are packed. A sum is cut into chains of so many steps, because the rounding error of float32 grows with the length of
+// a chain.
 struct Fp32 {
   static constexpr int per_word = 1, exp_degree = 5;
-  static constexpr int parts = 1;               // an element is the sum of so many, each in a word of its own
+  static constexpr int parts = 1;  // an element is the sum of so many, each in a word of its own
   static constexpr bool tiles = false;
   static constexpr int64_t chain = 64;
   static constexpr int64_t block_rows = kRows;  // rows of C that share a span of columns or of steps
@@ -46,12 +47,16 @@ struct Fp32 {
 
 // By which words T is multiplied, and by which in the vector units.
 template <class T>
-struct ComputeOf { using type = Fp32; };
+struct ComputeOf {
+  using type = Fp32;
+};
 template <class T>
-struct VectorComputeOf { using type = Fp32; };
+struct VectorComputeOf {
+  using type = Fp32;
+};
 
-// v as a sum of kParts bf16, in the upper halves of words. Half an ulp goes up; the last of several needs no rounding where
-// it is the third of a float32 or the second of a float16.
+// v as a sum of kParts bf16, in the upper halves of words. Half an ulp goes up; the last of several needs no rounding
+// where it is the third of a float32 or the second of a float16.
 template <int kParts>
 TW_INLINE void split(Vec v, VecU (&part)[kParts]) {
   for (int n = 0; n < kParts; ++n) {
@@ -83,10 +88,13 @@ struct Bf16Pairs : Fp32 {
 };
 
 template <>
-struct VectorComputeOf<bf16> { using type = Bf16Pairs; };
+struct VectorComputeOf<bf16> {
+  using type = Bf16Pairs;
+};
 
   #if defined(__AMX_BF16__)
-// By the tile registers of amx.h, which hold 16 rows of 16 words. float16 is the sum of two bf16, and float32 that of three.
+// By the tile registers of amx.h, which hold 16 rows of 16 words. float16 is the sum of two bf16, and float32 that of
+// three.
 template <int kParts>
 struct Tiles : Bf16Pairs {
   static constexpr int parts = kParts, exp_degree = kParts + 2;
@@ -98,7 +106,8 @@ struct Tiles : Bf16Pairs {
     if constexpr (kParts == 1) return Bf16Pairs::store_row(row, element(i), v);
     VecU part[kParts];
     split(v, part);
-    for (int n = 0; n < kParts; ++n) store_bits(reinterpret_cast<bf16*>(row) + element(i) + n * 512, narrow(part[n] >> 16), All{});
+    for (int n = 0; n < kParts; ++n)
+      store_bits(reinterpret_cast<bf16*>(row) + element(i) + n * 512, narrow(part[n] >> 16), All{});
   }
   TW_INLINE static void store_row(float* row, int64_t i, Vec first, Vec second) {  // i a multiple of 32
     if constexpr (kParts == 1) return Bf16Pairs::store_row(row, element(i), first, second);
@@ -110,14 +119,22 @@ struct Tiles : Bf16Pairs {
 };
 
 template <>
-struct ComputeOf<bf16> { using type = Tiles<1>; };
+struct ComputeOf<bf16> {
+  using type = Tiles<1>;
+};
 template <>
-struct ComputeOf<f16> { using type = Tiles<2>; };
+struct ComputeOf<f16> {
+  using type = Tiles<2>;
+};
 template <>
-struct ComputeOf<float> { using type = Tiles<3>; };
+struct ComputeOf<float> {
+  using type = Tiles<3>;
+};
   #else
 template <>
-struct ComputeOf<bf16> { using type = Bf16Pairs; };
+struct ComputeOf<bf16> {
+  using type = Bf16Pairs;
+};
   #endif
 #endif
 
@@ -141,8 +158,8 @@ TW_INLINE Vec broadcast_word(const float* p) {
 }
 
 // With tiles a left operand, too, is made of blocks of 16 x 16 words, one after the other: A[m, k] is at
-// data + m / 16 * 16 * row + k / 16 * 256 + m % 16 * 16 + k % 16, and can be read (not: has a meaning) up to whole blocks.
-// Where elements have parts, a block of first parts comes before that of the second: steps count them all.
+// data + m / 16 * 16 * row + k / 16 * 256 + m % 16 * 16 + k % 16, and can be read (not: has a meaning) up to whole
+// blocks. Where elements have parts, a block of first parts comes before that of the second: steps count them all.
 struct Left {  // A[m, k] at data + m * row + k * step
   const float* data;
   int64_t row, step;
@@ -180,7 +197,8 @@ TW_INLINE void multiply(int64_t steps, const float* const (&a)[kRows], int64_t a
   }
 }
 
-// A block of at most kRows rows and exactly N vectors; the last row is repeated in the place of those that are not there.
+// A block of at most kRows rows and exactly N vectors; the last row is repeated in the place of those that are not
+// there.
 template <class Compute, int N, bool kAccumulate>
 void multiply_block(int64_t rows, Span steps, const Left& a, const float* b, int64_t b_step, float* c, int64_t ldc) {
   bool add = kAccumulate;
@@ -200,14 +218,18 @@ void multiply_block(int64_t rows, Span steps, const Left& a, const float* b, int
 }
 
 template <class Compute, bool kAccumulate>
-void multiply_vectors(int64_t vectors, int64_t rows, Span steps, const Left& a, const float* b, int64_t b_step, float* c,
-                      int64_t ldc) {
+void multiply_vectors(int64_t vectors, int64_t rows, Span steps, const Left& a, const float* b, int64_t b_step,
+                      float* c, int64_t ldc) {
   static_assert(kVectors == 2 || kVectors == 4, "the cases below");
   switch (vectors) {
-    case 1: return multiply_block<Compute, 1, kAccumulate>(rows, steps, a, b, b_step, c, ldc);
-    case 2: return multiply_block<Compute, 2, kAccumulate>(rows, steps, a, b, b_step, c, ldc);
-    case 3: return multiply_block<Compute, (kVectors > 2 ? 3 : 2), kAccumulate>(rows, steps, a, b, b_step, c, ldc);
-    case 4: return multiply_block<Compute, kVectors, kAccumulate>(rows, steps, a, b, b_step, c, ldc);
+    case 1:
+      return multiply_block<Compute, 1, kAccumulate>(rows, steps, a, b, b_step, c, ldc);
+    case 2:
+      return multiply_block<Compute, 2, kAccumulate>(rows, steps, a, b, b_step, c, ldc);
+    case 3:
+      return multiply_block<Compute, (kVectors > 2 ? 3 : 2), kAccumulate>(rows, steps, a, b, b_step, c, ldc);
+    case 4:
+      return multiply_block<Compute, kVectors, kAccumulate>(rows, steps, a, b, b_step, c, ldc);
   }
 }
 
@@ -235,8 +257,8 @@ struct TileScope {
 
 // C = A B. columns_of[m / block_rows]: the columns, multiples of column_unit, that are wanted of a block of rows.
 template <class Compute, class Between = Nothing>
-void gemm_store(int64_t rows, int64_t steps, const Left& a, const Right& b, const Span* columns_of, float* c, int64_t ldc,
-                [[maybe_unused]] Between&& between = {}) {
+void gemm_store(int64_t rows, int64_t steps, const Left& a, const Right& b, const Span* columns_of, float* c,
+                int64_t ldc, [[maybe_unused]] Between&& between = {}) {
 #if defined(__AMX_BF16__)
   if constexpr (Compute::tiles) return tile_store<Compute>(rows, steps, a, b, columns_of, c, ldc, between);
 #endif

@@ -11,11 +11,21 @@
 
 namespace torchweld::cpu {
 
-namespace baseline { extern const Kernels table; }
-namespace avx2 { extern const Kernels table; }
-namespace avx512 { extern const Kernels table; }
-namespace avx512_bf16 { extern const Kernels table; }
-namespace amx { extern const Kernels table; }
+namespace baseline {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+namespace avx512_bf16 {
+extern const Kernels table;
+}
+namespace amx {
+extern const Kernels table;
+}
 
 namespace {
 

@@ -41,15 +41,19 @@ TW_INLINE Vec reduce(Vec (&group)[W], F&& f) {
 template <class T, class Compute>
 TW_INLINE void load_words(const T* row, int64_t word, int64_t dim, Vec (&words)[Compute::parts]) {
   const int64_t first = word * Compute::per_word, left = dim - first;
-  auto vector = [&](int64_t i) { return left >= i + W ? load(row + first + i) : load(row + first + i, First{static_cast<int>(max_of(left - i, 0))}); };
+  auto vector = [&](int64_t i) {
+    return left >= i + W ? load(row + first + i) : load(row + first + i, First{static_cast<int>(max_of(left - i, 0))});
+  };
   if constexpr (Compute::per_word == 1) {
     words[0] = vector(0);
   } else if constexpr (kNative<T, Compute>) {
     if (left >= 2 * W) std::memcpy(words, row + first, sizeof words);
 #if defined(__AVX512BW__)
-    else if (left > 0) words[0] = (Vec)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << left) - 1), row + first);
+    else if (left > 0)
+      words[0] = (Vec)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((uint64_t{1} << left) - 1), row + first);
 #endif
-    else words[0] = Vec{};
+    else
+      words[0] = Vec{};
   } else {
     VecU part[2][Compute::parts];
     for (int i = 0; i < 2; ++i) split(vector(i * W), part[i]);
@@ -59,9 +63,11 @@ TW_INLINE void load_words(const T* row, int64_t word, int64_t dim, Vec (&words)[
 
 // Vectors of two neighbouring rows, or of zeros, as words of pairs.
 template <class T, class Compute, class Lanes>
-TW_INLINE void load_pairs(const T* row, int64_t stride, bool even, bool odd, Lanes lanes, Vec (&words)[Compute::parts]) {
+TW_INLINE void load_pairs(const T* row, int64_t stride, bool even, bool odd, Lanes lanes,
+                          Vec (&words)[Compute::parts]) {
   if constexpr (kNative<T, Compute>) {
-    const VecU first = even ? widen(load_bits(row, lanes)) : VecU{}, second = odd ? widen(load_bits(row + stride, lanes)) : VecU{};
+    const VecU first = even ? widen(load_bits(row, lanes)) : VecU{},
+               second = odd ? widen(load_bits(row + stride, lanes)) : VecU{};
     words[0] = from_bits(first | (second << 16));
     return;
   }
@@ -99,8 +105,8 @@ void pack_transposed(const T* source, int64_t stride, int64_t rows, int64_t dim,
   }
 }
 
-// As a right operand: B[k, n] is element n of row k, or of rows 2k and 2k + 1. Rows of round_up(dim, W) words; with tiles,
-// columns of blocks that are `panel` words apart.
+// As a right operand: B[k, n] is element n of row k, or of rows 2k and 2k + 1. Rows of round_up(dim, W) words; with
+// tiles, columns of blocks that are `panel` words apart.
 template <class T, class Compute>
 void pack_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out, int64_t panel) {
   const int64_t width = round_up(dim, W);
@@ -116,8 +122,10 @@ void pack_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, float
     for (int64_t k = 0; k < words_of<Compute>(rows); ++k)
       for_each_vector(dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
         Vec words[1];
-        if constexpr (Compute::per_word == 1) words[0] = load(source + k * stride + i, lanes);
-        else load_pairs<T, Compute>(source + 2 * k * stride + i, stride, 2 * k < rows, 2 * k + 1 < rows, lanes, words);
+        if constexpr (Compute::per_word == 1)
+          words[0] = load(source + k * stride + i, lanes);
+        else
+          load_pairs<T, Compute>(source + 2 * k * stride + i, stride, 2 * k < rows, 2 * k + 1 < rows, lanes, words);
         store(out + k * width + i, words[0]);
       });
   }
@@ -152,7 +160,8 @@ void pack_left(const T* source, int64_t stride, int64_t rows, int64_t dim, float
       Vec words[Compute::parts];
       load_words<T, Compute>(source + m * stride, k / Compute::parts, dim, words);
       if constexpr (Compute::tiles) {
-        for (int n = 0; n < Compute::parts; ++n) store(out + m / 16 * 16 * steps + k * 16 + n * 256 + m % 16 * 16, words[n]);
+        for (int n = 0; n < Compute::parts; ++n)
+          store(out + m / 16 * 16 * steps + k * 16 + n * 256 + m % 16 * 16, words[n]);
       } else if (steps - k >= W) {
         store(out + m * steps + k, words[0]);
       } else {

@@ -1,6 +1,6 @@
-// Attention over a cache of keys and values in blocks, each batch with a length of its own: a task owns one split of the
-// keys of one batch and key head, and gathers their rows first. They are still in cache when they are read.
-// Kwon et al.: PagedAttention, arXiv:2309.06180.
+// Attention over a cache of keys and values in blocks, each batch with a length of its own: a task owns one split of
+// the keys of one batch and key head, and gathers their rows first. They are still in cache when they are read. Kwon et
+// al.: PagedAttention, arXiv:2309.06180.
 
 #include "cpu/attention_splits.h"
 #include "cpu/kernels.h"

@@ -28,8 +28,12 @@ typedef int32_t VecI __attribute__((vector_size(4 * W)));
 typedef uint32_t VecU __attribute__((vector_size(4 * W)));
 typedef uint16_t VecH __attribute__((vector_size(2 * W)));  // W halves, as bits
 
-struct bf16 { uint16_t bits; };
-struct f16 { uint16_t bits; };
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
 
 #define TW_INLINE inline __attribute__((always_inline))
 
@@ -246,7 +250,9 @@ TW_INLINE void store(float* p, Vec v, First lanes) {
 
 // As `store`; returns the value that a load would give back.
 template <class Lanes>
-TW_INLINE Vec store_rounded(float* p, Vec v, Lanes lanes) { return store(p, v, lanes), v; }
+TW_INLINE Vec store_rounded(float* p, Vec v, Lanes lanes) {
+  return store(p, v, lanes), v;
+}
 template <class Lanes>
 TW_INLINE Vec store_rounded(bf16* p, Vec v, Lanes lanes) {
   const VecH h = narrow_bf16(v);
@@ -281,13 +287,21 @@ TW_INLINE void stream(float* p, Vec v) {
 }
 
 template <class Lanes>
-TW_INLINE Vec load(const bf16* p, Lanes lanes) { return widen_bf16(load_bits(p, lanes)); }
+TW_INLINE Vec load(const bf16* p, Lanes lanes) {
+  return widen_bf16(load_bits(p, lanes));
+}
 template <class Lanes>
-TW_INLINE Vec load(const f16* p, Lanes lanes) { return widen_f16(load_bits(p, lanes)); }
+TW_INLINE Vec load(const f16* p, Lanes lanes) {
+  return widen_f16(load_bits(p, lanes));
+}
 template <class Lanes>
-TW_INLINE void store(bf16* p, Vec v, Lanes lanes) { store_bits(p, narrow_bf16(v), lanes); }
+TW_INLINE void store(bf16* p, Vec v, Lanes lanes) {
+  store_bits(p, narrow_bf16(v), lanes);
+}
 template <class Lanes>
-TW_INLINE void store(f16* p, Vec v, Lanes lanes) { store_bits(p, narrow_f16(v), lanes); }
+TW_INLINE void store(f16* p, Vec v, Lanes lanes) {
+  store_bits(p, narrow_f16(v), lanes);
+}
 
 TW_INLINE void stream(bf16* p, Vec v) { stream_bits(p, narrow_bf16(v)); }
 TW_INLINE void stream(f16* p, Vec v) { stream_bits(p, narrow_f16(v)); }
@@ -303,14 +317,22 @@ bool past_cache(const void* output, int64_t rows, int64_t cols) {
 
 // An output row: streamed past the caches when `past_cache`, which asks that every row starts on a vector's alignment.
 template <class T>
-TW_INLINE void store_output(T* p, Vec v, All, bool past_cache) { past_cache ? stream(p, v) : store(p, v, All{}); }
+TW_INLINE void store_output(T* p, Vec v, All, bool past_cache) {
+  past_cache ? stream(p, v) : store(p, v, All{});
+}
 template <class T>
-TW_INLINE void store_output(T* p, Vec v, First lanes, bool) { store(p, v, lanes); }
+TW_INLINE void store_output(T* p, Vec v, First lanes, bool) {
+  store(p, v, lanes);
+}
 
 template <class T>
-TW_INLINE Vec load(const T* p) { return load(p, All{}); }
+TW_INLINE Vec load(const T* p) {
+  return load(p, All{});
+}
 template <class T>
-TW_INLINE void store(T* p, Vec v) { store(p, v, All{}); }
+TW_INLINE void store(T* p, Vec v) {
+  store(p, v, All{});
+}
 
 // body(i, lanes) for the vectors that cover [0, n).
 template <class Body>
@@ -356,9 +378,12 @@ struct Tag {
 template <class F>
 TW_INLINE void dispatch(DType dtype, F&& f) {
   switch (dtype) {
-    case DType::float32: return f(Tag<float>{});
-    case DType::bfloat16: return f(Tag<bf16>{});
-    case DType::float16: return f(Tag<f16>{});
+    case DType::float32:
+      return f(Tag<float>{});
+    case DType::bfloat16:
+      return f(Tag<bf16>{});
+    case DType::float16:
+      return f(Tag<f16>{});
   }
 }
 
