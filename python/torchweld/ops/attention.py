@@ -51,7 +51,8 @@ def attention(
     query i does not see key j. shift is 0 for `causal_align="top_left"` (torch's), Nk - Nq for "bottom_right" (a KV
     cache's). A row that sees nothing gives zeros, with zero gradients. Statistics and gradients accumulate in float32.
     Keys outside the band of `causal` and `window` are not read; one beside its edge, and one that only `bias` hides, is
-    multiplied by a weight of zero, so a NaN there can reach rows of the same tile (as it does in torch).
+    multiplied by a weight of zero, so a NaN there can reach rows of the same tile (as it does in torch). A CPU with AMX
+    multiplies float32 in three parts, so an infinity gives NaN there.
     Dao et al.: FlashAttention, arXiv:2205.14135 and 2307.08691; Milakov, Gimelshein: arXiv:1805.02867.
 
     Args:
