@@ -16,11 +16,16 @@
 namespace torchweld::cpu {
 namespace {
 
-// Reads s once by load_s(i, lanes), which leaves it at `s` as well; then the variance and the output.
+constexpr int64_t kFetchedColumns = 2048;
+
+// Reads s once by load_s(i, lanes), which leaves it at `s` as well; then the variance and the output. Memory would be
+// idle meanwhile, so the next row is fetched, unless the floats of this one fill the first-level cache.
 template <class T, class S, class Weights, class LoadS>
 TW_INLINE void normalise(const LayerNormForwardParams& p, int64_t m, const Weights& weights, bool streaming, const S* s,
                          LoadS&& load_s) {
   const int64_t N = p.cols;
+  const T* next = row<T>(p.input, m + 1, N);
+  const bool fetch = sizeof(T) == 4 || N <= kFetchedColumns;
   T* y = row<T>(p.output, m, N);
 
   // Mean and variance; or the mean square.
@@ -41,6 +46,7 @@ TW_INLINE void normalise(const LayerNormForwardParams& p, int64_t m, const Weigh
 
   // Normalise.
   for_each_vector(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    if (fetch) __builtin_prefetch(next + i);
     const Vec xhat = (load(s + i, lanes) - mean) * rstd;
     store_output(y + i, xhat * weights.weight(i, lanes) + weights.bias(i, lanes), lanes, streaming);
   });

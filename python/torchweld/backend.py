@@ -32,6 +32,7 @@ __all__ = [
 BACKENDS = ("cuda", "cpu", "reference")
 
 transforms_active = torch._C._are_functorch_transforms_active
+_CPU = torch.device("cpu")
 _log = logging.getLogger("torchweld")
 _logged: set[tuple[str, str]] = set()
 
@@ -149,7 +150,7 @@ def choose(op: str, device: torch.device, refusal: str | None) -> str:
     # torch.func's transforms and forward-mode derivatives see through the reference's operators, not into a kernel.
     if forced == "reference" or transforms_active() or forward_ad._current_level >= 0:
         return "reference"
-    kind = device.type
+    kind = "cpu" if device == _CPU else device.type  # which makes a string, 0.2 us
     if forced is not None and forced != kind:
         raise RuntimeError(
             f"[{op}] backend {forced!r} is forced, but the tensors are on {kind!r}; move them to {forced!r}"

@@ -19,7 +19,8 @@ _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> str | None:
     """Raises on arguments that no backend takes; returns why the kernels do not take these, None if they do."""
-    check_dense(op, input=x)
+    if x.is_nested or x.layout is not torch.strided:
+        check_dense(op, input=x)
     tail, dtype = x.shape[-len(shape) :] if shape else None, x.dtype
     if tail is None or (tail != shape and tuple(tail) != tuple(shape)):
         raise RuntimeError(
@@ -88,7 +89,7 @@ def layer_norm(
     if backend.choose("layer_norm", input.device, refusal) == "reference":
         return reference.layer_norm(input, normalized_shape, weight, bias, eps)
     if wants_grad(input, weight, bias):
-        return layer_norm_function(input, normalized_shape, weight, bias, eps, True, 0.0)
+        return layer_norm_function(input, weight, bias, (normalized_shape, eps, True, 0.0))
     return inference_op(input, math.prod(normalized_shape), weight, bias, eps)
 
 

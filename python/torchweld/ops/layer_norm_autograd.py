@@ -37,25 +37,21 @@ class _LayerNorm(torch.autograd.Function):
     def forward(
         ctx: Any,
         input: Tensor,
-        shape: Sequence[int],
         weight: Tensor | None,
         bias: Tensor | None,
-        eps: float,
-        centred: bool,
-        weight_offset: float,
+        norm: tuple[Sequence[int], float, bool, float],  # as one, for autograd looks at every argument
     ) -> Tensor:
+        shape, eps, centred, weight_offset = ctx.norm = norm
         output, stats = forward_op(input, math.prod(shape), weight, bias, eps, centred, weight_offset)
         ctx.save_for_backward(input, weight, bias, stats)
-        ctx.norm = shape, eps, centred, weight_offset
         return output
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad
         if wants_definition(doutput):
-            mask = (need[0], need[2], need[3])
-            dx, dw, db = _differentiable(_function(*ctx.norm), ctx, doutput, None, mask)
-            return dx, None, dw, db, None, None, None
+            dx, dw, db = _differentiable(_function(*ctx.norm), ctx, doutput, None, need[:3])
+            return dx, dw, db, None
         input, weight, bias, stats = ctx.saved_tensors
         shape, _, _, weight_offset = ctx.norm
         dx, _, dw, db = backward_op(
@@ -66,10 +62,10 @@ class _LayerNorm(torch.autograd.Function):
             weight,
             bias,
             stats,
-            (need[0], False, need[2], need[3]),
+            (need[0], False, need[1], need[2]),
             weight_offset,
         )
-        return dx if need[0] else None, None, dw if need[2] else None, db if need[3] else None, None, None, None
+        return dx if need[0] else None, dw if need[1] else None, db if need[2] else None, None
 
 
 class _AddLayerNorm(torch.autograd.Function):

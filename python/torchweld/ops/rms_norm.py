@@ -48,7 +48,7 @@ def rms_norm(
     if backend.choose("rms_norm", input.device, refusal) == "reference":
         return reference.rms_norm(input, normalized_shape, weight, eps, zero_centered_weight=zero_centered_weight)
     if wants_grad(input, weight):
-        return layer_norm_function(input, normalized_shape, weight, None, eps, False, float(zero_centered_weight))
+        return layer_norm_function(input, weight, None, (normalized_shape, eps, False, float(zero_centered_weight)))
     return inference_op(input, math.prod(normalized_shape), weight, None, eps, False, float(zero_centered_weight))
 
 
