@@ -16,16 +16,17 @@
 namespace torchweld::cpu {
 namespace {
 
-constexpr int64_t kFetchedColumns = 2048;
+template <class T>
+constexpr int64_t kFetchedColumns = sizeof(T) == 2 ? 2048 : 16384;
 
 // Reads s once by load_s(i, lanes), which leaves it at `s` as well; then the variance and the output. Memory would be
-// idle meanwhile, so the next row is fetched, unless the floats of this one fill the first-level cache.
+// idle meanwhile, so the next row is fetched, unless that would drive this one, or its floats, from the caches.
 template <class T, class S, class Weights, class LoadS>
 TW_INLINE void normalise(const LayerNormForwardParams& p, int64_t m, const Weights& weights, bool streaming, const S* s,
                          LoadS&& load_s) {
   const int64_t N = p.cols;
   const T* next = row<T>(p.input, m + 1, N);
-  const bool fetch = sizeof(T) == 4 || N <= kFetchedColumns;
+  const bool fetch = N <= kFetchedColumns<T>;
   T* y = row<T>(p.output, m, N);
 
   // Mean and variance; or the mean square.
