@@ -182,11 +182,13 @@ class Softmax {
       if constexpr (kOverlap) {
         part.products += n % 2 * kGroup<Compute> * product_stride;
         const Span span = at.seen(first, c);
-        const int64_t lines = max_of((span.end - span.begin) / 32 * at.steps / 16, 1) * 2;
+        // How often a square of tiles calls in between, over all of them: `rows` are spread evenly.
+        const int64_t lines = max_of((span.end - span.begin) / 32 * at.steps / 8, 1);
         const int64_t rows = pending.rows.end - pending.rows.begin;
         int64_t due = 0;
         multiply(at, first, c, part.products, [&]() __attribute__((always_inline)) {
-          for (due += rows; due >= lines; due -= lines) weigh_next(scores, at, pending);
+          for (due += rows; due >= lines && pending.rows.begin < pending.rows.end; due -= lines)
+            weigh_next(scores, at, pending);
         });
       } else {
         multiply(at, first, c, part.products);
