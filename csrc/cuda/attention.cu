@@ -26,6 +26,17 @@ void dispatch_instance(const char* op, const AttentionInputs& p, F&& f) {
   });
 }
 
+// The kernels with Hopper's own instructions: which of them were compiled, and whether this GPU runs the one for `p`.
+#ifdef TORCHWELD_SM90
+template <class T, int D>
+constexpr bool kHasSm90 = sizeof(T) == 2 && D >= 64;
+bool runs_sm90() { return compute_capability(current_device()) == 90; }
+#else
+template <class T, int D>
+constexpr bool kHasSm90 = false;
+bool runs_sm90() { return false; }
+#endif
+
 }  // namespace
 
 int64_t attention_forward_workspace(const AttentionForwardParams& p) { return decodes(p) ? decode_workspace(p) : 0; }
@@ -33,7 +44,11 @@ int64_t attention_forward_workspace(const AttentionForwardParams& p) { return de
 void attention_forward(const AttentionForwardParams& p, Stream stream) {
   if (query_rows(p) == 0) return;
   dispatch_instance("attention_forward", p, [&](auto t, auto size) {
-    run_forward<typename decltype(t)::type, decltype(size)::value>(p, stream);
+    using T = typename decltype(t)::type;
+    constexpr int D = decltype(size)::value;
+    if constexpr (kHasSm90<T, D>)
+      if (!decodes(p) && runs_sm90()) return run_forward_sm90<T, D>(p, stream);
+    run_forward<T, D>(p, stream);
   });
 }
 
@@ -65,7 +80,12 @@ void attention_backward(const AttentionBackwardParams& params, Stream stream) {
     using T = typename decltype(t)::type;
     const dim3 blocks(static_cast<unsigned>((rows + kPrepareWarps - 1) / kPrepareWarps));
     if (rows > 0) launch(kName, prepare<T>, blocks, dim3(kPrepareWarps * kLanes), 0, stream, p);
-    run_backward<T, decltype(size)::value>(p, stream);
+    constexpr int D = decltype(size)::value;
+    auto run = run_backward<T, D>;
+    if constexpr (kHasSm90<T, D>)
+      if (p.dquery_sum == nullptr && runs_sm90()) run = run_backward_sm90<T, D>;
+    if (p.batch * p.heads > 0) run(p, stream);
+    if (p.dbias != nullptr) run_bias_backward<T, D>(p, stream);
     if (rows > 0 && p.dquery_sum != nullptr)
       launch(kName, round_queries<T>, blocks, dim3(kPrepareWarps * kLanes), 0, stream, p);
   });

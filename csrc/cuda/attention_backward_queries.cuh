@@ -41,6 +41,41 @@ __device__ __forceinline__ void score_gradient(const Backward& p, const Head& he
   for_each<MT, NT>([&](int m, int n, int e) { ds[m][n][e] *= s[m][n][e]; });
 }
 
+// The share of a tile in each row's gradient of the slope.
+template <int MT, int NT>
+__device__ __forceinline__ void add_distances(const Cells<false>& cells, const float (&ds)[MT][NT][4],
+                                              float (&distances)[MT][2]) {
+  for_each<MT, NT>([&](int m, int n, int e) {
+    const int distance = cells.query(m, n, e) + cells.of.shift - cells.key(m, n, e);
+    distances[m][e / 2] -= ds[m][n][e] * fabsf(static_cast<float>(distance));
+  });
+}
+
+// Those of this warp's queries, from row0 on.
+template <class T, int MT, int NT>
+__device__ __forceinline__ void store_queries(const Backward& p, const Head& head, int row0,
+                                              const float (&dquery)[MT][NT][4]) {
+  T* to = head.query_rows(static_cast<T*>(p.dquery), p.dquery_strides);
+  store_rows<T>(
+      dquery, static_cast<int>(p.dim), p.pairs,
+      [&](int m, int half) {
+        const int i = row0 + m * 16 + lane_row() + half * 8;
+        return i < head.queries ? to + i * p.dquery_strides.row : nullptr;
+      },
+      [&](int, int) { return p.scale; });
+}
+
+template <int MT>
+__device__ __forceinline__ void store_distances(const Backward& p, const Head& head, int row0,
+                                                const float (&distances)[MT][2]) {
+#pragma unroll
+  for (int r = 0; r < 2 * MT; ++r) {
+    const int i = row0 + r / 2 * 16 + lane_row() + r % 2 * 8;
+    const float sum = group_sum(distances[r / 2][r % 2], 4);
+    if (lane_column() == 0 && i < head.queries) p.distances[head.values + i] = sum;
+  }
+}
+
 // dquery and distances, whichever are wanted. With a softcap they are of different scores, and are asked for one by
 // one.
 template <class T, int D, bool kPlain>
@@ -77,32 +112,11 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     float ds[MT][NT][4];
     score_gradient<T, D, kPlain>(p, head, values, memory, step, i0, row0, j0, unit, p.dquery != nullptr, ds);
     if (p.dquery != nullptr) multiply_columns<T, D>(dquery, ds, memory.others(step, 0));
-    if (!kPlain && p.distances != nullptr)
-      for_each<MT, NT>([&](int m, int n, int e) {
-        const Cells<false> cells{head, row0, j0};
-        const int distance = cells.query(m, n, e) + head.shift - cells.key(m, n, e);
-        distances[m][e / 2] -= ds[m][n][e] * fabsf(static_cast<float>(distance));
-      });
+    if (!kPlain && p.distances != nullptr) add_distances(Cells<false>{head, row0, j0}, ds, distances);
   });
 
-  // Store.
-  auto row_of = [&](int m, int half) { return row0 + m * 16 + lane_row() + half * 8; };
-  T* to = head.query_rows(static_cast<T*>(p.dquery), p.dquery_strides);
-  if (p.dquery != nullptr)
-    store_rows<T>(
-        dquery, static_cast<int>(p.dim), p.pairs,
-        [&](int m, int half) {
-          return row_of(m, half) < head.queries ? to + row_of(m, half) * p.dquery_strides.row : nullptr;
-        },
-        [&](int, int) { return p.scale; });
-  if (!kPlain && p.distances != nullptr) {
-#pragma unroll
-    for (int r = 0; r < 2 * MT; ++r) {
-      const float sum = group_sum(distances[r / 2][r % 2], 4);
-      if (lane_column() == 0 && row_of(r / 2, r % 2) < head.queries)
-        p.distances[head.values + row_of(r / 2, r % 2)] = sum;
-    }
-  }
+  if (p.dquery != nullptr) store_queries<T>(p, head, row0, dquery);
+  if (!kPlain && p.distances != nullptr) store_distances(p, head, row0, distances);
 }
 
 // Grid (tiles of keys, B * H * tiles of queries) of dbias's extents. Where bias is broadcast a block goes through all
@@ -183,23 +197,27 @@ __global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads, 2)
   }
 }
 
-template <class T, int D, bool kPlain>
-void launch_queries(Backward p, Stream stream) {
-  using Shape = BackwardShape<T, D, kPlain>;
+template <class T>
+void launch_queries(Backward p, int rows, void (*kernel)(Backward), int threads, size_t shared, Stream stream) {
   if (p.dquery == nullptr && p.distances == nullptr) return;
   if (p.dquery != nullptr && p.distances != nullptr && p.softcap != 0) {
     Backward without = p;
     without.distances = nullptr;
-    launch_queries<T, D, kPlain>(without, stream);
+    launch_queries<T>(without, rows, kernel, threads, shared, stream);
     p.dquery = nullptr;
   }
   p.packets = reads_packets<T>(p);
   p.pairs = writes_pairs<T>(p);
-  p.schedule = Schedule(p.batch * p.heads, p.queries, Shape::kRows, p.heads / p.kv_heads,
+  p.schedule = Schedule(p.batch * p.heads, p.queries, rows, p.heads / p.kv_heads,
                         p.keys * (p.dim + p.value_dim) * sizeof(T), false);
   if (p.schedule.empty()) return;
-  launch("attention_backward", differentiate_queries<T, D, kPlain>, p.schedule.grid(), dim3(Shape::kThreads),
-         Shape::kBytes, stream, p);
+  launch("attention_backward", kernel, p.schedule.grid(), dim3(threads), shared, stream, p);
+}
+
+template <class T, int D, bool kPlain>
+void launch_queries(const Backward& p, Stream stream) {
+  using Shape = BackwardShape<T, D, kPlain>;
+  launch_queries<T>(p, Shape::kRows, differentiate_queries<T, D, kPlain>, Shape::kThreads, Shape::kBytes, stream);
 }
 
 template <class T, int D>

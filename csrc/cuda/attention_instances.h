@@ -13,8 +13,18 @@ void run_forward(const AttentionForwardParams& p, Stream stream);
 template <class T, int D>
 void run_paged(const PagedAttentionParams& p, Stream stream);
 
-// Gradients of queries, keys, values and bias.
+// Gradients of queries, keys and values.
 template <class T, int D>
 void run_backward(const Backward& p, Stream stream);
+
+template <class T, int D>
+void run_bias_backward(const Backward& p, Stream stream);
+
+// The same with Hopper's own instructions, for 16 bits and head sizes from 64 on; not what `decodes`, and nothing is
+// added up by atomics.
+template <class T, int D>
+void run_forward_sm90(const AttentionForwardParams& p, Stream stream);
+template <class T, int D>
+void run_backward_sm90(const Backward& p, Stream stream);
 
 }  // namespace torchweld::cuda

@@ -84,10 +84,10 @@ struct Rows {
 
 // One chunk of a row of `size` elements at `from`, zeros if that is nullptr; the copy belongs to the group that the
 // caller ends. If the row does not begin on 16 bytes (`packets`) it goes element by element, at once.
-template <class T, int D>
+template <class T, class Layout>
 __device__ __forceinline__ void load_chunk(uint32_t tile, int row, int chunk, const T* from, int size, bool packets) {
-  constexpr int kChunk = Tile<T, D>::kChunk;
-  const uint32_t to = tile + Tile<T, D>::at(row, chunk);
+  constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
+  const uint32_t to = tile + Layout::at(row, chunk);
   const int elements = from == nullptr ? 0 : clamp(size - chunk * kChunk, 0, kChunk);
   if (elements > 0) from += chunk * kChunk;
   if (packets) return ptx::cp_async<16>(to, from, elements * static_cast<int>(sizeof(T)));
@@ -98,8 +98,9 @@ __device__ __forceinline__ void load_chunk(uint32_t tile, int row, int chunk, co
   }
 }
 
-// Rows [first, first + R) into the tile at `tile`, zeros for what may not be read; kThreads threads share the work.
-template <class T, int D, int R, int kThreads, class Source = Rows<T>>
+// Rows [first, first + R) into the tile at `tile`, zeros for what may not be read; the first kThreads threads share the
+// work.
+template <class T, int D, int R, int kThreads, class Layout = Tile<T, D>, class Source = Rows<T>>
 __device__ __forceinline__ void load_tile(uint32_t tile, const Source& rows, int first) {
   constexpr int kChunks = Tile<T, D>::kChunks, kRowsAtOnce = kThreads / kChunks;
   static_assert(kThreads % kChunks == 0);
@@ -109,7 +110,7 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const Source& rows, int
   for (int r = 0; r < R; r += kRowsAtOnce, walk.next()) {
     if (R % kRowsAtOnce != 0 && r + row0 >= R) break;
     const bool exists = first + row0 + r >= rows.begin && first + row0 + r < rows.end;
-    load_chunk<T, D>(tile, row0 + r, chunk, exists ? walk.here() : nullptr, rows.size, rows.packets);
+    load_chunk<T, Layout>(tile, row0 + r, chunk, exists ? walk.here() : nullptr, rows.size, rows.packets);
   }
 }
 

@@ -11,6 +11,7 @@ namespace emulation {
 struct Machine {
   int multiprocessors = 4;
   int shared_bytes_per_block = 232448;  // of a block that has asked for it, as on Hopper
+  int capability = 80;                  // 90: wgmma and what goes with it
   unsigned seed = 0;                    // of the schedule; 0: blocks, warps and lanes in rising order
 };
 Machine& machine();
