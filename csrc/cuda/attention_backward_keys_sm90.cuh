@@ -81,7 +81,6 @@ __global__ void __launch_bounds__(KeysShapeSm90<D>::kThreads, 1)
 
       // Products.
       memory.ring.await(2 * step);
-      ptx::wgmma_fence();
       rows.begin(s, 0, queries);
       memory.ring.await(2 * step + 1);
       if constexpr (kKey) rows.begin(ds, 1, doutputs);

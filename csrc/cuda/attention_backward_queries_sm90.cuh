@@ -60,8 +60,6 @@ __global__ void __launch_bounds__(QueriesShapeSm90<D, kPlain>::kThreads, 1)
       auto delta = [&](int m, int, int e) { return values.delta[m][e / 2]; };
 
       // Products.
-      memory.ring.await(2 * step);
-      ptx::wgmma_fence();
       rows.begin(s, 0, keys);
       memory.ring.await(2 * step + 1);
       rows.begin(ds, 1, memory.item(2 * step + 1));
@@ -72,6 +70,7 @@ __global__ void __launch_bounds__(QueriesShapeSm90<D, kPlain>::kThreads, 1)
         ptx::wgmma_wait<1>();
         if (edge) hide(cells, s);
         weigh(s, unit, lse2);
+        if (step + 1 < steps) memory.ring.await(2 * step + 2);  // here, so that weights are made beside dP: see await
         ptx::wgmma_wait<0>();
         subtract_delta(p, ds, false, kept, delta);
         if (edge) hide_gradients(cells, ds);

@@ -67,6 +67,7 @@ class OwnRows {
   // acc = own rows @ other rows^T.
   template <int NT>
   __device__ __forceinline__ void begin(float (&acc)[1][NT][4], int which, uint32_t others) const {
+    ptx::wgmma_fence();
     if constexpr (Shape::kOwnInRegisters)
       begin_rows<T, D>(acc, lefts_[which], others);
     else

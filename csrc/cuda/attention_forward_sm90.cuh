@@ -88,7 +88,6 @@ __global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain>::kThreads, 1) atte
   float s[1][NT][4];
   Lefts<NT> weights;
   auto begin_scores = [&](int step) {
-    ring.await(items.key(step));
     turns.take();
     ptx::wgmma_fence();
     begin_rows<T, D, Shape::kQueries>(s, queries, turns.group * 64, slot(items.key(step)));
@@ -115,11 +114,13 @@ __global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain>::kThreads, 1) atte
 
   if (steps > 0) {
     turns.begin();
+    ring.await(items.key(0));
     begin_scores(0);
     steps > 1 ? turns.pass() : turns.end();
     ptx::wgmma_wait<0>();
     ring.release(items.key(0));
     weigh(0);
+    if (steps > 1) ring.await(items.key(1));
     weights.template take<T>(s);
 #pragma unroll 1
     for (int step = 1; step < steps; ++step) {
@@ -129,6 +130,7 @@ __global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain>::kThreads, 1) atte
       ptx::wgmma_wait<1>();
       ring.release(items.key(step));
       weigh(step);
+      if (step + 1 < steps) ring.await(items.key(step + 1));  // here, so that weights are made beside values: see await
       ptx::wgmma_wait<0>();
       ring.release(items.value(step - 1));
       softmax.rescale(output, rescale);

@@ -126,7 +126,9 @@ struct Slots {
     for (; announced < items; ++announced) announce(announced);
   }
 
-  // By the readers, of each item: it is there; this warp no longer needs it.
+  // By the readers, of each item: it is there; this warp no longer needs it. Awaiting is a branch, and the assembler
+  // moves a wait for products up to the last branch before it: what is to be done beside the products needs one after
+  // it.
   __device__ __forceinline__ void await(int item) const {
     ptx::mbarrier_wait(full(item % kSlots), item / kSlots % 2);
   }
