@@ -82,6 +82,7 @@ __global__ void __launch_bounds__(QueriesShapeSm90<D, kPlain>::kThreads, 1)
         modify(p, cells, s, ds, p.dquery != nullptr);
         if (edge) hide(cells, s, ds);
         weigh(s, unit, lse2);
+        if (step + 1 < steps) memory.ring.await(2 * step + 2);
       }
       memory.ring.release(2 * step + 1);
       for_each<1, NT>([&](int m, int n, int e) { ds[m][n][e] *= s[m][n][e]; });
