@@ -33,6 +33,8 @@ SIZES = [
     (case("D 256: one gradient at a time", 70, 37, dim=256, heads=1, causal=True), DTYPES),
     (case("D 200, capped", 20, 37, dim=200, heads=1, softcap=2.0), DTYPES),
 ]
+
+
 @pytest.mark.parametrize(
     ("each", "dtype"), [(c, t) for c, dtypes in SIZES for t in dtypes], ids=lambda x: getattr(x, "name", str(x))
 )

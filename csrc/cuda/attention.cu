@@ -78,12 +78,15 @@ void attention_backward(const AttentionBackwardParams& params, Stream stream) {
   p.distances = p.dalibi_slopes != nullptr ? take(1) : nullptr;
   dispatch_instance(kName, p, [&](auto t, auto size) {
     using T = typename decltype(t)::type;
-    const dim3 blocks(static_cast<unsigned>((rows + kPrepareWarps - 1) / kPrepareWarps));
-    if (rows > 0) launch(kName, prepare<T>, blocks, dim3(kPrepareWarps * kLanes), 0, stream, p);
     constexpr int D = decltype(size)::value;
     auto run = run_backward<T, D>;
     if constexpr (kHasSm90<T, D>)
-      if (p.dquery_sum == nullptr && runs_sm90()) run = run_backward_sm90<T, D>;
+      if (runs_sm90()) {
+        run = run_backward_sm90<T, D>;
+        if (D > 128) p.dquery_sum = nullptr;  // it would not fit shared memory
+      }
+    const dim3 blocks(static_cast<unsigned>((rows + kPrepareWarps - 1) / kPrepareWarps));
+    if (rows > 0) launch(kName, prepare<T>, blocks, dim3(kPrepareWarps * kLanes), 0, stream, p);
     if (p.batch * p.heads > 0) run(p, stream);
     if (p.dbias != nullptr) run_bias_backward<T, D>(p, stream);
     if (rows > 0 && p.dquery_sum != nullptr)

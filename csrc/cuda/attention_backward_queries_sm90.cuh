@@ -23,7 +23,7 @@ __global__ void __launch_bounds__(QueriesShapeSm90<D, kPlain>::kThreads, 1)
   const int last = (i0 + Shape::kRows < head.queries ? i0 + Shape::kRows : head.queries) - 1;
   const int begin = head.low(i0), end = head.high(last), start = begin / Shape::kOthers * Shape::kOthers;
   const int steps = begin < end ? (end - start + Shape::kOthers - 1) / Shape::kOthers : 0;
-  BackwardMemorySm90<Shape> memory;
+  BackwardMemorySm90<Shape> memory(AlignedMemory::begin());
   memory.ring.init();
 
   if (warpgroup() == 0) {

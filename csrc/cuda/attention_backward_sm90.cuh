@@ -22,18 +22,19 @@ struct BackwardShapeSm90 {
   using Others = Panels<D, kOthers>;
   using Ring = Slots<kSlots, kGroups * 4>;
   static constexpr int kValueBytes = kOthers * static_cast<int>(sizeof(float));
-  static constexpr int kBytes = AlignedMemory::kBytes + 2 * Own::kBytes + kSlots * (Others::kBytes + kValueBytes) +
-                                Ring::kBarrierBytes;
+  static constexpr int kBytes =
+      AlignedMemory::kBytes + 2 * Own::kBytes + kSlots * (Others::kBytes + kValueBytes) + Ring::kBarrierBytes;
   static_assert(kBytes <= 227 * 1024);
 };
 
+// Shared memory: two tiles of own rows, the slots, and the floats of each.
 template <class Shape>
 struct BackwardMemorySm90 {
   uint32_t own[2], slots, values;
   typename Shape::Ring ring;
 
-  __device__ __forceinline__ BackwardMemorySm90() {
-    own[0] = AlignedMemory::begin();
+  __device__ __forceinline__ BackwardMemorySm90(uint32_t begin) {
+    own[0] = begin;
     own[1] = own[0] + Shape::Own::kBytes;
     slots = own[1] + Shape::Own::kBytes;
     values = slots + Shape::kSlots * Shape::Others::kBytes;

@@ -123,7 +123,8 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads, 2) attend_split(c
       const int row = c / kChunks;
       const T* from = head_of(row).query_rows(static_cast<const T*>(p.query), p.query_strides) +
                       query_of(row) * p.query_strides.row;
-      load_chunk<T, Tile<T, D>>(tile, row, c % kChunks, row < rows ? from : nullptr, static_cast<int>(p.dim), p.packets);
+      load_chunk<T, Tile<T, D>>(tile, row, c % kChunks, row < rows ? from : nullptr, static_cast<int>(p.dim),
+                                p.packets);
     }
   ring.fill();
 

@@ -39,7 +39,8 @@ struct ForwardItems {
 };
 
 template <class T, int D, bool kPlain>
-__global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain>::kThreads, 1) attend_sm90(const __grid_constant__ Forward p) {
+__global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain>::kThreads, 1)
+    attend_sm90(const __grid_constant__ Forward p) {
   using Shape = ForwardShapeSm90<D, kPlain>;
   constexpr int NT = Shape::kKeys / 8;
   const Schedule::Work work = p.schedule.work(blockIdx.x);
@@ -147,9 +148,7 @@ __global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain>::kThreads, 1) atte
   auto row_of = [&](int half) { return row0 + lane_row() + half * 8; };
   store_rows<T>(
       output, static_cast<int>(p.value_dim), p.pairs,
-      [&](int, int half) {
-        return row_of(half) < head.queries ? out + row_of(half) * p.output_strides.row : nullptr;
-      },
+      [&](int, int half) { return row_of(half) < head.queries ? out + row_of(half) * p.output_strides.row : nullptr; },
       [&](int, int half) { return softmax.inverse(0, half) * kept; });
   if (p.lse == nullptr || lane_column() != 0) return;
 #pragma unroll

@@ -1,5 +1,5 @@
-// The attention kernels of one type and head size that use Hopper's own instructions: as attention_instance.cu, for sm_90a
-// alone.
+// The attention kernels of one type and head size that use Hopper's own instructions: as attention_instance.cu, for
+// sm_90a alone.
 #include "cuda/attention_backward_keys_sm90.cuh"
 #include "cuda/attention_backward_queries_sm90.cuh"
 #include "cuda/attention_forward_sm90.cuh"
@@ -15,7 +15,8 @@ void run_forward_sm90(const AttentionForwardParams& p, Stream stream) {
 template <class T, int D>
 void run_backward_sm90(const Backward& p, Stream stream) {
   is_plain(p) ? launch_keys_sm90<T, D, true>(p, stream) : launch_keys_sm90<T, D, false>(p, stream);
-  is_plain(p) ? launch_queries_sm90<T, D, true>(p, stream) : launch_queries_sm90<T, D, false>(p, stream);
+  if (p.dquery_sum == nullptr)
+    is_plain(p) ? launch_queries_sm90<T, D, true>(p, stream) : launch_queries_sm90<T, D, false>(p, stream);
 }
 
 template void run_forward_sm90<TORCHWELD_DTYPE, TORCHWELD_HEAD_SIZE>(const AttentionForwardParams& p, Stream stream);

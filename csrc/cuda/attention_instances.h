@@ -20,8 +20,7 @@ void run_backward(const Backward& p, Stream stream);
 template <class T, int D>
 void run_bias_backward(const Backward& p, Stream stream);
 
-// The same with Hopper's own instructions, for 16 bits and head sizes from 64 on; not what `decodes`, and nothing is
-// added up by atomics.
+// The same with Hopper's own instructions, for 16 bits and head sizes from 64 on; not what `decodes`.
 template <class T, int D>
 void run_forward_sm90(const AttentionForwardParams& p, Stream stream);
 template <class T, int D>

@@ -33,9 +33,7 @@ struct Panels {
   static __device__ __forceinline__ uint64_t columns(uint64_t tile, int step) {
     return tile + (step / 4 * kPanelBytes + step % 4 * 32) / 16;
   }
-  static __device__ __forceinline__ uint64_t rows(uint64_t tile, int step) {
-    return tile + step * 16 * kRowBytes / 16;
-  }
+  static __device__ __forceinline__ uint64_t rows(uint64_t tile, int step) { return tile + step * 16 * kRowBytes / 16; }
   static __device__ __forceinline__ uint64_t descriptor(uint32_t tile) {
     return ptx::descriptor(tile, kPanelBytes, 8 * kRowBytes, ptx::Swizzle::bytes128);
   }
@@ -55,6 +53,18 @@ struct Lefts {
         words[n / 2][n % 2 * 2 + half] = pack<T>(acc[0][n][2 * half], acc[0][n][2 * half + 1]);
   }
 };
+
+// Its columns, 8 * NT, to 16 rows of a tile of one panel, from `row` on.
+template <int NT>
+__device__ __forceinline__ void store_panel(uint32_t tile, int row, const Lefts<NT>& left) {
+  static_assert(NT == 8);
+#pragma unroll
+  for (int n = 0; n < NT; ++n)
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      ptx::store_shared(tile + Panels<64, 8>::at(row + lane_row() + 8 * half, n) + lane_column() * 2,
+                        left.words[n / 2][n % 2 * 2 + half]);
+}
 
 // acc = left @ right^T: 64 rows of the tile at `left`, from `row` on, with all 8 * NT rows of the one at `right`. Like
 // all products here it is begun, not awaited: acc, and words of a left operand, may not be touched before that.
@@ -129,9 +139,7 @@ struct Slots {
   // By the readers, of each item: it is there; this warp no longer needs it. Awaiting is a branch, and the assembler
   // moves a wait for products up to the last branch before it: what is to be done beside the products needs one after
   // it.
-  __device__ __forceinline__ void await(int item) const {
-    ptx::mbarrier_wait(full(item % kSlots), item / kSlots % 2);
-  }
+  __device__ __forceinline__ void await(int item) const { ptx::mbarrier_wait(full(item % kSlots), item / kSlots % 2); }
   __device__ __forceinline__ void release(int item) const {
     if (lane() == 0) ptx::mbarrier_arrive(empty(item % kSlots));
   }
