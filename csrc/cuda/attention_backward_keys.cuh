@@ -118,8 +118,9 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
 
     // Weights.
     const Cells<true> cells{head, row0, i0};
-    if constexpr (!kPlain) modify(p, cells, s, kKey ? ds : nullptr);
-    if (!head.sees_all(i0, Shape::kOthers, j0, Shape::kRows)) hide(cells, s, kKey ? ds : nullptr);
+    const bool whole = head.sees_all(i0, Shape::kOthers, j0, Shape::kRows);
+    if constexpr (!kPlain) modify(p, cells, whole, s, kKey ? ds : nullptr);
+    if (!whole) hide(cells, s, kKey ? ds : nullptr);
     weigh(s, unit, [&](int, int n, int e) { return value_of(0, n, e); });
 
     // Gradients.

@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(KeysShapeSm90<D>::kThreads, 1)
     Lefts<NT> weights, gradients;
     auto multiply = [&](int step, const Head& head, int i0) {
       const Cells<true> cells{head, row0, i0};
-      const bool edge = !head.sees_all(i0, Shape::kOthers, j0 + row, 64);
+      const bool whole = head.sees_all(i0, Shape::kOthers, j0 + row, 64);
       const bool drops = !kPlain && p.dropout.seed != nullptr;
       const uint32_t queries = memory.item(2 * step), doutputs = memory.item(2 * step + 1);
       auto value_of = [&](int which, int n, int e) {
@@ -118,20 +118,20 @@ __global__ void __launch_bounds__(KeysShapeSm90<D>::kThreads, 1)
       Kept<true, 1, NT> kept;
       if constexpr (kPlain) {
         ptx::wgmma_wait<kKey ? 1 : 0>();
-        if (edge) hide(cells, s);
+        if (!whole) hide(cells, s);
         weigh(s, unit, lse2);
         if constexpr (kValue) begin_values();
         if constexpr (kKey) {
           ptx::wgmma_wait<kValue ? 1 : 0>();
           subtract_delta(p, ds, drops, kept, delta);
-          if (edge) hide_gradients(cells, ds);
+          if (!whole) hide_gradients(cells, ds);
         }
       } else {
         ptx::wgmma_wait<0>();
         if (drops) kept.draw(p.dropout, head.values, row0, i0);
         if constexpr (kKey) subtract_delta(p, ds, drops, kept, delta);
-        modify(p, cells, s, kKey ? ds : nullptr);
-        if (edge) hide(cells, s, kKey ? ds : nullptr);
+        modify(p, cells, whole, s, kKey ? ds : nullptr);
+        if (!whole) hide(cells, s, kKey ? ds : nullptr);
         weigh(s, unit, lse2);
       }
       if constexpr (kKey) {

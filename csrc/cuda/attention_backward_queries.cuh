@@ -34,9 +34,10 @@ __device__ __forceinline__ void score_gradient(const Backward& p, const Head& he
   if (drops) kept.draw(p.dropout, head.values, row0, j0);
   subtract_delta(p, ds, drops, kept, [&](int m, int, int e) { return values.delta[m][e / 2]; });
   const Cells<false> cells{head, row0, j0};
-  if constexpr (!kPlain) modify(p, cells, s, ds, capped);
   using Shape = BackwardShape<T, D, kPlain>;
-  if (!head.sees_all(i0, Shape::kRows, j0, Shape::kOthers)) hide(cells, s, ds);
+  const bool whole = head.sees_all(i0, Shape::kRows, j0, Shape::kOthers);
+  if constexpr (!kPlain) modify(p, cells, whole, s, ds, capped);
+  if (!whole) hide(cells, s, ds);
   weigh(s, unit, [&](int m, int, int e) { return values.lse2[m][e / 2]; });
   for_each<MT, NT>([&](int m, int n, int e) { ds[m][n][e] *= s[m][n][e]; });
 }

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(QueriesShapeSm90<D, kPlain>::kThreads, 1)
     for (int step = 0; step < steps; ++step) {
       const int j0 = start + step * Shape::kOthers;
       const Cells<false> cells{head, row0, j0};
-      const bool edge = !head.sees_all(i0 + row, 64, j0, Shape::kOthers);
+      const bool whole = head.sees_all(i0 + row, 64, j0, Shape::kOthers);
       const uint32_t keys = memory.item(2 * step);
       auto lse2 = [&](int m, int, int e) { return values.lse2[m][e / 2]; };
       auto delta = [&](int m, int, int e) { return values.delta[m][e / 2]; };
@@ -68,19 +68,19 @@ __global__ void __launch_bounds__(QueriesShapeSm90<D, kPlain>::kThreads, 1)
       Kept<false, 1, NT> kept;
       if constexpr (kPlain) {
         ptx::wgmma_wait<1>();
-        if (edge) hide(cells, s);
+        if (!whole) hide(cells, s);
         weigh(s, unit, lse2);
         if (step + 1 < steps) memory.ring.await(2 * step + 2);  // here, so that weights are made beside dP: see await
         ptx::wgmma_wait<0>();
         subtract_delta(p, ds, false, kept, delta);
-        if (edge) hide_gradients(cells, ds);
+        if (!whole) hide_gradients(cells, ds);
       } else {
         ptx::wgmma_wait<0>();
         const bool drops = p.dropout.seed != nullptr;
         if (drops) kept.draw(p.dropout, head.values, row0, j0);
         subtract_delta(p, ds, drops, kept, delta);
-        modify(p, cells, s, ds, p.dquery != nullptr);
-        if (edge) hide(cells, s, ds);
+        modify(p, cells, whole, s, ds, p.dquery != nullptr);
+        if (!whole) hide(cells, s, ds);
         weigh(s, unit, lse2);
         if (step + 1 < steps) memory.ring.await(2 * step + 2);
       }

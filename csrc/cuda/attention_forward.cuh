@@ -145,8 +145,9 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) atten
     const uint32_t keys = ring.advance(2 * step);
     multiply_rows<T, D>(s, queries + warp() * MT * 16 * Tile<T, D>::kRowBytes, keys);
     const Cells<false> cells{head, row0, j0};
-    if constexpr (!kPlain) modify(p, cells, s);
-    if (!head.sees_all(i0, Shape::kQueries, j0, Shape::kKeys)) hide(cells, s);
+    const bool whole = head.sees_all(i0, Shape::kQueries, j0, Shape::kKeys);
+    if constexpr (!kPlain) modify(p, cells, whole, s);
+    if (!whole) hide(cells, s);
 
     // Weights.
     softmax.merge(s, output, unit);

@@ -18,7 +18,7 @@ struct ForwardShapeSm90 {
   static constexpr int kThreads = (1 + kGroups) * kWarpgroup;
   static constexpr int kQueries = kGroups * 64, kKeys = kPlain && D <= 128 ? 128 : 64;
   static constexpr int kSlots = 4;
-  static constexpr int kRegisters = kGroups == 3 ? 160 : 232, kLoaderRegisters = kGroups == 3 ? 32 : 40;
+  static constexpr int kRegisters = kGroups == 3 ? 160 : 240, kLoaderRegisters = kGroups == 3 ? 32 : 24;
   using Queries = Panels<D, kQueries>;
   using Keys = Panels<D, kKeys>;
   using Ring = Slots<kSlots, kGroups * 4>;
@@ -103,8 +103,9 @@ __global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain>::kThreads, 1)
   auto weigh = [&](int step) {
     const int j0 = start + step * Shape::kKeys;
     const Cells<false> cells{head, row0, j0};
-    if constexpr (!kPlain) modify(p, cells, s);
-    if (!head.sees_all(first_row, 64, j0, Shape::kKeys)) hide(cells, s);
+    const bool whole = head.sees_all(first_row, 64, j0, Shape::kKeys);
+    if constexpr (!kPlain) modify(p, cells, whole, s);
+    if (!whole) hide(cells, s);
     softmax.weigh(s, unit, rescale);
     if (drops) {
       Kept<false, 1, NT> kept;

@@ -82,35 +82,41 @@ struct Rows {
   }
 };
 
-// One chunk of a row of `size` elements at `from`, zeros if that is nullptr; the copy belongs to the group that the
-// caller ends. If the row does not begin on 16 bytes (`packets`) it goes element by element, at once.
-template <class T, class Layout>
-__device__ __forceinline__ void load_chunk(uint32_t tile, int row, int chunk, const T* from, int size, bool packets) {
-  constexpr int kChunk = 16 / static_cast<int>(sizeof(T));
-  const uint32_t to = tile + Layout::at(row, chunk);
-  const int elements = from == nullptr ? 0 : clamp(size - chunk * kChunk, 0, kChunk);
-  if (elements > 0) from += chunk * kChunk;
+// A chunk to the address `to`: `elements` from `from` on, zeros after them. The copy belongs to the group that the
+// caller ends; where `from` is not on 16 bytes (`packets`) it goes element by element, at once.
+template <class T>
+__device__ __forceinline__ void load_chunk(uint32_t to, const T* from, int elements, bool packets) {
   if (packets) return ptx::cp_async<16>(to, from, elements * static_cast<int>(sizeof(T)));
 #pragma unroll 1
-  for (int e = 0; e < kChunk; ++e) {
+  for (int e = 0; e < 16 / static_cast<int>(sizeof(T)); ++e) {
     using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
     ptx::store_shared(to + e * sizeof(T), e < elements ? __ldg(reinterpret_cast<const Bits*>(from + e)) : Bits{0});
   }
 }
 
 // Rows [first, first + R) into the tile at `tile`, zeros for what may not be read; the first kThreads threads share the
-// work.
+// work. Tiles of which nothing is missing, most of all, cost a few instructions per chunk.
 template <class T, int D, int R, int kThreads, class Layout = Tile<T, D>, class Source = Rows<T>>
 __device__ __forceinline__ void load_tile(uint32_t tile, const Source& rows, int first) {
-  constexpr int kChunks = Tile<T, D>::kChunks, kRowsAtOnce = kThreads / kChunks;
-  static_assert(kThreads % kChunks == 0);
+  constexpr int kChunk = 16 / static_cast<int>(sizeof(T)), kChunks = D / kChunk, kRowsAtOnce = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kRowsAtOnce > 0);
   const int thread = ptx::opaque(static_cast<int>(threadIdx.x)), chunk = thread % kChunks, row0 = thread / kChunks;
   auto walk = rows.walk(first + row0, kRowsAtOnce);
+  auto is_here = [&](int r) { return R % kRowsAtOnce == 0 || row0 + r < R; };
+  // Groups of 8 rows lie alike.
+  auto place = [&](int r) { return tile + Layout::at(row0 + r % 8, chunk) + Layout::at(r / 8 * 8, 0); };
+  if (rows.packets && rows.size == D && first >= rows.begin && first + R <= rows.end) {
 #pragma unroll
+    for (int r = 0; r < R; r += kRowsAtOnce, walk.next())
+      if (is_here(r)) ptx::cp_async(place(r), walk.here() + chunk * kChunk);
+    return;
+  }
+  const int here = clamp(rows.size - chunk * kChunk, 0, kChunk);
+#pragma unroll 1
   for (int r = 0; r < R; r += kRowsAtOnce, walk.next()) {
-    if (R % kRowsAtOnce != 0 && r + row0 >= R) break;
-    const bool exists = first + row0 + r >= rows.begin && first + row0 + r < rows.end;
-    load_chunk<T, Layout>(tile, row0 + r, chunk, exists ? walk.here() : nullptr, rows.size, rows.packets);
+    if (!is_here(r)) break;
+    const bool exists = here > 0 && first + row0 + r >= rows.begin && first + row0 + r < rows.end;
+    load_chunk(place(r), exists ? walk.here() + chunk * kChunk : rows.base, exists ? here : 0, rows.packets);
   }
 }
 
