@@ -26,16 +26,8 @@ void dispatch_instance(const char* op, const AttentionInputs& p, F&& f) {
   });
 }
 
-// The kernels with Hopper's own instructions: which of them were compiled, and whether this GPU runs the one for `p`.
-#ifdef TORCHWELD_SM90
-template <class T, int D>
-constexpr bool kHasSm90 = sizeof(T) == 2 && D >= 64;
-bool runs_sm90() { return compute_capability(current_device()) == 90; }
-#else
-template <class T, int D>
-constexpr bool kHasSm90 = false;
-bool runs_sm90() { return false; }
-#endif
+// Whether this GPU runs the kernels for Hopper, where there are any.
+bool is_hopper() { return compute_capability(current_device()) == 90; }
 
 }  // namespace
 
@@ -47,7 +39,7 @@ void attention_forward(const AttentionForwardParams& p, Stream stream) {
     using T = typename decltype(t)::type;
     constexpr int D = decltype(size)::value;
     if constexpr (kHasSm90<T, D>)
-      if (!decodes(p) && runs_sm90()) return run_forward_sm90<T, D>(p, stream);
+      if (!decodes(p) && is_hopper()) return run_forward_sm90<T, D>(p, stream);
     run_forward<T, D>(p, stream);
   });
 }
@@ -79,16 +71,17 @@ void attention_backward(const AttentionBackwardParams& params, Stream stream) {
   dispatch_instance(kName, p, [&](auto t, auto size) {
     using T = typename decltype(t)::type;
     constexpr int D = decltype(size)::value;
-    auto run = run_backward<T, D>;
+    auto run = run_backward<T, D>, run_bias = run_bias_backward<T, D>;
     if constexpr (kHasSm90<T, D>)
-      if (runs_sm90()) {
+      if (is_hopper()) {
         run = run_backward_sm90<T, D>;
+        run_bias = run_bias_backward_sm90<T, D>;
         if (D > 128) p.dquery_sum = nullptr;  // it would not fit shared memory
       }
     const dim3 blocks(static_cast<unsigned>((rows + kPrepareWarps - 1) / kPrepareWarps));
     if (rows > 0) launch(kName, prepare<T>, blocks, dim3(kPrepareWarps * kLanes), 0, stream, p);
     if (p.batch * p.heads > 0) run(p, stream);
-    if (p.dbias != nullptr) run_bias_backward<T, D>(p, stream);
+    if (p.dbias != nullptr) run_bias(p, stream);
     if (rows > 0 && p.dquery_sum != nullptr)
       launch(kName, round_queries<T>, blocks, dim3(kPrepareWarps * kLanes), 0, stream, p);
   });

@@ -61,6 +61,7 @@ __device__ __forceinline__ void store_keys(const Backward& p, const Head& own, i
 template <class T, int D, bool kPlain, bool kKey, bool kValue, bool kQuery>
 __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     differentiate_keys(const __grid_constant__ Backward p) {
+  if (kOnHopper<T, D>) return;
   using Shape = BackwardShape<T, D, kPlain>;
   constexpr int MT = Shape::MT, NT = Shape::kOthers / 8, kThreads = Shape::kThreads;
   const Schedule::Work work = p.schedule.work(blockIdx.x);

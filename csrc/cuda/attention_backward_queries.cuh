@@ -1,4 +1,4 @@
-// The gradients of queries and of a bias: see attention_backward.cuh.
+// The gradient of queries: see attention_backward.cuh.
 #pragma once
 
 #include "cuda/attention_backward.cuh"
@@ -82,6 +82,7 @@ __device__ __forceinline__ void store_distances(const Backward& p, const Head& h
 template <class T, int D, bool kPlain>
 __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     differentiate_queries(const __grid_constant__ Backward p) {
+  if (kOnHopper<T, D>) return;
   using Shape = BackwardShape<T, D, kPlain>;
   constexpr int MT = Shape::MT, NT = Shape::kOthers / 8, kThreads = Shape::kThreads;
   const Schedule::Work work = p.schedule.work(blockIdx.x);
@@ -120,84 +121,6 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
   if (!kPlain && p.distances != nullptr) store_distances(p, head, row0, distances);
 }
 
-// Grid (tiles of keys, B * H * tiles of queries) of dbias's extents. Where bias is broadcast a block goes through all
-// of that dimension, in order.
-template <class T, int D>
-__global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads, 2)
-    differentiate_bias(const __grid_constant__ Backward p) {
-  using Shape = BackwardShape<T, D, false>;
-  constexpr int MT = Shape::MT, NT = Shape::kOthers / 8, kThreads = Shape::kThreads;
-  const int64_t* extent = p.dbias_extents;
-  const int queries = static_cast<int>(p.queries), keys = static_cast<int>(p.keys);
-  const int row_tiles = extent[2] > 1 ? (queries + Shape::kRows - 1) / Shape::kRows : 1;
-  const int key_tiles = extent[3] > 1 ? (keys + Shape::kOthers - 1) / Shape::kOthers : 1;
-  const int kt = static_cast<int>(blockIdx.x % key_tiles), qt = static_cast<int>(blockIdx.x / key_tiles % row_tiles);
-  const int64_t outer = blockIdx.x / key_tiles / row_tiles;
-  const int b = static_cast<int>(outer / extent[1]), h = static_cast<int>(outer % extent[1]);
-  const int i_begin = qt * Shape::kRows, i_end = extent[2] > 1 ? i_begin + 1 : queries;
-  const int j_begin = kt * Shape::kOthers, j_end = extent[3] > 1 ? j_begin + 1 : keys;
-
-  float sum[MT][NT][4] = {};
-  const BackwardMemory<T, D, false> memory;
-  const float unit = unit_of<false>(p);
-  for (int bb = b; bb < (extent[0] > 1 ? b + 1 : static_cast<int>(p.batch)); ++bb)
-    for (int hh = h; hh < (extent[1] > 1 ? h + 1 : static_cast<int>(p.heads)); ++hh) {
-      const Head head(p, bb, hh);
-      for (int i0 = i_begin; i0 < i_end; i0 += Shape::kRows) {
-        const int last = (i0 + Shape::kRows < queries ? i0 + Shape::kRows : queries) - 1;
-        const BackwardRows<T> rows(p, head, head.low(i0), head.high(last));
-        const int row0 = i0 + warp() * MT * 16;
-        const RowValues<MT> values(p, head, row0);
-        for (int j0 = j_begin; j0 < j_end; j0 += Shape::kOthers) {
-          if (j0 >= head.high(last) || j0 + Shape::kOthers <= head.low(i0)) continue;
-          __syncthreads();
-          load_tile<T, D, Shape::kRows, kThreads>(memory.own[0], rows.query, i0);
-          load_tile<T, D, Shape::kRows, kThreads>(memory.own[1], rows.doutput, i0);
-          load_tile<T, D, Shape::kOthers, kThreads>(memory.others(0, 0), rows.key, j0);
-          load_tile<T, D, Shape::kOthers, kThreads>(memory.others(0, 1), rows.value, j0);
-          ptx::cp_async_commit();
-          ptx::cp_async_wait<0>();
-          __syncthreads();
-          float ds[MT][NT][4];
-          score_gradient<T, D, false>(p, head, values, memory, 0, i0, row0, j0, unit, false, ds);
-          for_each<MT, NT>([&](int m, int n, int e) { sum[m][n][e] += ds[m][n][e]; });
-        }
-      }
-    }
-
-  // The tile of sums goes to shared memory, and from there to dbias: over its rows or columns where bias is broadcast.
-  __syncthreads();
-  constexpr int kStride = Shape::kOthers + 1;
-  for_each<MT, NT>([&](int m, int n, int e) {
-    const int row = warp() * MT * 16 + 16 * m + lane_row() + e / 2 * 8, column = 8 * n + lane_column() + e % 2;
-    ptx::store_shared(memory.own[0] + (row * kStride + column) * 4, __float_as_uint(sum[m][n][e]));
-  });
-  __syncthreads();
-  auto least = [](int a, int b) { return a < b ? a : b; };
-  const int rows_here = extent[2] > 1 ? least(Shape::kRows, queries - i_begin) : 1,
-            rows_summed = extent[2] > 1 ? 1 : Shape::kRows;
-  const int keys_here = extent[3] > 1 ? least(Shape::kOthers, keys - j_begin) : 1,
-            keys_summed = extent[3] > 1 ? 1 : Shape::kOthers;
-  for (int c = static_cast<int>(threadIdx.x); c < rows_here * keys_here; c += kThreads) {
-    const int row = c / keys_here, column = c % keys_here;
-    float total = 0.0f;
-    for (int r = row; r < row + rows_summed; ++r)
-      for (int k = column; k < column + keys_summed; ++k)
-        total += __uint_as_float(ptx::load_shared(memory.own[0] + (r * kStride + k) * 4));
-    const int64_t place = (outer * extent[2] + i_begin + row) * extent[3] + j_begin + column;
-    auto store = [&](auto tag) {
-      using B = typename decltype(tag)::type;
-      store_one(static_cast<B*>(p.dbias) + place, total);
-    };
-    if (p.bias_type == MaskType::float32)
-      store(Tag<float>{});
-    else if (p.bias_type == MaskType::bfloat16)
-      store(Tag<__nv_bfloat16>{});
-    else
-      store(Tag<__half>{});
-  }
-}
-
 template <class T>
 void launch_queries(Backward p, int rows, void (*kernel)(Backward), int threads, size_t shared, Stream stream) {
   if (p.dquery == nullptr && p.distances == nullptr) return;
@@ -219,18 +142,6 @@ template <class T, int D, bool kPlain>
 void launch_queries(const Backward& p, Stream stream) {
   using Shape = BackwardShape<T, D, kPlain>;
   launch_queries<T>(p, Shape::kRows, differentiate_queries<T, D, kPlain>, Shape::kThreads, Shape::kBytes, stream);
-}
-
-template <class T, int D>
-void launch_bias(Backward p, Stream stream) {
-  using Shape = BackwardShape<T, D, false>;
-  p.packets = reads_packets<T>(p);
-  const int64_t* extent = p.dbias_extents;
-  const int64_t row_tiles = extent[2] > 1 ? (p.queries + Shape::kRows - 1) / Shape::kRows : 1;
-  const int64_t key_tiles = extent[3] > 1 ? (p.keys + Shape::kOthers - 1) / Shape::kOthers : 1;
-  const dim3 grid(static_cast<unsigned>(extent[0] * extent[1] * row_tiles * key_tiles));
-  if (grid.x == 0) return;
-  launch("attention_backward", differentiate_bias<T, D>, grid, dim3(Shape::kThreads), Shape::kBytes, stream, p);
 }
 
 }  // namespace torchweld::cuda

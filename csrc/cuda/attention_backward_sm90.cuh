@@ -6,7 +6,7 @@
 #pragma once
 
 #include "cuda/attention_backward.cuh"
-#include "cuda/attention_tile_sm90.cuh"
+#include "cuda/attention_ring_sm90.cuh"
 
 namespace torchweld::cuda {
 

@@ -106,6 +106,7 @@ struct Softmax {
 
 template <class T, int D, bool kPlain>
 __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) attend(const __grid_constant__ Forward p) {
+  if (kOnHopper<T, D>) return;
   using Shape = ForwardShape<T, D, kPlain>;
   constexpr int MT = Shape::MT, NT = Shape::kKeys / 8, kThreads = Shape::kThreads;
   const Schedule::Work work = p.schedule.work(blockIdx.x);

@@ -8,7 +8,7 @@
 #pragma once
 
 #include "cuda/attention_forward.cuh"
-#include "cuda/attention_tile_sm90.cuh"
+#include "cuda/attention_ring_sm90.cuh"
 
 namespace torchweld::cuda {
 

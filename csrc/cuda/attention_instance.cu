@@ -1,7 +1,7 @@
 // The attention kernels of one type and head size: compiled once for each TORCHWELD_DTYPE and TORCHWELD_HEAD_SIZE that
 // CMakeLists.txt lists.
+#include "cuda/attention_backward_bias.cuh"
 #include "cuda/attention_backward_keys.cuh"
-#include "cuda/attention_backward_queries.cuh"
 #include "cuda/attention_decode.cuh"
 
 namespace torchweld::cuda {

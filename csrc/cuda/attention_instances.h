@@ -7,6 +7,15 @@ namespace torchweld::cuda {
 
 struct Backward;
 
+// Which types and head sizes have kernels with Hopper's own instructions, run_*_sm90 below: where they were compiled.
+#ifdef TORCHWELD_SM90
+template <class T, int D>
+constexpr bool kHasSm90 = sizeof(T) == 2 && D >= 64;
+#else
+template <class T, int D>
+constexpr bool kHasSm90 = false;
+#endif
+
 template <class T, int D>
 void run_forward(const AttentionForwardParams& p, Stream stream);
 
@@ -20,10 +29,12 @@ void run_backward(const Backward& p, Stream stream);
 template <class T, int D>
 void run_bias_backward(const Backward& p, Stream stream);
 
-// The same with Hopper's own instructions, for 16 bits and head sizes from 64 on; not what `decodes`.
+// The same on Hopper; not what `decodes`.
 template <class T, int D>
 void run_forward_sm90(const AttentionForwardParams& p, Stream stream);
 template <class T, int D>
 void run_backward_sm90(const Backward& p, Stream stream);
+template <class T, int D>
+void run_bias_backward_sm90(const Backward& p, Stream stream);
 
 }  // namespace torchweld::cuda

@@ -9,11 +9,21 @@
 // numbers each, high + low, and three products (low * low is below fp32's own rounding).
 #pragma once
 
+#include "cuda/attention_instances.h"
 #include "cuda/ptx.cuh"
 
 namespace torchweld::cuda {
 
 constexpr int kLanes = 32;
+
+// Whether a kernel of this type and head size is being compiled for Hopper, which has one of its own: it stays empty.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+template <class T, int D>
+constexpr bool kOnHopper = kHasSm90<T, D>;
+#else
+template <class T, int D>
+constexpr bool kOnHopper = false;
+#endif
 
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kLanes; }

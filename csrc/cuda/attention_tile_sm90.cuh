@@ -1,9 +1,7 @@
-// Tiles as Hopper's tensor cores read them, out of shared memory by descriptor, and how they get there.
+// Tiles as Hopper's tensor cores read them, out of shared memory by descriptor, and their products.
 //
 // A tile of R rows is cut into panels of 64 columns: a panel's rows are 128 bytes, and chunk c (16 bytes) of row r lies
-// at place c ^ r % 8, which wgmma calls the swizzle of 128 bytes. Tiles begin on 1024 bytes. One warpgroup fills slots
-// by cp.async, the others multiply: rows may lie anywhere, end anywhere, and are taken only as far as they are seen,
-// so that packed sequences, broadcast heads and views need no tensor map and no other kernel.
+// at place c ^ r % 8, which wgmma calls the swizzle of 128 bytes. Tiles begin on 1024 bytes.
 #pragma once
 
 #include "cuda/attention_scores.cuh"
@@ -94,85 +92,5 @@ __device__ __forceinline__ void begin_columns(float (&acc)[1][D / 8][4], const L
   for (int step = 0; step < NT / 2; ++step)
     ptx::wgmma<T, D, true>(acc[0], left.words[step], Panels<D, 8 * NT>::rows(b, step), true);
 }
-
-// Slots of shared memory that go from the warpgroup that fills them to `kReaders` warps and back: item n is in slot
-// n % kSlots. Of two barriers per slot, one is passed when it is full, one when it is empty.
-template <int kSlots, int kReaders>
-struct Slots {
-  static constexpr int kBarrierBytes = 16 * kSlots;
-  uint32_t barriers;
-
-  // By all threads.
-  __device__ __forceinline__ void init() const {
-    if (threadIdx.x == 0) {
-      for (int slot = 0; slot < kSlots; ++slot) {
-        ptx::mbarrier_init(full(slot), kWarpgroup);
-        ptx::mbarrier_init(empty(slot), kReaders);
-      }
-      ptx::fence_mbarrier_init();
-    }
-    __syncthreads();
-  }
-
-  // By the warpgroup that fills: load(item) begins copies by cp.async. What it has begun before is there with item 0.
-  template <class Load>
-  __device__ __forceinline__ void fill(int items, Load&& load) const {
-    int announced = 0;
-#pragma unroll 1
-    for (int item = 0; item < items; ++item) {
-      const uint32_t slot = empty(item % kSlots), parity = (item / kSlots - 1) % 2;
-      if (item >= kSlots && !ptx::mbarrier_try_wait(slot, parity)) {
-        // Readers may want all that there is before they leave a slot.
-        ptx::cp_async_wait<0>();
-        for (; announced < item; ++announced) announce(announced);
-        ptx::mbarrier_wait(slot, parity);
-      }
-      load(item);
-      ptx::cp_async_commit();
-      ptx::cp_async_wait<1>();
-      for (; announced < item; ++announced) announce(announced);
-    }
-    ptx::cp_async_wait<0>();
-    for (; announced < items; ++announced) announce(announced);
-  }
-
-  // By the readers, of each item: it is there; this warp no longer needs it. Awaiting is a branch, and the assembler
-  // moves a wait for products up to the last branch before it: what is to be done beside the products needs one after
-  // it.
-  __device__ __forceinline__ void await(int item) const { ptx::mbarrier_wait(full(item % kSlots), item / kSlots % 2); }
-  __device__ __forceinline__ void release(int item) const {
-    if (lane() == 0) ptx::mbarrier_arrive(empty(item % kSlots));
-  }
-
- private:
-  __device__ __forceinline__ uint32_t full(int slot) const { return barriers + 16 * slot; }
-  __device__ __forceinline__ uint32_t empty(int slot) const { return barriers + 16 * slot + 8; }
-  __device__ __forceinline__ void announce(int item) const {
-    ptx::fence_proxy_async();  // wgmma reads it
-    ptx::mbarrier_arrive(full(item % kSlots));
-  }
-};
-
-// Warpgroups take turns at the tensor cores: while one multiplies, the others make weights. Warpgroups 1 to kGroups.
-template <int kGroups>
-struct Turns {
-  int group;  // of these: 0 to kGroups - 1
-
-  __device__ __forceinline__ void begin() const {
-    if (group == kGroups - 1) pass();
-  }
-  __device__ __forceinline__ void take() const { ptx::barrier_sync(1 + group, 2 * kWarpgroup); }
-  __device__ __forceinline__ void pass() const { ptx::barrier_arrive(1 + (group + 1) % kGroups, 2 * kWarpgroup); }
-  // After the last turn nobody waits for the first.
-  __device__ __forceinline__ void end() const {
-    if (group != kGroups - 1) pass();
-  }
-};
-
-// The first place on 1024 bytes of the block's shared memory; kBytes more have to be asked for.
-struct AlignedMemory {
-  static constexpr int kBytes = 1024;
-  static __device__ __forceinline__ uint32_t begin() { return (ptx::shared_base() + kBytes - 1) / kBytes * kBytes; }
-};
 
 }  // namespace torchweld::cuda
