@@ -106,11 +106,11 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     if constexpr (kKey) {
       for_each<MT, NT>([&](int m, int n, int e) { ds[m][n][e] *= s[m][n][e]; });
       if constexpr (kQuery) store_tile<T>(memory.scores() + here * Shape::kOthers * static_cast<int>(sizeof(T)), ds);
-      multiply_columns<T, D>(dkey, ds, memory.others(step, 0));
+      multiply_columns<T, D>(dkey, ds, memory.others(step, 0), static_cast<int>(p.dim));
     }
     if constexpr (kValue) {
       if (drops) drop(s, kept);
-      multiply_columns<T, D>(dvalue, s, memory.others(step, 1));
+      multiply_columns<T, D>(dvalue, s, memory.others(step, 1), static_cast<int>(p.value_dim));
     }
     if constexpr (kQuery) {
       __syncthreads();  // all of dS is there; before it is written again comes the next step's barrier
