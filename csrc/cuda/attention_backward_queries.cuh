@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     const int j0 = start + step * Shape::kOthers;
     float ds[MT][NT][4];
     score_gradient<T, D, kPlain>(p, head, values, memory, step, i0, row0, j0, unit, p.dquery != nullptr, ds);
-    if (p.dquery != nullptr) multiply_columns<T, D>(dquery, ds, memory.others(step, 0));
+    if (p.dquery != nullptr) multiply_columns<T, D>(dquery, ds, memory.others(step, 0), static_cast<int>(p.dim));
     if (!kPlain && p.distances != nullptr) add_distances(Cells<false>{head, row0, j0}, ds, distances);
   });
 

@@ -153,7 +153,7 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads, 2) attend_split(c
     softmax.merge(s, output, unit);
 
     // Values.
-    multiply_columns<T, D>(output, s, ring.advance(2 * step + 1) + keys_offset);
+    multiply_columns<T, D>(output, s, ring.advance(2 * step + 1) + keys_offset, static_cast<int>(p.value_dim));
   }
 
   // Every warp leaves its rows.

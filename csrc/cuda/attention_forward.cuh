@@ -159,7 +159,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) atten
     }
 
     // Values.
-    multiply_columns<T, D>(output, s, ring.advance(2 * step + 1));
+    multiply_columns<T, D>(output, s, ring.advance(2 * step + 1), static_cast<int>(p.value_dim));
   }
 
   // Normalise. Store.

@@ -74,6 +74,7 @@ struct Slots {
   // it.
   __device__ __forceinline__ void await(int item) const { ptx::mbarrier_wait(full(item % kSlots), item / kSlots % 2); }
   __device__ __forceinline__ void release(int item) const {
+    __syncwarp();
     if (lane() == 0) ptx::mbarrier_arrive(empty(item % kSlots));
   }
 

@@ -6,7 +6,9 @@
 // (+ 1 if e is odd).
 //
 // A step of a product takes 32 bytes of a row: 16 elements of 16 bits, or 8 floats. Floats go through TF32 as two
-// numbers each, high + low, and three products (low * low is below fp32's own rounding).
+// numbers each, high + low, and three products (low * low is below fp32's own rounding). Tensor cores round sums
+// towards zero, errors that add up: with floats they sum one step from zero, and steps are added outside of them.
+// (Ootomo, Yokota: Recovering single precision accuracy from Tensor Cores, arXiv:2203.03341.)
 #pragma once
 
 #include "cuda/attention_instances.h"
@@ -171,9 +173,12 @@ __device__ __forceinline__ void multiply(float (&c)[4], const Left<T>& a, uint32
   if constexpr (Left<T>::kSplit) {
     const float v0 = __uint_as_float(b0), v1 = __uint_as_float(b1);
     const uint32_t high0 = ptx::to_tf32(v0), high1 = ptx::to_tf32(v1);
-    ptx::mma_tf32(c, a.low, high0, high1);
-    ptx::mma_tf32(c, a.high, ptx::to_tf32(v0 - __uint_as_float(high0)), ptx::to_tf32(v1 - __uint_as_float(high1)));
-    ptx::mma_tf32(c, a.high, high0, high1);
+    float sum[4] = {};
+    ptx::mma_tf32(sum, a.low, high0, high1);
+    ptx::mma_tf32(sum, a.high, ptx::to_tf32(v0 - __uint_as_float(high0)), ptx::to_tf32(v1 - __uint_as_float(high1)));
+    ptx::mma_tf32(sum, a.high, high0, high1);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) c[e] += sum[e];
   } else {
     ptx::mma<T>(c, a.high, b0, b1);
   }
@@ -192,7 +197,8 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t 
   const int own = lane_anew();
   const typename Tile<T, D>::Cursor lefts(left, own % 16, own / 16);
   const typename Tile<T, D>::Cursor rights(right, own % 16, own / 16);
-#pragma unroll
+  constexpr int kUnroll = Left<T>::kSplit ? 1 : Tile<T, D>::kSteps;  // sums of many steps would not fit the registers
+#pragma unroll kUnroll
   for (int step = 0; step < Tile<T, D>::kSteps; ++step) {
     Left<T> a[MT];
 #pragma unroll
@@ -210,10 +216,11 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t 
   }
 }
 
-// acc += weights @ tile: weights, 16 * MT by 8 * NT, as an accumulator; the tile's first 8 * NT rows.
-template <class T, int D, int MT, int NT>
+// acc += weights @ tile: weights, 16 * MT by 8 * NT, as an accumulator; the tile's first 8 * NT rows, of which columns
+// from `size` on are zeros. kBranch: stops there, and has fewer columns in registers at once.
+template <class T, int D, bool kBranch = Left<T>::kSplit, int MT, int NT>
 __device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], const float (&weights)[MT][NT][4],
-                                                 uint32_t tile) {
+                                                 uint32_t tile, int size) {
   constexpr int kTiles = Left<T>::kSplit ? 1 : 2;  // of 8 columns, that one step takes
   static_assert(NT % kTiles == 0);
   const int own = lane_anew();
@@ -228,6 +235,7 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], con
     for (int m = 0; m < MT; ++m) a[m].take(weights[m] + step * kTiles);
 #pragma unroll
     for (int n = 0; n < D / 8; n += 2) {
+      if (kBranch && n % 4 == 0 && 8 * n >= size) break;
       uint32_t b[4];
       if constexpr (Left<T>::kSplit) {
         // Rows 2t and 2t + 1 at column g; two chunks hold 8 columns.
