@@ -17,7 +17,7 @@ __device__ __forceinline__ void add_queries(const Backward& p, const Head& head,
                                             const BackwardMemory<T, D, kPlain>& memory, int i0) {
   using Shape = BackwardShape<T, D, kPlain>;
   constexpr int kTiles = Shape::kOthers / 16, kColumns = D * kTiles / Shape::kWarps,
-                NT = Shape::MT == 1 && kColumns > 16 ? 4 : 2;
+                NT = kColumns > 32 ? 4 : kColumns / 8;
   const int row = warp() % kTiles * 16;
 #pragma unroll 1
   for (int column = warp() / kTiles * kColumns, last = column + kColumns; column < last; column += 8 * NT) {
@@ -64,7 +64,6 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
   if (kOnHopper<T, D>) return;
   using Shape = BackwardShape<T, D, kPlain>;
   constexpr int MT = Shape::MT, NT = Shape::kOthers / 8, kThreads = Shape::kThreads;
-  constexpr bool kBranch = kQuery || Left<T>::kSplit;  // registers are short
   const Schedule::Work work = p.schedule.work(blockIdx.x);
   const int group = static_cast<int>(p.heads / p.kv_heads), b = static_cast<int>(work.head / p.kv_heads);
   const int first_head = static_cast<int>(work.head % p.kv_heads) * group;
@@ -129,11 +128,11 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     if constexpr (kKey) {
       for_each<MT, NT>([&](int m, int n, int e) { ds[m][n][e] *= s[m][n][e]; });
       if constexpr (kQuery) store_tile<T>(memory.scores() + here * Shape::kOthers * static_cast<int>(sizeof(T)), ds);
-      multiply_columns<T, D, kBranch>(dkey, ds, memory.others(step, 0), static_cast<int>(p.dim));
+      multiply_columns<T, D>(dkey, ds, memory.others(step, 0), static_cast<int>(p.dim));
     }
     if constexpr (kValue) {
       if (drops) drop(s, kept);
-      multiply_columns<T, D, kBranch>(dvalue, s, memory.others(step, 1), static_cast<int>(p.value_dim));
+      multiply_columns<T, D>(dvalue, s, memory.others(step, 1), static_cast<int>(p.value_dim));
     }
     if constexpr (kQuery) {
       __syncthreads();  // all of dS is there; before it is written again comes the next step's barrier

@@ -217,8 +217,8 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t 
 }
 
 // acc += weights @ tile: weights, 16 * MT by 8 * NT, as an accumulator; the tile's first 8 * NT rows, of which columns
-// from `size` on are zeros. kBranch: stops there, and has fewer columns in registers at once.
-template <class T, int D, bool kBranch = Left<T>::kSplit, int MT, int NT>
+// from `size` on are zeros. With floats it stops there, and has fewer columns in registers at once.
+template <class T, int D, int MT, int NT>
 __device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], const float (&weights)[MT][NT][4],
                                                  uint32_t tile, int size) {
   constexpr int kTiles = Left<T>::kSplit ? 1 : 2;  // of 8 columns, that one step takes
@@ -235,7 +235,7 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], con
     for (int m = 0; m < MT; ++m) a[m].take(weights[m] + step * kTiles);
 #pragma unroll
     for (int n = 0; n < D / 8; n += 2) {
-      if (kBranch && n % 4 == 0 && 8 * n >= size) break;
+      if (Left<T>::kSplit && n % 4 == 0 && 8 * n >= size) break;
       uint32_t b[4];
       if constexpr (Left<T>::kSplit) {
         // Rows 2t and 2t + 1 at column g; two chunks hold 8 columns.

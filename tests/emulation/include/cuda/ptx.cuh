@@ -60,12 +60,6 @@ struct MultiplyLane {
   uint32_t a[4], b[2];
 };
 
-// As tensor cores round (Fasi et al.: Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330).
-inline float toward_zero(double x) {
-  const float nearest = static_cast<float>(x);
-  return std::fabs(static_cast<double>(nearest)) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
-}
-
 // c += a @ b over K columns of a; a_of(lane, word, k) and b_of are the numbers that words hold, K / 8 to a word.
 template <int K, class Number>
 __attribute__((no_sanitize_thread)) void multiply_lanes(const emulation::Lanes<MultiplyLane>& lanes, Number&& number) {
@@ -85,7 +79,7 @@ __attribute__((no_sanitize_thread)) void multiply_lanes(const emulation::Lanes<M
     for (int k = 0; k < K; ++k) sum += a[r][k] * b[k];
     for (int column = 0; column < 8; ++column) {
       float& c = lanes[r % 8 * 4 + column / 2].c[r / 8 * 2 + column % 2];
-      c = toward_zero(c + sum[column]);
+      c = emulation::toward_zero(c + sum[column]);
     }
   }
 }
