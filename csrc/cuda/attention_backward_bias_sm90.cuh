@@ -86,7 +86,10 @@ __global__ void __launch_bounds__(BiasShapeSm90<D>::kThreads, 1)
     if (drops) kept.draw(p.dropout, head.values, i0 + warp_row, j0);
     subtract_delta(p, ds, drops, kept, [&](int m, int, int e) { return values.delta[m][e / 2]; });
     modify(p, cells, whole, s, ds, false);
-    if (!whole) hide(cells, s, ds);
+    if (!whole) {
+      hide(cells, s, -infinity());
+      hide(cells, ds, 0.0f);
+    }
     weigh(s, unit, [&](int m, int, int e) { return values.lse2[m][e / 2]; });
     for_each<1, NT>([&](int m, int n, int e) { sum[m][n][e] += ds[m][n][e] * s[m][n][e]; });
   });

@@ -121,7 +121,10 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     const Cells<true> cells{head, row0, i0};
     const bool whole = head.sees_all(i0, Shape::kOthers, j0, Shape::kRows);
     if constexpr (!kPlain) modify(p, cells, whole, s, kKey ? ds : nullptr);
-    if (!whole) hide(cells, s, kKey ? ds : nullptr);
+    if (!whole) {
+      hide(cells, s, -infinity());
+      if constexpr (kKey) hide(cells, ds, 0.0f);
+    }
     weigh(s, unit, [&](int, int n, int e) { return value_of(0, n, e); });
 
     // Gradients.

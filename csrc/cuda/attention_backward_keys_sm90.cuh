@@ -118,20 +118,23 @@ __global__ void __launch_bounds__(KeysShapeSm90<D>::kThreads, 1)
       Kept<true, 1, NT> kept;
       if constexpr (kPlain) {
         ptx::wgmma_wait<kKey ? 1 : 0>();
-        if (!whole) hide(cells, s);
+        if (!whole) hide(cells, s, -infinity());
         weigh(s, unit, lse2);
         if constexpr (kValue) begin_values();
         if constexpr (kKey) {
           ptx::wgmma_wait<kValue ? 1 : 0>();
           subtract_delta(p, ds, drops, kept, delta);
-          if (!whole) hide_gradients(cells, ds);
+          if (!whole) hide(cells, ds, 0.0f);
         }
       } else {
         ptx::wgmma_wait<0>();
         if (drops) kept.draw(p.dropout, head.values, row0, i0);
         if constexpr (kKey) subtract_delta(p, ds, drops, kept, delta);
         modify(p, cells, whole, s, kKey ? ds : nullptr);
-        if (!whole) hide(cells, s, kKey ? ds : nullptr);
+        if (!whole) {
+          hide(cells, s, -infinity());
+          if constexpr (kKey) hide(cells, ds, 0.0f);
+        }
         weigh(s, unit, lse2);
       }
       if constexpr (kKey) {

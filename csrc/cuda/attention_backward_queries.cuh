@@ -37,7 +37,10 @@ __device__ __forceinline__ void score_gradient(const Backward& p, const Head& he
   using Shape = BackwardShape<T, D, kPlain>;
   const bool whole = head.sees_all(i0, Shape::kRows, j0, Shape::kOthers);
   if constexpr (!kPlain) modify(p, cells, whole, s, ds, capped);
-  if (!whole) hide(cells, s, ds);
+  if (!whole) {
+    hide(cells, s, -infinity());
+    hide(cells, ds, 0.0f);
+  }
   weigh(s, unit, [&](int m, int, int e) { return values.lse2[m][e / 2]; });
   for_each<MT, NT>([&](int m, int n, int e) { ds[m][n][e] *= s[m][n][e]; });
 }

@@ -68,19 +68,22 @@ __global__ void __launch_bounds__(QueriesShapeSm90<D, kPlain>::kThreads, 1)
       Kept<false, 1, NT> kept;
       if constexpr (kPlain) {
         ptx::wgmma_wait<1>();
-        if (!whole) hide(cells, s);
+        if (!whole) hide(cells, s, -infinity());
         weigh(s, unit, lse2);
         if (step + 1 < steps) memory.ring.await(2 * step + 2);  // here, so that weights are made beside dP: see await
         ptx::wgmma_wait<0>();
         subtract_delta(p, ds, false, kept, delta);
-        if (!whole) hide_gradients(cells, ds);
+        if (!whole) hide(cells, ds, 0.0f);
       } else {
         ptx::wgmma_wait<0>();
         const bool drops = p.dropout.seed != nullptr;
         if (drops) kept.draw(p.dropout, head.values, row0, j0);
         subtract_delta(p, ds, drops, kept, delta);
         modify(p, cells, whole, s, ds, p.dquery != nullptr);
-        if (!whole) hide(cells, s, ds);
+        if (!whole) {
+          hide(cells, s, -infinity());
+          hide(cells, ds, 0.0f);
+        }
         weigh(s, unit, lse2);
         if (step + 1 < steps) memory.ring.await(2 * step + 2);
       }

@@ -83,12 +83,4 @@ class OwnRows {
   std::conditional_t<Shape::kOwnInRegisters, Lefts<D / 8>, Nothing> lefts_[2];
 };
 
-// 0 in place of what a query that does not see the key has made of it.
-template <class Cells, int NT>
-__device__ __forceinline__ void hide_gradients(const Cells& cells, float (&ds)[1][NT][4]) {
-  for_each<1, NT>([&](int m, int n, int e) {
-    if (!cells.head(m, e).sees(cells.query(m, n, e), cells.key(m, n, e))) ds[m][n][e] = 0.0f;
-  });
-}
-
 }  // namespace torchweld::cuda

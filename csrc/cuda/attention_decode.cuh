@@ -85,6 +85,10 @@ struct DecodeCells {
   __device__ __forceinline__ const Head& head(int, int e) const { return e / 2 == 0 ? upper : lower; }
   __device__ __forceinline__ int query(int, int, int e) const { return queries[e / 2]; }
   __device__ __forceinline__ int key(int, int n, int e) const { return column + 8 * n + lane_column() + e % 2; }
+  __device__ __forceinline__ Head::Span span(int m, int e) const {
+    const Head::Span all = head(m, e).keys_of(query(m, 0, e));
+    return {all.begin - key(m, 0, 0), all.end - key(m, 0, 0)};
+  }
 };
 
 template <class T, int D, bool kPaged>
@@ -149,7 +153,7 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads, 2) attend_split(c
     float s[1][2][4];
     multiply_rows<T, D>(s, tile, ring.advance(2 * step) + keys_offset);
     if (!plain) modify(p, cells, false, s);
-    hide(cells, s);
+    hide(cells, s, -infinity());
     softmax.merge(s, output, unit);
 
     // Values.

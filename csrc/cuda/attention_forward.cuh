@@ -148,7 +148,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) atten
     const Cells<false> cells{head, row0, j0};
     const bool whole = head.sees_all(i0, Shape::kQueries, j0, Shape::kKeys);
     if constexpr (!kPlain) modify(p, cells, whole, s);
-    if (!whole) hide(cells, s);
+    if (!whole) hide(cells, s, -infinity());
 
     // Weights.
     softmax.merge(s, output, unit);

@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain>::kThreads, 1)
     const Cells<false> cells{head, row0, j0};
     const bool whole = head.sees_all(first_row, 64, j0, Shape::kKeys);
     if constexpr (!kPlain) modify(p, cells, whole, s);
-    if (!whole) hide(cells, s);
+    if (!whole) hide(cells, s, -infinity());
     softmax.weigh(s, unit, rescale);
     if (drops) {
       Kept<false, 1, NT> kept;

@@ -45,10 +45,12 @@ struct Head {
   __device__ __forceinline__ int first(int begin) const { return clamp(begin - high_offset, 0, queries); }
   __device__ __forceinline__ int last(int end) const { return clamp(end - low_offset, 0, queries); }
 
-  __device__ __forceinline__ bool sees(int i, int j) const {
-    const unsigned width = static_cast<unsigned>(high_offset) - static_cast<unsigned>(low_offset);
-    return static_cast<unsigned>(j - i - low_offset) <= width && j < keys && i < queries;
-  }
+  struct Span {
+    int begin, end;
+  };
+  // The keys that query i sees, the queries that see key j; none where there is no such query or key.
+  __device__ __forceinline__ Span keys_of(int i) const { return {low(i), i < queries ? high(i) : 0}; }
+  __device__ __forceinline__ Span queries_of(int j) const { return {first(j), j < keys ? last(j + 1) : 0}; }
 
   // Whether queries [i, i + rows) all see keys [j, j + columns).
   __device__ __forceinline__ bool sees_all(int i, int rows, int j, int columns) const {
@@ -98,6 +100,11 @@ struct Cells {
     return kTransposed ? column_of(n, e) : row_of(m, e);
   }
   __device__ __forceinline__ int key(int m, int n, int e) const { return kTransposed ? row_of(m, e) : column_of(n, e); }
+  // What a row sees, or is seen by; counted from this lane's first column.
+  __device__ __forceinline__ Head::Span span(int m, int e) const {
+    const Head::Span all = kTransposed ? of.queries_of(row_of(m, e)) : of.keys_of(row_of(m, e));
+    return {all.begin - column_of(0, 0), all.end - column_of(0, 0)};
+  }
 
  private:
   __device__ __forceinline__ int row_of(int m, int e) const { return row + 16 * m + lane_row() + e / 2 * 8; }
@@ -235,14 +242,21 @@ __device__ __forceinline__ void modify(const AttentionInputs& p, const Cells& ce
     });
 }
 
-// -inf to scores whose query does not see the key, 0 to their ds (nullptr: none).
+// `value` in place of what belongs to a query that does not see the key.
 template <class Cells, int MT, int NT>
-__device__ __forceinline__ void hide(const Cells& cells, float (&s)[MT][NT][4], float (*ds)[NT][4] = nullptr) {
-  for_each<MT, NT>([&](int m, int n, int e) {
-    if (cells.head(m, e).sees(cells.query(m, n, e), cells.key(m, n, e))) return;
-    s[m][n][e] = -infinity();
-    if (ds != nullptr) ds[m][n][e] = 0.0f;
-  });
+__device__ __forceinline__ void hide(const Cells& cells, float (&s)[MT][NT][4], float value) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+      const Head::Span span = cells.span(m, e);
+      const auto width = static_cast<unsigned>(span.end > span.begin ? span.end - span.begin : 0);
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+          if (static_cast<unsigned>(8 * n + c - span.begin) >= width) s[m][n][e + c] = value;
+    }
 }
 
 }  // namespace torchweld::cuda
