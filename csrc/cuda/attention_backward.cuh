@@ -145,18 +145,8 @@ struct BackwardRows {
 
   // Of keys and values those from `begin` to `end`.
   __device__ __forceinline__ BackwardRows(const Backward& p, const Head& head, int begin, int end)
-      : query{head.query_rows(static_cast<const T*>(p.query), p.query_strides),
-              p.query_strides.row,
-              0,
-              head.queries,
-              static_cast<int>(p.dim),
-              p.packets},
-        doutput{head.query_rows(static_cast<const T*>(p.doutput), p.doutput_strides),
-                p.doutput_strides.row,
-                0,
-                head.queries,
-                static_cast<int>(p.value_dim),
-                p.packets},
+      : query(head.all_queries<T>(p.query, p.query_strides, p.dim, p.packets)),
+        doutput(head.all_queries<T>(p.doutput, p.doutput_strides, p.value_dim, p.packets)),
         key(head.keys_from<T>(p.key, p.key_strides, p.dim, begin, end, p.packets)),
         value(head.keys_from<T>(p.value, p.value_strides, p.value_dim, begin, end, p.packets)) {}
 };

@@ -109,8 +109,8 @@ __global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads, 2)
   const BackwardMemory<T, D, false> memory;
   const float unit = unit_of<false>(p);
   tile.for_each_score([&](const Head& head, int i0, int j0) {
-    const int last = (i0 + Shape::kRows < head.queries ? i0 + Shape::kRows : head.queries) - 1;
-    const BackwardRows<T> rows(p, head, head.low(i0), head.high(last));
+    const SeenKeys<1> seen(head, i0, Shape::kRows);
+    const BackwardRows<T> rows(p, head, seen.begin, seen.end);
     const int row0 = i0 + warp() * MT * 16;
     const RowValues<MT> values(p, head, row0);
     __syncthreads();

@@ -34,8 +34,8 @@ __global__ void __launch_bounds__(BiasShapeSm90<D>::kThreads, 1)
     ptx::registers_decrease<Shape::kLoaderRegisters>();
     typename Shape::Ring::Filling filling{ring};
     tile.for_each_score([&](const Head& head, int i0, int j0) {
-      const int last = (i0 + Shape::kRows < head.queries ? i0 + Shape::kRows : head.queries) - 1;
-      const BackwardRows<T> all(p, head, head.low(i0), head.high(last));
+      const SeenKeys<1> seen(head, i0, Shape::kRows);
+      const BackwardRows<T> all(p, head, seen.begin, seen.end);
 #pragma unroll 1
       for (int which = 0; which < 4; ++which)
         filling.add([&](int item) {

@@ -93,27 +93,24 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
   const int i0 = work.tile * Shape::kRows, row0 = i0 + warp() * MT * 16;
   if (i0 >= head.queries) return;
 
-  // What the block sees.
-  const int last = (i0 + Shape::kRows < head.queries ? i0 + Shape::kRows : head.queries) - 1;
-  const int begin = head.low(i0), end = head.high(last), start = begin / Shape::kOthers * Shape::kOthers;
-  const int steps = begin < end ? (end - start + Shape::kOthers - 1) / Shape::kOthers : 0;
-  const BackwardRows<T> rows(p, head, begin, end);
+  const SeenKeys<Shape::kOthers> seen(head, i0, Shape::kRows);
+  const BackwardRows<T> rows(p, head, seen.begin, seen.end);
   const BackwardMemory<T, D, kPlain> memory;
-  if (steps > 0) {
+  if (seen.steps > 0) {
     load_tile<T, D, Shape::kRows, kThreads>(memory.own[0], rows.query, i0);
     load_tile<T, D, Shape::kRows, kThreads>(memory.own[1], rows.doutput, i0);
   }
   auto load = [&](int step) {
-    if (step >= steps) return;
-    load_tile<T, D, Shape::kOthers, kThreads>(memory.others(step, 0), rows.key, start + step * Shape::kOthers);
-    load_tile<T, D, Shape::kOthers, kThreads>(memory.others(step, 1), rows.value, start + step * Shape::kOthers);
+    if (step >= seen.steps) return;
+    load_tile<T, D, Shape::kOthers, kThreads>(memory.others(step, 0), rows.key, seen.start + step * Shape::kOthers);
+    load_tile<T, D, Shape::kOthers, kThreads>(memory.others(step, 1), rows.value, seen.start + step * Shape::kOthers);
   };
 
   float dquery[MT][D / 8][4] = {}, distances[MT][2] = {};
   const RowValues<MT> values(p, head, row0);
   const float unit = unit_of<kPlain>(p);
-  memory.pipeline(steps, load, [&](int step) {
-    const int j0 = start + step * Shape::kOthers;
+  memory.pipeline(seen.steps, load, [&](int step) {
+    const int j0 = seen.start + step * Shape::kOthers;
     float ds[MT][NT][4];
     score_gradient<T, D, kPlain>(p, head, values, memory, step, i0, row0, j0, unit, p.dquery != nullptr, ds);
     if (p.dquery != nullptr) multiply_columns<T, D>(dquery, ds, memory.others(step, 0), static_cast<int>(p.dim));

@@ -19,16 +19,14 @@ __global__ void __launch_bounds__(QueriesShapeSm90<D, kPlain>::kThreads, 1)
   const int i0 = work.tile * Shape::kRows;
   if (i0 >= head.queries) return;
 
-  // What the block sees.
-  const int last = (i0 + Shape::kRows < head.queries ? i0 + Shape::kRows : head.queries) - 1;
-  const int begin = head.low(i0), end = head.high(last), start = begin / Shape::kOthers * Shape::kOthers;
-  const int steps = begin < end ? (end - start + Shape::kOthers - 1) / Shape::kOthers : 0;
+  const SeenKeys<Shape::kOthers> seen(head, i0, Shape::kRows);
+  const int steps = seen.steps;
   BackwardMemorySm90<Shape> memory(AlignedMemory::begin());
   memory.ring.init();
 
   if (warpgroup() == 0) {
     ptx::registers_decrease<Shape::kLoaderRegisters>();
-    const BackwardRows<T> rows(p, head, begin, end);
+    const BackwardRows<T> rows(p, head, seen.begin, seen.end);
     if (steps > 0) {
       load_tile<T, D, Shape::kRows, kWarpgroup, typename Shape::Own>(memory.own[0], rows.query, i0);
       load_tile<T, D, Shape::kRows, kWarpgroup, typename Shape::Own>(memory.own[1], rows.doutput, i0);
@@ -36,7 +34,7 @@ __global__ void __launch_bounds__(QueriesShapeSm90<D, kPlain>::kThreads, 1)
     memory.ring.fill(2 * steps, [&](int item) {
       const Rows<T> others = item % 2 == 0 ? Rows<T>(rows.key) : Rows<T>(rows.value);
       load_tile<T, D, Shape::kOthers, kWarpgroup, typename Shape::Others>(memory.item(item), others,
-                                                                          start + item / 2 * Shape::kOthers);
+                                                                          seen.start + item / 2 * Shape::kOthers);
     });
     return;
   }
@@ -52,7 +50,7 @@ __global__ void __launch_bounds__(QueriesShapeSm90<D, kPlain>::kThreads, 1)
     Lefts<NT> gradients;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
-      const int j0 = start + step * Shape::kOthers;
+      const int j0 = seen.start + step * Shape::kOthers;
       const Cells<false> cells{head, row0, j0};
       const bool whole = head.sees_all(i0 + row, 64, j0, Shape::kOthers);
       const uint32_t keys = memory.item(2 * step);

@@ -114,22 +114,15 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) atten
   const int i0 = work.tile * Shape::kQueries, row0 = i0 + warp() * MT * 16;
   if (i0 >= head.queries) return;
 
-  // What the block sees.
-  const int last = (i0 + Shape::kQueries < head.queries ? i0 + Shape::kQueries : head.queries) - 1;
-  const int begin = head.low(i0), end = head.high(last), start = begin / Shape::kKeys * Shape::kKeys;
-  const int steps = begin < end ? (end - start + Shape::kKeys - 1) / Shape::kKeys : 0;
-  const Rows<T> query{head.query_rows(static_cast<const T*>(p.query), p.query_strides),
-                      p.query_strides.row,
-                      0,
-                      head.queries,
-                      static_cast<int>(p.dim),
-                      p.packets};
-  const Rows<T> key = head.keys_from<T>(p.key, p.key_strides, p.dim, begin, end, p.packets);
-  const Rows<T> value = head.keys_from<T>(p.value, p.value_strides, p.value_dim, begin, end, p.packets);
+  const SeenKeys<Shape::kKeys> seen(head, i0, Shape::kQueries);
+  const Rows<T> key = head.keys_from<T>(p.key, p.key_strides, p.dim, seen.begin, seen.end, p.packets);
+  const Rows<T> value = head.keys_from<T>(p.value, p.value_strides, p.value_dim, seen.begin, seen.end, p.packets);
   const uint32_t queries = ptx::shared_base();
-  const Ring<T, D, Shape::kKeys, Shape::kSlots, kThreads, Rows<T>> ring{queries + Shape::kQueryBytes, key, value, start,
-                                                                        steps};
-  if (steps > 0) load_tile<T, D, Shape::kQueries, kThreads>(queries, query, i0);
+  const Ring<T, D, Shape::kKeys, Shape::kSlots, kThreads, Rows<T>> ring{queries + Shape::kQueryBytes, key, value,
+                                                                        seen.start, seen.steps};
+  if (seen.steps > 0)
+    load_tile<T, D, Shape::kQueries, kThreads>(queries, head.all_queries<T>(p.query, p.query_strides, p.dim, p.packets),
+                                               i0);
   ring.fill();
 
   float output[MT][D / 8][4] = {};
@@ -138,8 +131,8 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) atten
   for (int r = 0; r < 2 * MT; ++r) softmax.init(r / 2, r % 2, p.sinks != nullptr ? p.sinks + head.h : nullptr);
   const float unit = unit_of<kPlain>(p);
   const bool drops = !kPlain && p.dropout.seed != nullptr;
-  for (int step = 0; step < steps; ++step) {
-    const int j0 = start + step * Shape::kKeys;
+  for (int step = 0; step < seen.steps; ++step) {
+    const int j0 = seen.start + step * Shape::kKeys;
 
     // Scores.
     float s[MT][NT][4];

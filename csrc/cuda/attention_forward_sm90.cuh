@@ -48,10 +48,8 @@ __global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain>::kThreads, 1)
   const int i0 = work.tile * Shape::kQueries;
   if (i0 >= head.queries) return;
 
-  // What the block sees.
-  const int last = (i0 + Shape::kQueries < head.queries ? i0 + Shape::kQueries : head.queries) - 1;
-  const int begin = head.low(i0), end = head.high(last), start = begin / Shape::kKeys * Shape::kKeys;
-  const int steps = begin < end ? (end - start + Shape::kKeys - 1) / Shape::kKeys : 0;
+  const SeenKeys<Shape::kKeys> seen(head, i0, Shape::kQueries);
+  const int steps = seen.steps;
   const ForwardItems items{steps};
   const uint32_t queries = AlignedMemory::begin(), slots = queries + Shape::Queries::kBytes;
   const typename Shape::Ring ring{slots + Shape::kSlots * Shape::Keys::kBytes};
@@ -60,19 +58,16 @@ __global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain>::kThreads, 1)
 
   if (warpgroup() == 0) {
     ptx::registers_decrease<Shape::kLoaderRegisters>();
-    const Rows<T> query{head.query_rows(static_cast<const T*>(p.query), p.query_strides),
-                        p.query_strides.row,
-                        0,
-                        head.queries,
-                        static_cast<int>(p.dim),
-                        p.packets};
-    if (steps > 0) load_tile<T, D, Shape::kQueries, kWarpgroup, typename Shape::Queries>(queries, query, i0);
+    if (steps > 0)
+      load_tile<T, D, Shape::kQueries, kWarpgroup, typename Shape::Queries>(
+          queries, head.all_queries<T>(p.query, p.query_strides, p.dim, p.packets), i0);
     ring.fill(2 * steps, [&](int item) {
-      const Rows<T> rows = items.is_key(item)
-                               ? head.keys_from<T>(p.key, p.key_strides, p.dim, begin, end, p.packets)
-                               : head.keys_from<T>(p.value, p.value_strides, p.value_dim, begin, end, p.packets);
+      const Rows<T> rows =
+          items.is_key(item)
+              ? head.keys_from<T>(p.key, p.key_strides, p.dim, seen.begin, seen.end, p.packets)
+              : head.keys_from<T>(p.value, p.value_strides, p.value_dim, seen.begin, seen.end, p.packets);
       load_tile<T, D, Shape::kKeys, kWarpgroup, typename Shape::Keys>(slot(item), rows,
-                                                                      start + items.step(item) * Shape::kKeys);
+                                                                      seen.start + items.step(item) * Shape::kKeys);
     });
     return;
   }
@@ -101,7 +96,7 @@ __global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain>::kThreads, 1)
     ptx::wgmma_commit();
   };
   auto weigh = [&](int step) {
-    const int j0 = start + step * Shape::kKeys;
+    const int j0 = seen.start + step * Shape::kKeys;
     const Cells<false> cells{head, row0, j0};
     const bool whole = head.sees_all(first_row, 64, j0, Shape::kKeys);
     if constexpr (!kPlain) modify(p, cells, whole, s);

@@ -67,7 +67,11 @@ struct Head {
     return base + b * s.batch + kv * s.head + first_key * s.row;
   }
 
-  // Of keys or values, those from `begin` to `end`.
+  // Of queries or their gradients all, of keys or values those from `begin` to `end`.
+  template <class T>
+  __device__ __forceinline__ Rows<T> all_queries(const void* base, const Strides& s, int64_t size, bool packets) const {
+    return {query_rows(static_cast<const T*>(base), s), s.row, 0, queries, static_cast<int>(size), packets};
+  }
   template <class T>
   __device__ __forceinline__ Rows<T> keys_from(const void* base, const Strides& s, int64_t size, int begin, int end,
                                                bool packets) const {
@@ -84,6 +88,18 @@ struct Head {
 
   static __device__ __forceinline__ int bounded(int64_t x) {
     return static_cast<int>(x < -kUnseen ? -kUnseen : x > kUnseen ? kUnseen : x);
+  }
+};
+
+// What `rows` queries from i0 on see: keys [begin, end), which are in `steps` tiles of kTile from `start` on.
+template <int kTile>
+struct SeenKeys {
+  int begin, end, start, steps;
+
+  __device__ __forceinline__ SeenKeys(const Head& head, int i0, int rows) {
+    const int last = (i0 + rows < head.queries ? i0 + rows : head.queries) - 1;
+    begin = head.low(i0), end = head.high(last), start = begin / kTile * kTile;
+    steps = begin < end ? (end - start + kTile - 1) / kTile : 0;
   }
 };
 
