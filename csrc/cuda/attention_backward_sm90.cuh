@@ -2,7 +2,8 @@
 // products.
 //
 // Own rows, 64 to a warpgroup, stay in shared memory; tiles of the others go through slots that one more warpgroup
-// fills. The products of scores and of dP of a tile, and the gradients of the one before, are on their way together.
+// fills. Scores and dP of a tile are on their way together, and weights are made beside dP; what else stands still in
+// one warpgroup is the other's time at the tensor cores.
 #pragma once
 
 #include "cuda/attention_backward.cuh"
