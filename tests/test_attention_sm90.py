@@ -54,6 +54,22 @@ def test_modifiers(each: AttentionCase) -> None:
     Oracle(each, torch.bfloat16).check()
 
 
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+def test_tiles_of_three_warpgroups(kernels: ModuleType, causal: bool, dtype: torch.dtype) -> None:
+    """They have the same bits as those of two, which are taken where a multiprocessor has no second tile to do."""
+    each = case("380 queries are two tiles of 192, or three of 128", 380, 500, heads=1, lse=True, causal=causal)
+    x = each.inputs(dtype)
+    found = []
+    for multiprocessors, seed in ((1, 0), (4, 0), (1, 1)):
+        kernels.set_machine(capability=90, multiprocessors=multiprocessors, seed=seed)
+        found.append(evaluate(each, each.ours, x))
+    kernels.set_machine(capability=90, multiprocessors=1)
+    Oracle(each, dtype).check()
+    for other in found[1:]:
+        assert all(torch.equal(other[name], found[0][name]) for name in other)
+
+
 def test_these_are_the_kernels_that_run(kernels: ModuleType) -> None:
     """A block of theirs wants more shared memory than one of the others ever has."""
     q = torch.randn(1, 1, 20, 64).bfloat16().requires_grad_()

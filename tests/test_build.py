@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,29 +51,23 @@ def test_openmp_is_left_to_torch() -> None:
 @pytest.mark.parametrize("isa", ISA_FLAGS)
 def test_no_weak_symbol_leaks_from_an_instruction_set(isa: str, tmp_path: Path) -> None:
     """A weak symbol compiled for AVX-512 could be the one that the linker keeps for everybody."""
-    # Line by line is all that is asked of the code here, so the smallest optimisation that still inlines will do.
-    for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
-        if source.name == "isa.cpp":  # compiled once, for the baseline
-            continue
+
+    def symbols(source: Path) -> list[list[str]]:
         target = tmp_path / f"{source.stem}.o"
-        flags = [
-            "-std=gnu++17",
-            "-Og",
-            "-fno-exceptions",
-            "-fopenmp",
-            "-w",
-            f"-DTORCHWELD_ISA={isa}",
-            f"-I{ROOT / 'csrc'}",
-            *ISA_FLAGS[isa],
-        ]
-        compiled = run("g++", *flags, "-c", str(source), "-o", str(target))
+        # Line by line is all that is asked of the code here, so the smallest optimisation that still inlines will do.
+        flags = ["-std=gnu++17", "-Og", "-fno-exceptions", "-fopenmp", "-w", f"-DTORCHWELD_ISA={isa}", *ISA_FLAGS[isa]]
+        compiled = run("g++", *flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(target))
         assert compiled.returncode == 0, compiled.stderr
-        symbols = [line.split() for line in run("nm", str(target)).stdout.splitlines()]
-        leaked = [s[-1] for s in symbols if s[-2] in "WVu"]
-        exported = [s[-1] for s in symbols if s[-2] in "TDRB"]
-        assert not leaked
-        assert exported
-        assert all(isa in name for name in exported)
+        return [line.split() for line in run("nm", str(target)).stdout.splitlines()]
+
+    # isa.cpp is compiled once, for the baseline.
+    sources = [path for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) if path.name != "isa.cpp"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(symbols, sources):
+            assert not [s[-1] for s in found if s[-2] in "WVu"]
+            exported = [s[-1] for s in found if s[-2] in "TDRB"]
+            assert exported
+            assert all(isa in name for name in exported)
 
 
 def test_the_forced_instruction_set_is_what_runs() -> None:

@@ -12,9 +12,9 @@
 
 namespace torchweld::cuda {
 
-template <int D, bool kPlain>
+// kGroups: warpgroups that multiply. Three, for which there are registers at D 64, hide more of the exponentials.
+template <int D, bool kPlain, int kGroups>
 struct ForwardShapeSm90 {
-  static constexpr int kGroups = kPlain && D <= 64 ? 3 : 2;  // that multiply
   static constexpr int kThreads = (1 + kGroups) * kWarpgroup;
   static constexpr int kQueries = kGroups * 64, kKeys = kPlain && D <= 128 ? 128 : 64;
   static constexpr int kSlots = 4;
@@ -38,10 +38,10 @@ struct ForwardItems {
   __device__ __forceinline__ int step(int item) const { return is_key(item) ? (item + 1) / 2 : (item - 1) / 2; }
 };
 
-template <class T, int D, bool kPlain>
-__global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain>::kThreads, 1)
+template <class T, int D, bool kPlain, int kGroups>
+__global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain, kGroups>::kThreads, 1)
     attend_sm90(const __grid_constant__ Forward p) {
-  using Shape = ForwardShapeSm90<D, kPlain>;
+  using Shape = ForwardShapeSm90<D, kPlain, kGroups>;
   constexpr int NT = Shape::kKeys / 8;
   const Schedule::Work work = p.schedule.work(blockIdx.x);
   const Head head(p, static_cast<int>(work.head / p.heads), static_cast<int>(work.head % p.heads));
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain>::kThreads, 1)
     return;
   }
   ptx::registers_increase<Shape::kRegisters>();
-  const Turns<Shape::kGroups> turns{warpgroup() - 1};
+  const Turns<kGroups> turns{warpgroup() - 1};
   const int first_row = i0 + turns.group * 64, row0 = first_row + warp() % 4 * 16;
   float output[1][D / 8][4] = {}, rescale[1][2];
   Softmax<1> softmax;
@@ -152,10 +152,29 @@ __global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain>::kThreads, 1)
     if (row_of(half) < head.queries) p.lse[head.values + row_of(half)] = softmax.lse(0, half);
 }
 
+// Whether tiles of three warpgroups take less time than those of two, a tile's time being that of its rows: the last
+// tile of a head is filled badly by few rows, and the last wave of blocks by few heads.
+inline bool takes_three(const AttentionForwardParams& p) {
+  const int64_t blocks_at_once = multiprocessors(current_device());
+  auto time = [&](int64_t groups) {
+    const int64_t blocks = p.batch * p.heads * ((p.queries + 64 * groups - 1) / (64 * groups));
+    return (blocks + blocks_at_once - 1) / blocks_at_once * groups;
+  };
+  return 10 * time(3) <= 11 * time(2);  // what three hide makes up for a tenth
+}
+
+template <class T, int D, bool kPlain, int kGroups>
+void launch_forward_sm90(const AttentionForwardParams& params, Stream stream) {
+  using Shape = ForwardShapeSm90<D, kPlain, kGroups>;
+  launch_forward<T>(params, Shape::kQueries, attend_sm90<T, D, kPlain, kGroups>, Shape::kThreads, Shape::kBytes,
+                    stream);
+}
+
 template <class T, int D, bool kPlain>
 void launch_forward_sm90(const AttentionForwardParams& params, Stream stream) {
-  using Shape = ForwardShapeSm90<D, kPlain>;
-  launch_forward<T>(params, Shape::kQueries, attend_sm90<T, D, kPlain>, Shape::kThreads, Shape::kBytes, stream);
+  if constexpr (kPlain && D <= 64)
+    if (takes_three(params)) return launch_forward_sm90<T, D, kPlain, 3>(params, stream);
+  launch_forward_sm90<T, D, kPlain, 2>(params, stream);
 }
 
 }  // namespace torchweld::cuda

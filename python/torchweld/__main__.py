@@ -1,6 +1,6 @@
 """`python -m torchweld` is the `torchweld` command."""
 
-from torchweld.cli import main
+from torchweld.cli import command
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command()

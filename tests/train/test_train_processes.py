@@ -20,7 +20,7 @@ RUN = ("train", "gpt2", "--config", "tiny", "--device", "cpu", "--batch-size", "
 
 # Rank 1 alone is interrupted, within its third step.
 INTERRUPTED = """
-import os, signal, sys
+import signal
 from torchweld import cli
 from torchweld.examples.trainer import Trainer
 
@@ -32,7 +32,7 @@ def interrupted(self, *batch):
         signal.raise_signal(signal.SIGINT)
 
 Trainer.advance = interrupted
-sys.exit(cli.main(sys.argv[1:]))
+cli.command()
 """
 
 
