@@ -23,12 +23,16 @@ class Recipe:
     batch_size: int
     learning_rate: float
 
+    @property
+    def warm_up(self) -> int:
+        """Steps of it, a tenth of all."""
+        return max(1, int(WARM_UP * self.steps))
+
     def rate(self, step: int) -> float:
-        """The learning rate of step 0, 1, ...: linear warm-up over a tenth, then a cosine down to a twentieth."""
-        warm_up = max(1, int(WARM_UP * self.steps))
-        if step < warm_up:
-            return self.learning_rate * (step + 1) / warm_up
-        progress = (step - warm_up) / max(1, self.steps - warm_up)
+        """The learning rate of step 0, 1, ...: linear warm-up, then a cosine down to a twentieth."""
+        if step < self.warm_up:
+            return self.learning_rate * (step + 1) / self.warm_up
+        progress = (step - self.warm_up) / max(1, self.steps - self.warm_up)
         cosine = 0.5 * (1.0 + math.cos(math.pi * progress))
         return self.learning_rate * (FINAL_RATE + (1.0 - FINAL_RATE) * cosine)
 
