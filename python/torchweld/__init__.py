@@ -25,3 +25,7 @@ def __getattr__(name: str) -> Any:
     if name == "patch":
         return importlib.import_module("torchweld.patching").patch
     raise AttributeError(f"module 'torchweld' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -39,7 +39,8 @@ class _FusedAdam(FusedOptimizer):
             _device_dtype_check_for_fused(param)
         beside = (group["capturable"] or group["fused"]) and not group["offload"]
         dtype = _get_scalar_dtype(is_fused=group["fused"])
-        state["step"] = torch.zeros((), dtype=dtype, device=param.device if beside else "cpu")
+        # As in torch, whose own step can read the second one under FakeTensorMode too: it is known to be a constant.
+        state["step"] = torch.zeros((), dtype=dtype, device=param.device) if beside else torch.tensor(0.0, dtype=dtype)
         for name in self._state_names(group)[1:]:
             state[name] = self._like(group, param)
 
