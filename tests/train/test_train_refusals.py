@@ -41,6 +41,8 @@ from torchweld.examples import checkpoint
         (["--resume", "nowhere"], "checkpoint nowhere: .*no such directory"),
         (["--resume", "folder"], "checkpoint folder: .*empty or foreign"),
         (["--resume", "run", "--compare"], "--compare: expected a fresh run"),
+        (["--resume", "run", "--overwrite"], "--overwrite: expected a fresh run"),
+        (["--resume", "run", "--out", "other"], "--out: expected none beside --resume run.* got 'other'"),
         (["--compare", "jax"], "--compare: expected names out of torch, torch.compile, but got 'jax'"),
     ],
 )
