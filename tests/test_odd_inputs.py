@@ -93,6 +93,14 @@ def test_fake_parameters_are_stepped(optimizer: Any) -> None:
         assert weight._version > 0
 
 
+def test_the_default_device_is_not_that_of_the_state() -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    weight.grad = torch.ones(3)
+    with torch.device("meta"):
+        optim.AdamW([weight], lr=0.5, max_grad_norm=1.0).step()
+    assert weight.max() < 0.6
+
+
 # ---- Arguments that do not fit, or only nearly
 
 Q = torch.ones(1, 2, 5, 8)
