@@ -30,7 +30,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(chosen: Sequence[str]) -> argparse.ArgumentParser:
-    parser = _Parser(prog="torchweld", description="Fused attention, layer norm and Adam kernels for PyTorch.")
+    parser = _Parser(
+        prog="torchweld", description="Fused attention, norms, GELU, cross-entropy, Adam and SGD for PyTorch."
+    )
     parser.add_argument("--version", action="version", version=f"torchweld {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in chosen:

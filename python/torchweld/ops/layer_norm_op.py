@@ -8,6 +8,7 @@ the sum, `dsum` and `dinput`, has a dtype of its own, x's or float32. `seed` is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -169,15 +170,7 @@ def _backward(
 # ---- Fake
 
 
-def _inference_fake(
-    input: Tensor,
-    cols: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centred: bool = True,
-    weight_offset: float = 0.0,
-) -> Tensor:
+def _inference_fake(input: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
@@ -188,24 +181,13 @@ def _forward_fake(
     bias: Tensor | None,
     eps: float,
     centred: bool = True,
-    weight_offset: float = 0.0,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(input, memory_format=torch.contiguous_format), _stats(input, cols, centred)
 
 
-def _add_forward_fake(
-    x: Tensor,
-    residual: Tensor,
-    cols: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centred: bool = True,
-    weight_offset: float = 0.0,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    output, stats = _forward_fake(x, cols, weight, bias, eps, centred)
+def _add_forward_fake(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    output, stats = _forward_fake(x, *rest)
     return output, torch.empty_like(residual, memory_format=torch.contiguous_format), stats
 
 
@@ -218,9 +200,7 @@ def _backward_fake(
     bias: Tensor | None,
     stats: Tensor,
     mask: Sequence[bool],
-    weight_offset: float = 0.0,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def like(t: Tensor | None, wanted: bool) -> Tensor:
         if t is None or not wanted:
