@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torchweld
-from torchweld import ops, optim
+from torchweld import ops, optim, reference
 
 COLS = 24
 CLASSES = torch.arange(5) * 4
@@ -132,6 +132,14 @@ def test_what_does_not_fit_is_named(call: Callable[[], Any], error: type[Excepti
     with pytest.raises(error) as caught:
         call()
     assert str(caught.value).startswith(message)
+
+
+def test_heads_of_nothing_weigh_all_values_alike() -> None:
+    q, value = x(1, 2, 5, 0), x(1, 2, 5, 8)
+    expected = value.mean(2, keepdim=True).expand_as(value)
+    for module in (ops, reference):
+        torch.testing.assert_close(module.attention(q, q, value), expected)
+        torch.testing.assert_close(module.scaled_dot_product_attention(q, q, value), expected)
 
 
 def test_classes_of_one_byte_are_classes() -> None:

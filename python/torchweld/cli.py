@@ -1,12 +1,13 @@
 """The `torchweld` command: info, check, bench, train, generate.
 
-Exit codes: 0 done, 1 a check missed, 2 bad input (one line on stderr, no traceback), 130 interrupted.
+Exit codes: 0 done, 1 a check missed, 2 bad input (one line on stderr, no traceback), 130 interrupted, 141 its reader left.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -65,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("torchweld: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `torchweld ... | head` has seen enough; the interpreter's last flush is to find a home
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 if __name__ == "__main__":

@@ -146,6 +146,11 @@ def test_resume_refuses_a_damaged_checkpoint(train: Callable, damage: Callable, 
     assert [p.name for p in checkpoint.checkpoints(Path("run"))] == ["checkpoint-1"]
 
 
+def test_generate_refuses_a_prompt_that_is_no_text(command: Callable) -> None:
+    code, out, error = command("generate", "--checkpoint", "run", "--prompt", "def \udcff")  # a byte that is not UTF-8
+    assert code == 2 and out == "" and "--prompt: expected text" in error
+
+
 @pytest.mark.parametrize(
     "words",
     [["--tokens", "0"], ["--temperature", "-1"], ["--temperature", "inf"], ["--top-k", "0"], ["--top-p", "1.1"]],

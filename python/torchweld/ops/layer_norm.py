@@ -83,8 +83,9 @@ def layer_norm(
         eps: added to the variance.
 
     Raises:
-        RuntimeError: a shape or device does not fit.
+        RuntimeError: a shape does not fit.
         TypeError: input, weight or bias is not floating point.
+        ValueError: weight or bias is on another device than input.
     """
     if not isinstance(input, Tensor):
         check_dense("layer_norm", input=input)

@@ -37,8 +37,9 @@ def rms_norm(
         zero_centered_weight: multiply by 1 + weight instead, as Gemma does; the sum is float32.
 
     Raises:
-        RuntimeError: a shape or device does not fit.
+        RuntimeError: a shape does not fit.
         TypeError: input or weight is not floating point.
+        ValueError: weight is on another device than input.
     """
     if not isinstance(input, Tensor):
         check_dense("rms_norm", input=input)
