@@ -103,7 +103,7 @@ def test_the_default_device_is_not_that_of_the_state() -> None:
 
 # ---- Arguments that do not fit, or only nearly
 
-Q = torch.ones(1, 2, 5, 8)
+Q, LENGTHS = torch.ones(1, 2, 5, 8), torch.tensor([0, 1], dtype=torch.int32)
 WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: ops.layer_norm(None, (8,)), TypeError, "[layer_norm] input: expected a torch.Tensor, but got NoneType"),
     (lambda: ops.rms_norm([1.0], (1,)), TypeError, "[rms_norm] input: expected a torch.Tensor, but got list"),
@@ -113,6 +113,11 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: ops.attention(Q, Q, Q, sinks=[0.0, 0.0]), TypeError, "[attention] sinks: expected a torch.Tensor"),
     (lambda: ops.attention(Q, Q, Q, dropout_p=0.5, seed=1), TypeError, "[attention] seed: expected a torch.Tensor"),
     (lambda: ops.attention(Q, Q, Q, window=3), ValueError, "[attention] window: expected (left, right)"),
+    (
+        lambda: ops.attention(Q[0], Q[0], Q[0], cu_seqlens_q=LENGTHS, cu_seqlens_k=LENGTHS),
+        ValueError,
+        "[attention] cu_seqlens_q: expected the number of rows, 2, as its last element, but got 1",
+    ),
     (lambda: ops.add_rms_norm(Q, None, (8,)), TypeError, "[add_rms_norm] residual: expected a torch.Tensor"),
     (
         lambda: ops.layer_norm(Q, (8,), None, torch.ones(8, dtype=torch.int32)),

@@ -1,6 +1,6 @@
 """The `torchweld` command: info, check, bench, train, generate.
 
-Exit codes: 0 done, 1 a check missed, 2 bad input (one line on stderr, no traceback), 130 interrupted, 141 its reader left.
+Exit codes: 0 done, 1 a check missed, 2 bad input (one line on stderr, no traceback), 130 interrupted, 141 reader left.
 """
 
 from __future__ import annotations
