@@ -1,7 +1,8 @@
-"""What no case list has: lazily negated tensors, tracers, meta tensors, and arguments that are no tensors."""
+"""What no case list has: lazily negated tensors, tracers, tensors without memory, arguments that are no tensors."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +100,36 @@ def test_the_default_device_is_not_that_of_the_state() -> None:
     with torch.device("meta"):
         optim.AdamW([weight], lr=0.5, max_grad_norm=1.0).step()
     assert weight.max() < 0.6
+
+
+# ---- Tensors whose memory is gone: an error, where a kernel would end the interpreter
+
+
+def freed(*shape: int) -> Tensor:
+    whole = torch.ones(2 + math.prod(shape))
+    view = whole[2:].view(shape)
+    whole.untyped_storage().resize_(0)
+    return view
+
+
+@pytest.mark.parametrize("make", [freed, lambda *shape: torch._efficientzerotensor(shape)], ids=["freed", "ZeroTensor"])
+def test_a_tensor_without_memory_is_refused(make: Callable[..., Tensor]) -> None:
+    leaf, q = x(5, COLS).requires_grad_(), x(1, 2, 5, COLS)
+    weight = torch.nn.Parameter(x(3))
+    weight.grad = make(3)
+    calls: list[Callable[[], Any]] = [
+        lambda: ops.layer_norm(make(5, COLS), (COLS,)),
+        lambda: ops.layer_norm(x(5, COLS), (COLS,), make(COLS)),
+        lambda: ops.add_rms_norm(x(5, COLS), make(5, COLS), (COLS,)),
+        lambda: torch.autograd.grad(ops.layer_norm(leaf, (COLS,)), leaf, make(5, COLS)),
+        lambda: ops.gelu(make(5), "tanh"),
+        lambda: ops.cross_entropy(make(5, COLS), CLASSES),
+        lambda: ops.attention(q, make(1, 2, 5, COLS), q),
+        lambda: optim.SGD([weight]).step(),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="expected a tensor with memory, but got one whose storage is empty"):
+            call()
 
 
 # ---- Arguments that do not fit, or only nearly
