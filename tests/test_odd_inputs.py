@@ -70,6 +70,10 @@ def test_a_patched_encoder_is_exported_with_dynamic_sizes() -> None:
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("rows")}
     program = torch.export.export(encoder, (x(3, 7, COLS),), dynamic_shapes=(sizes,))
     torch.testing.assert_close(program.module()(x(2, 5, COLS)), encoder(x(2, 5, COLS)))
+    with torchweld.use_backend("reference"):
+        program = torch.export.export(encoder, (x(3, 7, COLS),))
+    assert not any("torchweld" in str(node.target) for node in program.graph.nodes)  # loads without torchweld
+    torch.testing.assert_close(program.module()(x(3, 7, COLS)), encoder(x(3, 7, COLS)))
 
 
 def test_meta_tensors_have_shapes() -> None:
