@@ -3,8 +3,10 @@
 # compute-sanitizer, and the benchmark into bench/results/<device>.json.
 #
 #   bench/gpu.sh            all stages; one that passed on these sources is not run again
-#   bench/gpu.sh STAGE ...  these stages, whether they passed or not: build test memcheck racecheck initcheck synccheck bench
-#   PYTHON=/path/to/python  the interpreter that has torch (default python3); needs pybind11, scikit-build-core and ninja
+#   bench/gpu.sh STAGE ...  these stages, whether they passed or not: build test dropin memcheck racecheck synccheck
+#                           initcheck bench
+#   PYTHON=/path/to/python  the interpreter that has torch (default python3); needs pybind11, scikit-build-core, ninja and
+#                           what the extra `test` names; pytest-xdist shortens the tests
 #
 # Logs and what has passed: build/gpu/. Exit code 1 if a stage failed; the others run all the same, save after a failed build.
 set -u -o pipefail
@@ -23,7 +25,12 @@ build() {
     "$python" -c 'import torch; from torchweld import backend; why = backend.unavailable("cuda"); assert why is None, why'
 }
 
-tests() { "$python" -m pytest -m cuda -q -x --maxfail=20 tests; }
+tests() { # paths and options
+  local workers=()
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+  # A file that cannot be imported, for want of a package, must not keep the others from running.
+  "$python" -m pytest -m cuda -q --maxfail=20 --continue-on-collection-errors "${workers[@]}" "$@"
+}
 
 sanitize() { # tool, options...
   command -v compute-sanitizer || { echo 'compute-sanitizer is not on PATH (it comes with the CUDA toolkit)'; return 1; }
@@ -67,12 +74,13 @@ stage() { # name, seconds, command...
 wanted="$*"
 export python
 export -f build tests sanitize bench
-if stage build 200 build; then
-  stage test 150 tests
+if stage build 150 build; then
+  stage test 110 tests tests --ignore tests/dropin
+  stage bench 110 bench
   # Only our kernels are watched, save for initcheck, which must see who wrote the memory that they read.
   for tool in memcheck racecheck synccheck; do stage $tool 35 sanitize $tool --kernel-name kernel_substring=torchweld; done
-  stage initcheck 35 sanitize initcheck
-  stage bench 110 bench
+  stage initcheck 45 sanitize initcheck
+  stage dropin 80 tests tests/dropin
 fi
 printf '%s\n' "${report[@]}"
 exit $failed

@@ -34,19 +34,31 @@ def attention(dim: int, dtype: torch.dtype) -> None:
         {},
         {"causal": True, "window": (20, None), "softcap": 5.0, "bias": bias},
         {"alibi_slopes": slopes, "sinks": sinks, "dropout_p": 0.25},
+        {"deterministic": False},  # dquery by atomics
+        {"deterministic": False, "dropout_p": 0.25},
     ):
         output = torchweld.ops.attention(q, k, v, **modifiers)
         output.backward(doutput.detach())
     rows = (t.detach()[0].transpose(0, 1) for t in (q, k, v))
     packed = torchweld.ops.attention(*rows, causal=True, cu_seqlens_q=starts, cu_seqlens_k=starts)
     decoded = torchweld.ops.attention(q.detach()[:, :, :1], k.detach(), v.detach())
-    for t in (output, packed, decoded, q.grad, k.grad, v.grad, bias.grad, slopes.grad, sinks.grad):
+    long_key, long_value = (t.detach().repeat(1, 1, 10, 1) for t in (k, v))  # in three splits
+    split = torchweld.ops.attention(q.detach()[:, :, :1], long_key, long_value)
+    cache = (t.detach().transpose(1, 2).reshape(10, 7, 2, dim) for t in (k, v))
+    table, lengths = torch.arange(10, device="cuda", dtype=torch.int32).view(1, 10), starts[1:2]
+    paged = torchweld.ops.paged_attention(q.detach()[:, :, :1], *cache, table, lengths)
+    for t in (output, packed, decoded, split, paged, q.grad, k.grad, v.grad, bias.grad, slopes.grad, sinks.grad):
         assert t is not None and t.isfinite().all()
 
 
 def optimizers(dtype: torch.dtype) -> None:
-    for kind in (torchweld.optim.AdamW, torchweld.optim.SGD):
-        for options in ({}, {"max_grad_norm": 1.0, "zero_grads": True}):
+    common = ({}, {"max_grad_norm": 1.0, "zero_grads": True}, {"master_weights": True})
+    own = {
+        torchweld.optim.AdamW: ({"amsgrad": True}, {"stochastic_rounding": True}),
+        torchweld.optim.SGD: ({"momentum": 0.9},),
+    }
+    for kind, more in own.items():
+        for options in (*common, *more):
             params = [torch.randn(n, device="cuda").to(dtype).requires_grad_() for n in (1, 7, 16385)]
             for p in params:
                 p.grad = torch.randn_like(p)

@@ -115,7 +115,8 @@ def run(i: Inputs, op: str = "torchweld", dtype: torch.dtype | None = None) -> d
     elif residual is None:
         output, total = getattr(torchweld.ops, name)(x, shape, *parameters), x
     else:
-        seed = torch.tensor([SEED], device=x.device)
+        # Only where it counts: a copy from the host cannot be captured in a graph.
+        seed = torch.tensor([SEED], device=x.device) if i.dropout_p > 0 else None
         output, total = getattr(torchweld.ops, "add_" + name)(
             x, residual, shape, *parameters, dropout_p=i.dropout_p, seed=seed
         )

@@ -126,6 +126,7 @@ def test_optimizer_agrees_with_torchs(options: dict[str, bool]) -> None:
     torch.testing.assert_close(run(optim.AdamW(mine, **options), mine), run(torch.optim.AdamW(its), its))
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype")
 def test_a_step_does_not_wait_for_the_gpu() -> None:
     params = on_gpu()
     optimizer = optim.AdamW(params, max_grad_norm=0.5)

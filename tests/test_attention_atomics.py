@@ -17,12 +17,18 @@ from torchweld.testing.attention import AttentionCase
 SIXTEEN = (torch.bfloat16, torch.float16)
 
 
+@pytest.fixture(params=[80, 90], ids=["sm_80", "sm_90"])
+def gpu(emulated: ModuleType, request: pytest.FixtureRequest) -> ModuleType:
+    emulated.set_machine(capability=request.param)
+    return emulated
+
+
 @pytest.fixture
-def kernels(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+def kernels(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """torch may still poison memory, which it takes `use_deterministic_algorithms` for; the op does not hear of it."""
     monkeypatch.setattr(sys.modules[Case.__module__], "_DRAWS", 1)  # products are slow here
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
-    return emulated
+    return gpu
 
 
 def case(regime: str, queries: int, keys: int, **flags: object) -> AttentionCase:
@@ -32,9 +38,9 @@ def case(regime: str, queries: int, keys: int, **flags: object) -> AttentionCase
 
 CASES = [
     case("D 24: two tiles of keys, rows of 64 bytes", 70, 130, dim=24, heads=1, causal=True, bottom_right=True),
-    case("D 64", 80, 150, heads=1, causal=True, bottom_right=True),
+    case("D 64, an odd number of tiles", 150, 150, heads=1, causal=True, bottom_right=True),
     case("D 64, GQA 4:2, a bias that learns", 40, 90, heads=4, kv_heads=2, bias=(1, 1, 40, 90)),
-    case("D 128", 75, 70, dim=128, heads=1, causal=True),
+    case("D 128", 75, 150, dim=128, heads=1, causal=True),
     case("D 98 and 101, element by element", 20, 75, dim=98, value_dim=101, heads=1),
     case("D 33: a row of sums begins on two floats", 20, 75, dim=33, heads=1, merged=True, batch=2),
     case("D 128, capped, sinks, lse", 40, 70, dim=128, heads=1, softcap=3.0, sinks=True, lse=True),
@@ -49,6 +55,17 @@ CASES = [
 @pytest.mark.parametrize("each", CASES, ids=lambda c: c.name)
 def test_parity(each: AttentionCase, dtype: torch.dtype, kernels: ModuleType) -> None:
     Oracle(each, dtype).check()
+
+
+@pytest.mark.parametrize("each", [CASES[1], CASES[3]], ids=lambda c: c.name)
+def test_hopper_under_other_schedules(
+    each: AttentionCase, emulated: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[Case.__module__], "_DRAWS", 1)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+    for seed in (1, 2, 3):
+        emulated.set_machine(capability=90, seed=seed)
+        Oracle(each, torch.bfloat16).check()
 
 
 @pytest.mark.parametrize("wanted", ["query, key", "query, value", "query", "key, value"])
@@ -87,7 +104,7 @@ def gradients(x: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
     return torch.autograd.grad(out.square().sum(), leaves)
 
 
-def test_asked_for_and_overruled(emulated: ModuleType) -> None:
+def test_asked_for_and_overruled(gpu: ModuleType) -> None:
     """Tiles of keys add up in another order than one loop does: where much cancels, the bits tell which has run."""
     x = [torch.randn(1, 2, n, 64).half() for n in (40, 300, 300)]
     x[1] += 20.0  # moves all scores of a query alike, and dquery not at all

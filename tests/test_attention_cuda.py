@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
 from torchweld import backend, ops, reference
-from torchweld.testing import Case, Oracle
-from torchweld.testing.attention import ATTENTION
+from torchweld.testing import Case, Oracle, confirm
+from torchweld.testing.attention import ATTENTION, AttentionCase
 from torchweld.testing.cases import evaluate
 from torchweld.testing.paged_attention import PAGED_ATTENTION
 
@@ -31,6 +33,13 @@ def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", (*ATTENTION, *PAGED_ATTENTION), ids=lambda case: f"{case.op}: {case.name}")
 def test_parity(case: Case, dtype: torch.dtype) -> None:
     Oracle(case, dtype, "cuda").check()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+def test_parity_by_atomics(case: AttentionCase, dtype: torch.dtype) -> None:
+    oracle = Oracle(replace(case, deterministic=False), dtype, "cuda")
+    confirm(oracle.judge(poison=False), case.op, case.name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

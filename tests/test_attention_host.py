@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attention_cases import MODIFIERS, case, gradients
 from torchweld import ops, reference
 from torchweld.testing import Case, Oracle, assert_parity
 from torchweld.testing.attention import AttentionCase
@@ -23,10 +24,6 @@ def kernels(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType
     return emulated
 
 
-def case(regime: str, queries: int, keys: int, **flags: object) -> AttentionCase:
-    return AttentionCase(name=regime, regime=regime, queries=queries, keys=keys, **flags)  # type: ignore[arg-type]
-
-
 # By instance: head size and type. Two tiles of own rows and several of streamed ones, none of them whole.
 SIZES = [
     (case("D 24: rows of 64 bytes, padded", 130, 37, dim=24, heads=1, causal=True, bottom_right=True), DTYPES[1:]),
@@ -35,20 +32,6 @@ SIZES = [
     (case("D 100, element by element", 20, 75, dim=98, value_dim=101, heads=1), DTYPES),
     (case("D 256: one gradient at a time", 70, 37, dim=256, heads=1, causal=True), DTYPES),
     (case("D 200, capped", 20, 37, dim=200, heads=1, softcap=2.0), DTYPES),
-]
-# By what comes between the products and the softmax; tiles of 16 rows a warp, at a size of two tiles.
-MODIFIERS = [
-    case("ALiBi in a window", 70, 90, heads=2, alibi=True, window=(20, 3), merged=True),
-    case("softcap and bias", 40, 70, softcap=3.0, bias=(1, 1, 40, 70), logits=4.0, lse=True),
-    case("sinks", 40, 70, sinks=True, causal=True, bottom_right=True),
-    case("bias by row", 70, 40, batch=2, bias=(2, 2, 70, 1)),
-    case("bias by key", 70, 40, batch=2, bias=(1, 2, 1, 40)),
-    case("bias by head alone", 70, 40, bias=(1, 2, 1, 1), causal=True),
-    case("mask", 40, 70, heads=4, kv_heads=2, bias=(1, 1, 40, 70), masks=True),
-    case("rows that see nothing, lse", 100, 40, heads=1, causal=True, bottom_right=True, lse=True),
-    case("a value that is not seen may be NaN", 40, 100, heads=1, causal=True, unseen_nan=True),
-    case("one query", 1, 70, heads=4, kv_heads=2),
-    case("one key: dquery and dkey cancel", 3, 1, dim=8),
 ]
 
 
@@ -97,12 +80,6 @@ def test_an_unwritten_cache_is_masked() -> None:
 
 
 # ---- Dropout, packed sequences
-
-
-def gradients(function, leaves: list[Tensor], dout: Tensor) -> list[Tensor]:
-    leaves = [t.detach().requires_grad_() for t in leaves]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
 
 
 @pytest.mark.parametrize(("dim", "dtype"), [(64, torch.bfloat16), (64, torch.float32), (256, torch.float16)], ids=str)

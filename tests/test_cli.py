@@ -14,6 +14,7 @@ import torch
 
 from torchweld import _cpu, backend, check, ops, testing
 from torchweld.bench import command, harness, report
+from torchweld.bench.functional import works
 from torchweld.bench.harness import Settings, Work, interleave, measure
 from torchweld.cli import main
 
@@ -239,6 +240,16 @@ def test_every_source_has_works(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, source in command.sources().items():
         work = next(iter(source(settings)))
         assert work.case["name"] and name in (work.op, "overhead")
+
+
+def test_a_kernel_that_torch_does_not_have_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
+    def absent(_: object) -> Any:
+        raise RuntimeError("No available kernel. Aborting execution.")
+
+    case, settings = testing.cases("layer_norm")[0], Settings(directions=("forward",), seconds=0.0)
+    (work,) = works(case, {"name": case.name}, torch.float32, settings, {"forward": {}}, **{"torch:none": absent})
+    assert [row["provider"] for row in measure(work, settings)] == ["torchweld", "torch"]
+    assert "torch:none is not timed for layer_norm 8 x 64: No available kernel" in caplog.text
 
 
 def test_bench_does_not_time_the_reference(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -38,6 +38,8 @@ PLANTED = {
     "slot_reused_too_early": "byte 1028 of shared memory is touched before the asynchronous copy of thread 0 to it has",
     "missing_proxy_fence": "an asynchronous instruction reads byte 1024 of shared memory, which thread 0 has written: "
     "fence.proxy.async belongs between",
+    "missing_fence_of_a_copy": "an asynchronous instruction reads byte 1024 of shared memory, which thread 0 has "
+    "written: fence.proxy.async belongs between",
     "store_reused_too_early": "byte 1024 of shared memory is written while an asynchronous instruction may still",
     "store_not_waited_for": "the block has ended while a bulk store of thread 0 still reads its shared memory",
     "wrong_named_barrier": "waits for ever at bar.sync: of the 64 threads of the block 64 wait and 0 have ended",

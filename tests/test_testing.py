@@ -109,6 +109,20 @@ def test_an_element_that_nobody_writes_is_found() -> None:
     oracle.check()
 
 
+def test_without_poison_algorithms_are_those_that_were_asked_for() -> None:
+    case, seen = cases("gelu")[0], []
+
+    def provider(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        seen.append(torch.are_deterministic_algorithms_enabled())
+        return case.ours(x)
+
+    oracle = Oracle(case, torch.float32)
+    for poison in (True, False):
+        seen.clear()
+        assert all(v.problem is None for v in oracle.judge(provider, poison=poison))
+        assert set(seen) == {poison}
+
+
 @pytest.mark.parametrize("op", testing.ops())
 def test_torch_itself_and_the_reference_hold_the_rule(op: str) -> None:
     case = cases(op)[0]

@@ -26,6 +26,9 @@ void dispatch_instance(const char* op, const AttentionInputs& p, F&& f) {
   });
 }
 
+// Whether this GPU runs the kernels for Hopper, where there are any.
+bool is_hopper() { return compute_capability(current_device()) == 90; }
+
 }  // namespace
 
 int64_t attention_forward_workspace(const AttentionForwardParams& p) { return decodes(p) ? decode_workspace(p) : 0; }
@@ -33,7 +36,11 @@ int64_t attention_forward_workspace(const AttentionForwardParams& p) { return de
 void attention_forward(const AttentionForwardParams& p, Stream stream) {
   if (query_rows(p) == 0) return;
   dispatch_instance("attention_forward", p, [&](auto t, auto size) {
-    run_forward<typename decltype(t)::type, decltype(size)::value>(p, stream);
+    using T = typename decltype(t)::type;
+    constexpr int D = decltype(size)::value;
+    if constexpr (kHasSm90<T, D>)
+      if (!decodes(p) && is_hopper()) return run_forward_sm90<T, D>(p, stream);
+    run_forward<T, D>(p, stream);
   });
 }
 
@@ -63,9 +70,18 @@ void attention_backward(const AttentionBackwardParams& params, Stream stream) {
   p.distances = p.dalibi_slopes != nullptr ? take(1) : nullptr;
   dispatch_instance(kName, p, [&](auto t, auto size) {
     using T = typename decltype(t)::type;
+    constexpr int D = decltype(size)::value;
+    auto run = run_backward<T, D>, run_bias = run_bias_backward<T, D>;
+    if constexpr (kHasSm90<T, D>)
+      if (is_hopper()) {
+        run = run_backward_sm90<T, D>;
+        run_bias = run_bias_backward_sm90<T, D>;
+        if (D > 128) p.dquery_sum = nullptr;  // it would not fit shared memory
+      }
     const dim3 blocks(static_cast<unsigned>((rows + kPrepareWarps - 1) / kPrepareWarps));
     if (rows > 0) launch(kName, prepare<T>, blocks, dim3(kPrepareWarps * kLanes), 0, stream, p);
-    run_backward<T, decltype(size)::value>(p, stream);
+    if (p.batch * p.heads > 0) run(p, stream);
+    if (p.dbias != nullptr) run_bias(p, stream);
     if (rows > 0 && p.dquery_sum != nullptr)
       launch(kName, round_queries<T>, blocks, dim3(kPrepareWarps * kLanes), 0, stream, p);
   });

@@ -37,10 +37,31 @@ __device__ __forceinline__ void add_queries(const Backward& p, const Head& head,
   }
 }
 
+// What is wanted of the gradients of this warp's keys, from row0 on.
+template <class T, bool kPlain, int MT, int K, int V>
+__device__ __forceinline__ void store_keys(const Backward& p, const Head& own, int row0, const float (&dkey)[MT][K][4],
+                                           const float (&dvalue)[MT][V][4]) {
+  auto store = [&](const auto& gradient, void* base, const Strides& strides, int64_t size, float factor) {
+    T* to = own.key_rows(static_cast<T*>(base), strides);
+    store_rows<T>(
+        gradient, static_cast<int>(size), p.pairs,
+        [&](int m, int half) {
+          const int j = row0 + m * 16 + lane_row() + half * 8;
+          return j < own.keys ? to + j * strides.row : nullptr;
+        },
+        [&](int, int) { return factor; });
+  };
+  if (K > 1 && p.dkey != nullptr) store(dkey, p.dkey, p.dkey_strides, p.dim, p.scale);
+  if (V > 1 && p.dvalue != nullptr)
+    store(dvalue, p.dvalue, p.dvalue_strides, p.value_dim,
+          !kPlain && p.dropout.seed != nullptr ? p.dropout.scale : 1.0f);
+}
+
 // kKey, kValue, kQuery: which of the gradients. dkey and dquery come of the same dS.
 template <class T, int D, bool kPlain, bool kKey, bool kValue, bool kQuery>
 __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     differentiate_keys(const __grid_constant__ Backward p) {
+  if (kOnHopper<T, D>) return;
   using Shape = BackwardShape<T, D, kPlain>;
   constexpr int MT = Shape::MT, NT = Shape::kOthers / 8, kThreads = Shape::kThreads;
   const Schedule::Work work = p.schedule.work(blockIdx.x);
@@ -98,19 +119,23 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
 
     // Weights.
     const Cells<true> cells{head, row0, i0};
-    if constexpr (!kPlain) modify(p, cells, s, kKey ? ds : nullptr);
-    if (!head.sees_all(i0, Shape::kOthers, j0, Shape::kRows)) hide(cells, s, kKey ? ds : nullptr);
+    const bool whole = head.sees_all(i0, Shape::kOthers, j0, Shape::kRows);
+    if constexpr (!kPlain) modify(p, cells, whole, s, kKey ? ds : nullptr);
+    if (!whole) {
+      hide(cells, s, -infinity());
+      if constexpr (kKey) hide(cells, ds, 0.0f);
+    }
     weigh(s, unit, [&](int, int n, int e) { return value_of(0, n, e); });
 
     // Gradients.
     if constexpr (kKey) {
       for_each<MT, NT>([&](int m, int n, int e) { ds[m][n][e] *= s[m][n][e]; });
       if constexpr (kQuery) store_tile<T>(memory.scores() + here * Shape::kOthers * static_cast<int>(sizeof(T)), ds);
-      multiply_columns<T, D>(dkey, ds, memory.others(step, 0));
+      multiply_columns<T, D>(dkey, ds, memory.others(step, 0), static_cast<int>(p.dim));
     }
     if constexpr (kValue) {
       if (drops) drop(s, kept);
-      multiply_columns<T, D>(dvalue, s, memory.others(step, 1));
+      multiply_columns<T, D>(dvalue, s, memory.others(step, 1), static_cast<int>(p.value_dim));
     }
     if constexpr (kQuery) {
       __syncthreads();  // all of dS is there; before it is written again comes the next step's barrier
@@ -118,30 +143,22 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     }
   });
 
-  // Store.
-  auto store = [&](const auto& gradient, void* base, const Strides& strides, int64_t size, float factor) {
-    T* to = own.key_rows(static_cast<T*>(base), strides);
-    store_rows<T>(
-        gradient, static_cast<int>(size), p.pairs,
-        [&](int m, int half) {
-          const int j = row0 + m * 16 + lane_row() + half * 8;
-          return j < own.keys ? to + j * strides.row : nullptr;
-        },
-        [&](int, int) { return factor; });
-  };
-  if (kKey && p.dkey != nullptr) store(dkey, p.dkey, p.dkey_strides, p.dim, p.scale);
-  if (kValue && p.dvalue != nullptr)
-    store(dvalue, p.dvalue, p.dvalue_strides, p.value_dim,
-          !kPlain && p.dropout.seed != nullptr ? p.dropout.scale : 1.0f);
+  store_keys<T, kPlain>(p, own, row0, dkey, dvalue);
+}
+
+// For blocks of so many rows.
+template <class T>
+void share_out_keys(Backward& p, int rows) {
+  p.packets = reads_packets<T>(p);
+  p.pairs = writes_pairs<T>(p);
+  p.schedule = Schedule(p.batch * p.kv_heads, p.keys, rows, 1,
+                        p.queries * (p.dim + p.value_dim) * sizeof(T) * (p.heads / p.kv_heads), true);
 }
 
 template <class T, int D, bool kPlain>
 void launch_keys(Backward p, Stream stream) {
   using Shape = BackwardShape<T, D, kPlain>;
-  p.packets = reads_packets<T>(p);
-  p.pairs = writes_pairs<T>(p);
-  p.schedule = Schedule(p.batch * p.kv_heads, p.keys, Shape::kRows, 1,
-                        p.queries * (p.dim + p.value_dim) * sizeof(T) * (p.heads / p.kv_heads), true);
+  share_out_keys<T>(p, Shape::kRows);
   if (p.schedule.empty()) return;
   auto run = [&](auto kernel, int bytes) {
     launch("attention_backward", kernel, p.schedule.grid(), dim3(Shape::kThreads), bytes, stream, p);

@@ -1,4 +1,4 @@
-// The gradients of queries and of a bias: see attention_backward.cuh.
+// The gradient of queries: see attention_backward.cuh.
 #pragma once
 
 #include "cuda/attention_backward.cuh"
@@ -34,11 +34,50 @@ __device__ __forceinline__ void score_gradient(const Backward& p, const Head& he
   if (drops) kept.draw(p.dropout, head.values, row0, j0);
   subtract_delta(p, ds, drops, kept, [&](int m, int, int e) { return values.delta[m][e / 2]; });
   const Cells<false> cells{head, row0, j0};
-  if constexpr (!kPlain) modify(p, cells, s, ds, capped);
   using Shape = BackwardShape<T, D, kPlain>;
-  if (!head.sees_all(i0, Shape::kRows, j0, Shape::kOthers)) hide(cells, s, ds);
+  const bool whole = head.sees_all(i0, Shape::kRows, j0, Shape::kOthers);
+  if constexpr (!kPlain) modify(p, cells, whole, s, ds, capped);
+  if (!whole) {
+    hide(cells, s, -infinity());
+    hide(cells, ds, 0.0f);
+  }
   weigh(s, unit, [&](int m, int, int e) { return values.lse2[m][e / 2]; });
   for_each<MT, NT>([&](int m, int n, int e) { ds[m][n][e] *= s[m][n][e]; });
+}
+
+// The share of a tile in each row's gradient of the slope.
+template <int MT, int NT>
+__device__ __forceinline__ void add_distances(const Cells<false>& cells, const float (&ds)[MT][NT][4],
+                                              float (&distances)[MT][2]) {
+  for_each<MT, NT>([&](int m, int n, int e) {
+    const int distance = cells.query(m, n, e) + cells.of.shift - cells.key(m, n, e);
+    distances[m][e / 2] -= ds[m][n][e] * fabsf(static_cast<float>(distance));
+  });
+}
+
+// Those of this warp's queries, from row0 on.
+template <class T, int MT, int NT>
+__device__ __forceinline__ void store_queries(const Backward& p, const Head& head, int row0,
+                                              const float (&dquery)[MT][NT][4]) {
+  T* to = head.query_rows(static_cast<T*>(p.dquery), p.dquery_strides);
+  store_rows<T>(
+      dquery, static_cast<int>(p.dim), p.pairs,
+      [&](int m, int half) {
+        const int i = row0 + m * 16 + lane_row() + half * 8;
+        return i < head.queries ? to + i * p.dquery_strides.row : nullptr;
+      },
+      [&](int, int) { return p.scale; });
+}
+
+template <int MT>
+__device__ __forceinline__ void store_distances(const Backward& p, const Head& head, int row0,
+                                                const float (&distances)[MT][2]) {
+#pragma unroll
+  for (int r = 0; r < 2 * MT; ++r) {
+    const int i = row0 + r / 2 * 16 + lane_row() + r % 2 * 8;
+    const float sum = group_sum(distances[r / 2][r % 2], 4);
+    if (lane_column() == 0 && i < head.queries) p.distances[head.values + i] = sum;
+  }
 }
 
 // dquery and distances, whichever are wanted. With a softcap they are of different scores, and are asked for one by
@@ -46,6 +85,7 @@ __device__ __forceinline__ void score_gradient(const Backward& p, const Head& he
 template <class T, int D, bool kPlain>
 __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     differentiate_queries(const __grid_constant__ Backward p) {
+  if (kOnHopper<T, D>) return;
   using Shape = BackwardShape<T, D, kPlain>;
   constexpr int MT = Shape::MT, NT = Shape::kOthers / 8, kThreads = Shape::kThreads;
   const Schedule::Work work = p.schedule.work(blockIdx.x);
@@ -76,142 +116,35 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     const int j0 = start + step * Shape::kOthers;
     float ds[MT][NT][4];
     score_gradient<T, D, kPlain>(p, head, values, memory, step, i0, row0, j0, unit, p.dquery != nullptr, ds);
-    if (p.dquery != nullptr) multiply_columns<T, D>(dquery, ds, memory.others(step, 0));
-    if (!kPlain && p.distances != nullptr)
-      for_each<MT, NT>([&](int m, int n, int e) {
-        const Cells<false> cells{head, row0, j0};
-        const int distance = cells.query(m, n, e) + head.shift - cells.key(m, n, e);
-        distances[m][e / 2] -= ds[m][n][e] * fabsf(static_cast<float>(distance));
-      });
+    if (p.dquery != nullptr) multiply_columns<T, D>(dquery, ds, memory.others(step, 0), static_cast<int>(p.dim));
+    if (!kPlain && p.distances != nullptr) add_distances(Cells<false>{head, row0, j0}, ds, distances);
   });
 
-  // Store.
-  auto row_of = [&](int m, int half) { return row0 + m * 16 + lane_row() + half * 8; };
-  T* to = head.query_rows(static_cast<T*>(p.dquery), p.dquery_strides);
-  if (p.dquery != nullptr)
-    store_rows<T>(
-        dquery, static_cast<int>(p.dim), p.pairs,
-        [&](int m, int half) {
-          return row_of(m, half) < head.queries ? to + row_of(m, half) * p.dquery_strides.row : nullptr;
-        },
-        [&](int, int) { return p.scale; });
-  if (!kPlain && p.distances != nullptr) {
-#pragma unroll
-    for (int r = 0; r < 2 * MT; ++r) {
-      const float sum = group_sum(distances[r / 2][r % 2], 4);
-      if (lane_column() == 0 && row_of(r / 2, r % 2) < head.queries)
-        p.distances[head.values + row_of(r / 2, r % 2)] = sum;
-    }
-  }
+  if (p.dquery != nullptr) store_queries<T>(p, head, row0, dquery);
+  if (!kPlain && p.distances != nullptr) store_distances(p, head, row0, distances);
 }
 
-// Grid (tiles of keys, B * H * tiles of queries) of dbias's extents. Where bias is broadcast a block goes through all
-// of that dimension, in order.
-template <class T, int D>
-__global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads, 2)
-    differentiate_bias(const __grid_constant__ Backward p) {
-  using Shape = BackwardShape<T, D, false>;
-  constexpr int MT = Shape::MT, NT = Shape::kOthers / 8, kThreads = Shape::kThreads;
-  const int64_t* extent = p.dbias_extents;
-  const int queries = static_cast<int>(p.queries), keys = static_cast<int>(p.keys);
-  const int row_tiles = extent[2] > 1 ? (queries + Shape::kRows - 1) / Shape::kRows : 1;
-  const int key_tiles = extent[3] > 1 ? (keys + Shape::kOthers - 1) / Shape::kOthers : 1;
-  const int kt = static_cast<int>(blockIdx.x % key_tiles), qt = static_cast<int>(blockIdx.x / key_tiles % row_tiles);
-  const int64_t outer = blockIdx.x / key_tiles / row_tiles;
-  const int b = static_cast<int>(outer / extent[1]), h = static_cast<int>(outer % extent[1]);
-  const int i_begin = qt * Shape::kRows, i_end = extent[2] > 1 ? i_begin + 1 : queries;
-  const int j_begin = kt * Shape::kOthers, j_end = extent[3] > 1 ? j_begin + 1 : keys;
-
-  float sum[MT][NT][4] = {};
-  const BackwardMemory<T, D, false> memory;
-  const float unit = unit_of<false>(p);
-  for (int bb = b; bb < (extent[0] > 1 ? b + 1 : static_cast<int>(p.batch)); ++bb)
-    for (int hh = h; hh < (extent[1] > 1 ? h + 1 : static_cast<int>(p.heads)); ++hh) {
-      const Head head(p, bb, hh);
-      for (int i0 = i_begin; i0 < i_end; i0 += Shape::kRows) {
-        const int last = (i0 + Shape::kRows < queries ? i0 + Shape::kRows : queries) - 1;
-        const BackwardRows<T> rows(p, head, head.low(i0), head.high(last));
-        const int row0 = i0 + warp() * MT * 16;
-        const RowValues<MT> values(p, head, row0);
-        for (int j0 = j_begin; j0 < j_end; j0 += Shape::kOthers) {
-          if (j0 >= head.high(last) || j0 + Shape::kOthers <= head.low(i0)) continue;
-          __syncthreads();
-          load_tile<T, D, Shape::kRows, kThreads>(memory.own[0], rows.query, i0);
-          load_tile<T, D, Shape::kRows, kThreads>(memory.own[1], rows.doutput, i0);
-          load_tile<T, D, Shape::kOthers, kThreads>(memory.others(0, 0), rows.key, j0);
-          load_tile<T, D, Shape::kOthers, kThreads>(memory.others(0, 1), rows.value, j0);
-          ptx::cp_async_commit();
-          ptx::cp_async_wait<0>();
-          __syncthreads();
-          float ds[MT][NT][4];
-          score_gradient<T, D, false>(p, head, values, memory, 0, i0, row0, j0, unit, false, ds);
-          for_each<MT, NT>([&](int m, int n, int e) { sum[m][n][e] += ds[m][n][e]; });
-        }
-      }
-    }
-
-  // The tile of sums goes to shared memory, and from there to dbias: over its rows or columns where bias is broadcast.
-  __syncthreads();
-  constexpr int kStride = Shape::kOthers + 1;
-  for_each<MT, NT>([&](int m, int n, int e) {
-    const int row = warp() * MT * 16 + 16 * m + lane_row() + e / 2 * 8, column = 8 * n + lane_column() + e % 2;
-    ptx::store_shared(memory.own[0] + (row * kStride + column) * 4, __float_as_uint(sum[m][n][e]));
-  });
-  __syncthreads();
-  auto least = [](int a, int b) { return a < b ? a : b; };
-  const int rows_here = extent[2] > 1 ? least(Shape::kRows, queries - i_begin) : 1,
-            rows_summed = extent[2] > 1 ? 1 : Shape::kRows;
-  const int keys_here = extent[3] > 1 ? least(Shape::kOthers, keys - j_begin) : 1,
-            keys_summed = extent[3] > 1 ? 1 : Shape::kOthers;
-  for (int c = static_cast<int>(threadIdx.x); c < rows_here * keys_here; c += kThreads) {
-    const int row = c / keys_here, column = c % keys_here;
-    float total = 0.0f;
-    for (int r = row; r < row + rows_summed; ++r)
-      for (int k = column; k < column + keys_summed; ++k)
-        total += __uint_as_float(ptx::load_shared(memory.own[0] + (r * kStride + k) * 4));
-    const int64_t place = (outer * extent[2] + i_begin + row) * extent[3] + j_begin + column;
-    auto store = [&](auto tag) {
-      using B = typename decltype(tag)::type;
-      store_one(static_cast<B*>(p.dbias) + place, total);
-    };
-    if (p.bias_type == MaskType::float32)
-      store(Tag<float>{});
-    else if (p.bias_type == MaskType::bfloat16)
-      store(Tag<__nv_bfloat16>{});
-    else
-      store(Tag<__half>{});
-  }
-}
-
-template <class T, int D, bool kPlain>
-void launch_queries(Backward p, Stream stream) {
-  using Shape = BackwardShape<T, D, kPlain>;
+template <class T>
+void launch_queries(Backward p, int rows, void (*kernel)(Backward), int threads, size_t shared, Stream stream) {
   if (p.dquery == nullptr && p.distances == nullptr) return;
   if (p.dquery != nullptr && p.distances != nullptr && p.softcap != 0) {
     Backward without = p;
     without.distances = nullptr;
-    launch_queries<T, D, kPlain>(without, stream);
+    launch_queries<T>(without, rows, kernel, threads, shared, stream);
     p.dquery = nullptr;
   }
   p.packets = reads_packets<T>(p);
   p.pairs = writes_pairs<T>(p);
-  p.schedule = Schedule(p.batch * p.heads, p.queries, Shape::kRows, p.heads / p.kv_heads,
+  p.schedule = Schedule(p.batch * p.heads, p.queries, rows, p.heads / p.kv_heads,
                         p.keys * (p.dim + p.value_dim) * sizeof(T), false);
   if (p.schedule.empty()) return;
-  launch("attention_backward", differentiate_queries<T, D, kPlain>, p.schedule.grid(), dim3(Shape::kThreads),
-         Shape::kBytes, stream, p);
+  launch("attention_backward", kernel, p.schedule.grid(), dim3(threads), shared, stream, p);
 }
 
-template <class T, int D>
-void launch_bias(Backward p, Stream stream) {
-  using Shape = BackwardShape<T, D, false>;
-  p.packets = reads_packets<T>(p);
-  const int64_t* extent = p.dbias_extents;
-  const int64_t row_tiles = extent[2] > 1 ? (p.queries + Shape::kRows - 1) / Shape::kRows : 1;
-  const int64_t key_tiles = extent[3] > 1 ? (p.keys + Shape::kOthers - 1) / Shape::kOthers : 1;
-  const dim3 grid(static_cast<unsigned>(extent[0] * extent[1] * row_tiles * key_tiles));
-  if (grid.x == 0) return;
-  launch("attention_backward", differentiate_bias<T, D>, grid, dim3(Shape::kThreads), Shape::kBytes, stream, p);
+template <class T, int D, bool kPlain>
+void launch_queries(const Backward& p, Stream stream) {
+  using Shape = BackwardShape<T, D, kPlain>;
+  launch_queries<T>(p, Shape::kRows, differentiate_queries<T, D, kPlain>, Shape::kThreads, Shape::kBytes, stream);
 }
 
 }  // namespace torchweld::cuda

@@ -78,12 +78,17 @@ struct DecodeShape {
 
 // A lane's two rows: rows g and g + 8 of the tile are queries of different heads.
 struct DecodeCells {
+  static constexpr bool kTransposed = false;
   Head upper, lower;
   int queries[2], column;
 
   __device__ __forceinline__ const Head& head(int, int e) const { return e / 2 == 0 ? upper : lower; }
   __device__ __forceinline__ int query(int, int, int e) const { return queries[e / 2]; }
   __device__ __forceinline__ int key(int, int n, int e) const { return column + 8 * n + lane_column() + e % 2; }
+  __device__ __forceinline__ Head::Span span(int m, int e) const {
+    const Head::Span all = head(m, e).keys_of(query(m, 0, e));
+    return {all.begin - key(m, 0, 0), all.end - key(m, 0, 0)};
+  }
 };
 
 template <class T, int D, bool kPaged>
@@ -121,9 +126,12 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads, 2) attend_split(c
   if (steps > 0)
     for (int c = static_cast<int>(threadIdx.x); c < kDecodeRows * kChunks; c += kThreads) {
       const int row = c / kChunks;
+      const int column = c % kChunks * Tile<T, D>::kChunk;
+      const int elements = row < rows ? clamp(static_cast<int>(p.dim) - column, 0, Tile<T, D>::kChunk) : 0;
       const T* from = head_of(row).query_rows(static_cast<const T*>(p.query), p.query_strides) +
-                      query_of(row) * p.query_strides.row;
-      load_chunk<T, D>(tile, row, c % kChunks, row < rows ? from : nullptr, static_cast<int>(p.dim), p.packets);
+                      query_of(row) * p.query_strides.row + column;
+      load_chunk(tile + Tile<T, D>::at(row, c % kChunks), elements > 0 ? from : static_cast<const T*>(p.query),
+                 elements, p.packets);
     }
   ring.fill();
 
@@ -144,12 +152,12 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads, 2) attend_split(c
     // Scores. Weights.
     float s[1][2][4];
     multiply_rows<T, D>(s, tile, ring.advance(2 * step) + keys_offset);
-    if (!plain) modify(p, cells, s);
-    hide(cells, s);
+    if (!plain) modify(p, cells, false, s);
+    hide(cells, s, -infinity());
     softmax.merge(s, output, unit);
 
     // Values.
-    multiply_columns<T, D>(output, s, ring.advance(2 * step + 1) + keys_offset);
+    multiply_columns<T, D>(output, s, ring.advance(2 * step + 1) + keys_offset, static_cast<int>(p.value_dim));
   }
 
   // Every warp leaves its rows.

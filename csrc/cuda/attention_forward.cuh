@@ -50,9 +50,9 @@ struct Softmax {
     sum[m][half] = sink != nullptr && lane_column() == 0 ? 1.0f : 0.0f;
   }
 
-  // Scores to weights; `output` is rescaled to the new maximum.
-  template <int NT, int OT>
-  __device__ __forceinline__ void merge(float (&s)[MT][NT][4], float (&output)[MT][OT][4], float unit) {
+  // Scores to weights, relative to the new maximum: what was added up before counts `rescale` times from now on.
+  template <int NT>
+  __device__ __forceinline__ void weigh(float (&s)[MT][NT][4], float unit, float (&rescale)[MT][2]) {
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -64,7 +64,7 @@ struct Softmax {
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
         const float now = fmaxf(max[m][half], largest * unit);
         const float finite = now == -infinity() ? 0.0f : now;  // -inf - -inf would be NaN
-        const float rescale = ptx::exp2(max[m][half] - finite);
+        rescale[m][half] = ptx::exp2(max[m][half] - finite);
         max[m][half] = now;
         float total = 0.0f;
 #pragma unroll
@@ -74,13 +74,21 @@ struct Softmax {
             s[m][n][e] = ptx::exp2(s[m][n][e] * unit - finite);
             total += s[m][n][e];
           }
-        sum[m][half] = sum[m][half] * rescale + total;
-#pragma unroll
-        for (int n = 0; n < OT; ++n) {
-          output[m][n][2 * half] *= rescale;
-          output[m][n][2 * half + 1] *= rescale;
-        }
+        sum[m][half] = sum[m][half] * rescale[m][half] + total;
       }
+  }
+
+  // Scores to weights; `output` is rescaled to the new maximum.
+  template <int NT, int OT>
+  __device__ __forceinline__ void merge(float (&s)[MT][NT][4], float (&output)[MT][OT][4], float unit) {
+    float factor[MT][2];
+    weigh(s, unit, factor);
+    rescale(output, factor);
+  }
+
+  template <int OT>
+  static __device__ __forceinline__ void rescale(float (&output)[MT][OT][4], const float (&factor)[MT][2]) {
+    for_each<MT, OT>([&](int m, int n, int e) { output[m][n][e] *= factor[m][e / 2]; });
   }
 
   // Sums of whole rows.
@@ -98,6 +106,7 @@ struct Softmax {
 
 template <class T, int D, bool kPlain>
 __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) attend(const __grid_constant__ Forward p) {
+  if (kOnHopper<T, D>) return;
   using Shape = ForwardShape<T, D, kPlain>;
   constexpr int MT = Shape::MT, NT = Shape::kKeys / 8, kThreads = Shape::kThreads;
   const Schedule::Work work = p.schedule.work(blockIdx.x);
@@ -137,8 +146,9 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) atten
     const uint32_t keys = ring.advance(2 * step);
     multiply_rows<T, D>(s, queries + warp() * MT * 16 * Tile<T, D>::kRowBytes, keys);
     const Cells<false> cells{head, row0, j0};
-    if constexpr (!kPlain) modify(p, cells, s);
-    if (!head.sees_all(i0, Shape::kQueries, j0, Shape::kKeys)) hide(cells, s);
+    const bool whole = head.sees_all(i0, Shape::kQueries, j0, Shape::kKeys);
+    if constexpr (!kPlain) modify(p, cells, whole, s);
+    if (!whole) hide(cells, s, -infinity());
 
     // Weights.
     softmax.merge(s, output, unit);
@@ -149,7 +159,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) atten
     }
 
     // Values.
-    multiply_columns<T, D>(output, s, ring.advance(2 * step + 1));
+    multiply_columns<T, D>(output, s, ring.advance(2 * step + 1), static_cast<int>(p.value_dim));
   }
 
   // Normalise. Store.
@@ -169,17 +179,23 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) atten
     if (row_of(r / 2, r % 2) < head.queries) p.lse[head.values + row_of(r / 2, r % 2)] = softmax.lse(r / 2, r % 2);
 }
 
-template <class T, int D, bool kPlain>
-void launch_forward(const AttentionForwardParams& params, Stream stream) {
-  using Shape = ForwardShape<T, D, kPlain>;
+template <class T>
+void launch_forward(const AttentionForwardParams& params, int tile, void (*kernel)(Forward), int threads, size_t shared,
+                    Stream stream) {
   Forward p{params};
-  p.schedule = Schedule(p.batch * p.heads, p.queries, Shape::kQueries, p.heads / p.kv_heads,
+  p.schedule = Schedule(p.batch * p.heads, p.queries, tile, p.heads / p.kv_heads,
                         p.keys * (p.dim + p.value_dim) * sizeof(T), false);
   if (p.schedule.empty()) return;
   p.packets =
       rows_begin_on(16, sizeof(T), {p.query, p.key, p.value}, {p.query_strides, p.key_strides, p.value_strides});
   p.pairs = rows_begin_on(2 * sizeof(T), sizeof(T), {p.output}, {p.output_strides});
-  launch("attention_forward", attend<T, D, kPlain>, p.schedule.grid(), dim3(Shape::kThreads), Shape::kBytes, stream, p);
+  launch("attention_forward", kernel, p.schedule.grid(), dim3(threads), shared, stream, p);
+}
+
+template <class T, int D, bool kPlain>
+void launch_forward(const AttentionForwardParams& params, Stream stream) {
+  using Shape = ForwardShape<T, D, kPlain>;
+  launch_forward<T>(params, Shape::kQueries, attend<T, D, kPlain>, Shape::kThreads, Shape::kBytes, stream);
 }
 
 }  // namespace torchweld::cuda

@@ -1,7 +1,7 @@
 // The attention kernels of one type and head size: compiled once for each TORCHWELD_DTYPE and TORCHWELD_HEAD_SIZE that
 // CMakeLists.txt lists.
+#include "cuda/attention_backward_bias.cuh"
 #include "cuda/attention_backward_keys.cuh"
-#include "cuda/attention_backward_queries.cuh"
 #include "cuda/attention_decode.cuh"
 
 namespace torchweld::cuda {
@@ -19,16 +19,19 @@ void run_paged(const PagedAttentionParams& p, Stream stream) {
 
 template <class T, int D>
 void run_backward(const Backward& p, Stream stream) {
-  if (p.batch * p.heads > 0) {
-    is_plain(p) ? launch_keys<T, D, true>(p, stream) : launch_keys<T, D, false>(p, stream);
-    if (p.dquery_sum == nullptr)
-      is_plain(p) ? launch_queries<T, D, true>(p, stream) : launch_queries<T, D, false>(p, stream);
-  }
-  if (p.dbias != nullptr) launch_bias<T, D>(p, stream);
+  is_plain(p) ? launch_keys<T, D, true>(p, stream) : launch_keys<T, D, false>(p, stream);
+  if (p.dquery_sum == nullptr)
+    is_plain(p) ? launch_queries<T, D, true>(p, stream) : launch_queries<T, D, false>(p, stream);
+}
+
+template <class T, int D>
+void run_bias_backward(const Backward& p, Stream stream) {
+  launch_bias<T, D>(p, stream);
 }
 
 template void run_forward<TORCHWELD_DTYPE, TORCHWELD_HEAD_SIZE>(const AttentionForwardParams& p, Stream stream);
 template void run_paged<TORCHWELD_DTYPE, TORCHWELD_HEAD_SIZE>(const PagedAttentionParams& p, Stream stream);
 template void run_backward<TORCHWELD_DTYPE, TORCHWELD_HEAD_SIZE>(const Backward& p, Stream stream);
+template void run_bias_backward<TORCHWELD_DTYPE, TORCHWELD_HEAD_SIZE>(const Backward& p, Stream stream);
 
 }  // namespace torchweld::cuda

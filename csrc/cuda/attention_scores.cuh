@@ -45,10 +45,12 @@ struct Head {
   __device__ __forceinline__ int first(int begin) const { return clamp(begin - high_offset, 0, queries); }
   __device__ __forceinline__ int last(int end) const { return clamp(end - low_offset, 0, queries); }
 
-  __device__ __forceinline__ bool sees(int i, int j) const {
-    const unsigned width = static_cast<unsigned>(high_offset) - static_cast<unsigned>(low_offset);
-    return static_cast<unsigned>(j - i - low_offset) <= width && j < keys && i < queries;
-  }
+  struct Span {
+    int begin, end;
+  };
+  // The keys that query i sees, the queries that see key j; none where there is no such query or key.
+  __device__ __forceinline__ Span keys_of(int i) const { return {low(i), i < queries ? high(i) : 0}; }
+  __device__ __forceinline__ Span queries_of(int j) const { return {first(j), j < keys ? last(j + 1) : 0}; }
 
   // Whether queries [i, i + rows) all see keys [j, j + columns).
   __device__ __forceinline__ bool sees_all(int i, int rows, int j, int columns) const {
@@ -87,8 +89,9 @@ struct Head {
 
 // Whose scores the elements of an accumulator are: its rows from `row` on are queries of `head`, its columns from
 // `column` on are keys; of a transposed one the rows are keys.
-template <bool kTransposed>
+template <bool kTransposed_>
 struct Cells {
+  static constexpr bool kTransposed = kTransposed_;
   const Head& of;
   int row, column;
 
@@ -97,6 +100,11 @@ struct Cells {
     return kTransposed ? column_of(n, e) : row_of(m, e);
   }
   __device__ __forceinline__ int key(int m, int n, int e) const { return kTransposed ? row_of(m, e) : column_of(n, e); }
+  // What a row sees, or is seen by; counted from this lane's first column.
+  __device__ __forceinline__ Head::Span span(int m, int e) const {
+    const Head::Span all = kTransposed ? of.queries_of(row_of(m, e)) : of.keys_of(row_of(m, e));
+    return {all.begin - column_of(0, 0), all.end - column_of(0, 0)};
+  }
 
  private:
   __device__ __forceinline__ int row_of(int m, int e) const { return row + 16 * m + lane_row() + e / 2 * 8; }
@@ -127,35 +135,86 @@ __device__ __forceinline__ float unit_of(const AttentionInputs& p) {
   return kPlain ? p.scale * kLog2e : kLog2e;
 }
 
-template <class T, class Cells, int MT, int NT>
-__device__ __forceinline__ void add_bias(const AttentionInputs& p, const Cells& cells, float (&s)[MT][NT][4]) {
-  for_each<MT, NT>([&](int m, int n, int e) {
-    const Head& head = cells.head(m, e);
-    const int i = cells.query(m, n, e), j = cells.key(m, n, e);
-    if (i >= head.queries || j >= head.keys) return;
-    const T* at = static_cast<const T*>(p.bias) + head.b * p.bias_strides.batch + head.h * p.bias_strides.head +
-                  i * p.bias_strides.row + j * p.bias_step;
-    if constexpr (sizeof(T) == 1) {
-      if (__ldg(at) == 0) s[m][n][e] = -infinity();
-    } else {
-      Run<T, 1> one;
-      one.load(at);
-      s[m][n][e] += one[0];
-    }
-  });
+// Two neighbouring elements of a bias; of a mask, whether they may be attended to.
+template <class T>
+__device__ __forceinline__ float2 bias_pair(const T* at) {
+  if constexpr (sizeof(T) == 4) {
+    return __ldg(reinterpret_cast<const float2*>(at));
+  } else if constexpr (sizeof(T) == 2) {
+    const uint32_t word = __ldg(reinterpret_cast<const uint32_t*>(at));
+    return make_float2(unpack<T>(word, 0), unpack<T>(word, 1));
+  } else {
+    const uint16_t word = __ldg(reinterpret_cast<const uint16_t*>(at));
+    return make_float2(word & 0xff, word >> 8);
+  }
+}
+template <class T>
+__device__ __forceinline__ float bias_element(const T* at) {
+  if constexpr (sizeof(T) == 1) {
+    return __ldg(at);
+  } else {
+    Run<T, 1> one;
+    one.load(at);
+    return one[0];
+  }
 }
 
-// Products to scores. ds, of the same layout, is multiplied by the softcap's derivative if it is to be that of the
-// products
-// (`capped`). An array is passed where it is, never behind a pointer chosen at run time: it would leave the registers.
+// `whole`: all cells are of queries and keys that exist. What is not is hidden later, whatever is added here.
+template <class T, class Cells, int MT, int NT>
+__device__ __forceinline__ void add_bias(const AttentionInputs& p, const Cells& cells, bool whole,
+                                         float (&s)[MT][NT][4]) {
+  auto add = [](float& score, float bias) {
+    if constexpr (sizeof(T) == 1)
+      score = bias == 0.0f ? -infinity() : score;  // whatever it is, NaN too
+    else
+      score += bias;
+  };
+  const T* base = static_cast<const T*>(p.bias);
+  const Strides& strides = p.bias_strides;
+  const int64_t next = Cells::kTransposed ? strides.row : p.bias_step;  // to the next column
+  const auto bits = reinterpret_cast<uintptr_t>(base) | (strides.batch | strides.head | strides.row) * sizeof(T);
+  const bool pairs = whole && !Cells::kTransposed && next == 1 && bits % (2 * sizeof(T)) == 0;
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+      const Head& head = cells.head(m, e);
+      const int i = cells.query(m, 0, e), j = cells.key(m, 0, e);
+      const T* row = base + head.b * strides.batch + head.h * strides.head + i * strides.row + j * p.bias_step;
+      if (pairs) {
+#pragma unroll
+        for (int n = 0; n < NT; ++n) {
+          const float2 bias = bias_pair(row + 8 * n);
+          add(s[m][n][e], bias.x);
+          add(s[m][n][e + 1], bias.y);
+        }
+      } else {
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+          for (int c = 0; c < 2; ++c)
+            if (whole || (cells.query(m, n, e + c) < head.queries && cells.key(m, n, e + c) < head.keys))
+              add(s[m][n][e + c], bias_element(row + (8 * n + c) * next));
+      }
+    }
+}
+
+// tanh to about 1e-7, for one exponential and one reciprocal: scores are as exact beside their cap.
+__device__ __forceinline__ float tanh_of(float x) {
+  return 1.0f - 2.0f * ptx::reciprocal(1.0f + ptx::exp2(2.0f * kLog2e * x));
+}
+
+// Products to scores; `whole` as above. ds, of the same layout, is multiplied by the softcap's derivative if it is to
+// be that of the products (`capped`). An array is passed where it is, never behind a pointer chosen at run time: it
+// would leave the registers.
 template <class Cells, int MT, int NT>
-__device__ __forceinline__ void modify(const AttentionInputs& p, const Cells& cells, float (&s)[MT][NT][4],
+__device__ __forceinline__ void modify(const AttentionInputs& p, const Cells& cells, bool whole, float (&s)[MT][NT][4],
                                        float (*ds)[NT][4] = nullptr, bool capped = true) {
   const float softcap = p.softcap, inverse = softcap != 0 ? p.scale / softcap : p.scale;
   for_each<MT, NT>([&](int m, int n, int e) { s[m][n][e] *= inverse; });
   if (softcap != 0)
     for_each<MT, NT>([&](int m, int n, int e) {
-      const float t = tanhf(s[m][n][e]);
+      const float t = tanh_of(s[m][n][e]);
       s[m][n][e] = softcap * t;
       if (ds != nullptr && capped) ds[m][n][e] *= 1.0f - t * t;
     });
@@ -163,16 +222,16 @@ __device__ __forceinline__ void modify(const AttentionInputs& p, const Cells& ce
     case MaskType::none:
       break;
     case MaskType::boolean:
-      add_bias<uint8_t>(p, cells, s);
+      add_bias<uint8_t>(p, cells, whole, s);
       break;
     case MaskType::float32:
-      add_bias<float>(p, cells, s);
+      add_bias<float>(p, cells, whole, s);
       break;
     case MaskType::bfloat16:
-      add_bias<__nv_bfloat16>(p, cells, s);
+      add_bias<__nv_bfloat16>(p, cells, whole, s);
       break;
     case MaskType::float16:
-      add_bias<__half>(p, cells, s);
+      add_bias<__half>(p, cells, whole, s);
       break;
   }
   if (p.alibi_slopes != nullptr)
@@ -183,14 +242,21 @@ __device__ __forceinline__ void modify(const AttentionInputs& p, const Cells& ce
     });
 }
 
-// -inf to scores whose query does not see the key, 0 to their ds (nullptr: none).
+// `value` in place of what belongs to a query that does not see the key.
 template <class Cells, int MT, int NT>
-__device__ __forceinline__ void hide(const Cells& cells, float (&s)[MT][NT][4], float (*ds)[NT][4] = nullptr) {
-  for_each<MT, NT>([&](int m, int n, int e) {
-    if (cells.head(m, e).sees(cells.query(m, n, e), cells.key(m, n, e))) return;
-    s[m][n][e] = -infinity();
-    if (ds != nullptr) ds[m][n][e] = 0.0f;
-  });
+__device__ __forceinline__ void hide(const Cells& cells, float (&s)[MT][NT][4], float value) {
+#pragma unroll
+  for (int m = 0; m < MT; ++m)
+#pragma unroll
+    for (int e = 0; e < 4; e += 2) {
+      const Head::Span span = cells.span(m, e);
+      const auto width = static_cast<unsigned>(span.end > span.begin ? span.end - span.begin : 0);
+#pragma unroll
+      for (int n = 0; n < NT; ++n)
+#pragma unroll
+        for (int c = 0; c < 2; ++c)
+          if (static_cast<unsigned>(8 * n + c - span.begin) >= width) s[m][n][e + c] = value;
+    }
 }
 
 }  // namespace torchweld::cuda

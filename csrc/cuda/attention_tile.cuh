@@ -6,14 +6,26 @@
 // (+ 1 if e is odd).
 //
 // A step of a product takes 32 bytes of a row: 16 elements of 16 bits, or 8 floats. Floats go through TF32 as two
-// numbers each, high + low, and three products (low * low is below fp32's own rounding).
+// numbers each, high + low, and three products (low * low is below fp32's own rounding). Tensor cores round sums
+// towards zero, errors that add up: with floats they sum one step from zero, and steps are added outside of them.
+// (Ootomo, Yokota: Recovering single precision accuracy from Tensor Cores, arXiv:2203.03341.)
 #pragma once
 
+#include "cuda/attention_instances.h"
 #include "cuda/ptx.cuh"
 
 namespace torchweld::cuda {
 
 constexpr int kLanes = 32;
+
+// Whether a kernel of this type and head size is being compiled for Hopper, which has one of its own: it stays empty.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+template <class T, int D>
+constexpr bool kOnHopper = kHasSm90<T, D>;
+#else
+template <class T, int D>
+constexpr bool kOnHopper = false;
+#endif
 
 __device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kLanes; }
@@ -82,34 +94,41 @@ struct Rows {
   }
 };
 
-// One chunk of a row of `size` elements at `from`, zeros if that is nullptr; the copy belongs to the group that the
-// caller ends. If the row does not begin on 16 bytes (`packets`) it goes element by element, at once.
-template <class T, int D>
-__device__ __forceinline__ void load_chunk(uint32_t tile, int row, int chunk, const T* from, int size, bool packets) {
-  constexpr int kChunk = Tile<T, D>::kChunk;
-  const uint32_t to = tile + Tile<T, D>::at(row, chunk);
-  const int elements = from == nullptr ? 0 : clamp(size - chunk * kChunk, 0, kChunk);
-  if (elements > 0) from += chunk * kChunk;
+// A chunk to the address `to`: `elements` from `from` on, zeros after them. The copy belongs to the group that the
+// caller ends; where `from` is not on 16 bytes (`packets`) it goes element by element, at once.
+template <class T>
+__device__ __forceinline__ void load_chunk(uint32_t to, const T* from, int elements, bool packets) {
   if (packets) return ptx::cp_async<16>(to, from, elements * static_cast<int>(sizeof(T)));
 #pragma unroll 1
-  for (int e = 0; e < kChunk; ++e) {
+  for (int e = 0; e < 16 / static_cast<int>(sizeof(T)); ++e) {
     using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
     ptx::store_shared(to + e * sizeof(T), e < elements ? __ldg(reinterpret_cast<const Bits*>(from + e)) : Bits{0});
   }
 }
 
-// Rows [first, first + R) into the tile at `tile`, zeros for what may not be read; kThreads threads share the work.
-template <class T, int D, int R, int kThreads, class Source = Rows<T>>
+// Rows [first, first + R) into the tile at `tile`, zeros for what may not be read; the first kThreads threads share the
+// work. Tiles of which nothing is missing, most of all, cost a few instructions per chunk.
+template <class T, int D, int R, int kThreads, class Layout = Tile<T, D>, class Source = Rows<T>>
 __device__ __forceinline__ void load_tile(uint32_t tile, const Source& rows, int first) {
-  constexpr int kChunks = Tile<T, D>::kChunks, kRowsAtOnce = kThreads / kChunks;
-  static_assert(kThreads % kChunks == 0);
+  constexpr int kChunk = 16 / static_cast<int>(sizeof(T)), kChunks = D / kChunk, kRowsAtOnce = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kRowsAtOnce > 0);
   const int thread = ptx::opaque(static_cast<int>(threadIdx.x)), chunk = thread % kChunks, row0 = thread / kChunks;
   auto walk = rows.walk(first + row0, kRowsAtOnce);
+  auto is_here = [&](int r) { return R % kRowsAtOnce == 0 || row0 + r < R; };
+  // Groups of 8 rows lie alike.
+  auto place = [&](int r) { return tile + Layout::at(row0 + r % 8, chunk) + Layout::at(r / 8 * 8, 0); };
+  if (rows.packets && rows.size == D && first >= rows.begin && first + R <= rows.end) {
 #pragma unroll
+    for (int r = 0; r < R; r += kRowsAtOnce, walk.next())
+      if (is_here(r)) ptx::cp_async(place(r), walk.here() + chunk * kChunk);
+    return;
+  }
+  const int here = clamp(rows.size - chunk * kChunk, 0, kChunk);
+#pragma unroll 1
   for (int r = 0; r < R; r += kRowsAtOnce, walk.next()) {
-    if (R % kRowsAtOnce != 0 && r + row0 >= R) break;
-    const bool exists = first + row0 + r >= rows.begin && first + row0 + r < rows.end;
-    load_chunk<T, D>(tile, row0 + r, chunk, exists ? walk.here() : nullptr, rows.size, rows.packets);
+    if (!is_here(r)) break;
+    const bool exists = here > 0 && first + row0 + r >= rows.begin && first + row0 + r < rows.end;
+    load_chunk(place(r), exists ? walk.here() + chunk * kChunk : rows.base, exists ? here : 0, rows.packets);
   }
 }
 
@@ -154,9 +173,12 @@ __device__ __forceinline__ void multiply(float (&c)[4], const Left<T>& a, uint32
   if constexpr (Left<T>::kSplit) {
     const float v0 = __uint_as_float(b0), v1 = __uint_as_float(b1);
     const uint32_t high0 = ptx::to_tf32(v0), high1 = ptx::to_tf32(v1);
-    ptx::mma_tf32(c, a.low, high0, high1);
-    ptx::mma_tf32(c, a.high, ptx::to_tf32(v0 - __uint_as_float(high0)), ptx::to_tf32(v1 - __uint_as_float(high1)));
-    ptx::mma_tf32(c, a.high, high0, high1);
+    float sum[4] = {};
+    ptx::mma_tf32(sum, a.low, high0, high1);
+    ptx::mma_tf32(sum, a.high, ptx::to_tf32(v0 - __uint_as_float(high0)), ptx::to_tf32(v1 - __uint_as_float(high1)));
+    ptx::mma_tf32(sum, a.high, high0, high1);
+#pragma unroll
+    for (int e = 0; e < 4; ++e) c[e] += sum[e];
   } else {
     ptx::mma<T>(c, a.high, b0, b1);
   }
@@ -175,7 +197,8 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t 
   const int own = lane_anew();
   const typename Tile<T, D>::Cursor lefts(left, own % 16, own / 16);
   const typename Tile<T, D>::Cursor rights(right, own % 16, own / 16);
-#pragma unroll
+  constexpr int kUnroll = Left<T>::kSplit ? 1 : Tile<T, D>::kSteps;  // sums of many steps would not fit the registers
+#pragma unroll kUnroll
   for (int step = 0; step < Tile<T, D>::kSteps; ++step) {
     Left<T> a[MT];
 #pragma unroll
@@ -193,10 +216,11 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t 
   }
 }
 
-// acc += weights @ tile: weights, 16 * MT by 8 * NT, as an accumulator; the tile's first 8 * NT rows.
+// acc += weights @ tile: weights, 16 * MT by 8 * NT, as an accumulator; the tile's first 8 * NT rows, of which columns
+// from `size` on are zeros. With floats it stops there, and has fewer columns in registers at once.
 template <class T, int D, int MT, int NT>
 __device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], const float (&weights)[MT][NT][4],
-                                                 uint32_t tile) {
+                                                 uint32_t tile, int size) {
   constexpr int kTiles = Left<T>::kSplit ? 1 : 2;  // of 8 columns, that one step takes
   static_assert(NT % kTiles == 0);
   const int own = lane_anew();
@@ -211,6 +235,7 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], con
     for (int m = 0; m < MT; ++m) a[m].take(weights[m] + step * kTiles);
 #pragma unroll
     for (int n = 0; n < D / 8; n += 2) {
+      if (Left<T>::kSplit && n % 4 == 0 && 8 * n >= size) break;
       uint32_t b[4];
       if constexpr (Left<T>::kSplit) {
         // Rows 2t and 2t + 1 at column g; two chunks hold 8 columns.

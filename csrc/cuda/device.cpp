@@ -51,6 +51,11 @@ int current_device() {
   return device;
 }
 
+int compute_capability(int device) {
+  return 10 * attribute(cudaDevAttrComputeCapabilityMajor, device) +
+         attribute(cudaDevAttrComputeCapabilityMinor, device);
+}
+
 int multiprocessors(int device) { return attribute(cudaDevAttrMultiProcessorCount, device); }
 
 int64_t shared_bytes_per_block(int device) { return attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }

@@ -13,6 +13,7 @@ namespace torchweld::cuda {
 void check(const char* what, cudaError_t error);
 
 int current_device();
+int compute_capability(int device);  // 80, 90, ...
 int multiprocessors(int device);
 int64_t shared_bytes_per_block(int device);  // what a block may have after cudaFuncSetAttribute raised its limit
 

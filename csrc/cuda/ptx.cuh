@@ -85,6 +85,11 @@ __device__ __forceinline__ void cp_async(uint32_t to, const void* from, int byte
     asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
+// 16 bytes, all of them there.
+__device__ __forceinline__ void cp_async(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
 // Ends a group of this thread's copies.
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -112,6 +117,13 @@ __device__ __forceinline__ T opaque(T x) {
   else
     asm volatile("" : "+r"(x));
   return x;
+}
+
+// 1 / x to 1 ulp; 0 of inf.
+__device__ __forceinline__ float reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 // 2^x to 2 ulp; 0 of -inf.

@@ -83,7 +83,7 @@ void arrive(const Bulk& bulk) {
     bytes += piece.bytes;
     if (!bulk.store) {
       shared.land(thread, core::time(), memory, piece.global != nullptr ? piece.global : zeros, piece.bytes,
-                  piece.bytes);
+                  piece.bytes, true);
     } else {
       if (piece.global != nullptr && bulk.reduction == Reduction::none) std::memcpy(piece.global, memory, piece.bytes);
       if (piece.global != nullptr && bulk.reduction != Reduction::none)

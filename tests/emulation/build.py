@@ -59,11 +59,19 @@ MACHINE.append(Source(CSRC / "cuda/device.cpp"))
 # As in csrc/cuda/CMakeLists.txt.
 _HEAD_SIZES = {"float": (64, 128, 256), "__nv_bfloat16": (32, 64, 128, 256), "__half": (32, 64, 128, 256)}
 _ATTENTION = CSRC / "cuda/attention_instance.cu"
-KERNELS = [Source(path) for path in sorted(CSRC.glob("cuda/*.cu")) if path != _ATTENTION]
+_ATTENTION_SM90 = CSRC / "cuda/attention_instance_sm90.cu"
+_SM90 = "-DTORCHWELD_SM90"
+KERNELS = [
+    Source(path, (_SM90,) if path.stem == "attention" else ())
+    for path in sorted(CSRC.glob("cuda/*.cu"))
+    if path not in (_ATTENTION, _ATTENTION_SM90)
+]
 KERNELS += [
-    Source(_ATTENTION, (f"-DTORCHWELD_DTYPE={dtype}", f"-DTORCHWELD_HEAD_SIZE={size}"))
+    Source(path, (f"-DTORCHWELD_DTYPE={dtype}", f"-DTORCHWELD_HEAD_SIZE={size}", _SM90))
     for dtype, sizes in _HEAD_SIZES.items()
     for size in sizes
+    for path in (_ATTENTION, _ATTENTION_SM90)
+    if path == _ATTENTION or (dtype != "float" and size >= 64)
 ]
 KERNELS.append(Source(HERE / "products.cu"))
 

@@ -64,7 +64,7 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind)
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
   *value = attribute == cudaDevAttrMultiProcessorCount            ? machine().multiprocessors
            : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? machine().shared_bytes_per_block
-           : attribute == cudaDevAttrComputeCapabilityMajor       ? 9
+           : attribute == cudaDevAttrComputeCapabilityMajor       ? machine().capability / 10
                                                                   : 0;
   return cudaSuccess;
 }

@@ -429,7 +429,7 @@ void commit_copies() {
 void wait_for_copies(int groups) {
   for (; current->in_flight.size() > static_cast<size_t>(groups); current->in_flight.pop_front())
     for (const Copy& copy : current->in_flight.front())
-      shared.land(static_cast<uint16_t>(current->id), now, copy.to, copy.from, copy.bytes, copy.valid);
+      shared.land(static_cast<uint16_t>(current->id), now, copy.to, copy.from, copy.bytes, copy.valid, false);
 }
 
 }  // namespace emulation

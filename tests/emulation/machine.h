@@ -1,6 +1,7 @@
 // The machine that stands in for a GPU, as the headers in include/ see it: what a thread of a kernel can ask for.
 #pragma once
 
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -11,6 +12,7 @@ namespace emulation {
 struct Machine {
   int multiprocessors = 4;
   int shared_bytes_per_block = 232448;  // of a block that has asked for it, as on Hopper
+  int capability = 80;                  // 90: wgmma and what goes with it
   unsigned seed = 0;                    // of the schedule; 0: blocks, warps and lanes in rising order
 };
 Machine& machine();
@@ -55,6 +57,12 @@ void collective(const char* name, unsigned mask, Lane& mine, F&& compute) {
 }
 
 int lane_id();
+
+// As tensor cores round sums (Fasi et al.: Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330).
+inline float toward_zero(double x) {
+  const float nearest = static_cast<float>(x);
+  return std::fabs(static_cast<double>(nearest)) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
+}
 
 // ---- Barriers of a block
 

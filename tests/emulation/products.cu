@@ -16,7 +16,7 @@ void multiply(Products p) {
   __syncthreads();
   float inner[1][2][4], outer[1][D / 8][4] = {};
   multiply_rows<T, D>(inner, a, b);
-  multiply_columns<T, D>(outer, inner, b);
+  multiply_columns<T, D>(outer, inner, b, D);
   auto store = [](const auto& acc, float* to, int size) {
     store_rows<float>(
         acc, size, size % 2 == 0, [&](int, int half) { return to + (lane_row() + 8 * half) * size; },

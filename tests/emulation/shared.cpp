@@ -135,11 +135,11 @@ void Shared::depart(const Actor& actor, uint32_t now, void* p, size_t bytes) {
   for (size_t i = 0; i < bytes; ++i) known[i].in_flight = true;
 }
 
-void Shared::land(uint16_t thread, uint32_t now, void* p, const void* from, size_t bytes, size_t valid) {
+void Shared::land(uint16_t thread, uint32_t now, void* p, const void* from, size_t bytes, size_t valid, bool seen) {
   Byte* known = bytes_of(p, bytes);
   for (size_t i = 0; i < bytes; ++i) {
     known[i].in_flight = false;
-    known[i].landed = true;
+    known[i].landed = seen;
     known[i].written = now;
     known[i].writer = thread;
   }

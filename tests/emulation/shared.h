@@ -31,9 +31,9 @@ class Shared {
   void access(const Actor& actor, uint32_t now, const void* p, size_t bytes, Kind kind);
 
   // Between the issue of an asynchronous copy to here and its landing nobody may touch the bytes. They land as what
-  // `thread` has written.
+  // `thread` has written, which the asynchronous (`seen`: it is one of them) see after a fence only.
   void depart(const Actor& actor, uint32_t now, void* p, size_t bytes);
-  void land(uint16_t thread, uint32_t now, void* p, const void* from, size_t bytes, size_t valid);
+  void land(uint16_t thread, uint32_t now, void* p, const void* from, size_t bytes, size_t valid, bool seen);
 
   // While an asynchronous instruction may read the bytes nobody may write them. It sees what its thread or, before, the
   // writer has fenced; fences[t]: when thread t last did.

@@ -101,7 +101,7 @@ void compute(State& state, Product& product, int warp) {
       const int row = lane / 4 + e % 4 / 2 * 8, column = e / 4 * 8 + lane % 4 * 2 + e % 2;
       double total = shape.accumulate ? sums.values[e][lane] : 0.0;
       for (int k = 0; k < 16; ++k) total += left[row][k] * right[column][k];
-      sums.values[e][lane] = static_cast<float>(total);
+      sums.values[e][lane] = toward_zero(total);
     }
   product.done = true;
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -119,11 +119,14 @@ class Oracle:
                 terms = [case.terms(x) for x in wide]
         self.terms = {n: max(t[n] for t in terms) for n in terms[0]}
 
-    def judge(self, provider: Provider | None = None) -> list[Parity]:
-        """The verdict on every output and gradient of `provider`, or of the case's own `ours`."""
+    def judge(self, provider: Provider | None = None, poison: bool = True) -> list[Parity]:
+        """The verdict on every output and gradient of `provider`, or of the case's own `ours`.
+
+        `poison` takes torch's deterministic algorithms, and ours: without it, those that `provider` itself asks for.
+        """
         draws, threads = [], torch.get_num_threads()
         for x in self.inputs:
-            with poisoned(), _threads(threads):
+            with poisoned() if poison else nullcontext(), _threads(threads):
                 draws.append(evaluate(self.case, provider or self.case.ours, x))
             threads = 1  # further draws of a small case: the other way through the kernels
         with _threads(self.threads):

@@ -1,6 +1,7 @@
 // Kernels with one mistake each, which the machine must find: planted NAME runs one and prints the error.
 #include <cstdio>
 
+#include "cuda/ptx.cuh"
 #include "cuda/ptx_sm90.cuh"
 
 namespace torchweld::cuda {
@@ -155,6 +156,19 @@ __global__ void missing_proxy_fence(float* out) {
   }
 }
 
+// What cp.async copies is no more known to the asynchronous than what a thread stores.
+__global__ void missing_fence_of_a_copy(float* out) {
+  ptx::cp_async<4>(tile() + 4 * threadIdx.x, out + threadIdx.x, 4);
+  ptx::cp_async_commit();
+  ptx::cp_async_wait<0>();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    ptx::bulk_store(out, tile(), 256);
+    ptx::bulk_commit();
+    ptx::bulk_wait<0>();
+  }
+}
+
 __global__ void store_reused_too_early(float* out) {
   tile_floats()[threadIdx.x] = 1.0f;
   ptx::fence_proxy_async();
@@ -256,6 +270,7 @@ constexpr Planted kPlanted[] = {
     PLANTED_ON_HOPPER(mbarrier_without_init, 64),
     PLANTED_ON_HOPPER(slot_reused_too_early, 64),
     PLANTED_ON_HOPPER(missing_proxy_fence, 64),
+    PLANTED_ON_HOPPER(missing_fence_of_a_copy, 64),
     PLANTED_ON_HOPPER(store_reused_too_early, 64),
     PLANTED_ON_HOPPER(store_not_waited_for, 64),
     PLANTED_ON_HOPPER(wrong_named_barrier, 64),

@@ -79,7 +79,7 @@ __attribute__((no_sanitize_thread)) void multiply_lanes(const emulation::Lanes<M
     for (int k = 0; k < K; ++k) sum += a[r][k] * b[k];
     for (int column = 0; column < 8; ++column) {
       float& c = lanes[r % 8 * 4 + column / 2].c[r / 8 * 2 + column % 2];
-      c = static_cast<float>(c + sum[column]);
+      c = emulation::toward_zero(c + sum[column]);
     }
   }
 }
@@ -113,6 +113,8 @@ void cp_async(uint32_t to, const void* from, int bytes) {
   if (bytes < 0 || bytes > kBytes) emulation::fail("cp.async of %d bytes out of %d", bytes, kBytes);
   emulation::copy_async(emulation::shared_pointer(to), from, kBytes, bytes);
 }
+inline void cp_async(uint32_t to, const void* from) { cp_async<16>(to, from, 16); }
+
 inline void cp_async_commit() { emulation::commit_copies(); }
 template <int kPending>
 void cp_async_wait() {
@@ -129,6 +131,7 @@ T opaque(T x) {
   return x;
 }
 
+inline float reciprocal(float x) { return 1.0f / x; }
 inline float exp2(float x) { return std::exp2(x); }
 
 }  // namespace torchweld::cuda::ptx

@@ -1,0 +1,36 @@
+"""Cases for every CUDA kernel of attention, whatever its tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from torchweld.testing.attention import AttentionCase
+
+
+def case(regime: str, queries: int, keys: int, **flags: object) -> AttentionCase:
+    return AttentionCase(name=regime, regime=regime, queries=queries, keys=keys, **flags)  # type: ignore[arg-type]
+
+
+# By what comes between the products and the softmax.
+MODIFIERS = [
+    case("ALiBi in a window", 70, 90, heads=2, alibi=True, window=(20, 3), merged=True),
+    case("softcap and bias", 40, 70, softcap=3.0, bias=(1, 1, 40, 70), logits=4.0, lse=True),
+    case("sinks", 40, 70, sinks=True, causal=True, bottom_right=True),
+    case("bias by row", 70, 40, batch=2, bias=(2, 2, 70, 1)),
+    case("bias by key", 70, 40, batch=2, bias=(1, 2, 1, 40)),
+    case("bias by head alone", 70, 40, bias=(1, 2, 1, 1), causal=True),
+    case("mask", 40, 70, heads=4, kv_heads=2, bias=(1, 1, 40, 70), masks=True),
+    case("rows that see nothing, lse", 100, 40, heads=1, causal=True, bottom_right=True, lse=True),
+    case("a value that is not seen may be NaN", 40, 100, heads=1, causal=True, unseen_nan=True),
+    case("one query", 1, 70, heads=4, kv_heads=2),
+    case("one key: dquery and dkey cancel", 3, 1, dim=8),
+]
+
+
+def gradients(function: Callable[..., Tensor], leaves: list[Tensor], dout: Tensor) -> list[Tensor]:
+    leaves = [t.detach().requires_grad_() for t in leaves]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, dout)]

@@ -1,0 +1,118 @@
+"""The kernels of attention that use Hopper's own instructions, on the machine that runs them on the CPU."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from torch import Tensor
+
+from attention_cases import MODIFIERS, case, gradients
+from torchweld import ops, reference
+from torchweld.testing import Case, Oracle
+from torchweld.testing.attention import AttentionCase
+from torchweld.testing.cases import evaluate
+
+SIXTEEN = (torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(autouse=True)
+def kernels(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A Hopper GPU, all of whose shared memory these kernels want: the others are refused no less than they have."""
+    monkeypatch.setattr(sys.modules[Case.__module__], "_DRAWS", 1)  # products are slow here
+    emulated.set_machine(capability=90)
+    return emulated
+
+
+# Two tiles of 128 or 192 own rows and several of 64 or 128 streamed ones, none of them whole.
+SIZES = [
+    case("D 64: more tiles than slots", 200, 700, heads=1),
+    case("D 64, causal", 420, 330, heads=1, causal=True, bottom_right=True, lse=True),
+    case("D 40 and 56, padded; the slots go round with the heads of a group", 90, 150, dim=40, value_dim=56, heads=4,
+         kv_heads=1, causal=True),
+    case("D 128", 150, 400, dim=128, heads=1, batch=2, merged=True),
+    case("D 128, causal, GQA", 300, 260, dim=128, heads=2, kv_heads=1, causal=True),
+    case("D 98 and 101, element by element", 70, 150, dim=98, value_dim=101, heads=1),
+    case("D 256: one gradient at a time", 150, 300, dim=256, heads=1, causal=True),
+    case("D 200, capped", 70, 150, dim=200, heads=1, softcap=2.0),
+    case("a window that begins inside of a tile", 300, 300, heads=1, window=(50, 20)),
+    case("bias, softcap and ALiBi over two tiles", 150, 200, bias=(1, 1, 150, 200), alibi=True, softcap=3.0),
+    case("no keys", 30, 0, heads=1, lse=True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
+@pytest.mark.parametrize("each", SIZES, ids=lambda c: c.name)
+def test_sizes(each: AttentionCase, dtype: torch.dtype) -> None:
+    Oracle(each, dtype).check()
+
+
+@pytest.mark.parametrize("each", MODIFIERS, ids=lambda c: c.name)
+def test_modifiers(each: AttentionCase) -> None:
+    Oracle(each, torch.bfloat16).check()
+
+
+def test_these_are_the_kernels_that_run(kernels: ModuleType) -> None:
+    """A block of theirs wants more shared memory than one of the others ever has."""
+    q = torch.randn(1, 1, 20, 64).bfloat16().requires_grad_()
+    out = ops.attention(q, q, q)
+    assert isinstance(out, Tensor)
+    kernels.set_machine(capability=90, shared_bytes_per_block=64 * 1024)
+    with pytest.raises(RuntimeError, match=r"\[attention_forward\] CUDA"):
+        ops.attention(q, q, q)
+    with pytest.raises(RuntimeError, match=r"\[attention_backward\] CUDA"):
+        torch.autograd.grad(out.sum(), q)
+    kernels.set_machine(capability=80, shared_bytes_per_block=64 * 1024)
+    torch.autograd.grad(ops.attention(q, q, q).sum(), q)
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_dropout_is_that_of_the_definition(dim: int) -> None:
+    """The same bits in the forward and in both directions of the backward, and on GPUs of any kind."""
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(1, 2, n, dim).bfloat16() for n in (70, 150, 150, 70))
+    options = {"dropout_p": 0.3, "seed": torch.tensor([-5_000_000_019]), "causal": True, "causal_align": "bottom_right"}
+    found = gradients(lambda *t: ops.attention(*t, **options), [q, k, v], dout)
+    wide = [t.double() for t in (q, k, v)]
+    exact = gradients(lambda *t: reference.attention(*t, **options), wide, dout.double())
+    for got, want in zip(found, exact, strict=True):
+        step = 4 * torch.finfo(torch.bfloat16).eps * want.abs().max()
+        assert (got.double() - want).abs().max() <= step + 1e-5
+
+
+@pytest.mark.parametrize("flags", [{}, {"softcap": 5.0, "dropout_p": 0.2}], ids=["plain", "capped, dropped"])
+def test_packed_sequences(flags: dict[str, float]) -> None:
+    """One of them empty, one without keys, one of one query; what lies behind a sequence is NaN and never read."""
+    torch.manual_seed(1)
+    lens_q, lens_k = (torch.tensor(n, dtype=torch.int32) for n in ([0, 130, 130, 135, 136], [0, 90, 151, 151, 200]))
+    q, k, v, dout = (torch.randn(n, h, 64).bfloat16() for n, h in ((136, 4), (200, 2), (200, 2), (136, 4)))
+    k[90:151] = v[90:151] = float("nan")  # of the sequence without queries
+    sinks = torch.randn(4)
+
+    def call(module: ModuleType, *tensors: Tensor) -> Tensor:
+        out = module.attention(
+            *tensors[:3], causal=True, causal_align="bottom_right", sinks=tensors[3], seed=torch.tensor([7]),
+            cu_seqlens_q=lens_q, cu_seqlens_k=lens_k, **flags,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
+
+    leaves = [q, k, v, sinks]
+    found = gradients(lambda *t: call(ops, *t), leaves, dout)
+    clean = [torch.nan_to_num(t).double() for t in leaves]
+    exact = gradients(lambda *t: call(reference, *t), clean, dout.double())
+    for name, got, want in zip(["out", "dq", "dk", "dv", "dsinks"], found, exact, strict=True):
+        step = 4 * torch.finfo(torch.bfloat16).eps * want.abs().max()
+        assert (got.double() - want).abs().max() <= step + 2e-5, name
+
+
+@pytest.mark.parametrize("each", [SIZES[0], SIZES[4], SIZES[6], SIZES[9]], ids=lambda c: c.name)
+def test_the_order_of_threads_does_not_show(kernels: ModuleType, each: AttentionCase) -> None:
+    x = each.inputs(torch.bfloat16)
+    first = evaluate(each, each.ours, x)
+    for seed in (1, 2, 3, 4):
+        kernels.set_machine(capability=90, seed=seed)
+        for name, found in evaluate(each, each.ours, x).items():
+            assert torch.equal(found, first[name]), name
