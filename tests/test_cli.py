@@ -94,6 +94,17 @@ def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     assert capsys.readouterr().err == "torchweld: interrupted\n"
 
 
+def test_a_reader_that_leaves_is_no_error() -> None:
+    program = (
+        "import sys, torchweld.info as info; info.run = lambda _: print('x' * 10**6) or 0; import torchweld.cli as c"
+    )
+    command = [sys.executable, "-c", f"{program}; sys.exit(c.main(['info']))"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 141
+
+
 def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, expected in ((["--help"], ["info", "check", "bench", "train", "generate"]), (["--version"], ["0."])):
         with pytest.raises(SystemExit) as exit:

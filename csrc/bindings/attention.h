@@ -161,7 +161,7 @@ void bind_attention(py::module_& m) {
   m.def("attention_forward_workspace",
         [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& lens_q,
            const OptionalTensor& lens_k, const OptionalTensor& lse) {
-          const Arguments args("attention_forward_workspace", Backend::device, query);
+          const Arguments args("attention", Backend::device, query);
           AttentionForwardParams p{};
           fill_inputs<Backend>(args, p, query, key, value, lens_q, lens_k);
           p.lse = values_of(args, p, lse, "lse");
@@ -184,7 +184,7 @@ void bind_attention(py::module_& m) {
   m.def("attention_forward",
         [](const TensorView& query, const TensorView& key, const TensorView& value, const Modifiers& modifiers,
            const Options& options, const TensorView& output, const OptionalTensor& lse, const TensorView& workspace) {
-          const Arguments args("attention_forward", Backend::device, query);
+          const Arguments args("attention", Backend::device, query);
           AttentionForwardParams p{};
           fill_inputs<Backend>(args, p, query, key, value, std::get<4>(modifiers), std::get<5>(modifiers),
                                std::get<6>(options), std::get<7>(options));

@@ -6,6 +6,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -148,10 +149,13 @@ class Arguments {
     return static_cast<char*>(t.data) + t.byte_offset;
   }
 
-  bool is_here(const TensorView& t) const { return t.device.type == device_.type && t.device.index == device_.index; }
+  bool is_here(const TensorView& t) const { return on_device(t) && has_memory(t); }
 
   void check_device(const TensorView& t, const char* name) const {
-    if (!is_here(t)) fail(name, "a tensor on " + device_name(device_), device_name(t.device) + "; move it with .to()");
+    if (!on_device(t))
+      fail(name, "a tensor on " + device_name(device_), device_name(t.device) + "; move it with .to()");
+    if (!has_memory(t))
+      fail(name, "a tensor with memory", "one whose storage is empty: it was freed, or is a ZeroTensor");
   }
 
   // Pointer to a tensor of this shape, of any dtype, which may have stride 0 where it is broadcast.
@@ -177,6 +181,11 @@ class Arguments {
   }
 
  private:
+  bool on_device(const TensorView& t) const { return t.device.type == device_.type && t.device.index == device_.index; }
+
+  // A view of an empty storage starts a little past null, where no system puts memory.
+  static bool has_memory(const TensorView& t) { return reinterpret_cast<uintptr_t>(t.data) >= 4096 || t.numel() == 0; }
+
   void check_device_and_dtype(const TensorView& t, const char* name, DType dtype) const {
     check_device(t, name);
     if (dtype_of(t.dtype) != dtype) fail(name, std::string("dtype ") + name_of(dtype), name_of(t.dtype));

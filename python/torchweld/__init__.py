@@ -1,4 +1,4 @@
-"""torchweld: fused attention, layer norm and Adam kernels for PyTorch, on CPU and CUDA."""
+"""torchweld: fused attention, norms, GELU, cross-entropy, Adam and SGD for PyTorch, on CPU and CUDA."""
 
 import importlib
 from typing import TYPE_CHECKING, Any
@@ -25,3 +25,7 @@ def __getattr__(name: str) -> Any:
     if name == "patch":
         return importlib.import_module("torchweld.patching").patch
     raise AttributeError(f"module 'torchweld' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -32,6 +32,7 @@ __all__ = [
 BACKENDS = ("cuda", "cpu", "reference")
 
 transforms_active = torch._C._are_functorch_transforms_active
+_tracing = torch._C._get_tracing_state  # None, or the state: Dynamo knows this question, not _is_tracing
 _CPU = torch.device("cpu")
 _log = logging.getLogger("torchweld")
 _logged: set[tuple[str, str]] = set()
@@ -41,7 +42,7 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
     try:
         return importlib.import_module(f"torchweld.{name}"), None
     except ModuleNotFoundError:
-        return None, f"torchweld.{name} is not built; reinstall with a compiler for it (see `torchweld info`)"
+        return None, f"torchweld.{name} is not built; reinstall with a compiler for it"
     except ImportError as error:  # built, but broken: kept, and shown by the first use
         return None, f"torchweld.{name} does not load: {error}"
 
@@ -147,8 +148,8 @@ def choose(op: str, device: torch.device, refusal: str | None) -> str:
     """The backend for one call of `op` on `device`; `refusal` says why its kernels do not take it, None if they do."""
     _load_once()
     forced = _settings.forced
-    # torch.func's transforms and forward-mode derivatives see through the reference's operators, not into a kernel.
-    if forced == "reference" or transforms_active() or forward_ad._current_level >= 0:
+    # torch.func's transforms, forward-mode derivatives and torch.jit.trace see the reference's operators, not a kernel.
+    if forced == "reference" or transforms_active() or forward_ad._current_level >= 0 or _tracing():
         return "reference"
     kind = "cpu" if device == _CPU else device.type  # which makes a string, 0.2 us
     if forced is not None and forced != kind:

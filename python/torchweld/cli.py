@@ -1,6 +1,6 @@
 """The `torchweld` command: info, check, bench, train, generate.
 
-Exit codes: 0 done, 1 a check missed, 2 bad input (one line on stderr, no traceback), 130 interrupted.
+Exit codes: 0 done, 1 a check missed, 2 bad input (one line on stderr, no traceback), 130 interrupted, 141 reader left.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser(chosen: Sequence[str]) -> argparse.ArgumentParser:
-    parser = _Parser(prog="torchweld", description="Fused attention, layer norm and Adam kernels for PyTorch.")
+    parser = _Parser(
+        prog="torchweld", description="Fused attention, norms, GELU, cross-entropy, Adam and SGD for PyTorch."
+    )
     parser.add_argument("--version", action="version", version=f"torchweld {__version__}")
     subparsers = parser.add_subparsers(metavar="COMMAND", required=True)
     for name in chosen:
@@ -64,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("torchweld: interrupted", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # `torchweld ... | head` has seen enough; the interpreter's last flush is to find a home
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
 
 
 def command() -> NoReturn:

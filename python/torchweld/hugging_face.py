@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from torchweld import ops
+from torchweld.ops.library import under_autocast
 
 NAME = "torchweld"
 
@@ -47,7 +48,7 @@ def attention_forward(
     The weights come with it where `output_attentions` asks for them. Keywords that speak of the mask alone
     (sliding_window, position_ids) have done so when the mask was made.
     """
-    if torch.is_autocast_enabled(query.device.type):
+    if under_autocast(query):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

@@ -131,7 +131,8 @@ def run(args: argparse.Namespace) -> int:
     backends.add_row("reference", "[green]available", "any", "pure PyTorch: every op, dtype and device")
     out.print(backends)
 
-    served = Table("op", *found["ops"], title="Who serves float32 tensors", title_justify="left")
+    title = "Who serves float32 tensors"
+    served = Table("op", *found["ops"], title=title, title_justify="left", min_width=len(title))
     for op in found["ops"]["cpu"]:
         here = [devices[op] for devices in found["ops"].values()]
         served.add_row(op, *(f"{h['backend'] or 'nothing'}" + (f": {h['why']}" if h["why"] else "") for h in here))

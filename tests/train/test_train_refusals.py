@@ -41,6 +41,8 @@ from torchweld.examples import checkpoint
         (["--resume", "nowhere"], "checkpoint nowhere: .*no such directory"),
         (["--resume", "folder"], "checkpoint folder: .*empty or foreign"),
         (["--resume", "run", "--compare"], "--compare: expected a fresh run"),
+        (["--resume", "run", "--overwrite"], "--overwrite: expected a fresh run"),
+        (["--resume", "run", "--out", "other"], "--out: expected none beside --resume run.* got 'other'"),
         (["--compare", "jax"], "--compare: expected names out of torch, torch.compile, but got 'jax'"),
     ],
 )
@@ -142,6 +144,11 @@ def test_resume_refuses_a_damaged_checkpoint(train: Callable, damage: Callable, 
     code, _, error = train("--resume", "run", "--steps", 2)
     assert code == 2 and re.search(message, error)
     assert [p.name for p in checkpoint.checkpoints(Path("run"))] == ["checkpoint-1"]
+
+
+def test_generate_refuses_a_prompt_that_is_no_text(command: Callable) -> None:
+    code, out, error = command("generate", "--checkpoint", "run", "--prompt", "def \udcff")  # a byte that is not UTF-8
+    assert code == 2 and out == "" and "--prompt: expected text" in error
 
 
 @pytest.mark.parametrize(

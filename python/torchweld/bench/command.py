@@ -38,7 +38,9 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("op", nargs="*", metavar="OP", help=f"any of {', '.join(OPS)} (default: all)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
-    parser.add_argument("--dtype", nargs="+", choices=_DTYPES, default=["float32", "bfloat16"], help="default: both")
+    parser.add_argument(
+        "--dtype", nargs="+", choices=_DTYPES, default=["float32", "bfloat16"], help="default: float32 and bfloat16"
+    )
     parser.add_argument("--direction", nargs="+", choices=_DIRECTIONS, default=_DIRECTIONS, help="default: all")
     parser.add_argument("--quick", action="store_true", help="fewer sizes, shorter timing")
     parser.add_argument(

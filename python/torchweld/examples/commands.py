@@ -29,7 +29,7 @@ def add_train_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--data", nargs="+", metavar="FILE", help="UTF-8 text files (default: the standard library)")
     parser.add_argument("--config", help="tiny, small (default), medium, gpt2, gpt2-medium, gpt2-large or gpt2-xl")
     parser.add_argument(
-        "--out", default="torchweld-gpt2", metavar="DIR", help="where it all goes (default: %(default)s)"
+        "--out", default=train_gpt2.DEFAULT_OUT, metavar="DIR", help="where it all goes (default: %(default)s)"
     )
     parser.add_argument("--steps", type=whole(1), metavar="N", help="updates in all (default: the config's)")
     parser.add_argument(

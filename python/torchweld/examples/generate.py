@@ -13,6 +13,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
+from torchweld.errors import UserError
 from torchweld.examples import checkpoint
 from torchweld.examples.corpus import end_of_text
 from torchweld.examples.machine import forced_backend, pick_device
@@ -38,6 +39,10 @@ def continuation(model: GPT2, tokenizer: Tokenizer, prompt: str, count: int, **s
 def run(args: argparse.Namespace) -> int:
     """`torchweld generate`."""
     device = pick_device(args.device)
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:  # bytes of the command line that were no text
+        raise UserError("--prompt: expected text in the terminal's encoding (UTF-8), but got other bytes") from None
     config, weights, tokenizer = checkpoint.load_model(checkpoint.locate(Path(args.checkpoint)))
     with forced_backend(args.backend, device):
         model = GPT2(config).eval()

@@ -22,6 +22,7 @@ from torchweld.examples.trainer import DTYPES, RIVALS, Trainer
 from torchweld.models.gpt2 import CONFIGS, GPT2Config
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
+DEFAULT_OUT = "torchweld-gpt2"
 VALIDATE_EVERY = 100
 VALIDATION_TOKENS = 16384
 SAMPLE_TOKENS = 160
@@ -95,6 +96,13 @@ def resume(args: argparse.Namespace, processes: Processes) -> Job:
     if args.compare is not None:
         raise UserError(
             "--compare: expected a fresh run, whose two sides start from the same weights, but got --resume"
+        )
+    if args.overwrite:
+        raise UserError("--overwrite: expected a fresh run, which replaces the one in --out, but got --resume")
+    if args.resume and args.out not in (DEFAULT_OUT, args.resume):
+        raise UserError(
+            f"--out: expected none beside --resume {args.resume}, whose run goes on where it is, but got {args.out!r}; "
+            f"copy {args.resume} and resume the copy"
         )
     source = checkpoint.locate(Path(args.resume or args.out))
     config, weights, tokenizer = checkpoint.load_model(source)

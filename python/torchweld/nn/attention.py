@@ -76,10 +76,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             return False
         lengths = [x.shape[-2] if x.dim() == 2 or self.batch_first else x.shape[0] for x in (query, key, value)]
         batches = [1 if x.dim() == 2 else x.shape[0 if self.batch_first else 1] for x in (query, key, value)]
-        shapes = {
-            (lengths[0], lengths[1]),
-            (batches[0] * self.num_heads, lengths[0], lengths[1]),
-        }
+        shapes = ((lengths[0], lengths[1]), (batches[0] * self.num_heads, lengths[0], lengths[1]))
         padding = (batches[0], lengths[1])[query.dim() == 2 :]
         return (
             lengths[1] == lengths[2]

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import update_wrapper
+from typing import TypeVar
 
 import torch
+
+_Class = TypeVar("_Class", bound=type[torch.nn.Module])
 
 TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
 
 
-def twin(cls: type[torch.nn.Module]) -> type[torch.nn.Module]:
+def twin(cls: _Class) -> _Class:
     """Enters a drop-in under the class that it subclasses; its constructor shows that one's signature."""
     base = cls.__bases__[0]
     TWINS[base] = cls

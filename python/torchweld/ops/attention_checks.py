@@ -9,6 +9,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
+from torchweld.ops.library import check_dense
+
 
 def fail(op: str, name: str, expected: str, got: object, remedy: str = "") -> NoReturn:
     raise RuntimeError(f"[{op}] {name}: expected {expected}, but got {got}{remedy and '; ' + remedy}")
@@ -49,7 +51,7 @@ def check_band(op: str, causal: bool, window: tuple[int | None, int | None] | No
     """How far a query sees to the left and to the right of where it stands; -1: as far as there are keys."""
     left = right = -1
     if window is not None:
-        if len(window) != 2 or any(w is not None and w < 0 for w in window):
+        if not isinstance(window, Sequence) or len(window) != 2 or any(w is not None and w < 0 for w in window):
             raise ValueError(
                 f"[{op}] window: expected (left, right), each None or at least 0, but got {window}; "
                 f"None stands for no bound"
@@ -71,6 +73,7 @@ def check_by_head(op: str, query: Tensor, batch: int, alibi_slopes: Tensor | Non
 
 
 def check_device(op: str, name: str, t: Tensor, query: Tensor) -> None:
+    check_dense(op, **{name: t})
     if t.device != query.device:
         fail(op, name, f"device {query.device} as query", t.device, "move it with .to()")
 

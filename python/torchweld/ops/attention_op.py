@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import applier, double_backward, register, wants_definition, wants_grad
+from torchweld.ops.library import applier, double_backward, register, settle, wants_definition, wants_grad
 
 ALIGNMENTS = ("top_left", "bottom_right")
 
@@ -50,7 +50,7 @@ _GRADS = 6  # of query, key, value, bias, alibi_slopes and sinks
 
 
 def operand(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 else t.contiguous()
+    return t if t.stride(-1) == 1 and not t.is_neg() else settle(t)
 
 
 def heads_like(query: Tensor, size: int) -> Tensor:
@@ -78,13 +78,13 @@ def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
     bias, alibi_slopes, sinks, seed, lens_q, lens_k = modifiers
     heads = query.shape[1]
     if bias is not None:
-        bias = bias if bias.stride(-1) <= 1 else bias.contiguous()
+        bias = bias if bias.dim() > 0 and bias.stride(-1) <= 1 and not bias.is_neg() else settle(bias)
         bias = bias.expand(query.shape[0], heads, query.shape[2], key.shape[2])
     if alibi_slopes is not None:
         batch = query.shape[0] if lens_q is None else lens_q.numel() - 1
-        alibi_slopes = alibi_slopes.float().contiguous().expand(batch, heads)
+        alibi_slopes = settle(alibi_slopes.float()).expand(batch, heads)
     if sinks is not None:
-        sinks = sinks.float().contiguous()
+        sinks = settle(sinks.float())
     if lens_q is not None and lens_k is not None:
         lens_q, lens_k = lens_q.contiguous(), lens_k.contiguous()
     return Modifiers(bias, alibi_slopes, sinks, seed, lens_q, lens_k)
@@ -149,7 +149,7 @@ def run_backward(
     size = kernels.attention_backward_workspace(q, k, v, *modifiers[-2:], doutput, deterministic)
     workspace = torch.empty(size, dtype=torch.float32, device=q.device)
     kernels.attention_backward(
-        doutput, None if dlse is None else dlse.contiguous(), q, k, v, modifiers, options, operand(output), lse,
+        doutput, None if dlse is None else settle(dlse), q, k, v, modifiers, options, operand(output), lse,
         *grads, dbias, dalibi, dsinks, deterministic, workspace,
     )  # fmt: skip
     if bias is not None and dbias is not None:

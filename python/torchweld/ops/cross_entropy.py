@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import applier, check_dense, double_backward, register, wants_definition, wants_grad
+from torchweld.ops.library import (
+    applier,
+    check_dense,
+    double_backward,
+    register,
+    settle,
+    under_autocast,
+    wants_definition,
+    wants_grad,
+)
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -40,7 +49,7 @@ def _forward(logits: Tensor, target: Tensor, ignore_index: int, smoothing: float
 def _backward(
     dloss: Tensor, logits: Tensor, target: Tensor, ignore_index: int, smoothing: float, stats: Tensor
 ) -> Tensor:
-    x = logits.contiguous()
+    x = settle(logits)
     dlogits = torch.empty_like(x)
     backend.kernels[x.device.type].cross_entropy_backward(
         dloss.contiguous(), x, target.contiguous(), ignore_index, smoothing, stats, dlogits
@@ -116,6 +125,8 @@ def _refusal(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None
         return "class weights"
     if target.dtype.is_floating_point:
         return "class probabilities as target"
+    if target.dtype is torch.uint8:
+        return "classes of dtype uint8"
     if input.dim() != 2 or input.numel() == 0:
         return "logits other than a matrix (N, C) with elements"
     return None
@@ -149,7 +160,8 @@ def cross_entropy(
 
     Args:
         input: logits (N, C), float32, bfloat16 or float16 (other shapes and dtypes run on the reference).
-        target: classes (N), int64, each in [0, C) or `ignore_index` (class probabilities run on the reference).
+        target: classes (N), int64, each in [0, C) or `ignore_index` (uint8 and class probabilities run on the
+            reference).
         weight: a weight for each class (C) (runs on the reference).
         size_average, reduce: torch's deprecated arguments; must be None.
         ignore_index: rows with this target count nowhere.
@@ -158,6 +170,7 @@ def cross_entropy(
 
     Raises:
         IndexError: a target that is no class.
+        TypeError: input is not floating point.
         ValueError, RuntimeError: an argument, shape, dtype or device that does not fit.
     """
     if size_average is not None or reduce is not None:
@@ -167,9 +180,11 @@ def cross_entropy(
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"[cross_entropy] label_smoothing: expected a number in [0, 1], but got {label_smoothing}")
     check_dense("cross_entropy", input=input, target=target)
+    if not input.dtype.is_floating_point:
+        raise TypeError(f"[cross_entropy] input: expected a floating-point dtype, but got {input.dtype}")
     # The kernels read 16 bits as they are; what they make is float32 until the end.
     dtype = input.dtype
-    if torch.is_autocast_enabled(input.device.type) and dtype in _DTYPES:
+    if under_autocast(input) and dtype in _DTYPES:
         dtype = torch.float32
     if backend.choose("cross_entropy", input.device, _refusal(input, target, weight)) == "reference":
         return reference.cross_entropy(input.to(dtype), target, weight, ignore_index, reduction, label_smoothing)

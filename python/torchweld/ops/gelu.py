@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import applier, check_dense, double_backward, register, wants_definition, wants_grad
+from torchweld.ops.library import applier, check_dense, double_backward, register, settle, wants_definition, wants_grad
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
@@ -23,7 +23,7 @@ def _forward(input: Tensor) -> Tensor:
 
 
 def _backward(doutput: Tensor, input: Tensor) -> Tensor:
-    x = input.contiguous()
+    x = settle(input)
     dinput = torch.empty_like(x)
     backend.kernels[x.device.type].gelu_backward(doutput.contiguous(), x, dinput)
     return dinput

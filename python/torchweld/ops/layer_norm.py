@@ -35,6 +35,9 @@ def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, 
             name = "weight" if p is weight else "bias"
             raise RuntimeError(f"[{op}] {name}: expected shape {list(shape)}, but got {list(p.shape)}")
         if p.dtype is not dtype and p.dtype not in _DTYPES:
+            if not p.dtype.is_floating_point:
+                name = "weight" if p is weight else "bias"
+                raise TypeError(f"[{op}] {name}: expected a floating-point dtype, but got {p.dtype}")
             return f"a parameter of dtype {p.dtype}"
     if dtype not in _DTYPES:
         return f"input of dtype {dtype}"
@@ -80,9 +83,12 @@ def layer_norm(
         eps: added to the variance.
 
     Raises:
-        RuntimeError: a shape or device does not fit.
-        TypeError: input is not floating point.
+        RuntimeError: a shape does not fit.
+        TypeError: input, weight or bias is not floating point.
+        ValueError: weight or bias is on another device than input.
     """
+    if not isinstance(input, Tensor):
+        check_dense("layer_norm", input=input)
     if input.is_cuda:  # as torch's; on the CPU its norms keep their dtype
         input, weight, bias = float32_under_autocast(input, weight, bias)
     refusal = refusal_of("layer_norm", input, normalized_shape, weight, bias)

@@ -8,12 +8,13 @@ the sum, `dsum` and `dinput`, has a dtype of its own, x's or float32. `seed` is 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchweld import backend
-from torchweld.ops.library import register
+from torchweld.ops.library import register, settle
 
 # ---- Implementation. The kernels see M rows of `cols` elements, whatever the shape; they fill what is allocated here.
 
@@ -26,6 +27,8 @@ def _parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[
     dtype = x.dtype
     if (weight is not None and weight.dtype is not dtype) or (bias is not None and bias.dtype is not dtype):
         weight, bias = (None if p is None else p.float() for p in (weight, bias))
+    if (weight is not None and weight.is_neg()) or (bias is not None and bias.is_neg()):
+        weight, bias = (None if p is None else p.resolve_neg() for p in (weight, bias))
     return None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
 
 
@@ -111,7 +114,7 @@ def _add_forward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, residual, stats = x.contiguous(), residual.contiguous(), _stats(x, cols, centred)
+    x, residual, stats = x.contiguous(), settle(residual), _stats(x, cols, centred)
     total = torch.empty_like(residual)
     output = _run_forward(x, residual, cols, weight, bias, eps, centred, weight_offset, total, stats, dropout_p, seed)
     return output, total, stats
@@ -130,7 +133,7 @@ def _backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    doutput, x = doutput.contiguous(), input.contiguous()
+    doutput, x = doutput.contiguous(), settle(input)
     w, b = _parameters(doutput, weight, bias)
     dinput = torch.empty_like(x) if mask[0] else None
     dx = torch.empty_like(doutput) if mask[1] else None
@@ -141,7 +144,7 @@ def _backward(
     blocks = kernels.layer_norm_workspace(x.numel() // cols, cols, weights, x.get_device())
     kernels.layer_norm_backward(
         doutput,
-        None if dsum is None else dsum.contiguous(),
+        None if dsum is None else settle(dsum),
         x,
         cols,
         w,
@@ -167,15 +170,7 @@ def _backward(
 # ---- Fake
 
 
-def _inference_fake(
-    input: Tensor,
-    cols: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centred: bool = True,
-    weight_offset: float = 0.0,
-) -> Tensor:
+def _inference_fake(input: Tensor, *_: Any) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
@@ -186,24 +181,13 @@ def _forward_fake(
     bias: Tensor | None,
     eps: float,
     centred: bool = True,
-    weight_offset: float = 0.0,
+    *_: Any,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(input, memory_format=torch.contiguous_format), _stats(input, cols, centred)
 
 
-def _add_forward_fake(
-    x: Tensor,
-    residual: Tensor,
-    cols: int,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    centred: bool = True,
-    weight_offset: float = 0.0,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    output, stats = _forward_fake(x, cols, weight, bias, eps, centred)
+def _add_forward_fake(x: Tensor, residual: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    output, stats = _forward_fake(x, *rest)
     return output, torch.empty_like(residual, memory_format=torch.contiguous_format), stats
 
 
@@ -216,9 +200,7 @@ def _backward_fake(
     bias: Tensor | None,
     stats: Tensor,
     mask: Sequence[bool],
-    weight_offset: float = 0.0,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    *_: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     def like(t: Tensor | None, wanted: bool) -> Tensor:
         if t is None or not wanted:

@@ -18,7 +18,7 @@ from torchweld.ops.attention_checks import (
     fail,
 )
 from torchweld.ops.attention_op import heads_like, operand, per_row, refusal
-from torchweld.ops.library import check_dense, register, wants_grad
+from torchweld.ops.library import check_dense, register, settle, wants_grad
 
 # ---- Implementation
 
@@ -37,9 +37,9 @@ def _run(
     cache = (q, k, v, block_table.contiguous(), cache_seqlens.contiguous())
     output, lse = heads_like(query, value_cache.shape[-1]), per_row(query)
     if alibi_slopes is not None:
-        alibi_slopes = alibi_slopes.float().contiguous().expand(query.shape[:2])
+        alibi_slopes = settle(alibi_slopes.float()).expand(query.shape[:2])
     if sinks is not None:
-        sinks = sinks.float().contiguous()
+        sinks = settle(sinks.float())
     kernels = backend.kernels[q.device.type]
     workspace = torch.empty(kernels.paged_attention_workspace(*cache), dtype=torch.float32, device=q.device)
     kernels.paged_attention(*cache, alibi_slopes, sinks, options, output, lse, workspace)

@@ -11,7 +11,7 @@ from torchweld import backend, reference
 from torchweld.ops.layer_norm import refusal_of, residual_refusal
 from torchweld.ops.layer_norm_autograd import add_layer_norm_function, layer_norm_function
 from torchweld.ops.layer_norm_op import add_forward_op, inference_op
-from torchweld.ops.library import float32_under_autocast, wants_grad
+from torchweld.ops.library import check_dense, float32_under_autocast, wants_grad
 from torchweld.reference.philox import draw_seed
 from torchweld.reference.rms_norm import default_eps
 
@@ -37,9 +37,12 @@ def rms_norm(
         zero_centered_weight: multiply by 1 + weight instead, as Gemma does; the sum is float32.
 
     Raises:
-        RuntimeError: a shape or device does not fit.
-        TypeError: input is not floating point.
+        RuntimeError: a shape does not fit.
+        TypeError: input or weight is not floating point.
+        ValueError: weight is on another device than input.
     """
+    if not isinstance(input, Tensor):
+        check_dense("rms_norm", input=input)
     if input.is_cuda:  # as torch's; on the CPU its norms keep their dtype
         input, weight = float32_under_autocast(input, weight)
     refusal = refusal_of("rms_norm", input, normalized_shape, weight, None)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchweld.ops.attention_checks import check_bias, check_common, check_heads, fail
 from torchweld.ops.attention_op import attend
-from torchweld.ops.library import check_dense
+from torchweld.ops.library import check_dense, under_autocast
 from torchweld.reference.philox import draw_seed
 
 
@@ -89,7 +89,7 @@ def scaled_dot_product_attention(
     """
     op = "scaled_dot_product_attention"
     check_dense(op, query=query, key=key, value=value)
-    if torch.is_autocast_enabled(query.device.type):
+    if under_autocast(query):
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
         attn_mask = None if attn_mask is None else _autocast(attn_mask)
     check_common(op, query, key, value, dropout_p)

@@ -39,7 +39,9 @@ class _FusedAdam(FusedOptimizer):
             _device_dtype_check_for_fused(param)
         beside = (group["capturable"] or group["fused"]) and not group["offload"]
         dtype = _get_scalar_dtype(is_fused=group["fused"])
-        state["step"] = torch.zeros((), dtype=dtype, device=param.device if beside else "cpu")
+        # torch.tensor, as in torch: under FakeTensorMode its own step can read that, for it is known to be a constant.
+        place = {"dtype": dtype, "device": param.device if beside else "cpu"}
+        state["step"] = torch.zeros((), **place) if beside else torch.tensor(0.0, **place)
         for name in self._state_names(group)[1:]:
             state[name] = self._like(group, param)
 

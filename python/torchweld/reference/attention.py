@@ -140,7 +140,7 @@ def attention(
     sequence: see `philox.dropout_factors`.
     """
     band = _band(causal, window)
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+    scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
     bottom_right = causal_align == "bottom_right"
     if dropout_p > 0 and seed is None:
         seed = draw_seed(query.device)
@@ -201,14 +201,12 @@ def scaled_dot_product_attention(
     """
     if enable_gqa:
         key, value = (t.repeat_interleave(query.shape[-3] // t.shape[-3], dim=-3) for t in (key, value))
-    scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None and query.shape[-1] else scale
     batch = torch.broadcast_shapes(query.shape[:-2], key.shape[:-2], value.shape[:-2])
     rows = (query.shape[-2], key.shape[-2])
-    q, k, v = (t.expand(*batch, *t.shape[-2:]).reshape(1, -1, *t.shape[-2:]) for t in (query, key, value))
+    heads = math.prod(batch)
+    q, k, v = (t.expand(*batch, *t.shape[-2:]).reshape(1, heads, *t.shape[-2:]) for t in (query, key, value))
     if attn_mask is not None and attn_mask.dim() > 2:
-        attn_mask = attn_mask.expand(*batch, *rows).reshape(1, -1, *rows)
-    out = attention(
-        q, k, v, causal=is_causal, bias=attn_mask, dropout_p=dropout_p, scale=1.0 if scale is None else scale
-    )
+        attn_mask = attn_mask.expand(*batch, *rows).reshape(1, heads, *rows)
+    out = attention(q, k, v, causal=is_causal, bias=attn_mask, dropout_p=dropout_p, scale=scale)
     assert isinstance(out, Tensor)
     return out.reshape(*batch, rows[0], value.shape[-1])
