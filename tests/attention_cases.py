@@ -30,6 +30,23 @@ MODIFIERS = [
 ]
 
 
+# Of Hopper's tiles: two of 128 or 192 own rows and several of 64 or 128 streamed ones, none of them whole.
+TILES = [
+    case("D 64: more tiles than slots", 200, 700, heads=1),
+    case("D 64, causal", 420, 330, heads=1, causal=True, bottom_right=True, lse=True),
+    case("D 40 and 56, padded; the slots go round with the heads of a group", 90, 150, dim=40, value_dim=56, heads=4,
+         kv_heads=1, causal=True),
+    case("D 128", 150, 400, dim=128, heads=1, batch=2, merged=True),
+    case("D 128, causal, GQA", 300, 260, dim=128, heads=2, kv_heads=1, causal=True),
+    case("D 98 and 101, element by element", 70, 150, dim=98, value_dim=101, heads=1),
+    case("D 256: one gradient at a time", 150, 300, dim=256, heads=1, causal=True),
+    case("D 200, capped", 70, 150, dim=200, heads=1, softcap=2.0),
+    case("a window that begins inside of a tile", 300, 300, heads=1, window=(50, 20)),
+    case("bias, softcap and ALiBi over two tiles", 150, 200, bias=(1, 1, 150, 200), alibi=True, softcap=3.0),
+    case("no keys", 30, 0, heads=1, lse=True),
+]  # fmt: skip
+
+
 def gradients(function: Callable[..., Tensor], leaves: list[Tensor], dout: Tensor) -> list[Tensor]:
     leaves = [t.detach().requires_grad_() for t in leaves]
     out = function(*leaves)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attention_cases import TILES
 from torchweld import backend, ops, reference
 from torchweld.testing import Case, Oracle, confirm
 from torchweld.testing.attention import ATTENTION, AttentionCase
@@ -30,24 +31,27 @@ def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", (*ATTENTION, *PAGED_ATTENTION), ids=lambda case: f"{case.op}: {case.name}")
+@pytest.mark.parametrize("case", (*ATTENTION, *TILES, *PAGED_ATTENTION), ids=lambda case: f"{case.op}: {case.name}")
 def test_parity(case: Case, dtype: torch.dtype) -> None:
     Oracle(case, dtype, "cuda").check()
 
 
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize("case", ATTENTION, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", (*ATTENTION, *TILES), ids=lambda case: case.name)
 def test_parity_by_atomics(case: AttentionCase, dtype: torch.dtype) -> None:
     oracle = Oracle(replace(case, deterministic=False), dtype, "cuda")
     confirm(oracle.judge(poison=False), case.op, case.name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    "shape", [(2, 4, 1000, 64), (2, 4, 1000, 128), (2, 4, 1000, 256), (4, 16, 1152, 64)],
+    ids=["D 64", "D 128", "D 256", "enough tiles of 192 for any Hopper"],
+)  # fmt: skip
 @pytest.mark.parametrize("deterministic", [True, False])
-def test_long_sequences(deterministic: bool, dim: int, dtype: torch.dtype) -> None:
+def test_long_sequences(deterministic: bool, shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    q, k, v, dout = (torch.randn(2, 4, 1000, dim, device="cuda").to(dtype).requires_grad_() for _ in range(4))
+    q, k, v, dout = (torch.randn(shape, device="cuda").to(dtype).requires_grad_() for _ in range(4))
     out = ops.attention(q, k, v, causal=True, deterministic=deterministic)
     assert isinstance(out, Tensor)
     found = [out, *torch.autograd.grad(out, (q, k, v), dout)]
@@ -58,7 +62,9 @@ def test_long_sequences(deterministic: bool, dim: int, dtype: torch.dtype) -> No
         assert (got.double() - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max() + 1e-5
 
 
-@pytest.mark.parametrize("case", [c for c in ATTENTION if "causal" in c.name or "bias" in c.name], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "case", [*(c for c in ATTENTION if "causal" in c.name or "bias" in c.name), *TILES], ids=lambda c: c.name
+)
 def test_same_bits_every_time(case: Case) -> None:
     x = case.inputs(torch.bfloat16, "cuda")
     first = evaluate(case, case.ours, x)

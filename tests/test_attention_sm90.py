@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_cases import MODIFIERS, case, gradients
+from attention_cases import MODIFIERS, TILES, case, gradients
 from torchweld import ops, reference
 from torchweld.testing import Case, Oracle
 from torchweld.testing.attention import AttentionCase
@@ -26,26 +26,9 @@ def kernels(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType
     return emulated
 
 
-# Two tiles of 128 or 192 own rows and several of 64 or 128 streamed ones, none of them whole.
-SIZES = [
-    case("D 64: more tiles than slots", 200, 700, heads=1),
-    case("D 64, causal", 420, 330, heads=1, causal=True, bottom_right=True, lse=True),
-    case("D 40 and 56, padded; the slots go round with the heads of a group", 90, 150, dim=40, value_dim=56, heads=4,
-         kv_heads=1, causal=True),
-    case("D 128", 150, 400, dim=128, heads=1, batch=2, merged=True),
-    case("D 128, causal, GQA", 300, 260, dim=128, heads=2, kv_heads=1, causal=True),
-    case("D 98 and 101, element by element", 70, 150, dim=98, value_dim=101, heads=1),
-    case("D 256: one gradient at a time", 150, 300, dim=256, heads=1, causal=True),
-    case("D 200, capped", 70, 150, dim=200, heads=1, softcap=2.0),
-    case("a window that begins inside of a tile", 300, 300, heads=1, window=(50, 20)),
-    case("bias, softcap and ALiBi over two tiles", 150, 200, bias=(1, 1, 150, 200), alibi=True, softcap=3.0),
-    case("no keys", 30, 0, heads=1, lse=True),
-]  # fmt: skip
-
-
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
-@pytest.mark.parametrize("each", SIZES, ids=lambda c: c.name)
-def test_sizes(each: AttentionCase, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("each", TILES, ids=lambda c: c.name)
+def test_tiles(each: AttentionCase, dtype: torch.dtype) -> None:
     Oracle(each, dtype).check()
 
 
@@ -124,7 +107,7 @@ def test_packed_sequences(flags: dict[str, float]) -> None:
         assert (got.double() - want).abs().max() <= step + 2e-5, name
 
 
-@pytest.mark.parametrize("each", [SIZES[0], SIZES[4], SIZES[6], SIZES[9]], ids=lambda c: c.name)
+@pytest.mark.parametrize("each", [TILES[0], TILES[4], TILES[6], TILES[9]], ids=lambda c: c.name)
 def test_the_order_of_threads_does_not_show(kernels: ModuleType, each: AttentionCase) -> None:
     x = each.inputs(torch.bfloat16)
     first = evaluate(each, each.ours, x)
