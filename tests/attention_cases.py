@@ -41,6 +41,7 @@ TILES = [
     case("D 98 and 101, element by element", 70, 150, dim=98, value_dim=101, heads=1),
     case("D 256: one gradient at a time", 150, 300, dim=256, heads=1, causal=True),
     case("D 200, capped", 70, 150, dim=200, heads=1, softcap=2.0),
+    case("D 256, a bias: no room for its four tiles at once", 70, 150, dim=256, bias=(1, 1, 70, 150)),
     case("a window that begins inside of a tile", 300, 300, heads=1, window=(50, 20)),
     case("bias, softcap and ALiBi over two tiles", 150, 200, bias=(1, 1, 150, 200), alibi=True, softcap=3.0),
     case("no keys", 30, 0, heads=1, lse=True),
