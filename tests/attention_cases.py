@@ -44,6 +44,7 @@ TILES = [
     case("D 256, a bias: no room for its four tiles at once", 70, 150, dim=256, bias=(1, 1, 70, 150)),
     case("a window that begins inside of a tile", 300, 300, heads=1, window=(50, 20)),
     case("bias, softcap and ALiBi over two tiles", 150, 200, bias=(1, 1, 150, 200), alibi=True, softcap=3.0),
+    case("a mask over whole tiles", 140, 150, heads=1, bias=(1, 1, 140, 150), masks=True),
     case("no keys", 30, 0, heads=1, lse=True),
 ]  # fmt: skip
 

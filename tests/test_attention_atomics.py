@@ -58,13 +58,10 @@ def test_parity(each: AttentionCase, dtype: torch.dtype, kernels: ModuleType) ->
 
 
 @pytest.mark.parametrize("each", [CASES[1], CASES[3]], ids=lambda c: c.name)
-def test_hopper_under_other_schedules(
-    each: AttentionCase, emulated: ModuleType, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(sys.modules[Case.__module__], "_DRAWS", 1)
-    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
+@pytest.mark.parametrize("gpu", [90], indirect=True)
+def test_hopper_under_other_schedules(each: AttentionCase, kernels: ModuleType) -> None:
     for seed in (1, 2, 3):
-        emulated.set_machine(capability=90, seed=seed)
+        kernels.set_machine(capability=90, seed=seed)
         Oracle(each, torch.bfloat16).check()
 
 

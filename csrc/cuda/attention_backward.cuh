@@ -19,6 +19,7 @@
 #pragma once
 
 #include "cuda/attention_dropout.cuh"
+#include "cuda/attention_products.cuh"
 #include "cuda/attention_schedule.cuh"
 
 namespace torchweld::cuda {

@@ -8,6 +8,7 @@
 #pragma once
 
 #include "cuda/attention_dropout.cuh"
+#include "cuda/attention_products.cuh"
 #include "cuda/attention_ring.cuh"
 #include "cuda/attention_schedule.cuh"
 

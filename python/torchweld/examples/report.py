@@ -21,7 +21,7 @@ from torchweld.examples.trainer import Trainer
 _RECENT = 20
 # Exact implementations differ by rounding, and training multiplies it: stock PyTorch beside itself, from weights that
 # differ by 1e-7, is 5% off at single steps after two hundred, and 0.6% in the mean of twenty; after a warm-up of twelve
-# steps it can be 1% off at once. So the first steps, of the warm-up, are held to rounding, and the others to their means.
+# steps it can be 1% off at once. So steps of the warm-up are held to rounding, and the others to their means.
 EARLY_LIMIT = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 MEAN_LIMIT = 0.03
 
