@@ -1,6 +1,6 @@
 // Attention, backward. With P = exp(scores - max) * inverse, recomputed tile by tile from the forward's statistics:
 //
-//   delta = rowsum(P * dP) - dlse = rowsum(doutput * output) - dlse        dscores = P * (doutput @ value^T - delta)
+//   delta = rowsum(doutput * output) - dlse        dscores = P * (doutput @ value^T - delta)
 //   dvalue = P^T @ doutput     dquery = scale * dscores @ key     dkey = scale * dscores^T @ query
 //
 // Prepare: every head's delta, and query and doutput packed. Main: a task owns a chunk of the keys of one key head, all
@@ -100,12 +100,13 @@ class Backward {
     auto blocks = [](const Backward& call) { return call.p_.batch * call.p_.heads * call.blocks(); };
     auto chunks = [](const Backward& call) { return call.p_.batch * call.p_.kv_heads * call.plan_.chunks; };
 
-    for_each_unit(blocks, [&](const Backward& call, int64_t unit, int64_t thread) {
+    for_each_unit(blocks, [](const Backward& call, int64_t unit, int64_t) {
       const Span rows = call.block(unit % call.blocks());
       const int64_t head = unit / call.blocks(), heads = call.p_.heads;
-      call.queries(head).pack(call.p_, head / heads, head % heads, rows.begin, rows.end, call.plan_.tile_keys,
-                              scratch(thread));
+      call.queries(head).pack(call.p_, head / heads, head % heads, rows.begin, rows.end);
     });
+    if (p.dsinks != nullptr)
+      for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.sink_gradient(head); });
     const bool broadcast = p.dbias != nullptr && !Backward(p, layout, scratch(layout.threads)).dense_dbias();
     if (p.dbias != nullptr && !broadcast)
       for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.clear_dbias(head); });
@@ -114,8 +115,6 @@ class Backward {
       const int64_t kv_heads = call.p_.batch * call.p_.kv_heads;
       call.differentiate(unit % kv_heads, unit / kv_heads, scratch(thread));
     });
-    if (p.dsinks != nullptr)
-      for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.sink_gradient(head); });
     if (broadcast) Backward(p, layout, scratch(layout.threads)).bias_gradient(layout.threads, layout.scratch);
     if (p.dalibi_slopes != nullptr) {
       auto slope_blocks = [](const Backward& call) { return call.p_.batch * call.p_.heads * call.slope_blocks(); };
@@ -158,7 +157,7 @@ class Backward {
     const float sink = p_.sinks[head % p_.heads], unit = score_unit(p_);
     double total = 0;
     for (int64_t i = 0; i < p_.queries; ++i) {
-      const float distance = rows.max[i] * unit - sink;  // with the rounding that Denominator has of it
+      const float distance = above_sink(splat(rows.max[i]), unit, sink)[0];
       const double inverse = rows.inverse[i];
       const double probability =
           distance < -80.0f || inverse == 0 ? 1 : __builtin_exp(-static_cast<double>(distance)) * inverse;

@@ -30,10 +30,6 @@ struct Band {
 
   int64_t low(int64_t i) const { return min_of(max_of(i + shift - left, 0), keys); }
   int64_t high(int64_t i) const { return min_of(max_of(i + shift + right + 1, 0), keys); }
-  // Whether what query i sees, if anything, lies in one tile of so many keys.
-  bool in_one_tile(int64_t i, int64_t tile) const {
-    return keys <= tile || low(i) >= high(i) || low(i) / tile == (high(i) - 1) / tile;
-  }
   // Keys [begin, end) are seen by queries [first(begin), last(end)) and by no others.
   int64_t first(int64_t begin) const { return min_of(max_of(begin - shift - right, 0), queries); }
   int64_t last(int64_t end) const { return min_of(max_of(end - shift + left, 0), queries); }
@@ -57,6 +53,12 @@ TW_INLINE Vec weight(Vec score, Vec max, Vec unit) {
   return exp2<kDegree>((score - max) * unit);
 }
 
+// How far maxima are above a sink. A function of its own, so that forward and backward round alike: what the compiler
+// contracts depends on what else becomes of a product.
+inline __attribute__((noinline)) Vec above_sink(Vec max, float score_unit, float sink) {
+  return max * score_unit - sink;
+}
+
 // Of W rows: what P @ value is to be multiplied by, and the logarithm of the softmax's denominator.
 struct Denominator {
   Vec inverse, lse;
@@ -67,7 +69,7 @@ struct Denominator {
     Vec factor = splat(1.0f);
     VecI below{};  // the sink
     if (sinks) {
-      const Vec distance = max * score_unit - *sink;
+      const Vec distance = above_sink(max, score_unit, *sink);
       below = distance < 0.0f;
       const Vec smaller = exp_of_negative(below ? distance : -distance);
       factor = below ? smaller : factor;
@@ -133,9 +135,12 @@ class Scores {
     if (p_.softcap != 0) {
       const float inverse = 1.0f / p_.softcap;
       for (int64_t j = span.begin; j < span.end; j += W) {
-        const Vec t = vtanh(load(row + j) * factor * inverse);
-        store(row + j, t * p_.softcap);
-        if (slopes != nullptr) store(slopes + j, 1.0f - t * t);
+        const Vec x = load(row + j) * factor * inverse;
+        store(row + j, vtanh(x) * p_.softcap);
+        if (slopes == nullptr) continue;
+        // Of 1 - tanh^2 nothing but roundings is left where tanh is near 1.
+        const Vec e = exp2<5>(from_bits(bits(x) & 0x7fffffffu) * (-2.0f * kLog2e));
+        store(slopes + j, 4.0f * e / ((1.0f + e) * (1.0f + e)));
       }
       factor = 1.0f;
     }

@@ -98,11 +98,11 @@ class GradientTile {
         Vec signed_distance = scores.distance(i + n, j0_ + span.begin), total[3] = {};
         for (int64_t j = span.begin; j < span.end; j += W, signed_distance += static_cast<float>(W)) {
           const int64_t at = (r + n) * stride_ + j;
-          const Score score = dscore(at, probability(at, row), zero());
-          const Vec distance = from_bits(bits(signed_distance) & 0x7fffffffu);
-          total[0] += score.gradient * distance;
-          total[1] += score.probability * distance;
-          total[2] += score.gradient;
+          const Vec p = probability(at, row), distance = from_bits(bits(signed_distance) & 0x7fffffffu);
+          const Vec gradient = p == zero() ? zero() : p * load(dprobability_ + at);
+          total[0] += gradient * distance;
+          total[1] += p * distance;
+          total[2] += gradient;
         }
         for (int k = 0; k < 3; ++k) sums[(i + n - queries.begin) * 3 + k] += static_cast<double>(sum(total[k]));
       }
@@ -118,10 +118,8 @@ class GradientTile {
         if (scores.dropout.active()) drop(scores, i + n, r + n, span, factors);
         float* out = dbias + (i + n - queries.begin) * stride;
         const Row row(rows, i + n, scores.unit());
-        for (int64_t j = span.begin; j < span.end; j += W) {
-          const int64_t at = (r + n) * stride_ + j;
-          store(out + j, load(out + j) + dscore(at, probability(at, row), splat(rows.delta[i + n])).gradient);
-        }
+        for (int64_t j = span.begin; j < span.end; j += W)
+          store(out + j, load(out + j) + dscore((r + n) * stride_ + j, row).gradient);
       }
     });
   }
@@ -194,12 +192,6 @@ class GradientTile {
     }
   }
 
-  // Whether the tile holds all that query i sees: then delta is made here.
-  bool holds_all(const Band& band, int64_t i) const {
-    const int64_t low = band.low(i), high = band.high(i);
-    return low < high && j0_ <= low && high <= j0_ + keys_;
-  }
-
   // Dropout's factors in the row of query i, and dP of row r multiplied by them.
   void drop(const Scores& scores, int64_t i, int64_t r, Span span, float* factors) const {
     scores.dropout.factors(factors, i, j0_, span);
@@ -211,35 +203,30 @@ class GradientTile {
     Vec probability, gradient;
   };
 
-  // What makes probabilities of a row's scores.
+  // What probabilities and gradients of a row's scores are made of.
   struct Row {
-    Vec max, inverse, unit;
+    Vec max, inverse, unit, delta, dlse;
 
     Row() = default;
     Row(const Queries& rows, int64_t i, float score_unit)
-        : max(splat(rows.max[i])), inverse(splat(rows.inverse[i])), unit(splat(score_unit)) {}
+        : max(splat(rows.max[i])),
+          inverse(splat(rows.inverse[i])),
+          unit(splat(score_unit)),
+          delta(splat(rows.delta[i])),
+          dlse(splat(rows.dlse != nullptr ? rows.dlse[i] : 0.0f)) {}
   };
 
   TW_INLINE Vec probability(int64_t at, const Row& row) const {
     return weight<Compute::exp_degree>(load(products_ + at), row.max, row.unit) * row.inverse;
   }
 
-  TW_INLINE Score dscore(int64_t at, Vec p, Vec delta) const {
+  // P * (dP - delta). Where P is 1, but for less than a rounding of the output, delta is dP - dlse: of the difference
+  // nothing else than the roundings of two sums would be left, and of an output in 16 bits.
+  TW_INLINE Score dscore(int64_t at, const Row& row) const {
+    constexpr float kWhole = sizeof(T) == 4 ? 1 - 0x1p-22f : 1 - 0x1p-12f;
+    const Vec p = probability(at, row), gradient = p * (load(dprobability_ + at) - row.delta);
     // Where nothing is seen, value may hold a NaN.
-    return {p, p == zero() ? zero() : p * (load(dprobability_ + at) - delta)};
-  }
-
-  // P in the place of the scores of row r. Returns the sum of P * dP: from the very numbers that dscores are made of,
-  // it cancels dP exactly where there is one key.
-  __attribute__((noinline)) float sum_gradients(const Row& row, int64_t r, Span span) const {
-    Vec total{};
-    for (int64_t j = span.begin; j < span.end; j += W) {
-      const int64_t at = r * stride_ + j;
-      const Vec p = probability(at, row);
-      store(products_ + at, p);
-      total += p == zero() ? zero() : p * load(dprobability_ + at);
-    }
-    return sum(total);
+    return {p, p == zero() ? zero() : p >= splat(kWhole) ? row.dlse : gradient};
   }
 
   // P and dscores of `count` neighbouring rows (a pair, or one) from query i on, row t of the tile.
@@ -249,41 +236,26 @@ class GradientTile {
     const bool capped = p_.softcap != 0, dropping = scores.dropout.active();
     float factors[kCount][kTileKeysMost];
     Row row[kCount];
-    Vec delta[kCount];
-    bool summed = false;
-    for (int n = 0; n < count; ++n) {
+    for (int n = 0; n < kCount; ++n) {
+      if (n >= count) continue;
       row[n] = Row(rows, i + n, scores.unit());
       scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, capped ? slopes_ + (r + n) * stride_ : nullptr);
       if (dropping) drop(scores, i + n, r + n, span, factors[n]);
-      summed |= holds_all(scores.band, i + n);
-    }
-    for (int n = 0; n < count; ++n) {
-      if (summed) {
-        const float total = sum_gradients(row[n], r + n, span);
-        if (holds_all(scores.band, i + n)) rows.delta[i + n] += total;
-      }
-      delta[n] = splat(rows.delta[i + n]);
     }
     const Score nothing[kCount] = {};
     for (int64_t j = 0; j < span.begin; j += W) write(t, j, nothing);
-    auto write_scores = [&](auto&& probability) __attribute__((always_inline)) {
-      for (int64_t j = span.begin; j < span.end; j += W) {
-        Score score[kCount] = {};
-        for (int n = 0; n < kCount; ++n) {
-          if (n >= count) continue;
-          const int64_t at = (r + n) * stride_ + j;
-          score[n] = dscore(at, probability(at, n), delta[n]);
-          if (dbias != nullptr) store(dprobability_ + at, score[n].gradient);
-          if (capped) score[n].gradient = score[n].gradient * load(slopes_ + at);
-          if (dropping) score[n].probability = score[n].probability * load(factors[n] + j);
-        }
-        write(t, j, score);
+    for (int64_t j = span.begin; j < span.end; j += W) {
+      Score score[kCount] = {};
+      for (int n = 0; n < kCount; ++n) {
+        if (n >= count) continue;
+        const int64_t at = (r + n) * stride_ + j;
+        score[n] = dscore(at, row[n]);
+        if (dbias != nullptr) store(dprobability_ + at, score[n].gradient);
+        if (capped) score[n].gradient = score[n].gradient * load(slopes_ + at);
+        if (dropping) score[n].probability = score[n].probability * load(factors[n] + j);
       }
-    };
-    if (summed)
-      write_scores([&](int64_t at, int) { return load(products_ + at); });
-    else
-      write_scores([&](int64_t at, int n) { return probability(at, row[n]); });
+      write(t, j, score);
+    }
     for (int64_t j = span.end; j < width_; j += W) write(t, j, nothing);
     if (dbias != nullptr)
       for (int64_t n = 0; n < count; ++n) store_dbias(dprobability_ + (r + n) * stride_, i + n, span);
