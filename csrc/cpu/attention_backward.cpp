@@ -1,6 +1,6 @@
 // Attention, backward. With P = exp(scores - max) * inverse, recomputed tile by tile from the forward's statistics:
 //
-//   delta = rowsum(doutput * output) - dlse        dscores = P * (doutput @ value^T - delta)
+//   delta = rowsum(P * dP) - dlse = rowsum(doutput * output) - dlse        dscores = P * (doutput @ value^T - delta)
 //   dvalue = P^T @ doutput     dquery = scale * dscores @ key     dkey = scale * dscores^T @ query
 //
 // Prepare: every head's delta, and query and doutput packed. Main: a task owns a chunk of the keys of one key head, all
@@ -103,10 +103,8 @@ class Backward {
     for_each_unit(blocks, [](const Backward& call, int64_t unit, int64_t) {
       const Span rows = call.block(unit % call.blocks());
       const int64_t head = unit / call.blocks(), heads = call.p_.heads;
-      call.queries(head).pack(call.p_, head / heads, head % heads, rows.begin, rows.end);
+      call.queries(head).pack(call.p_, head / heads, head % heads, rows.begin, rows.end, call.plan_.tile_keys);
     });
-    if (p.dsinks != nullptr)
-      for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.sink_gradient(head); });
     const bool broadcast = p.dbias != nullptr && !Backward(p, layout, scratch(layout.threads)).dense_dbias();
     if (p.dbias != nullptr && !broadcast)
       for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.clear_dbias(head); });
@@ -115,6 +113,8 @@ class Backward {
       const int64_t kv_heads = call.p_.batch * call.p_.kv_heads;
       call.differentiate(unit % kv_heads, unit / kv_heads, scratch(thread));
     });
+    if (p.dsinks != nullptr)
+      for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.sink_gradient(head); });
     if (broadcast) Backward(p, layout, scratch(layout.threads)).bias_gradient(layout.threads, layout.scratch);
     if (p.dalibi_slopes != nullptr) {
       auto slope_blocks = [](const Backward& call) { return call.p_.batch * call.p_.heads * call.slope_blocks(); };

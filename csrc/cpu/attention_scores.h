@@ -30,6 +30,10 @@ struct Band {
 
   int64_t low(int64_t i) const { return min_of(max_of(i + shift - left, 0), keys); }
   int64_t high(int64_t i) const { return min_of(max_of(i + shift + right + 1, 0), keys); }
+  // Whether what query i sees, if anything, lies in one tile of so many keys.
+  bool in_one_tile(int64_t i, int64_t tile) const {
+    return keys <= tile || low(i) >= high(i) || low(i) / tile == (high(i) - 1) / tile;
+  }
   // Keys [begin, end) are seen by queries [first(begin), last(end)) and by no others.
   int64_t first(int64_t begin) const { return min_of(max_of(begin - shift - right, 0), queries); }
   int64_t last(int64_t end) const { return min_of(max_of(end - shift + left, 0), queries); }

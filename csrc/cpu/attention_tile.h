@@ -118,8 +118,10 @@ class GradientTile {
         if (scores.dropout.active()) drop(scores, i + n, r + n, span, factors);
         float* out = dbias + (i + n - queries.begin) * stride;
         const Row row(rows, i + n, scores.unit());
-        for (int64_t j = span.begin; j < span.end; j += W)
-          store(out + j, load(out + j) + dscore((r + n) * stride_ + j, row).gradient);
+        for (int64_t j = span.begin; j < span.end; j += W) {
+          const int64_t at = (r + n) * stride_ + j;
+          store(out + j, load(out + j) + dscore(at, row, probability(at, row)).gradient);
+        }
       }
     });
   }
@@ -222,11 +224,29 @@ class GradientTile {
 
   // P * (dP - delta). Where P is 1, but for less than a rounding of the output, delta is dP - dlse: of the difference
   // nothing else than the roundings of two sums would be left, and of an output in 16 bits.
-  TW_INLINE Score dscore(int64_t at, const Row& row) const {
+  TW_INLINE Score dscore(int64_t at, const Row& row, Vec p) const {
     constexpr float kWhole = sizeof(T) == 4 ? 1 - 0x1p-22f : 1 - 0x1p-12f;
-    const Vec p = probability(at, row), gradient = p * (load(dprobability_ + at) - row.delta);
+    const Vec gradient = p * (load(dprobability_ + at) - row.delta);
     // Where nothing is seen, value may hold a NaN.
     return {p, p == zero() ? zero() : p >= splat(kWhole) ? row.dlse : gradient};
+  }
+
+  // Whether the tile holds all that query i sees.
+  bool holds_all(const Band& band, int64_t i) const {
+    const int64_t low = band.low(i), high = band.high(i);
+    return low < high && j0_ <= low && high <= j0_ + keys_;
+  }
+
+  // P in the place of the scores of row r. Returns the sum of P * dP.
+  __attribute__((noinline)) float sum_gradients(const Row& row, int64_t r, Span span) const {
+    Vec total{};
+    for (int64_t j = span.begin; j < span.end; j += W) {
+      const int64_t at = r * stride_ + j;
+      const Vec p = probability(at, row);
+      store(products_ + at, p);
+      total += p == zero() ? zero() : p * load(dprobability_ + at);
+    }
+    return sum(total);
   }
 
   // P and dscores of `count` neighbouring rows (a pair, or one) from query i on, row t of the tile.
@@ -236,26 +256,40 @@ class GradientTile {
     const bool capped = p_.softcap != 0, dropping = scores.dropout.active();
     float factors[kCount][kTileKeysMost];
     Row row[kCount];
+    bool summed = false;  // P is there already
     for (int n = 0; n < kCount; ++n) {
       if (n >= count) continue;
       row[n] = Row(rows, i + n, scores.unit());
       scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, capped ? slopes_ + (r + n) * stride_ : nullptr);
       if (dropping) drop(scores, i + n, r + n, span, factors[n]);
+      summed |= rows.summed && holds_all(scores.band, i + n);
+    }
+    for (int n = 0; n < count && summed; ++n) {
+      const float total = sum_gradients(row[n], r + n, span);
+      if (!holds_all(scores.band, i + n)) continue;
+      rows.delta[i + n] += total;
+      row[n].delta = splat(rows.delta[i + n]);
     }
     const Score nothing[kCount] = {};
     for (int64_t j = 0; j < span.begin; j += W) write(t, j, nothing);
-    for (int64_t j = span.begin; j < span.end; j += W) {
-      Score score[kCount] = {};
-      for (int n = 0; n < kCount; ++n) {
-        if (n >= count) continue;
-        const int64_t at = (r + n) * stride_ + j;
-        score[n] = dscore(at, row[n]);
-        if (dbias != nullptr) store(dprobability_ + at, score[n].gradient);
-        if (capped) score[n].gradient = score[n].gradient * load(slopes_ + at);
-        if (dropping) score[n].probability = score[n].probability * load(factors[n] + j);
+    auto write_scores = [&](auto&& probability_of) __attribute__((always_inline)) {
+      for (int64_t j = span.begin; j < span.end; j += W) {
+        Score score[kCount] = {};
+        for (int n = 0; n < kCount; ++n) {
+          if (n >= count) continue;
+          const int64_t at = (r + n) * stride_ + j;
+          score[n] = dscore(at, row[n], probability_of(at, row[n]));
+          if (dbias != nullptr) store(dprobability_ + at, score[n].gradient);
+          if (capped) score[n].gradient = score[n].gradient * load(slopes_ + at);
+          if (dropping) score[n].probability = score[n].probability * load(factors[n] + j);
+        }
+        write(t, j, score);
       }
-      write(t, j, score);
-    }
+    };
+    if (summed)
+      write_scores([&](int64_t at, const Row&) { return load(products_ + at); });
+    else
+      write_scores([&](int64_t at, const Row& one) { return probability(at, one); });
     for (int64_t j = span.end; j < width_; j += W) write(t, j, nothing);
     if (dbias != nullptr)
       for (int64_t n = 0; n < count; ++n) store_dbias(dprobability_ + (r + n) * stride_, i + n, span);
