@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import torchweld
 from torchweld import _cpu, backend
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,6 +29,11 @@ linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads E
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert importlib.metadata.version("torchweld") == torchweld.__version__
+    assert f'"{torchweld.__version__}"' not in (ROOT / "pyproject.toml").read_text()
 
 
 @linux
