@@ -24,12 +24,32 @@ ALLOWED = {
     "patching": {"patching", "nn", "ops", "hugging_face", "backend"},
     "optim": {"optim", "ops", "backend"},
 }
-# What the files of each folder of csrc may include besides the system's headers.
+# What the files of each folder of csrc may include besides their own folder and the system's headers.
+SIMD = {"params.h", "philox.h"}
+KERNELS = SIMD | {"cpu/isa", "cpu/simd", "cpu/parallel.h"}
+DEVICE = {"params.h", "philox.h", "cuda"}
 INCLUDES = {
-    "bindings": {"bindings", "cpu", "cuda", "params.h", "philox.h"},
-    "cpu": {"cpu", "params.h", "philox.h"},
-    "cuda": {"cuda", "params.h", "philox.h"},
+    "": {"params.h", "philox.h"},
+    "bindings": {"params.h", "philox.h", "cpu/isa", "cuda"},
+    "cpu": set(),
+    "cpu/isa": {"params.h"},
+    "cpu/simd": SIMD,
+    "cpu/matmul": {"cpu/simd"},
+    "cpu/attention": KERNELS | {"cpu/matmul"},
+    "cpu/norm": KERNELS,
+    "cpu/activation": KERNELS,
+    "cpu/loss": KERNELS,
+    "cpu/optimizer": KERNELS,
+    "cuda": {"params.h", "philox.h"},
+    "cuda/attention": DEVICE,
+    "cuda/attention/sm80": DEVICE | {"cuda/attention"},
+    "cuda/attention/sm90": DEVICE | {"cuda/attention", "cuda/attention/sm80"},
+    "cuda/norm": DEVICE,
+    "cuda/activation": DEVICE,
+    "cuda/loss": DEVICE,
+    "cuda/optimizer": DEVICE,
 }
+SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
 
 
 def imported(path: Path) -> set[str]:
@@ -54,17 +74,51 @@ def test_python_imports_flow_one_way(part: str) -> None:
         assert imported(path) <= ALLOWED[part], path
 
 
+def sources(folder: str) -> list[Path]:
+    return sorted(p for p in (CSRC / folder).glob("*") if p.suffix in SUFFIXES)
+
+
+def included(path: Path) -> list[str]:
+    return re.findall(r'#\s*include\s*"([^"]+)"', path.read_text())
+
+
 @pytest.mark.parametrize("folder", INCLUDES)
 def test_cpp_includes_flow_one_way(folder: str) -> None:
-    files = [p for p in (CSRC / folder).iterdir() if p.suffix in (".h", ".cpp", ".cu", ".cuh")]
-    assert files
-    for path in files:
+    for path in sources(folder):
         text = path.read_text()
         assert not re.search(r'#\s*include\s*[<"](torch|ATen|c10)/', text), path
-        for name in re.findall(r'#\s*include\s*"([^"]+)"', text):
-            assert name.split("/")[0] in INCLUDES[folder], f"{path} includes {name}"
+        for name in included(path):
+            assert {name, str(Path(name).parent)} & (INCLUDES[folder] | {folder}), f"{path} includes {name}"
         if folder != "bindings":
             assert "pybind11" not in text and "Python.h" not in text, path
+
+
+def test_every_folder_of_csrc_has_its_rule() -> None:
+    folders = {str(p.parent.relative_to(CSRC)) for p in CSRC.rglob("*") if p.suffix in SUFFIXES}
+    assert {"" if f == "." else f for f in folders} <= INCLUDES.keys()
+
+
+def cycle(edges: dict[str, set[str]]) -> list[str]:
+    """A way along the edges from a node back to it; empty if there is none."""
+    done: set[str] = set()
+
+    def walk(node: str, way: list[str]) -> list[str]:
+        if node in way:
+            return [*way[way.index(node) :], node]
+        if node not in done:
+            for other in sorted(edges.get(node, ())):
+                if found := walk(other, [*way, node]):
+                    return found
+            done.add(node)
+        return []
+
+    return next((found for node in sorted(edges) if (found := walk(node, []))), [])
+
+
+def test_no_file_of_csrc_includes_itself() -> None:
+    edges = {str(p.relative_to(CSRC)): set(included(p)) for p in CSRC.rglob("*") if p.suffix in SUFFIXES}
+    assert not cycle(edges)
+    assert cycle({**edges, "params.h": {"cpu/simd/vec.h"}})  # the search finds one that is made
 
 
 def test_every_op_has_a_reference_of_its_name() -> None:

@@ -60,7 +60,7 @@ def test_no_weak_symbol_leaks_from_an_instruction_set(isa: str, tmp_path: Path) 
     """A weak symbol compiled for AVX-512 could be the one that the linker keeps for everybody."""
 
     def symbols(source: Path) -> list[list[str]]:
-        target = tmp_path / f"{source.stem}.o"
+        target = tmp_path / f"{source.parent.name}_{source.stem}.o"
         # Line by line is all that is asked of the code here, so the smallest optimisation that still inlines will do.
         flags = ["-std=gnu++17", "-Og", "-fno-exceptions", "-fopenmp", "-w", f"-DTORCHWELD_ISA={isa}", *ISA_FLAGS[isa]]
         compiled = run("g++", *flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(target))
@@ -68,7 +68,7 @@ def test_no_weak_symbol_leaks_from_an_instruction_set(isa: str, tmp_path: Path) 
         return [line.split() for line in run("nm", str(target)).stdout.splitlines()]
 
     # isa.cpp is compiled once, for the baseline.
-    sources = [path for path in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")) if path.name != "isa.cpp"]
+    sources = [path for path in sorted((ROOT / "csrc" / "cpu").rglob("*.cpp")) if path.name != "isa.cpp"]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(symbols, sources):
             assert not [s[-1] for s in found if s[-2] in "WVu"]

@@ -6,7 +6,7 @@
 #include "bindings/layer_norm.h"
 #include "bindings/optimizer.h"
 #include "bindings/paged_attention.h"
-#include "cpu/isa.h"
+#include "cpu/isa/isa.h"
 
 namespace {
 

@@ -4,7 +4,7 @@
 #include <cstdlib>
 #include <vector>
 
-#include "cpu/kernels.h"
+#include "cpu/isa/kernels.h"
 
 using namespace torchweld;
 
