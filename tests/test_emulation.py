@@ -73,3 +73,10 @@ def test_planted_mistake_is_found(name: str, found: dict[str, str]) -> None:
         return
     first = next(i for i, text in enumerate(source, 1) if f" {name}(" in text)
     assert first <= int(line) <= first + 15
+
+
+def test_device_guard() -> None:
+    """No context of a device that a thread does not use is made, and none is current that was not before."""
+    run = subprocess.run([build.program("device_guard")], capture_output=True, text=True, check=False)
+    lines = run.stdout.splitlines()
+    assert len(lines) == 6 and all(line.endswith(": right") for line in lines), run

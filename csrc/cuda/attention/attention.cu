@@ -78,14 +78,14 @@ void attention_backward(const AttentionBackwardParams& params, Stream stream) {
         run_bias = run_bias_backward_sm90<T, D>;
         if (D > 128) p.dquery_sum = nullptr;  // it would not fit shared memory
       }
-    const dim3 blocks(static_cast<unsigned>((rows + kPrepareWarps - 1) / kPrepareWarps));
+    const dim3 blocks = grid_of(kName, (rows + kPrepareWarps - 1) / kPrepareWarps);
     if (rows > 0) launch(kName, prepare<T>, blocks, dim3(kPrepareWarps * kLanes), 0, stream, p);
     if (p.batch * p.heads > 0) run(p, stream);
     if (p.dbias != nullptr) run_bias(p, stream);
     if (rows > 0 && p.dquery_sum != nullptr)
       launch(kName, round_queries<T>, blocks, dim3(kPrepareWarps * kLanes), 0, stream, p);
   });
-  const dim3 heads(static_cast<unsigned>(p.batch * p.heads));
+  const dim3 heads = grid_of(kName, p.batch * p.heads);
   if (heads.x > 0 && (p.dsinks != nullptr || p.dalibi_slopes != nullptr))
     launch(kName, reduce_heads, heads, dim3(kReduceThreads), kReduceThreads * sizeof(double), stream, p);
 }

@@ -28,15 +28,15 @@ struct SgdRule {
     }
   };
 
-  // p becomes the new parameter.
+  // p becomes the new parameter. Each rounding is named, as in adamw.cu.
   template <class State>
   __device__ __forceinline__ void operator()(const OptimizerTensor& t, float& p, float g, State& state, int k) const {
-    if (weight_decay != 0.0f) g += weight_decay * p;
+    if (weight_decay != 0.0f) g = __fmaf_rn(weight_decay, p, g);
     if (t.state[0] != nullptr) {
-      state.b[k] = momentum * state.buffer[k] + gain * g;
-      g = nesterov ? g + momentum * state.b[k] : state.b[k];
+      state.b[k] = __fmaf_rn(momentum, state.buffer[k], __fmul_rn(gain, g));
+      g = nesterov ? __fmaf_rn(momentum, state.b[k], g) : state.b[k];
     }
-    p -= t.step_size * g;
+    p = __fmaf_rn(-t.step_size, g, p);
   }
 };
 

@@ -15,10 +15,10 @@ struct BiasTile {
   const Backward& p;
   int b, h, i_begin, j_begin;
 
-  static unsigned count(const Backward& p) {
+  static dim3 grid(const Backward& p) {
     const int64_t* extent = p.dbias_extents;
-    return static_cast<unsigned>(extent[0] * extent[1] * tiles(extent[2], p.queries, kRows) *
-                                 tiles(extent[3], p.keys, kKeys));
+    return grid_of("attention_backward",
+                   extent[0] * extent[1] * tiles(extent[2], p.queries, kRows) * tiles(extent[3], p.keys, kKeys));
   }
 
   __device__ __forceinline__ BiasTile(const Backward& p, int64_t block) : p(p) {
@@ -135,7 +135,7 @@ template <class T, int D>
 void launch_bias(Backward p, Stream stream) {
   using Shape = BackwardShape<T, D, false>;
   p.packets = reads_packets<T>(p);
-  const dim3 grid(BiasTile<Shape::kRows, Shape::kOthers>::count(p));
+  const dim3 grid = BiasTile<Shape::kRows, Shape::kOthers>::grid(p);
   if (grid.x == 0) return;
   launch("attention_backward", differentiate_bias<T, D>, grid, dim3(Shape::kThreads), Shape::kBytes, stream, p);
 }

@@ -248,10 +248,10 @@ void launch_decode(const PagedAttentionParams& params, Stream stream) {
   const int64_t rows = p.batch * p.heads * p.queries;
   p.lse2 = p.workspace;
   p.partial = p.workspace + p.splits * rows;
-  const dim3 blocks(static_cast<unsigned>(p.batch * p.kv_heads * p.tiles * p.splits));
+  const dim3 blocks = grid_of(kName, p.batch * p.kv_heads * p.tiles * p.splits);
   launch(kName, attend_split<T, D, kPaged>, blocks, dim3(Shape::kThreads), Shape::kBytes, stream, p);
   if (p.splits == 1) return;
-  const dim3 rest(static_cast<unsigned>((rows + kDecodeCombineWarps - 1) / kDecodeCombineWarps));
+  const dim3 rest = grid_of(kName, (rows + kDecodeCombineWarps - 1) / kDecodeCombineWarps);
   launch(kName, combine<T>, rest, dim3(kDecodeCombineWarps * kLanes), 0, stream, p);
 }
 

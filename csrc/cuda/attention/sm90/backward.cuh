@@ -18,7 +18,6 @@ struct BackwardShapeSm90 {
   static constexpr int kGroups = 2, kThreads = (1 + kGroups) * kWarpgroup, kRows = kGroups * 64, kOthers = kOthers_;
   static constexpr int kSlots = D <= 128 ? (kOthers_ <= 64 ? 6 : 4) : 3;
   static constexpr int kRegisters = 240, kLoaderRegisters = 24;
-  static constexpr bool kOwnInRegisters = D <= 64;  // wgmma reads less of shared memory then
   using Own = Panels<D, kRows>;
   using Others = Panels<D, kOthers>;
   using Ring = Slots<kSlots, kGroups * 4>;
@@ -49,39 +48,14 @@ struct BackwardMemorySm90 {
   }
 };
 
-// The left operands of scores and dP, a warpgroup's own rows: where they are, or in registers.
-template <class T, int D, class Shape>
-class OwnRows {
- public:
-  // Once they are there.
-  __device__ __forceinline__ OwnRows(const BackwardMemorySm90<Shape>& memory, int row) : memory_(memory), row_(row) {
-    if constexpr (Shape::kOwnInRegisters) {
-      const int own = lane();
-#pragma unroll
-      for (int which = 0; which < 2; ++which)
-#pragma unroll
-        for (int step = 0; step < D / 16; ++step)
-          ptx::ldmatrix(lefts_[which].words[step],
-                        memory.own[which] + Shape::Own::at(row + warp() % 4 * 16 + own % 16, 2 * step + own / 16));
-    }
-  }
-
-  // acc = own rows @ other rows^T.
-  template <int NT>
-  __device__ __forceinline__ void begin(float (&acc)[1][NT][4], int which, uint32_t others) const {
-    ptx::wgmma_fence();
-    if constexpr (Shape::kOwnInRegisters)
-      begin_rows<T, D>(acc, lefts_[which], others);
-    else
-      begin_rows<T, D, Shape::kRows>(acc, memory_.own[which], row_, others);
-    ptx::wgmma_commit();
-  }
-
- private:
-  struct Nothing {};
-  const BackwardMemorySm90<Shape>& memory_;
-  int row_;
-  std::conditional_t<Shape::kOwnInRegisters, Lefts<D / 8>, Nothing> lefts_[2];
-};
+// acc = own rows @ other rows^T, of a warpgroup whose own rows begin at `row`. Both operands are read from shared
+// memory: ptxas overwrites a left operand that stays in registers for the whole loop (attention_sm90.md).
+template <class T, int D, class Shape, int NT>
+__device__ __forceinline__ void begin_own_rows(float (&acc)[1][NT][4], const BackwardMemorySm90<Shape>& memory,
+                                               int which, int row, uint32_t others) {
+  ptx::wgmma_fence();
+  begin_rows<T, D, Shape::kRows>(acc, memory.own[which], row, others);
+  ptx::wgmma_commit();
+}
 
 }  // namespace torchweld::cuda

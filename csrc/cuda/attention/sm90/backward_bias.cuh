@@ -106,7 +106,7 @@ template <class T, int D>
 void launch_bias_sm90(Backward p, Stream stream) {
   using Shape = BiasShapeSm90<D>;
   p.packets = reads_packets<T>(p);
-  const dim3 grid(BiasTile<Shape::kRows, Shape::kKeys>::count(p));
+  const dim3 grid = BiasTile<Shape::kRows, Shape::kKeys>::grid(p);
   if (grid.x == 0) return;
   launch("attention_backward", differentiate_bias_sm90<T, D>, grid, dim3(Shape::kThreads), Shape::kBytes, stream, p);
 }

@@ -86,7 +86,6 @@ __global__ void __launch_bounds__(KeysShapeSm90<D>::kThreads, 1)
   float dkey[1][kKey ? D / 8 : 1][4] = {}, dvalue[1][kValue ? D / 8 : 1][4] = {};
   if (steps > 0) {
     memory.ring.await(0);
-    const OwnRows<T, D, Shape> rows(memory, row);
     const float unit = unit_of<kPlain>(p);
     float s[1][NT][4], ds[1][NT][4];
     Lefts<NT> weights, gradients;
@@ -110,9 +109,9 @@ __global__ void __launch_bounds__(KeysShapeSm90<D>::kThreads, 1)
 
       // Products.
       memory.ring.await(2 * step);
-      rows.begin(s, 0, queries);
+      begin_own_rows<T, D>(s, memory, 0, row, queries);
       memory.ring.await(2 * step + 1);
-      if constexpr (kKey) rows.begin(ds, 1, doutputs);
+      if constexpr (kKey) begin_own_rows<T, D>(ds, memory, 1, row, doutputs);
 
       // Weights and their gradients; where all that is needed is known, the product of the former goes ahead.
       Kept<true, 1, NT> kept;

@@ -43,7 +43,6 @@ __global__ void __launch_bounds__(QueriesShapeSm90<D, kPlain>::kThreads, 1)
   float dquery[1][D / 8][4] = {}, distances[1][2] = {};
   if (steps > 0) {
     memory.ring.await(0);
-    const OwnRows<T, D, Shape> rows(memory, row);
     const RowValues<1> values(p, head, row0);
     const float unit = unit_of<kPlain>(p);
     float s[1][NT][4], ds[1][NT][4];
@@ -58,9 +57,9 @@ __global__ void __launch_bounds__(QueriesShapeSm90<D, kPlain>::kThreads, 1)
       auto delta = [&](int m, int, int e) { return values.delta[m][e / 2]; };
 
       // Products.
-      rows.begin(s, 0, keys);
+      begin_own_rows<T, D>(s, memory, 0, row, keys);
       memory.ring.await(2 * step + 1);
-      rows.begin(ds, 1, memory.item(2 * step + 1));
+      begin_own_rows<T, D>(ds, memory, 1, row, memory.item(2 * step + 1));
 
       // Gradients of scores.
       Kept<false, 1, NT> kept;

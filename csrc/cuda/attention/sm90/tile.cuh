@@ -75,15 +75,6 @@ __device__ __forceinline__ void begin_rows(float (&acc)[1][NT][4], uint32_t left
     ptx::wgmma<T, 8 * NT>(acc[0], Panels<D, L>::columns(a, step), Panels<D, 8 * NT>::columns(b, step), step > 0);
 }
 
-// Likewise with the left rows in registers.
-template <class T, int D, int NT>
-__device__ __forceinline__ void begin_rows(float (&acc)[1][NT][4], const Lefts<D / 8>& left, uint32_t right) {
-  const uint64_t b = Panels<D, 8 * NT>::descriptor(right);
-#pragma unroll
-  for (int step = 0; step < D / 16; ++step)
-    ptx::wgmma<T, 8 * NT>(acc[0], left.words[step], Panels<D, 8 * NT>::columns(b, step), step > 0);
-}
-
 // acc += left @ tile, over the 8 * NT rows of the tile.
 template <class T, int D, int NT>
 __device__ __forceinline__ void begin_columns(float (&acc)[1][D / 8][4], const Lefts<NT>& left, uint32_t tile) {
