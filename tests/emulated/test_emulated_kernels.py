@@ -17,7 +17,7 @@ from torchweld.testing import Case, Oracle
 from torchweld.testing.cases import evaluate
 
 SEEDS = (1, 2)  # of the schedule, beside the one in order
-# Attention's products are slow here: tests/test_attention_host.py has its cases.
+# Attention's products are slow here: test_attention_emulated.py has its cases.
 CASES = [(case, dtype) for case, dtype in sanitized.small_cases(1 << 17) if case.op != "attention"]
 IDS = [f"{case.op}: {case.name}-{str(dtype)[6:]}" for case, dtype in CASES]
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KERNELS = sorted(p for p in (ROOT / "csrc" / "cpu").rglob("*.cpp") if p.name != "isa.cpp")
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 FLAGS = ["-std=gnu++17", "-DTORCHWELD_ISA=baseline", f"-I{ROOT / 'csrc'}", "-Wno-psabi"]
@@ -30,7 +30,7 @@ def test_compiles(source: Path) -> None:
 def test_attention_runs(tmp_path: Path) -> None:
     """Packed sequences with dropout, forward and backward, against loops in double precision."""
     sources = [
-        ROOT / "tests" / "portability" / "attention.cpp",
+        ROOT / "tests" / "cpu" / "portability" / "attention.cpp",
         *(p for p in KERNELS if p.parent.name == "attention" and p.stem != "paged"),
     ]
     program = str(tmp_path / "attention")

@@ -10,7 +10,7 @@ import torch
 
 from torchweld import nn
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+README = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_code_runs() -> None:
