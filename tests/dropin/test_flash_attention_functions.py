@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchweld import flash_attention_impl, reference
+from torchweld import reference
+from torchweld.integrations import torch_sdpa
 
 aten = torch.ops.aten
 OPERATORS = {
@@ -24,7 +25,7 @@ OPERATORS = {
 @pytest.mark.parametrize("name", OPERATORS)
 def test_arguments_are_those_of_the_operator(name: str) -> None:
     schema = OPERATORS[name].default._schema
-    ours = inspect.signature(getattr(flash_attention_impl, name)).parameters.values()
+    ours = inspect.signature(getattr(torch_sdpa, name)).parameters.values()
     assert [p.name for p in ours] == [a.name for a in schema.arguments]
     for mine, theirs in zip(ours, schema.arguments, strict=True):
         assert (mine.kind is mine.KEYWORD_ONLY) == theirs.kwarg_only
@@ -58,7 +59,7 @@ def meta(values: list[Any]) -> list[Any]:
 @pytest.mark.parametrize("layout", layouts())
 def test_outputs_are_what_the_fake_kernels_promise(layout: str, kind: str) -> None:
     qkv = [t.bfloat16() if layout == "contiguous" else t for t in layouts()[layout]]
-    forward, backward = (getattr(flash_attention_impl, f"{kind}_{way}") for way in ("forward", "backward"))
+    forward, backward = (getattr(torch_sdpa, f"{kind}_{way}") for way in ("forward", "backward"))
     out = forward(*qkv, 0.0, True)
     as_promised(out, OPERATORS[f"{kind}_forward"](*meta(qkv), 0.0, True))
     between = out[1:6] if kind == "cuda" else out[1:2]
@@ -74,11 +75,9 @@ def test_what_the_cuda_functions_compute(on: str, dropout_p: float, request: pyt
         assert isinstance(request.getfixturevalue("emulated"), ModuleType)
     q, k, v, dout = (torch.randn(1, 2, n, 16) for n in (70, 80, 80, 70))
     torch.manual_seed(5)
-    out = flash_attention_impl.cuda_forward(q, k, v, dropout_p, True, scale=0.4)
+    out = torch_sdpa.cuda_forward(q, k, v, dropout_p, True, scale=0.4)
     assert out is not None
-    grads = flash_attention_impl.cuda_backward(
-        dout, q, k, v, out[0], out[1], *out[2:6], dropout_p, True, *out[6:8], scale=0.4
-    )
+    grads = torch_sdpa.cuda_backward(dout, q, k, v, out[0], out[1], *out[2:6], dropout_p, True, *out[6:8], scale=0.4)
     assert grads is not None
     leaves = [t.double().requires_grad_() for t in (q, k, v)]
     seed = out[6].view(torch.int64)[:1]
@@ -91,4 +90,4 @@ def test_what_the_cuda_functions_compute(on: str, dropout_p: float, request: pyt
 
 def test_a_debug_mask_is_left_to_torch() -> None:
     q = torch.randn(1, 2, 70, 16)
-    assert flash_attention_impl.cuda_forward(q, q, q, 0.1, False, True) is None
+    assert torch_sdpa.cuda_forward(q, q, q, 0.1, False, True) is None

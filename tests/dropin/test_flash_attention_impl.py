@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn import attention as torch_attention
 
-from torchweld import backend, flash_attention_impl
+from torchweld import backend
+from torchweld.integrations import torch_sdpa
 from torchweld.testing import Oracle
 from torchweld.testing.attention import ATTENTION, AttentionCase, PackedAttentionCase
 
@@ -36,7 +37,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
         return call
 
     for name in ("cpu_forward", "cpu_backward"):
-        monkeypatch.setattr(flash_attention_impl, name, counting(name, getattr(flash_attention_impl, name)))
+        monkeypatch.setattr(torch_sdpa, name, counting(name, getattr(torch_sdpa, name)))
     torch_attention.activate_flash_attention_impl("torchweld")
     yield served
     if torch_attention.current_flash_attention_impl() is not None:

@@ -17,12 +17,19 @@ ALLOWED = {
     "reference": {"reference"},
     "backend": set(),
     "errors": set(),
+    "console": set(),
+    "environment": {"backend"},
     "ops": {"ops", "backend", "reference"},
     "nn": {"nn", "ops"},
-    "hugging_face": {"ops"},
-    "flash_attention_impl": {"ops", "backend", "reference"},
-    "patching": {"patching", "nn", "ops", "hugging_face", "backend"},
+    "integrations": {"ops", "backend", "reference"},
+    "patching": {"patching", "nn", "ops", "integrations", "backend"},
     "optim": {"optim", "ops", "backend"},
+    "models": {"models", "nn", "ops", "optim", "errors"},
+    "testing": {"testing", "ops", "nn", "optim", "reference", "backend"},
+    "training": {"training", "models", "nn", "ops", "optim", "backend", "errors", "console", "environment"},
+    "bench": {"bench", "testing", "patching", "models", "nn", "optim", "ops", "reference", "backend"}
+    | {"errors", "console", "environment"},
+    "cli": {"cli", "testing", "ops", "backend", "errors", "console", "environment"},
 }
 # What the files of each folder of csrc may include besides their own folder and the system's headers.
 SIMD = {"params.h", "philox.h"}
@@ -60,7 +67,7 @@ def imported(path: Path) -> set[str]:
             found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("torchweld.")}
         elif isinstance(node, ast.ImportFrom) and node.module:
             if node.module == "torchweld":
-                found |= {a.name for a in node.names}
+                found |= {a.name for a in node.names} - {"__version__"}
             elif node.module.startswith("torchweld."):
                 found.add(node.module.split(".")[1])
     return found

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from torchweld import _cpu, backend, check, ops, testing
+from torchweld import _cpu, backend, ops, testing
 from torchweld.bench import command, harness, report
 from torchweld.bench.functional import works
 from torchweld.bench.harness import Settings, Work, interleave, measure
-from torchweld.cli import main
+from torchweld.cli import check, main
 
 KEYS = {
     *("op", "direction", "provider", "device", "dtype", "case", "median_ms", "p20_ms", "p80_ms", "gflops"),
@@ -89,14 +89,14 @@ def test_an_interrupt_is_130(monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
     def interrupted(_: object) -> int:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("torchweld.info.run", interrupted)
+    monkeypatch.setattr("torchweld.cli.info.run", interrupted)
     assert main(["info"]) == 130
     assert capsys.readouterr().err == "torchweld: interrupted\n"
 
 
 def test_a_reader_that_leaves_is_no_error() -> None:
     program = (
-        "import sys, torchweld.info as info; info.run = lambda _: print('x' * 10**6) or 0; import torchweld.cli as c"
+        "import sys, torchweld.cli as c; from torchweld.cli import info; info.run = lambda _: print('x' * 10**6) or 0"
     )
     command = [sys.executable, "-c", f"{program}; sys.exit(c.main(['info']))"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:

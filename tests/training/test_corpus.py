@@ -11,7 +11,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 
-from torchweld.examples import corpus
+from torchweld.training import corpus
 
 
 def test_standard_library_text(home: Path) -> None:

@@ -22,7 +22,7 @@ RUN = ("train", "gpt2", "--config", "tiny", "--device", "cpu", "--batch-size", "
 INTERRUPTED = """
 import signal
 from torchweld import cli
-from torchweld.examples.trainer import Trainer
+from torchweld.training.trainer import Trainer
 
 advance = Trainer.advance
 

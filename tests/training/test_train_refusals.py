@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from torchweld.examples import checkpoint
+from torchweld.training import checkpoint
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,9 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from torchweld.examples import checkpoint, report, settings, train_gpt2, trainer
-from torchweld.examples.processes import Processes
 from torchweld.models import CONFIGS, GPT2
+from torchweld.training import checkpoint, report, settings, train_gpt2, trainer
+from torchweld.training.processes import Processes
 
 FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json", "training.json")
 

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from torchweld.ops.attention_checks import (
+from torchweld.ops._attention import ALIGNMENTS, attend
+from torchweld.ops._attention_checks import (
     check_band,
     check_bias,
     check_by_head,
@@ -18,8 +19,7 @@ from torchweld.ops.attention_checks import (
     check_softcap,
     fail,
 )
-from torchweld.ops.attention_op import ALIGNMENTS, attend
-from torchweld.ops.library import check_dense
+from torchweld.ops._register import check_dense
 from torchweld.reference.philox import draw_seed
 
 

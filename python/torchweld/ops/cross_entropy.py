@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import (
+from torchweld.ops._register import (
     applier,
     check_dense,
     double_backward,

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import applier, check_dense, double_backward, register, settle, wants_definition, wants_grad
+from torchweld.ops._register import (
+    applier,
+    check_dense,
+    double_backward,
+    register,
+    settle,
+    wants_definition,
+    wants_grad,
+)
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.layer_norm_autograd import add_layer_norm_function, layer_norm_function
-from torchweld.ops.layer_norm_op import add_forward_op, inference_op
-from torchweld.ops.library import check_dense, float32_under_autocast, wants_grad
+from torchweld.ops._norm import add_forward_op, inference_op
+from torchweld.ops._norm_autograd import add_layer_norm_function, layer_norm_function
+from torchweld.ops._register import check_dense, float32_under_autocast, wants_grad
 from torchweld.reference.philox import draw_seed
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.attention_checks import (
+from torchweld.ops._attention import heads_like, operand, per_row, refusal
+from torchweld.ops._attention_checks import (
     check_band,
     check_by_head,
     check_common,
@@ -17,8 +18,7 @@ from torchweld.ops.attention_checks import (
     check_softcap,
     fail,
 )
-from torchweld.ops.attention_op import heads_like, operand, per_row, refusal
-from torchweld.ops.library import check_dense, register, settle, wants_grad
+from torchweld.ops._register import check_dense, register, settle, wants_grad
 
 # ---- Implementation
 

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from torchweld import backend, reference
+from torchweld.ops._norm import add_forward_op, inference_op
+from torchweld.ops._norm_autograd import add_layer_norm_function, layer_norm_function
+from torchweld.ops._register import check_dense, float32_under_autocast, wants_grad
 from torchweld.ops.layer_norm import refusal_of, residual_refusal
-from torchweld.ops.layer_norm_autograd import add_layer_norm_function, layer_norm_function
-from torchweld.ops.layer_norm_op import add_forward_op, inference_op
-from torchweld.ops.library import check_dense, float32_under_autocast, wants_grad
 from torchweld.reference.philox import draw_seed
 from torchweld.reference.rms_norm import default_eps
 

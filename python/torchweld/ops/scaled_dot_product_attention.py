@@ -7,9 +7,9 @@ import math
 import torch
 from torch import Tensor
 
-from torchweld.ops.attention_checks import check_bias, check_common, check_heads, fail
-from torchweld.ops.attention_op import attend
-from torchweld.ops.library import check_dense, under_autocast
+from torchweld.ops._attention import attend
+from torchweld.ops._attention_checks import check_bias, check_common, check_heads, fail
+from torchweld.ops._register import check_dense, under_autocast
 from torchweld.reference.philox import draw_seed
 
 

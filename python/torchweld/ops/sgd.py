@@ -8,8 +8,8 @@ from typing import Any
 from torch import Tensor
 
 from torchweld import reference
-from torchweld.ops.library import register
-from torchweld.ops.optimizer import COMMON, Common, run_step, step_fake, take_step
+from torchweld.ops._optimizer import COMMON, Common, run_step, step_fake, take_step
+from torchweld.ops._register import register
 
 # ---- Implementation
 

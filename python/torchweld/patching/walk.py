@@ -30,10 +30,10 @@ def _gelu(module: Any, input: torch.Tensor) -> torch.Tensor:
 
 
 def _hugging_face() -> Any:
-    """torchweld.hugging_face; None while nobody has imported transformers, so that no model can be one of its."""
+    """integrations.hugging_face; None while nobody has imported transformers, so that no model can be one of its."""
     if "transformers.modeling_utils" not in sys.modules:
         return None
-    from torchweld import hugging_face  # noqa: PLC0415
+    from torchweld.integrations import hugging_face  # noqa: PLC0415
 
     return hugging_face
 

@@ -24,8 +24,8 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from torchweld.errors import UserError
-from torchweld.examples.corpus import end_of_text
 from torchweld.models.gpt2 import GPT2, GPT2Config
+from torchweld.training.corpus import end_of_text
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 

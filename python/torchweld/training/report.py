@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from torchweld.errors import UserError
-from torchweld.examples.trainer import Trainer
+from torchweld.training.trainer import Trainer
 
 _RECENT = 20
 # Exact implementations differ by rounding, and training multiplies it: stock PyTorch beside itself, from weights that

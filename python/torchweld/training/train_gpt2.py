@@ -13,13 +13,13 @@ from torch import Tensor
 
 from torchweld import backend
 from torchweld.errors import UserError
-from torchweld.examples import checkpoint, corpus, report
-from torchweld.examples.generate import continuation
-from torchweld.examples.machine import deferred_interrupt, forced_backend, pick_device
-from torchweld.examples.processes import Processes, joined
-from torchweld.examples.settings import Settings
-from torchweld.examples.trainer import DTYPES, RIVALS, Trainer
 from torchweld.models.gpt2 import CONFIGS, GPT2Config
+from torchweld.training import checkpoint, corpus, report
+from torchweld.training.generate import continuation
+from torchweld.training.machine import deferred_interrupt, forced_backend, pick_device
+from torchweld.training.processes import Processes, joined
+from torchweld.training.settings import Settings
+from torchweld.training.trainer import DTYPES, RIVALS, Trainer
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 DEFAULT_OUT = "torchweld-gpt2"

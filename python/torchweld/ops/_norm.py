@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend
-from torchweld.ops.library import register, settle
+from torchweld.ops._register import register, settle
 
 # ---- Implementation. The kernels see M rows of `cols` elements, whatever the shape; they fill what is allocated here.
 

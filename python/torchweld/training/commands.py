@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torchweld.errors import UserError
-from torchweld.examples import generate, train_gpt2
+from torchweld.training import generate, train_gpt2
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]

@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from torchweld.ops.library import check_dense
+from torchweld.ops._register import check_dense
 
 
 def fail(op: str, name: str, expected: str, got: object, remedy: str = "") -> NoReturn:

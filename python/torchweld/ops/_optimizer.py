@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import register
+from torchweld.ops._register import register
 
 Lists = dict[str, Sequence[Tensor]]
 

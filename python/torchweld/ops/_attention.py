@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import applier, double_backward, register, settle, wants_definition, wants_grad
+from torchweld.ops._register import applier, double_backward, register, settle, wants_definition, wants_grad
 
 ALIGNMENTS = ("top_left", "bottom_right")
 

@@ -11,7 +11,7 @@ import torch
 
 from torchweld import backend
 from torchweld.errors import UserError
-from torchweld.examples.processes import local_rank
+from torchweld.training.processes import local_rank
 
 
 def pick_device(name: str | None) -> str:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend
-from torchweld.ops.flops import inform_counters
+from torchweld.ops._flops import inform_counters
 
 _library = torch.library.Library("torchweld", "DEF")
 

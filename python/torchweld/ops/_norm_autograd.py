@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from torchweld import reference
-from torchweld.ops.layer_norm_op import add_forward_op, backward_op, forward_op
-from torchweld.ops.library import applier, double_backward, wants_definition
+from torchweld.ops._norm import add_forward_op, backward_op, forward_op
+from torchweld.ops._register import applier, double_backward, wants_definition
 from torchweld.reference.layer_norm import dropped
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-import torchweld
 from torchweld import backend
 from torchweld.console import console
+from torchweld.environment import cpu_name, versions
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -25,35 +23,6 @@ def add_parser(subparsers: Subparsers) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.set_defaults(func=run)
-
-
-def cpu_name() -> str:
-    """The CPU's own name, as the operating system gives it."""
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def device_name(device: str) -> str:
-    """The chip's own name."""
-    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
-
-
-def versions() -> dict[str, Any]:
-    """What a measurement depends on."""
-    found: dict[str, Any] = {
-        "torchweld": torchweld.__version__,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "threads": torch.get_num_threads(),
-    }
-    if "cpu" in backend.kernels:
-        found["cpu_isa"] = backend.kernels["cpu"].isa()
-    if torch.cuda.is_available():
-        found["cuda"] = torch.version.cuda
-    return found
 
 
 def _cpu() -> dict[str, Any]:

@@ -14,10 +14,10 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from torchweld.errors import UserError
-from torchweld.examples import checkpoint
-from torchweld.examples.corpus import end_of_text
-from torchweld.examples.machine import forced_backend, pick_device
 from torchweld.models.gpt2 import GPT2
+from torchweld.training import checkpoint
+from torchweld.training.corpus import end_of_text
+from torchweld.training.machine import forced_backend, pick_device
 
 
 def continuation(model: GPT2, tokenizer: Tokenizer, prompt: str, count: int, **sampling: Any) -> Iterator[str]:

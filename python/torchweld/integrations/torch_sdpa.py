@@ -20,7 +20,7 @@ import torch.nn.attention
 from torch import Tensor
 
 from torchweld import backend
-from torchweld.ops.attention_op import Modifiers, Options, refusal, run_backward, run_forward
+from torchweld.ops._attention import Modifiers, Options, refusal, run_backward, run_forward
 from torchweld.reference.philox import draw_seed
 
 NAME = "torchweld"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchweld import ops
-from torchweld.ops.library import under_autocast
+from torchweld.ops._register import under_autocast
 
 NAME = "torchweld"
 

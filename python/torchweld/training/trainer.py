@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 import torchweld
 import torchweld.optim
 from torchweld.errors import UserError
-from torchweld.examples.processes import Processes
-from torchweld.examples.settings import Settings
 from torchweld.models import stock
 from torchweld.models.gpt2 import GPT2, GPT2Config
+from torchweld.training.processes import Processes
+from torchweld.training.settings import Settings
 
 MAX_GRAD_NORM = 1.0
 WEIGHT_DECAY = 0.1

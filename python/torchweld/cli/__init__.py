@@ -17,11 +17,11 @@ from torchweld.errors import UserError
 
 # Each command's module, and the function there that adds its parser. Only the command that is called is imported.
 _COMMANDS = {
-    "info": ("torchweld.info", "add_parser"),
-    "check": ("torchweld.check", "add_parser"),
+    "info": ("torchweld.cli.info", "add_parser"),
+    "check": ("torchweld.cli.check", "add_parser"),
     "bench": ("torchweld.bench.command", "add_parser"),
-    "train": ("torchweld.examples.commands", "add_train_parser"),
-    "generate": ("torchweld.examples.commands", "add_generate_parser"),
+    "train": ("torchweld.training.commands", "add_train_parser"),
+    "generate": ("torchweld.training.commands", "add_generate_parser"),
 }
 
 
