@@ -21,7 +21,7 @@ ALLOWED = {
     "environment": {"backend"},
     "ops": {"ops", "backend", "reference"},
     "nn": {"nn", "ops"},
-    "integrations": {"ops", "backend", "reference"},
+    "integrations": {"integrations", "nn", "ops", "backend", "reference"},
     "patching": {"patching", "nn", "ops", "integrations", "backend"},
     "optim": {"optim", "ops", "backend"},
     "models": {"models", "nn", "ops", "optim", "errors"},

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from types import CodeType
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import Tensor
 
 from torchweld import ops
+from torchweld.nn.stock import is_replaced
 from torchweld.ops._register import under_autocast
 
 NAME = "torchweld"
@@ -48,6 +49,12 @@ def attention_forward(
     The weights come with it where `output_attentions` asks for them. Keywords that speak of the mask alone
     (sliding_window, position_ids) have done so when the mask was made.
     """
+    if is_replaced() and not softcap and s_aux is None:  # the call is somebody else's to make
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: PLC0415
+
+        rest = (attention_mask, dropout, scaling, is_causal, position_bias)
+        found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, *rest, **kwargs)
+        return found
     if under_autocast(query):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
@@ -91,22 +98,50 @@ class AttentionChange:
 
     def __init__(self, model: Any) -> None:
         register()
-        self.model, self.before = model, _implementations(model.config)
-        model.set_attn_implementation(NAME)
+        self.model, self.before = ref(model), _implementations(model.config)
+        try:
+            model.set_attn_implementation(_Name(NAME))
+        except Exception:
+            model.set_attn_implementation(self.before)
+            raise
 
     def undo(self) -> str | None:
-        now = self.model.config._attn_implementation
+        model = self.model()
+        if model is None:
+            return "it was deleted since"
+        now = model.config._attn_implementation
         if now != NAME:
             return f"its attention was set to {now!r} since"
-        self.model.set_attn_implementation(self.before)
+        model.set_attn_implementation(self.before)
         return None
 
 
-def _implementations(config: Any) -> str | dict[str, Any]:
-    """What `set_attn_implementation` takes to give a config, and those inside of it, what they have now."""
-    inner = {key: getattr(config, key, None) for key in config.sub_configs}
-    found = {key: _implementations(sub) for key, sub in inner.items() if sub is not None}
-    return {"": config._attn_implementation, **found} if found else config._attn_implementation
+class _Name(str):
+    """The name in a model's config: a process that unpickles it knows what it stands for."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> Any:
+        return _registered_name, ()
+
+
+def _registered_name() -> str:
+    register()
+    return _Name(NAME)
+
+
+def _implementations(config: Any) -> Any:
+    """What `set_attn_implementation` takes to give a config, and those inside of it, what they have now.
+
+    Not those that have ours already: they are another patch's to take back.
+    """
+    now = config._attn_implementation
+    found = {"": now} if now != NAME else {}
+    for key in config.sub_configs:
+        sub = getattr(config, key, None)
+        if sub is not None and (inner := _implementations(sub)):
+            found[key] = inner
+    return now if list(found) == [""] else found
 
 
 def attention_of(model: torch.nn.Module) -> tuple[str, str | None] | None:
@@ -130,7 +165,8 @@ def attention_of(model: torch.nn.Module) -> tuple[str, str | None] | None:
 
 def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
     if hidden_states.dtype != module.weight.dtype:  # each model mixes dtypes in its own way
-        return type(module).forward(module, hidden_states)
+        stock: Tensor = super(type(module), module).forward(hidden_states)
+        return stock
     return ops.rms_norm(hidden_states, module.weight.shape, module.weight, module.variance_epsilon)
 
 
@@ -142,9 +178,6 @@ def _gelu_tanh(module: Any, input: Tensor) -> Tensor:
     return ops.gelu(input, "tanh")
 
 
-FORWARDS = (_rms_norm, _gemma_norm, _gelu_tanh)
-
-
 def _body(cls: type, *methods: str) -> tuple[Any, ...] | None:
     """What the methods do: their instructions, and the names and constants in them."""
     codes = [getattr(getattr(cls, method, None), "__code__", None) for method in methods]
@@ -153,7 +186,6 @@ def _body(cls: type, *methods: str) -> tuple[Any, ...] | None:
     return tuple((c.co_code, c.co_names, tuple(map(repr, c.co_consts))) for c in codes if c is not None)
 
 
-@cache
 def recognise(cls: Any) -> tuple[str, Callable[..., Tensor], str] | None:
     """Norm or activation, the forward that does the same as that of `cls`, its name; None for a class not known."""
     if not cls.__module__.startswith("transformers."):
