@@ -10,6 +10,7 @@ import torch
 
 from torchweld import testing
 from torchweld.testing import Oracle, assert_parity, cases, parity
+from torchweld.testing.attention import AttentionCase
 from torchweld.testing.inputs import LAYOUTS, Random, place
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -87,10 +88,73 @@ def test_where_everything_cancels_the_terms_give_the_scale() -> None:
     ours = torch.full((8,), 1e-5)
     assert parity("dx", torch.zeros(8), torch.zeros(8), zero).problem is None
     assert parity("dx", ours, torch.zeros(8), zero).problem is not None
-    assert parity("dx", ours, torch.zeros(8), zero, terms=300.0).problem is None  # an ulp of 300 is 3e-5
-    assert parity("dx", 10 * ours, torch.zeros(8), zero, terms=300.0).problem is not None
+    assert parity("dx", ours, torch.zeros(8), zero, terms=300.0).problem is None  # eps of 300 is 3.6e-5
+    assert parity("dx", 4 * ours, torch.zeros(8), zero, terms=300.0).problem is not None
     # The arithmetic of bfloat16 is float32: the terms give no more room there.
-    assert parity("dx", 100 * ours.bfloat16(), torch.zeros(8).bfloat16(), zero, terms=300.0).problem is not None
+    assert parity("dx", 4 * ours.bfloat16(), torch.zeros(8).bfloat16(), zero, terms=300.0).problem is not None
+
+
+def test_elements_that_are_zero_by_definition_are_judged_by_themselves() -> None:
+    exact = torch.tensor([0.0, 0.0, 5.0], dtype=torch.float64)
+    zeros, terms = torch.tensor([True, True, False]), torch.tensor([100.0, 0.0, 100.0])
+
+    def problem(ours: list[float], theirs: list[float], terms: torch.Tensor = terms) -> str | None:
+        return parity("dx", torch.tensor(ours), torch.tensor(theirs), exact, terms, zeros).problem
+
+    # The error of the third element, torch's or ours, says nothing of the first two.
+    assert problem([0.0, 0.0, 5.1], [0.0, 0.0, 5.1]) is None
+    assert "at [0]" in str(problem([1e-3, 0.0, 5.0], [0.0, 0.0, 5.1]))
+    # Where something cancels: twice torch's error there, and eps of the terms there.
+    assert problem([1e-5, 0.0, 5.0], [0.0, 0.0, 5.0]) is None  # eps of 100 is 1.2e-5
+    assert problem([2e-5, 0.0, 5.0], [0.0, 0.0, 5.0]) is not None
+    assert problem([2e-5, 0.0, 5.0], [1e-5, 0.0, 5.0]) is None
+    # Where nothing is summed at all only 0 is right, whatever torch has. Without terms that is everywhere.
+    assert "at [1]" in str(problem([0.0, 1e-30, 5.0], [0.0, 1e-3, 5.0]))
+    assert problem([0.0, -0.0, 5.0], [0.0, 1e-3, 5.0]) is None
+    assert parity("dx", torch.tensor([1e-30, 0.0, 5.0]), torch.zeros(3), exact, zeros=zeros).problem is not None
+
+
+def test_what_float64_leaves_of_an_exact_zero_is_no_error() -> None:
+    exact, zeros = torch.tensor([1e-17, 1.0], dtype=torch.float64), torch.tensor([True, False])
+    assert parity("dx", torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0]), exact, zeros=zeros).problem is None
+
+
+@pytest.mark.parametrize("logits", [1.0, 1e4])
+def test_the_terms_of_attention_give_no_room_to_a_key_that_has_all_the_weight(logits: float) -> None:
+    case = AttentionCase(name="causal", regime="", queries=9, keys=9, dim=8, causal=True, logits=logits)
+    x = {n: t.double() for n, t in case.inputs(torch.float32).items()}
+    terms, zeros = case.terms(x), case.zeros(x)
+    first = [terms["output"][:, :, 0], x["value"][:, :, 0].abs()]
+    torch.testing.assert_close(*first)  # one key is visible: its score, of any size, has no part in the output
+    assert zeros["dquery"][:, :, 0].all() and not zeros["dquery"][:, :, 1:].any()
+    assert not case.zeros(x | {"dlse": x["doutput"][..., 0]})["dkey"].any()
+
+
+def test_of_attention_what_no_query_sees_is_zero() -> None:
+    case = AttentionCase(name="mask", regime="", queries=6, keys=5, dim=4, bias=(1, 1, 6, 5), hide="right", lse=True)
+    x = case.inputs(torch.float32, seed=3)
+    hidden = x["bias"].isneginf()[0, 0].all(0)
+    assert 0 < int(hidden.sum()) < 5
+    zeros = case.zeros(x)
+    for name in ("dkey", "dvalue"):
+        assert torch.equal(zeros[name][0, 0, :, 0], hidden)
+    assert torch.equal(zeros["dbias"][0, 0], x["bias"].isneginf()[0, 0])
+    assert not zeros["output"].any()
+
+
+def test_a_miss_of_a_few_elements_is_judged_over_more_draws() -> None:
+    case = next(c for c in cases("cross_entropy") if c.name == "33 x 100 sum")
+    oracle = Oracle(case, torch.float32)
+    few = len(oracle.inputs)
+    assert all(v.problem is None for v in oracle.judge(case.reference)) and len(oracle.inputs) == few
+    oracle.torch["output"] = oracle.exact["output"].float()  # by luck torch has no error in these draws
+
+    def wrong(x: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"output": case.torch(x)["output"] * (1 + 1e-4)}
+
+    assert any(v.problem for v in oracle.judge(wrong)) and len(oracle.inputs) == 32
+    assert any(v.problem for v in oracle.judge(wrong)) and len(oracle.inputs) == 32
+    oracle.check(case.reference)
 
 
 def test_an_element_that_nobody_writes_is_found() -> None:

@@ -8,7 +8,7 @@ import torch
 
 from torchweld import ops, reference
 from torchweld.testing.cases import Case, Tensors
-from torchweld.testing.inputs import Random
+from torchweld.testing.inputs import Random, shape_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,7 @@ class GeluCase(Case):
     shape: tuple[int, ...]
     layout: str = "contiguous"
     scale: float = 2.0
+    values: str = "normal"
 
     @property
     def op(self) -> str:
@@ -28,7 +29,9 @@ class GeluCase(Case):
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Tensors:
         random = Random(seed, device)
         return {
-            "x": random.normal(*self.shape, dtype=dtype, scale=self.scale, layout=self.layout),
+            "x": shape_values(
+                random.normal(*self.shape, dtype=dtype, scale=self.scale, layout=self.layout), self.values
+            ),
             "doutput": random.normal(*self.shape, dtype=dtype, layout=self.layout),
         }
 

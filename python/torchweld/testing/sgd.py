@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ class SgdCase(OptimizerCase):
             **options,
         )
 
-    def terms(self, x: Tensors) -> dict[str, float]:
+    def terms(self, x: Tensors) -> Mapping[str, Tensor | float]:
         """A buffer that a gradient nearly cancels keeps the rounding errors of both."""
         return {n: float(t.abs().max()) for n, t in x.items() if n.startswith("momentum_buffer") and t.numel()}
 
