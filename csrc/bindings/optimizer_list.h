@@ -7,7 +7,6 @@
 
 namespace torchweld {
 
-using TensorList = std::vector<TensorView>;
 using Refusals = std::vector<std::pair<int64_t, std::string>>;  // index in the list, reason
 
 inline bool same_shape(const TensorView& a, const TensorView& b) {
@@ -118,10 +117,8 @@ class OptimizerRows {
   OptimizerTensor* table(const std::optional<TensorView>& workspace) const {
     if (!Backend::optimizer_table) return nullptr;
     const int64_t needed = words * static_cast<int64_t>(rows.size());
-    if (!workspace || workspace->dtype.bits != 64 || workspace->numel() < needed)
-      args_.fail("table", std::to_string(needed) + " int64 elements", workspace ? "fewer" : "none");
-    args_.check_device(*workspace, "table");
-    return reinterpret_cast<OptimizerTensor*>(static_cast<char*>(workspace->data) + workspace->byte_offset);
+    if (!workspace) args_.fail("table", std::to_string(needed) + " int64 elements", "None");
+    return reinterpret_cast<OptimizerTensor*>(args_.indices(*workspace, "table", needed));
   }
 
   std::vector<OptimizerTensor> rows;

@@ -116,9 +116,9 @@ def test_a_tensor_without_memory_never_reaches_a_kernel() -> None:
         fake = torch.randn(4, 8)
     assert ops.layer_norm(fake, (8,)).shape == (4, 8)
     rest = (None, 8, None, None, 1e-5, True, 0.0, None)
-    with pytest.raises(TypeError, match="FakeTensor has no memory of its own"):
+    with pytest.raises(BufferError, match="FakeTensor has no memory of its own"):
         _cpu.layer_norm_forward(fake, *rest, torch.empty(4, 8), None, 0.0, None, None)
-    with pytest.raises(TypeError, match="incompatible function arguments"):
+    with pytest.raises(TypeError, match=r"\[layer_norm_forward\] input: expected a torch.Tensor, but got list"):
         _cpu.layer_norm_forward([1.0], *rest, torch.empty(4, 8), None, 0.0, None, None)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import pytest
@@ -94,24 +93,6 @@ def test_per_sample_gradients_of_modules() -> None:
         expected = torch.autograd.grad(loss(parameters, sample), list(parameters.values()))
         for key, g in zip(parameters, expected, strict=True):
             close(got[key][i], g)
-
-
-@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
-def test_nested_inputs_are_refused(layout: torch.layout) -> None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The PyTorch API of nested tensors is in prototype")
-        nested = torch.nested.nested_tensor([torch.randn(3, 8), torch.randn(5, 8)], layout=layout)
-    for function, argument in (
-        (lambda: ops.layer_norm(nested, (8,)), "layer_norm] input"),
-        (lambda: ops.rms_norm(nested, (8,)), "rms_norm] input"),
-        (lambda: ops.add_layer_norm(nested, nested, (8,)), "add_layer_norm] x"),
-        (lambda: ops.gelu(nested), "gelu] input"),
-        (lambda: ops.cross_entropy(nested, TARGET), "cross_entropy] input"),
-        (lambda: ops.scaled_dot_product_attention(nested, nested, nested), "scaled_dot_product_attention] query"),
-        (lambda: ops.attention(KEY[None], nested, nested), "attention] key"),
-    ):
-        with pytest.raises(TypeError, match=rf"{argument}: expected a dense tensor, but got a nested one; convert it"):
-            function()
 
 
 def test_sparse_inputs_are_refused() -> None:

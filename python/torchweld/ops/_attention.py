@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops._register import applier, double_backward, register, settle, wants_definition, wants_grad
+from torchweld.ops._register import (
+    applier,
+    check_memory,
+    double_backward,
+    register,
+    settle,
+    wants_definition,
+    wants_grad,
+)
 
 ALIGNMENTS = ("top_left", "bottom_right")
 
@@ -49,8 +57,8 @@ _GRADS = 6  # of query, key, value, bias, alibi_slopes and sinks
 # ---- Implementation. The kernels read any strides but the last; they fill what is allocated here.
 
 
-def operand(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 and not t.is_neg() else settle(t)
+def operand(t: Tensor, name: str) -> Tensor:
+    return t if t.stride(-1) == 1 and not t.is_neg() else settle(t, f"[attention] {name}")
 
 
 def heads_like(query: Tensor, size: int) -> Tensor:
@@ -78,15 +86,19 @@ def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
     bias, alibi_slopes, sinks, seed, lens_q, lens_k = modifiers
     heads = query.shape[1]
     if bias is not None:
-        bias = bias if bias.dim() > 0 and bias.stride(-1) <= 1 and not bias.is_neg() else settle(bias)
+        bias = (
+            bias if bias.dim() > 0 and bias.stride(-1) <= 1 and not bias.is_neg() else settle(bias, "[attention] bias")
+        )
         bias = bias.expand(query.shape[0], heads, query.shape[2], key.shape[2])
     if alibi_slopes is not None:
         batch = query.shape[0] if lens_q is None else lens_q.numel() - 1
-        alibi_slopes = settle(alibi_slopes.float()).expand(batch, heads)
+        alibi_slopes = settle(alibi_slopes, "[attention] alibi_slopes", torch.float32).expand(batch, heads)
     if sinks is not None:
-        sinks = settle(sinks.float())
+        sinks = settle(sinks, "[attention] sinks", torch.float32)
     if lens_q is not None and lens_k is not None:
-        lens_q, lens_k = lens_q.contiguous(), lens_k.contiguous()
+        lens_q, lens_k = settle(lens_q, "[attention] cu_seqlens_q"), settle(lens_k, "[attention] cu_seqlens_k")
+    if seed is not None:
+        seed = settle(seed, "[attention] seed")
     return Modifiers(bias, alibi_slopes, sinks, seed, lens_q, lens_k)
 
 
@@ -94,7 +106,7 @@ def run_forward(
     query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor | None, rest: tuple[Any, ...]
 ) -> Tensor:
     """`output`, filled. `rest`: modifiers and options."""
-    q, k, v = operand(query), operand(key), operand(value)
+    q, k, v = operand(query, "query"), operand(key, "key"), operand(value, "value")
     modifiers, options = rest[:_COUNT], rest[_COUNT:]
     if modifiers != PLAIN:  # None is compared by identity: cheap
         modifiers = _prepared(q, k, Modifiers(*modifiers))
@@ -131,7 +143,8 @@ def run_backward(
     grads: Sequence[Tensor | None], rest: tuple[Any, ...],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Fills `grads` of query, key and value; returns those of bias, alibi_slopes and sinks. `rest`: see `_backward`."""
-    q, k, v, doutput = operand(query), operand(key), operand(value), operand(doutput)
+    q, k, v = operand(query, "query"), operand(key, "key"), operand(value, "value")
+    doutput, output = operand(doutput, "gradient of the output"), operand(output, "output")
     modifiers, options, (mask, deterministic) = Modifiers(*rest[:_COUNT]), rest[_COUNT:-2], rest[-2:]
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
     bias, alibi_slopes, sinks = modifiers[:3]
@@ -148,8 +161,10 @@ def run_backward(
     kernels = backend.kernels[q.device.type]
     size = kernels.attention_backward_workspace(q, k, v, *modifiers[-2:], doutput, deterministic)
     workspace = torch.empty(size, dtype=torch.float32, device=q.device)
+    if dlse is not None:
+        dlse = settle(dlse, "[attention] gradient of lse")
     kernels.attention_backward(
-        doutput, None if dlse is None else settle(dlse), q, k, v, modifiers, options, operand(output), lse,
+        doutput, dlse, q, k, v, modifiers, options, output, lse,
         *grads, dbias, dalibi, dsinks, deterministic, workspace,
     )  # fmt: skip
     if bias is not None and dbias is not None:
@@ -279,6 +294,7 @@ def attend(
 ) -> Any:
     """output or (output, lse) of checked arguments, by whichever backend serves them. `options`: those of `Options`."""
     if backend.choose(op, query.device, refusal(query, value)) == "reference":
+        check_memory(op, query=query, key=key, value=value, **Modifiers(*modifiers)._asdict())
         both = _on_reference(query, key, value, *modifiers, *options)
     elif wants_grad(query, key, value, *modifiers[: _GRADS - 3]):
         both = _attention_with_grad((*options, deterministic), query, key, value, *modifiers)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from torchweld.ops._register import check_dense
+from torchweld.ops._register import check_dense, check_memory, is_probability
 
 
 def fail(op: str, name: str, expected: str, got: object, remedy: str = "") -> NoReturn:
@@ -26,7 +27,7 @@ def check_common(
         raise TypeError(f"[{op}] query: expected a floating-point dtype, but got {dtype}")
     if key.dtype is not dtype or value.dtype is not dtype:
         fail(op, names, f"query's dtype {dtype}", f"{key.dtype} and {value.dtype}", "convert them with .to()")
-    if not 0.0 <= dropout_p <= 1.0:
+    if not is_probability(op, "dropout_p", dropout_p):
         fail(op, "dropout_p", "a probability between 0 and 1", dropout_p)
 
 
@@ -42,22 +43,59 @@ def check_heads(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
         fail(op, "key", f"a number of heads that divides query's {heads}", kv_heads)
 
 
-def check_softcap(op: str, softcap: float) -> None:
-    if not 0.0 <= softcap < math.inf:
+def check_softcap(op: str, softcap: float | None) -> float:
+    """0 for None."""
+    if softcap is None:
+        return 0.0
+    if isinstance(softcap, Tensor):
+        check_memory(op, softcap=softcap)
+    try:
+        fits = 0.0 <= softcap < math.inf
+    except TypeError:
+        raise TypeError(f"[{op}] softcap: expected a number or None, but got {type(softcap).__name__}") from None
+    if not fits:
         raise ValueError(f"[{op}] softcap: expected 0 (none) or a positive number, but got {softcap}")
+    return softcap
+
+
+def check_scale(op: str, scale: float | None, size: int) -> float:
+    """1 / sqrt(size) for None."""
+    if scale is None:
+        return 1.0 / math.sqrt(max(size, 1))
+    if isinstance(scale, Tensor):
+        check_memory(op, scale=scale)
+    if isinstance(scale, (str, bytes, list, tuple)):
+        raise TypeError(f"[{op}] scale: expected a number or None, but got {type(scale).__name__}")
+    return scale
+
+
+def check_length(op: str, name: str, length: int | None) -> int:
+    """-1 for None."""
+    if length is None:
+        return -1
+    if not isinstance(length, (int, torch.SymInt)):
+        try:
+            length = operator.index(length)
+        except TypeError:
+            raise TypeError(f"[{op}] {name}: expected an integer or None, but got {type(length).__name__}") from None
+    return length
 
 
 def check_band(op: str, causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     """How far a query sees to the left and to the right of where it stands; -1: as far as there are keys."""
     left = right = -1
     if window is not None:
-        if not isinstance(window, Sequence) or len(window) != 2 or any(w is not None and w < 0 for w in window):
-            raise ValueError(
-                f"[{op}] window: expected (left, right), each None or at least 0, but got {window}; "
-                f"None stands for no bound"
-            )
-        left, right = (-1 if w is None else w for w in window)
+        if not isinstance(window, Sequence) or len(window) != 2:
+            raise ValueError(_window(op, window))
+        left, right = (check_length(op, "window", w) for w in window)
+        if (left < 0 and window[0] is not None) or (right < 0 and window[1] is not None):
+            raise ValueError(_window(op, window))
     return left, 0 if causal else right
+
+
+def _window(op: str, window: object) -> str:
+    expected = "(left, right), each None or at least 0"
+    return f"[{op}] window: expected {expected}, but got {window}; None stands for no bound"
 
 
 def check_by_head(op: str, query: Tensor, batch: int, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:

@@ -19,6 +19,7 @@ from torchweld.ops._register import register, settle
 # ---- Implementation. The kernels see M rows of `cols` elements, whatever the shape; they fill what is allocated here.
 
 
+_INPUT, _DOUTPUT = "[layer_norm] input", "[layer_norm] gradient of the output"
 _NO_WORKSPACE = 4096  # columns up to which no forward kernel wants one, so that short calls need not ask
 
 
@@ -26,10 +27,11 @@ def _parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[
     """Of x's dtype where both are, else float32, which holds the others exactly; contiguous."""
     dtype = x.dtype
     if (weight is not None and weight.dtype is not dtype) or (bias is not None and bias.dtype is not dtype):
-        weight, bias = (None if p is None else p.float() for p in (weight, bias))
-    if (weight is not None and weight.is_neg()) or (bias is not None and bias.is_neg()):
-        weight, bias = (None if p is None else p.resolve_neg() for p in (weight, bias))
-    return None if weight is None else weight.contiguous(), None if bias is None else bias.contiguous()
+        dtype = torch.float32
+    return (
+        None if weight is None else settle(weight, "[layer_norm] weight", dtype),
+        None if bias is None else settle(bias, "[layer_norm] bias", dtype),
+    )
 
 
 def _run_forward(
@@ -86,7 +88,7 @@ def _inference(
     centred: bool = True,
     weight_offset: float = 0.0,
 ) -> Tensor:
-    return _run_forward(input.contiguous(), None, cols, weight, bias, eps, centred, weight_offset, None, None)
+    return _run_forward(settle(input, _INPUT), None, cols, weight, bias, eps, centred, weight_offset, None, None)
 
 
 def _forward(
@@ -99,7 +101,9 @@ def _forward(
     weight_offset: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     stats = _stats(input, cols, centred)
-    return _run_forward(input.contiguous(), None, cols, weight, bias, eps, centred, weight_offset, None, stats), stats
+    return _run_forward(
+        settle(input, _INPUT), None, cols, weight, bias, eps, centred, weight_offset, None, stats
+    ), stats
 
 
 def _add_forward(
@@ -114,7 +118,8 @@ def _add_forward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    x, residual, stats = x.contiguous(), settle(residual), _stats(x, cols, centred)
+    x, residual, stats = settle(x, _INPUT), settle(residual, "[add_layer_norm] residual"), _stats(x, cols, centred)
+    seed = None if seed is None else settle(seed, "[add_layer_norm] seed")
     total = torch.empty_like(residual)
     output = _run_forward(x, residual, cols, weight, bias, eps, centred, weight_offset, total, stats, dropout_p, seed)
     return output, total, stats
@@ -133,8 +138,9 @@ def _backward(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    doutput, x = doutput.contiguous(), settle(input)
+    doutput, x = settle(doutput, _DOUTPUT), settle(input, _INPUT)
     w, b = _parameters(doutput, weight, bias)
+    seed = None if seed is None else settle(seed, "[add_layer_norm] seed")
     dinput = torch.empty_like(x) if mask[0] else None
     dx = torch.empty_like(doutput) if mask[1] else None
     dweight = torch.empty_like(w) if w is not None and mask[2] else None
@@ -144,7 +150,7 @@ def _backward(
     blocks = kernels.layer_norm_workspace(x.numel() // cols, cols, weights, x.get_device())
     kernels.layer_norm_backward(
         doutput,
-        None if dsum is None else settle(dsum),
+        None if dsum is None else settle(dsum, _DOUTPUT),
         x,
         cols,
         w,

@@ -16,14 +16,18 @@ from torchweld.reference.layer_norm import dropped
 
 
 def _differentiable(
-    function: Callable[..., Tensor], ctx: Any, doutput: Tensor, dsum: Tensor | None, mask: Sequence[bool]
+    function: Callable[..., Tensor],
+    inputs: Sequence[Tensor | None],
+    doutput: Tensor,
+    dsum: Tensor | None,
+    mask: Sequence[bool],
 ) -> list[Tensor | None]:
     """Gradients of what was normalised, of weight and of bias, by the reference."""
 
     def outputs(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         return function(x, weight, bias).to(doutput.dtype), x.clone()
 
-    return double_backward(outputs, ctx.saved_tensors[:3], (doutput, dsum), mask)
+    return double_backward(outputs, inputs, (doutput, dsum), mask)
 
 
 def _function(shape: Sequence[int], eps: float, centred: bool, weight_offset: float) -> Callable[..., Tensor]:
@@ -49,10 +53,10 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad
+        input, weight, bias, stats = ctx.saved_tensors  # once: a checkpoint gives them only once
         if wants_definition(doutput):
-            dx, dw, db = _differentiable(_function(*ctx.norm), ctx, doutput, None, need[:3])
+            dx, dw, db = _differentiable(_function(*ctx.norm), (input, weight, bias), doutput, None, need[:3])
             return dx, dw, db, None
-        input, weight, bias, stats = ctx.saved_tensors
         shape, _, _, weight_offset = ctx.norm
         dx, _, dw, db = backward_op(
             doutput,
@@ -102,7 +106,7 @@ class _AddLayerNorm(torch.autograd.Function):
         if doutput is None or differentiable:
             if doutput is not None:  # else only new_residual was used
                 wanted = (need[0] or need[1], need[3], need[4])
-                dr, dw, db = _differentiable(_function(*ctx.norm), ctx, doutput, dsum, wanted)
+                dr, dw, db = _differentiable(_function(*ctx.norm), (total, weight, bias), doutput, dsum, wanted)
             if need[0] and dr is not None:
                 dx = dropped(dr, cols, p, seed).to(ctx.dtype)
         else:

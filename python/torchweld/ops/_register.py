@@ -3,28 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.utils._device import DeviceContext
 
-from torchweld import backend
+from torchweld import backend, reference
 from torchweld.ops._flops import inform_counters
 
 _library = torch.library.Library("torchweld", "DEF")
 
 
 _dispatch_modes = torch._C._len_torch_dispatch_stack
+_function_modes = torch._C._is_torch_function_mode_enabled
 _profiling = torch._C._autograd._profiler_enabled
 _batched = torch._C._functorch.is_legacy_batchedtensor
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+_PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
 def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
     """Defines `torchweld::<schema>` for CPU and CUDA, `fake` giving shapes, dtypes and strides; returns its caller.
 
-    The caller goes straight to `kernel` where the dispatcher would have nothing to add (plain tensors, and no mode,
-    tracer or profiler that wants to see the op): 2.5 us saved of 8 for a small layer norm, 0.1 us per tensor of a list.
+    The caller goes straight to `kernel` where the dispatcher would have nothing to add (no mode, tracer or profiler
+    that wants to see the op): 2.5 us saved of 8 for a small layer norm, 0.1 us per tensor of a list. The bindings raise
+    BufferError, before memory is touched, for a tensor that only the dispatcher can take apart, wherever it stands.
     What that costs: a lazily negated tensor (`z.conj().imag`) behind the first is for the kernel to `settle`.
     """
     name = schema[: schema.index("(")]
@@ -33,25 +39,115 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     _library.impl(name, kernel, "CUDA")
     torch.library.register_fake(f"torchweld::{name}", fake, lib=_library)
     op = getattr(torch.ops.torchweld, name).default
+    takes_lists = "[]" in schema.partition(" ")[0]
 
     def call(first: Any, *rest: Any) -> Any:
-        if torch.compiler.is_compiling() or _profiling():
+        if torch.compiler.is_dynamo_compiling() or _profiling():
             return op(first, *rest)
         if _dispatch_modes():
             inform_counters()
             return op(first, *rest)
-        if type(first) in _PLAIN:
-            return op(first, *rest) if first.is_neg() else kernel(first, *rest)
-        if isinstance(first, (list, tuple)) and _PLAIN.issuperset(map(type, first)):
+        if not takes_lists and first.is_neg():
+            check_memory(name, **{"first argument": first})
+            return op(first, *rest)
+        try:
             return kernel(first, *rest)
-        return op(first, *rest)
+        except BufferError:
+            return op(first, *rest)
 
     return call
 
 
-def settle(t: Tensor) -> Tensor:
-    """`t.contiguous()`, and negated in memory where it was so lazily, of which DLPack does not tell the kernels."""
-    return (t.resolve_neg() if t.is_neg() else t).contiguous()
+def elsewhere(
+    ours: Callable[..., Any], twin: Callable[..., Any] | None, names: Sequence[str], *tensors: Any
+) -> Callable[..., Any] | None:
+    """What is to be called instead of the public function `ours`; None, nearly always, if nothing is.
+
+    A mode, or a class of tensors, that has rules of its own for torch's functions and operators knows torch's `twin` of
+    the function; where there is none, the reference, which consists of torch's operators.
+
+    Args:
+        names: what the arguments `tensors` are called, in errors.
+
+    Raises:
+        TypeError: one of `tensors` is neither a tensor nor None.
+    """
+    for t in tensors:
+        if type(t) not in _PLAIN:
+            break
+    else:
+        if torch.compiler.is_dynamo_compiling() or not _function_modes():
+            return None
+    return _elsewhere(ours, twin, names, tensors)
+
+
+def _elsewhere(
+    ours: Callable[..., Any], twin: Callable[..., Any] | None, names: Sequence[str], tensors: Sequence[Any]
+) -> Callable[..., Any] | None:
+    for name, t in zip(names, tensors, strict=True):
+        if t is not None and not isinstance(t, Tensor):
+            raise TypeError(f"[{ours.__name__}] {name}: expected a torch.Tensor, but got {type(t).__name__}")
+    theirs = twin or getattr(reference, ours.__name__)
+    classes = [type(t) for t in tensors if t is not None]
+    if torch.compiler.is_dynamo_compiling():
+        return theirs
+    if torch.overrides.has_torch_function(tensors):
+        # torch.device as a context, and a subclass that only keeps its type, do the same for every function.
+        modes = torch.overrides._get_current_function_mode_stack()
+        keeps = all(getattr(c.__torch_function__, "__func__", None) in _KEEP_TYPE for c in classes)
+        if twin is None or (keeps and all(isinstance(mode, DeviceContext) for mode in modes)):
+            return partial(torch.overrides.handle_torch_function, ours, tensors)
+        return twin
+    if any(c.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not issubclass(c, _TRACERS) for c in classes):
+        return theirs
+    return None
+
+
+_KEEP_TYPE = (Tensor.__torch_function__.__func__, None)  # type: ignore[attr-defined]  # None: of Parameter
+_TRACERS = (FakeTensor, FunctionalTensor)  # they ask for shapes, or record the op: they know ours as well
+
+
+def settle(t: Tensor, at: str, dtype: torch.dtype | None = None) -> Tensor:
+    """`t` as a kernel reads it: contiguous, of `dtype` if one is given, and negated in memory if it was so lazily.
+
+    `at` names it in an error, "[op] argument".
+    """
+    if t.is_contiguous() and not t.is_neg() and (dtype is None or t.dtype is dtype):
+        return t
+    if is_freed(t):
+        raise ValueError(f"{at}: {_FREED}")
+    return (t.resolve_neg() if dtype is None else t.resolve_neg().to(dtype)).contiguous()
+
+
+_FREED = "expected a tensor with memory, but got one whose storage is empty: it was freed, or is a ZeroTensor"
+
+
+def is_freed(t: Tensor) -> bool:
+    """Whether a tensor has elements but no memory, which torch's own operators do not ask before they read it."""
+    if torch.compiler.is_compiling() or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+        return False
+    try:
+        # A view of an empty storage starts a little past null.
+        return t.device.type in ("cpu", "cuda") and t.data_ptr() < 4096 and t.numel() > 0 and not t._is_zerotensor()
+    except RuntimeError:  # of a tracer or a transform: it has no pointer
+        return False
+
+
+def is_probability(op: str, name: str, value: float) -> bool:
+    """Whether 0 <= value <= 1; raises TypeError for what is no number."""
+    if isinstance(value, Tensor):
+        check_memory(op, **{name: value})
+    try:
+        return bool(0.0 <= value <= 1.0)
+    except (TypeError, ValueError, RuntimeError):  # of a string, of an array, of a tensor of several elements
+        raise TypeError(f"[{op}] {name}: expected a number, but got {type(value).__name__}") from None
+
+
+def check_memory(op: str, **arguments: Any) -> None:
+    """Raises ValueError for a tensor whose storage was freed: in front of torch's own operators."""
+    for name, t in arguments.items():
+        if isinstance(t, Tensor) and is_freed(t):
+            raise ValueError(f"[{op}] {name}: {_FREED}")
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
@@ -72,15 +168,29 @@ def _distinct(args: Sequence[Any]) -> list[Any]:
     return distinct
 
 
+class NotDenseError(TypeError):
+    """A nested or sparse tensor, of which the ops know nothing."""
+
+
 def check_dense(op: str, **tensors: Tensor) -> None:
-    """Raises TypeError for what is no tensor, or a nested or sparse one, of which the ops know nothing."""
+    """Raises TypeError for what is no tensor, NotDenseError for a nested or sparse one."""
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"[{op}] {name}: expected a torch.Tensor, but got {type(t).__name__}")
         if t.is_nested or t.layout is not torch.strided:
             kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
             remedy = "torch.nested.to_padded_tensor(x, 0.0)" if t.is_nested else "x.to_dense()"
-            raise TypeError(f"[{op}] {name}: expected a dense tensor, but got a {kind} one; convert it with {remedy}")
+            raise NotDenseError(
+                f"[{op}] {name}: expected a dense tensor, but got a {kind} one; convert it with {remedy}"
+            )
+
+
+def as_torch_does(error: NotDenseError, twin: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+    """What torch's `twin` of an op makes of these arguments; raises `error` if it does not take them either."""
+    try:
+        return twin(*args, **options)
+    except (RuntimeError, TypeError, ValueError):  # the first for a missing kernel too
+        raise error from None
 
 
 def under_autocast(t: Tensor) -> bool:
@@ -105,7 +215,7 @@ def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     fast = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def apply(*args: Any) -> Any:
-        return function.apply(*_distinct(args)) if torch.compiler.is_compiling() else fast(*args)
+        return function.apply(*_distinct(args)) if torch.compiler.is_dynamo_compiling() else fast(*args)
 
     return apply
 
@@ -130,6 +240,8 @@ def double_backward(
 
     Called by a backward that `wants_definition`.
     """
+    check_memory("backward", **{f"saved tensor {i}": t for i, t in enumerate(inputs)})
+    check_memory("backward", **{f"gradient {i}": t for i, t in enumerate(grads)})
     with torch.enable_grad():
         outputs = function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -9,31 +9,36 @@ from torch import Tensor
 
 from torchweld import backend, reference
 from torchweld.ops._register import (
+    NotDenseError,
     applier,
+    as_torch_does,
     check_dense,
+    check_memory,
     double_backward,
+    elsewhere,
     register,
     settle,
     wants_definition,
     wants_grad,
 )
 
+_twin = torch.nn.functional.gelu
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 # ---- Implementation
 
 
 def _forward(input: Tensor) -> Tensor:
-    x = input.contiguous()
+    x = settle(input, "[gelu] input")
     output = torch.empty_like(x)
     backend.kernels[x.device.type].gelu_forward(x, output)
     return output
 
 
 def _backward(doutput: Tensor, input: Tensor) -> Tensor:
-    x = settle(input)
+    x = settle(input, "[gelu] input")
     dinput = torch.empty_like(x)
-    backend.kernels[x.device.type].gelu_backward(doutput.contiguous(), x, dinput)
+    backend.kernels[x.device.type].gelu_backward(settle(doutput, "[gelu] gradient of the output"), x, dinput)
     return dinput
 
 
@@ -94,11 +99,20 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     """
     if approximate not in ("none", "tanh"):
         raise RuntimeError(f"[gelu] approximate: expected 'none' or 'tanh', but got {approximate!r}")
-    check_dense("gelu", input=input)
+    if theirs := elsewhere(gelu, _twin, ("input",), input):
+        return theirs(input, approximate=approximate)
+    try:
+        check_dense("gelu", input=input)
+    except NotDenseError as error:
+        return as_torch_does(error, _twin, input, approximate=approximate)
+    if input.is_quantized:
+        return _twin(input, approximate=approximate)
     if not input.dtype.is_floating_point:
         raise TypeError(f"[gelu] input: expected a floating-point dtype, but got {input.dtype}")
     if approximate == "none":
-        return torch.nn.functional.gelu(input)
+        check_memory("gelu", input=input)
+        return _twin(input)
     if backend.choose("gelu", input.device, _refusal(input)) == "reference":
+        check_memory("gelu", input=input)
         return reference.gelu(input, approximate)
     return _gelu(input) if wants_grad(input) else _forward_op(input)
