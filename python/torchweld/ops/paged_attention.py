@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops._attention import heads_like, operand, per_row, refusal
+from torchweld.ops._attention import heads_like, operand, refusal
 from torchweld.ops._attention_checks import (
     check_band,
     check_by_head,
@@ -21,6 +21,10 @@ from torchweld.ops._attention_checks import (
 from torchweld.ops._register import check_dense, check_memory, elsewhere, register, settle, wants_grad
 
 # ---- Implementation
+
+
+def _lse_like(query: Tensor) -> Tensor:
+    return query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 def _run(
@@ -36,7 +40,7 @@ def _run(
     q, k, v = operand(query, "query"), operand(key_cache, "key_cache"), operand(value_cache, "value_cache")
     table = settle(block_table, "[paged_attention] block_table")
     cache = (q, k, v, table, settle(cache_seqlens, "[paged_attention] cache_seqlens"))
-    output, lse = heads_like(query, value_cache.shape[-1]), per_row(query)
+    output, lse = heads_like(query, value_cache.shape[-1]), _lse_like(query)
     if alibi_slopes is not None:
         alibi_slopes = settle(alibi_slopes, "[paged_attention] alibi_slopes", torch.float32).expand(query.shape[:2])
     if sinks is not None:
@@ -51,7 +55,7 @@ def _run(
 
 
 def _fake(query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return heads_like(query, value_cache.shape[-1]), per_row(query)
+    return heads_like(query, value_cache.shape[-1]), _lse_like(query)
 
 
 # ---- Registration
