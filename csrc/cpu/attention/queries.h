@@ -1,7 +1,7 @@
 // The query side of the attention backward: of one query head, what all tiles of keys share.
 #pragma once
 
-#include "cpu/attention_scores.h"
+#include "cpu/attention/scores.h"
 
 namespace torchweld::cpu {
 namespace {
