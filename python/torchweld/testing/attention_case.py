@@ -184,7 +184,10 @@ class AttentionCase(Case):
         return mask.masked_fill(~seen, -math.inf)
 
     def torch(self, x: Tensors) -> Tensors:
-        if self.softcap == 0 and not (self.sinks or self.lse or self.unseen_nan or self.masks or self.dropout):
+        composed = self.sinks or self.lse or self.unseen_nan or self.masks or self.dropout
+        if "bias" in x and x["bias"].requires_grad and x["bias"].dtype != x["query"].dtype:
+            composed = True  # torch's own would be in float32 from end to end, which nothing is that reads 16 bits
+        if self.softcap == 0 and not composed:
             banded = self.causal and not self.bottom_right and self.window is None and self.bias is None
             plain = not (self.causal or self.window or self.bias or self.alibi)
             out = torch.nn.functional.scaled_dot_product_attention(
@@ -228,7 +231,7 @@ class AttentionCase(Case):
     def _composed(self, x: Tensors) -> Tensors:
         """What torch's own function does not take."""
         weights, lse = self._weights(x)
-        weights = weights * self._kept(x).to(weights.dtype)
+        weights = weights.to(x["value"].dtype) * self._kept(x).to(x["value"].dtype)
         value = self._by_query_head(x["value"])
         if self.unseen_nan:
             value = value.masked_fill(torch.arange(self.keys, device=value.device).unsqueeze(1) >= self.queries, 0.0)

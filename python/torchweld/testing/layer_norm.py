@@ -59,7 +59,7 @@ class LayerNormCase(Case):
 
         x = {"x": shape_values(activations(self.scale, self.shift), self.values), "doutput": activations()}
         if self.huge_row:
-            x["x"][-1] *= 1e4
+            x["x"][-1:] *= 1e4
         if self.add:
             wide = self.residual_dtype or dtype
             x |= {"residual": activations(self.scale, dtype=wide), "dsum": activations(dtype=wide)}
@@ -96,7 +96,7 @@ class LayerNormCase(Case):
         if self.dropout_p == 0:
             return x["residual"] + x["x"]
         # torch has no dropout by a seed: the mask is given to it, the arithmetic is its own.
-        cols = math.prod(self.shape)
+        cols = max(math.prod(self.shape), 1)
         factors = dropout_factors(x["seed"], x["x"].numel() // cols, cols, self.dropout_p)
         return x["residual"] + x["x"] * factors.view(x["x"].shape).to(x["x"].dtype)
 

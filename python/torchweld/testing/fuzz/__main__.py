@@ -74,10 +74,10 @@ def _child(options: dict[str, Any], report: Report) -> tuple[str, int] | None:
     ):
         assert child.stdout is not None
         op, number, isa, program, hung = "", 0, "", "", threading.Event()
-        watchdog = _watchdog(child, hung)
+        watchdog = _watchdog(child, hung, 10 * _HANGS)  # to start takes long on a busy machine
         for line in child.stdout:
             watchdog.cancel()
-            watchdog = _watchdog(child, hung)
+            watchdog = _watchdog(child, hung, _HANGS)
             said = json.loads(line)
             if "case" in said:
                 new, program = tuple(said["case"]), said["program"]
@@ -101,12 +101,12 @@ def _child(options: dict[str, Any], report: Report) -> tuple[str, int] | None:
         return op, number
 
 
-def _watchdog(child: subprocess.Popen[str], hung: threading.Event) -> threading.Timer:
+def _watchdog(child: subprocess.Popen[str], hung: threading.Event, seconds: float) -> threading.Timer:
     def end() -> None:
         hung.set()
         child.kill()
 
-    timer = threading.Timer(_HANGS, end)
+    timer = threading.Timer(seconds, end)
     timer.daemon = True
     timer.start()
     return timer

@@ -23,14 +23,16 @@ class Subclass(Tensor):
 class Odd:
     """Answers wrongly to what is asked of a number or a list."""
 
+    TEXT = "neither a number nor a list"
+
     def __len__(self) -> int:
         return 3
 
     def __getitem__(self, index: int) -> Any:
-        raise ValueError("nothing here")
+        raise ValueError(self.TEXT)
 
     def __float__(self) -> float:
-        raise ValueError("no number")
+        raise ValueError(self.TEXT)
 
     __index__ = __float__
 
