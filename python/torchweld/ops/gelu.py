@@ -22,7 +22,7 @@ from torchweld.ops._register import (
     wants_grad,
 )
 
-_twin = torch.nn.functional.gelu
+_twin = torch.nn.functional.gelu  # a program may give its name to ours
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 # ---- Implementation

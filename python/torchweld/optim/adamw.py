@@ -130,8 +130,7 @@ class AdamW(_FusedAdam, torch.optim.AdamW):
         zero_grads: bool = False,
         offload: str | None = None,
     ) -> None:
-        torch.optim.AdamW.__init__(
-            self,
+        super().__init__(
             params,
             lr,
             betas,
@@ -180,8 +179,7 @@ class Adam(_FusedAdam, torch.optim.Adam):
         zero_grads: bool = False,
         offload: str | None = None,
     ) -> None:
-        torch.optim.Adam.__init__(
-            self,
+        super().__init__(
             params,
             lr,
             betas,

@@ -42,8 +42,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         zero_grads: bool = False,
         offload: str | None = None,
     ) -> None:
-        torch.optim.SGD.__init__(
-            self,
+        super().__init__(
             params,
             lr,
             momentum,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_STOCK = torch.nn.functional.cross_entropy  # a program may give its name to ours
+
 
 def cross_entropy(
     input: Tensor,
@@ -19,7 +21,7 @@ def cross_entropy(
     With smoothing s the target is (1 - s) on its class and s / C on every class (Szegedy et al., arXiv:1512.00567).
     """
     logits = input.to(torch.promote_types(input.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(
+    return _STOCK(
         logits,
         target,
         None if weight is None else weight.to(logits.dtype),
