@@ -167,7 +167,7 @@ def run_backward(
     if dlse is not None:
         dlse = settle(dlse, "[attention] gradient of lse")
     kernels.attention_backward(
-        doutput, dlse, q, k, v, modifiers, options, output, statistics,
+        doutput, dlse, q, k, v, modifiers, options, output, settle(statistics, "[attention] statistics"),
         *grads, dbias, dalibi, dsinks, deterministic, workspace,
     )  # fmt: skip
     if bias is not None and dbias is not None:

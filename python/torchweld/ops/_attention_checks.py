@@ -10,7 +10,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from torchweld.ops._register import check_dense, check_memory, is_probability
+from torchweld.ops._register import check_dense, check_memory, is_probability, shown
 
 
 def fail(op: str, name: str, expected: str, got: object, remedy: str = "") -> NoReturn:
@@ -27,8 +27,8 @@ def check_common(
         raise TypeError(f"[{op}] query: expected a floating-point dtype, but got {dtype}")
     if key.dtype is not dtype or value.dtype is not dtype:
         fail(op, names, f"query's dtype {dtype}", f"{key.dtype} and {value.dtype}", "convert them with .to()")
-    if not is_probability(op, "dropout_p", dropout_p):
-        fail(op, "dropout_p", "a probability between 0 and 1", dropout_p)
+    if not (type(dropout_p) is float and 0.0 <= dropout_p <= 1.0) and not is_probability(op, "dropout_p", dropout_p):
+        fail(op, "dropout_p", "a probability between 0 and 1", shown(dropout_p))
 
 
 def check_heads(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -54,14 +54,11 @@ def check_softcap(op: str, softcap: float | None) -> float:
     except TypeError:
         raise TypeError(f"[{op}] softcap: expected a number or None, but got {type(softcap).__name__}") from None
     if not fits:
-        raise ValueError(f"[{op}] softcap: expected 0 (none) or a positive number, but got {softcap}")
+        raise ValueError(f"[{op}] softcap: expected 0 (none) or a positive number, but got {shown(softcap)}")
     return softcap
 
 
-def check_scale(op: str, scale: float | None, size: int) -> float:
-    """1 / sqrt(size) for None."""
-    if scale is None:
-        return 1.0 / math.sqrt(max(size, 1))
+def check_scale(op: str, scale: float) -> float:
     if isinstance(scale, Tensor):
         check_memory(op, scale=scale)
     if isinstance(scale, (str, bytes, list, tuple)):
@@ -69,10 +66,7 @@ def check_scale(op: str, scale: float | None, size: int) -> float:
     return scale
 
 
-def check_length(op: str, name: str, length: int | None) -> int:
-    """-1 for None."""
-    if length is None:
-        return -1
+def check_length(op: str, name: str, length: int) -> int:
     if not isinstance(length, (int, torch.SymInt)):
         try:
             length = operator.index(length)
@@ -87,7 +81,7 @@ def check_band(op: str, causal: bool, window: tuple[int | None, int | None] | No
     if window is not None:
         if not isinstance(window, Sequence) or len(window) != 2:
             raise ValueError(_window(op, window))
-        left, right = (check_length(op, "window", w) for w in window)
+        left, right = (-1 if w is None else check_length(op, "window", w) for w in window)
         if (left < 0 and window[0] is not None) or (right < 0 and window[1] is not None):
             raise ValueError(_window(op, window))
     return left, 0 if causal else right
@@ -95,7 +89,7 @@ def check_band(op: str, causal: bool, window: tuple[int | None, int | None] | No
 
 def _window(op: str, window: object) -> str:
     expected = "(left, right), each None or at least 0"
-    return f"[{op}] window: expected {expected}, but got {window}; None stands for no bound"
+    return f"[{op}] window: expected {expected}, but got {shown(window)}; None stands for no bound"
 
 
 def check_by_head(op: str, query: Tensor, batch: int, alibi_slopes: Tensor | None, sinks: Tensor | None) -> None:

@@ -34,6 +34,11 @@ def _parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[
     )
 
 
+def _contiguous(input: Tensor) -> Tensor:
+    """As `settle`, of an op's first argument, which is never lazily negated."""
+    return input if input.is_contiguous() else settle(input, _INPUT)
+
+
 def _run_forward(
     input: Tensor,
     residual: Tensor | None,
@@ -88,7 +93,7 @@ def _inference(
     centred: bool = True,
     weight_offset: float = 0.0,
 ) -> Tensor:
-    return _run_forward(settle(input, _INPUT), None, cols, weight, bias, eps, centred, weight_offset, None, None)
+    return _run_forward(_contiguous(input), None, cols, weight, bias, eps, centred, weight_offset, None, None)
 
 
 def _forward(
@@ -156,7 +161,7 @@ def _backward(
         w,
         stats.shape[0] == 2,
         weight_offset,
-        stats,
+        settle(stats, "[layer_norm] statistics"),
         dinput,
         dx,
         dweight,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any
@@ -23,15 +23,6 @@ def _workspace(module: ModuleType, count: int, device: torch.device) -> Tensor |
     """Room for the kernels' table of `count` tensors; None where they read it as it was made."""
     words = module.OPTIMIZER_TABLE_WORDS * count
     return torch.empty(words, dtype=torch.int64, device=device) if words else None
-
-
-def _listed(op: str, name: str, tensors: Iterable[Tensor]) -> Sequence[Tensor]:
-    """A list, which holds its tensors during the call, of whatever yields them."""
-    try:
-        return tensors if isinstance(tensors, (list, tuple)) else list(tensors)
-    except TypeError:
-        got = type(tensors).__name__
-        raise TypeError(f"[{op}] {name}: expected a list of tensors, but got {got}") from None
 
 
 def _scalar(t: Tensor | None, device: torch.device) -> Tensor | None:
@@ -155,7 +146,7 @@ _grad_norm_op = register("grad_norm(Tensor[] grads, Tensor? grad_scale) -> Tenso
 # ---- Public
 
 
-def grad_norm(grads: Iterable[Tensor], *, grad_scale: Tensor | None = None) -> Tensor:
+def grad_norm(grads: Sequence[Tensor], *, grad_scale: Tensor | None = None) -> Tensor:
     """Global norm of a list of gradients, divided by |grad_scale|: a float32 scalar on their device, with no host sync.
 
     What `torch.nn.utils.get_total_norm` gives, but summed in float32 and float64 whatever the dtype, in a fixed order.
@@ -167,7 +158,6 @@ def grad_norm(grads: Iterable[Tensor], *, grad_scale: Tensor | None = None) -> T
     Raises:
         ValueError: the list is empty; a tensor is on another device or not floating point.
     """
-    grads = _listed("grad_norm", "grads", grads)
     if len(grads) == 0:
         raise ValueError("[grad_norm] grads: expected at least one tensor, but got an empty list")
     if backend.choose("grad_norm", grads[0].device, None) == "reference":
@@ -188,7 +178,6 @@ def take_step(
     limit, norm = common["max_grad_norm"], common["grad_norm"]
     if limit is not None and not limit > 0:
         raise ValueError(f"[{op}] max_grad_norm: expected max_grad_norm > 0, or None, but got {limit}")
-    lists = {name: _listed(op, name, each) for name, each in lists.items()}
     params, grads = lists["params"], lists["grads"]
     if len(params) == 0:
         return norm

@@ -18,10 +18,12 @@ from torchweld.ops._flops import inform_counters
 _library = torch.library.Library("torchweld", "DEF")
 
 
+_compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 _function_modes = torch._C._is_torch_function_mode_enabled
 _profiling = torch._C._autograd._profiler_enabled
 _batched = torch._C._functorch.is_legacy_batchedtensor
+_STRIDED = torch.strided
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -42,7 +44,7 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     takes_lists = "[]" in schema.partition(" ")[0]
 
     def call(first: Any, *rest: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or _profiling():
+        if _compiling() or _profiling():
             return op(first, *rest)
         if _dispatch_modes():
             inform_counters()
@@ -72,12 +74,11 @@ def elsewhere(
     Raises:
         TypeError: one of `tensors` is neither a tensor nor None.
     """
-    for t in tensors:
-        if type(t) not in _PLAIN:
-            break
-    else:
-        if torch.compiler.is_dynamo_compiling() or not _function_modes():
+    if _compiling():
+        if all(type(t) in _PLAIN for t in tensors):
             return None
+    elif _PLAIN.issuperset(map(type, tensors)) and not _function_modes():
+        return None
     return _elsewhere(ours, twin, names, tensors)
 
 
@@ -89,7 +90,7 @@ def _elsewhere(
             raise TypeError(f"[{ours.__name__}] {name}: expected a torch.Tensor, but got {type(t).__name__}")
     theirs = twin or getattr(reference, ours.__name__)
     classes = [type(t) for t in tensors if t is not None]
-    if torch.compiler.is_dynamo_compiling():
+    if _compiling():
         return theirs
     if torch.overrides.has_torch_function(tensors):
         # torch.device as a context, and a subclass that only keeps its type, do the same for every function.
@@ -131,6 +132,14 @@ def is_freed(t: Tensor) -> bool:
         return t.device.type in ("cpu", "cuda") and t.data_ptr() < 4096 and t.numel() > 0 and not t._is_zerotensor()
     except RuntimeError:  # of a tracer or a transform: it has no pointer
         return False
+
+
+def shown(value: object) -> str:
+    """An argument in an error: its value where it is plain data, else its type; a printed tensor would be read."""
+    plain = value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype))
+    if isinstance(value, (list, tuple)):
+        plain = all(v is None or isinstance(v, (bool, int, float, str)) for v in value)
+    return repr(value) if plain else type(value).__name__
 
 
 def is_probability(op: str, name: str, value: float) -> bool:
@@ -177,7 +186,7 @@ def check_dense(op: str, **tensors: Tensor) -> None:
     for name, t in tensors.items():
         if not isinstance(t, Tensor):
             raise TypeError(f"[{op}] {name}: expected a torch.Tensor, but got {type(t).__name__}")
-        if t.is_nested or t.layout is not torch.strided:
+        if t.layout is not _STRIDED or t.is_nested:
             kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
             remedy = "torch.nested.to_padded_tensor(x, 0.0)" if t.is_nested else "x.to_dense()"
             raise NotDenseError(
@@ -215,7 +224,7 @@ def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     fast = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def apply(*args: Any) -> Any:
-        return function.apply(*_distinct(args)) if torch.compiler.is_dynamo_compiling() else fast(*args)
+        return function.apply(*_distinct(args)) if _compiling() else fast(*args)
 
     return apply
 
@@ -243,6 +252,8 @@ def double_backward(
     check_memory("backward", **{f"saved tensor {i}": t for i, t in enumerate(inputs)})
     check_memory("backward", **{f"gradient {i}": t for i, t in enumerate(grads)})
     with torch.enable_grad():
+        # Views, for one input may have been made of another, whose gradient would then contain its own.
+        inputs = [x.view_as(x) if x is not None and need else x for x, need in zip(inputs, needed, strict=True)]
         outputs = function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         pairs = [(o, g) for o, g in zip(outputs, grads, strict=True) if g is not None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -19,7 +21,7 @@ from torchweld.ops._attention_checks import (
     check_softcap,
     fail,
 )
-from torchweld.ops._register import check_dense, elsewhere
+from torchweld.ops._register import check_dense, elsewhere, shown
 from torchweld.reference.philox import draw_seed
 
 _TENSORS = ("query", "key", "value", "bias", "alibi_slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k")
@@ -101,8 +103,8 @@ def attention(
             causal_align=causal_align, deterministic=deterministic, return_lse=return_lse,
         )  # fmt: skip
     check_dense(op, query=query, key=key, value=value)
-    if causal_align not in ALIGNMENTS:
-        raise ValueError(f"[{op}] causal_align: expected 'top_left' or 'bottom_right', but got {causal_align!r}")
+    if not isinstance(causal_align, str) or causal_align not in ALIGNMENTS:
+        raise ValueError(f"[{op}] causal_align: expected 'top_left' or 'bottom_right', but got {shown(causal_align)}")
     softcap = check_softcap(op, softcap)
     left, right = check_band(op, causal, window)
     check_common(op, query, key, value, dropout_p)
@@ -132,14 +134,14 @@ def attention(
         key,
         value,
         (bias, alibi_slopes, sinks, seed if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k),
-        check_scale(op, scale, query.shape[-1]),
+        1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else check_scale(op, scale),
         softcap,
         left,
         right,
         causal_align == "bottom_right",
         dropout_p,
-        check_length(op, "max_seqlen_q", max_seqlen_q),
-        check_length(op, "max_seqlen_k", max_seqlen_k),
+        -1 if max_seqlen_q is None else check_length(op, "max_seqlen_q", max_seqlen_q),
+        -1 if max_seqlen_k is None else check_length(op, "max_seqlen_k", max_seqlen_k),
         deterministic=deterministic,
     )
 

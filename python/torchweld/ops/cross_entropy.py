@@ -17,6 +17,7 @@ from torchweld.ops._register import (
     is_probability,
     register,
     settle,
+    shown,
     under_autocast,
     wants_definition,
     wants_grad,
@@ -43,17 +44,10 @@ def _forward(logits: Tensor, target: Tensor, ignore_index: int, smoothing: float
 def _backward(
     dloss: Tensor, logits: Tensor, target: Tensor, ignore_index: int, smoothing: float, stats: Tensor
 ) -> Tensor:
-    x = settle(logits, _LOGITS)
+    x, classes, stats = settle(logits, _LOGITS), settle(target, _TARGET), settle(stats, "[cross_entropy] statistics")
+    dloss = settle(dloss, "[cross_entropy] gradient of the loss")
     dlogits = torch.empty_like(x)
-    backend.kernels[x.device.type].cross_entropy_backward(
-        settle(dloss, "[cross_entropy] gradient of the loss"),
-        x,
-        settle(target, _TARGET),
-        ignore_index,
-        smoothing,
-        stats,
-        dlogits,
-    )
+    backend.kernels[x.device.type].cross_entropy_backward(dloss, x, classes, ignore_index, smoothing, stats, dlogits)
     return dlogits
 
 
@@ -175,10 +169,12 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         raise ValueError("[cross_entropy] size_average, reduce: deprecated in torch; use reduction=")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"[cross_entropy] reduction: expected 'mean', 'sum' or 'none', but got {reduction!r}")
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"[cross_entropy] reduction: expected 'mean', 'sum' or 'none', but got {shown(reduction)}")
     if not is_probability("cross_entropy", "label_smoothing", label_smoothing):
-        raise ValueError(f"[cross_entropy] label_smoothing: expected a number in [0, 1], but got {label_smoothing}")
+        raise ValueError(
+            f"[cross_entropy] label_smoothing: expected a number in [0, 1], but got {shown(label_smoothing)}"
+        )
     if theirs := elsewhere(cross_entropy, _twin, ("input", "target", "weight"), input, target, weight):
         options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
         return theirs(input, target, weight, **options)

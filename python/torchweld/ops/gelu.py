@@ -18,6 +18,7 @@ from torchweld.ops._register import (
     elsewhere,
     register,
     settle,
+    shown,
     wants_definition,
     wants_grad,
 )
@@ -97,8 +98,8 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         RuntimeError: another `approximate`.
         TypeError: input is not floating point.
     """
-    if approximate not in ("none", "tanh"):
-        raise RuntimeError(f"[gelu] approximate: expected 'none' or 'tanh', but got {approximate!r}")
+    if not isinstance(approximate, str) or approximate not in ("none", "tanh"):
+        raise RuntimeError(f"[gelu] approximate: expected 'none' or 'tanh', but got {shown(approximate)}")
     if theirs := elsewhere(gelu, _twin, ("input",), input):
         return theirs(input, approximate=approximate)
     try:

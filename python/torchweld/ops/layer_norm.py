@@ -19,26 +19,31 @@ from torchweld.ops._register import (
     elsewhere,
     float32_under_autocast,
     is_probability,
+    shown,
     wants_grad,
 )
 from torchweld.reference.philox import draw_seed
 
 _twin = torch.nn.functional.layer_norm
+_STRIDED = torch.strided
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> str | None:
     """Raises on arguments that no backend takes; returns why the kernels do not take these, None if they do."""
-    if x.is_nested or x.layout is not torch.strided:
+    if x.layout is not _STRIDED:
         check_dense(op, input=x)
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"[{op}] normalized_shape: expected a tuple of integers, but got {type(shape).__name__}")
     try:
         tail, dtype = x.shape[-len(shape) :] if shape else None, x.dtype
-    except TypeError:
-        got = type(shape).__name__
-        raise TypeError(f"[{op}] normalized_shape: expected a sequence of integers, but got {got}") from None
+    except RuntimeError:  # a nested tensor has none
+        check_dense(op, input=x)
+        raise
     if tail is None or (tail != shape and tuple(tail) != tuple(shape)):
+        wanted = shown(list(shape))
         raise RuntimeError(
-            f"[{op}] input: expected a shape that ends in normalized_shape {list(shape)}, but got {list(x.shape)}"
+            f"[{op}] input: expected a shape that ends in normalized_shape {wanted}, but got {list(x.shape)}"
         )
     rms = op.endswith("rms_norm")  # which torch composes of operators that take more dtypes
     if dtype not in _DTYPES and not (dtype.is_floating_point or (rms and dtype.is_complex)):
@@ -68,7 +73,7 @@ def residual_refusal(op: str, x: Tensor, residual: Tensor, dropout_p: float, see
     if not residual.dtype.is_floating_point:
         raise TypeError(f"[{op}] residual: expected a floating-point dtype, but got {residual.dtype}")
     if not is_probability(op, "dropout_p", dropout_p):
-        raise ValueError(f"[{op}] dropout_p: expected a probability from 0 to 1, but got {dropout_p}")
+        raise ValueError(f"[{op}] dropout_p: expected a probability from 0 to 1, but got {shown(dropout_p)}")
     if seed is not None and (seed.dtype is not torch.int64 or seed.numel() != 1 or seed.device != x.device):
         raise RuntimeError(
             f"[{op}] seed: expected one int64 element on {x.device}, but got {seed.dtype} of shape "

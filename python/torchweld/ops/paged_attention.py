@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -135,7 +136,7 @@ def paged_attention(
             op, "query, key_cache, value_cache", "tensors that need no gradient", "one that does",
             "it has none: use torch.no_grad(), or attention for training",
         )  # fmt: skip
-    scale = check_scale(op, scale, query.shape[-1])
+    scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else check_scale(op, scale)
     if backend.choose(op, query.device, refusal(query, value_cache)) == "reference":
         check_memory(op, **dict(zip(_TENSORS, tensors, strict=True)))
         return reference.paged_attention(

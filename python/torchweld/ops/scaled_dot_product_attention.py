@@ -113,7 +113,8 @@ def scaled_dot_product_attention(
     check_common(op, query, key, value, dropout_p)
     if is_causal and attn_mask is not None:
         fail(op, "attn_mask", "None beside is_causal=True", "a tensor", "put the causal mask into it, or drop one")
-    options = (check_scale(op, scale, query.shape[-1]), 0.0, -1, 0 if is_causal else -1, False, dropout_p, -1, -1)
+    scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else check_scale(op, scale)
+    options = (scale, 0.0, -1, 0 if is_causal else -1, False, dropout_p, -1, -1)
     seed = draw_seed(query.device) if dropout_p > 0 else None
 
     # The common case: 4 dimensions, nothing to broadcast.
