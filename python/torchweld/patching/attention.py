@@ -16,7 +16,7 @@ from torchweld import ops
 from torchweld.nn.stock import STOCK, is_replaced
 
 _FOREIGN = ("torch.", "torchweld.", "transformers.")
-_CHECKPOINT = "torch.utils.checkpoint"
+_RUN_AGAIN = ("torch.utils.checkpoint", "torch.autograd.function")
 
 
 class _Redirect(TorchFunctionMode):
@@ -33,28 +33,20 @@ def _may_redirect(args: Any) -> bool:
         return False
     # A mode around this one, other than a default device, is to see the call as torch's.
     around = torch.overrides._get_current_function_mode_stack()
-    return all(isinstance(mode, (_Redirect, DeviceContext)) for mode in around) and not _in_checkpoint()
+    return all(isinstance(mode, (_Redirect, DeviceContext)) for mode in around) and not _runs_again()
 
 
-def _in_checkpoint() -> bool:
-    """Whether this call is part of a checkpoint that began inside the redirected method.
+def _runs_again() -> bool:
+    """Whether this call is part of a checkpoint, or a function with its own backward, inside the redirected method.
 
     The backward runs such a part again without the method around it, on torch's function. The forward must not differ.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not _CALL:
-        if frame.f_globals.get("__name__") == _CHECKPOINT or _is_autograd_forward(frame):
+        if frame.f_globals.get("__name__") in _RUN_AGAIN:
             return True
         frame = frame.f_back
     return False
-
-
-def _is_autograd_forward(frame: FrameType) -> bool:
-    """The other checkpoints (of DeepSpeed, Megatron, FairScale) are autograd functions of their own."""
-    code = frame.f_code
-    if code.co_name != "forward" or not code.co_argcount or code.co_varnames[0] == "self":
-        return False
-    return isinstance(frame.f_locals.get(code.co_varnames[0]), torch.autograd.function.FunctionCtx)
 
 
 def _redirected(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -32,6 +32,8 @@ class DropIn:
 
 
 def _gelu(self: Any, input: torch.Tensor) -> torch.Tensor:
+    if input.is_nested:
+        return torch.nn.functional.gelu(input, approximate=self.approximate)
     return ops.gelu(input, self.approximate)
 
 
