@@ -91,7 +91,7 @@ class AttentionCase(Case):
             x["dlse"] = random.normal(self.batch, self.heads, self.queries)
         if self.bias is not None and self.masks:
             x["bias"] = random.chance(*self.bias, probability=0.7)
-            x["bias"][..., 0, :] = False
+            x["bias"][..., :1, :] = False
             if self.hide:
                 x["bias"] = ~hidden(self.bias, self.hide, random)
         elif self.bias is not None:
@@ -184,9 +184,7 @@ class AttentionCase(Case):
         return mask.masked_fill(~seen, -math.inf)
 
     def torch(self, x: Tensors) -> Tensors:
-        composed = self.sinks or self.lse or self.unseen_nan or self.masks or self.dropout
-        if "bias" in x and x["bias"].requires_grad and x["bias"].dtype != x["query"].dtype:
-            composed = True  # torch's own would be in float32 from end to end, which nothing is that reads 16 bits
+        composed = self.sinks or self.lse or self.unseen_nan or self.masks or self.dropout or self._wide(x)
         if self.softcap == 0 and not composed:
             banded = self.causal and not self.bottom_right and self.window is None and self.bias is None
             plain = not (self.causal or self.window or self.bias or self.alibi)
@@ -205,6 +203,12 @@ class AttentionCase(Case):
     @property
     def _scale(self) -> float:
         return 1.0 / math.sqrt(max(self.dim, 1)) if self.scale is None else self.scale
+
+    def _wide(self, x: Tensors) -> bool:
+        """Whether a bias wider than the query learns: torch's own function is then in float32 from end to end, which
+        nothing is that reads 16 bits."""
+        bias = x.get("bias")
+        return bias is not None and bias.requires_grad and bias.dtype != x["query"].dtype
 
     def _weights(self, x: Tensors) -> tuple[Tensor, Tensor]:
         """Softmax weights (B, H, Nq, Nk) and lse, written out in the dtype of the inputs."""

@@ -48,8 +48,8 @@ def sizes(
     found = {
         "output": (kept * inexact) @ v,
         "lse": 1 + shared.squeeze(-1),
-        "dquery": ds @ k * scale,
-        "dkey": _by_key_head(ds.mT @ q * scale, group),
+        "dquery": ds @ k * abs(scale),
+        "dkey": _by_key_head(ds.mT @ q * abs(scale), group),
         "dvalue": _by_key_head((kept * again).mT @ do, group),
     }
     if "bias" in x and x["bias"].is_floating_point():
@@ -57,7 +57,7 @@ def sizes(
     if "alibi_slopes" in x:
         found["dalibi_slopes"] = (ds * away.abs()).sum((-2, -1)).sum_to_size(x["alibi_slopes"].shape)
     if "sinks" in x:
-        left = 1 - weights.sum(-1, keepdim=True)
+        left = (1 - weights.sum(-1, keepdim=True)).clamp(min=0)
         found["dsinks"] = (left * (1 + shared) * (row + dlse.abs())).sum((0, 2, 3))
     return found
 
@@ -93,4 +93,4 @@ def _log_of_sum(weights: Tensor) -> Tensor:
 
 def _by_key_head(t: Tensor, group: int) -> Tensor:
     """(B, Hkv, ...) of (B, H, ...): the sum over the query heads that share a key head."""
-    return t.unflatten(1, (-1, group)).sum(2)
+    return t.unflatten(1, (t.shape[1] // group, group)).sum(2)

@@ -24,6 +24,8 @@ gradient; a key that no query sees; a row without a target), the case says so by
 their own, with their own error of torch's and their own terms: the other elements lend them nothing. Where nothing is
 summed at all (their term is 0) only 0 is right, whatever torch has.
 
+Numbers below the least normal one of the arithmetic count as 0: kernels may lose them.
+
 What is not finite is no matter of distance: infinities and NaNs must stand exactly where float64, rounded to the
 output's dtype, has them.
 """
@@ -91,6 +93,7 @@ def parity(
         return Parity(tensor, 0.0, 0.0, _ulp(0.0, ours.dtype))
 
     terms, zeros = (torch.as_tensor(t, device=ours.device).expand(ours.shape) for t in (terms, zeros))
+    zeros = zeros & exact.isfinite()
     exact = torch.where(zeros, 0.0, exact)
     wide, rounded = ours.double(), exact.to(ours.dtype).double()
     finite = rounded.isfinite()
@@ -103,15 +106,15 @@ def parity(
 
     distance = torch.where(finite, wide - exact, 0).abs()
     torch_distance = torch.where(finite & theirs.isfinite(), theirs.double() - exact, 0).abs()
-    arithmetic = torch.promote_types(ours.dtype, torch.float32)
+    arithmetic = torch.finfo(torch.promote_types(ours.dtype, torch.float32))
 
     def verdict(group: Tensor, torch_counts: bool = True) -> Parity:
         """On the elements of `group`; of the largest error where all of them hold the rule."""
         error = _largest(distance, group)
         torch_error = _largest(torch_distance, group) if torch_counts else 0.0
         term = _largest(terms, group)
-        tiny = _ulp(_largest(exact.abs(), group & finite), ours.dtype) if torch_counts else 0.0
-        tiny += torch.finfo(arithmetic).eps * term
+        tiny = _ulp(_largest(exact.abs(), group & finite), ours.dtype) + arithmetic.tiny if torch_counts else 0.0
+        tiny += arithmetic.eps * term
         allowed, problem = 2 * torch_error + tiny, None
         if error > allowed:
             at = _index(int(torch.where(group, distance, -1.0).argmax()), ours.shape)
