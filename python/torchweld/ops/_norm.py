@@ -28,15 +28,12 @@ def _parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[
     dtype = x.dtype
     if (weight is not None and weight.dtype is not dtype) or (bias is not None and bias.dtype is not dtype):
         dtype = torch.float32
-    return (
-        None if weight is None else settle(weight, "[layer_norm] weight", dtype),
-        None if bias is None else settle(bias, "[layer_norm] bias", dtype),
-    )
-
-
-def _contiguous(input: Tensor) -> Tensor:
-    """As `settle`, of an op's first argument, which is never lazily negated."""
-    return input if input.is_contiguous() else settle(input, _INPUT)
+    # Asked here first, for to call `settle` costs 0.1 us.
+    if weight is not None and not (weight.is_contiguous() and weight.dtype is dtype and not weight.is_neg()):
+        weight = settle(weight, "[layer_norm] weight", dtype)
+    if bias is not None and not (bias.is_contiguous() and bias.dtype is dtype and not bias.is_neg()):
+        bias = settle(bias, "[layer_norm] bias", dtype)
+    return weight, bias
 
 
 def _run_forward(
@@ -93,7 +90,18 @@ def _inference(
     centred: bool = True,
     weight_offset: float = 0.0,
 ) -> Tensor:
-    return _run_forward(_contiguous(input), None, cols, weight, bias, eps, centred, weight_offset, None, None)
+    return _run_forward(
+        input if input.is_contiguous() else settle(input, _INPUT),
+        None,
+        cols,
+        weight,
+        bias,
+        eps,
+        centred,
+        weight_offset,
+        None,
+        None,
+    )
 
 
 def _forward(

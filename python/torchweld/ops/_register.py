@@ -94,7 +94,8 @@ def _elsewhere(
         return theirs
     if torch.overrides.has_torch_function(tensors):
         # torch.device as a context, and a subclass that only keeps its type, do the same for every function.
-        modes = torch.overrides._get_current_function_mode_stack()
+        # So do the modes of torch.export, which record what is called.
+        modes = () if torch.compiler.is_compiling() else torch.overrides._get_current_function_mode_stack()
         keeps = all(getattr(c.__torch_function__, "__func__", None) in _KEEP_TYPE for c in classes)
         if twin is None or (keeps and all(isinstance(mode, DeviceContext) for mode in modes)):
             return partial(torch.overrides.handle_torch_function, ours, tensors)

@@ -29,18 +29,25 @@ _STRIDED = torch.strided
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
+def _check_shape(op: str, shape: object) -> None:
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"[{op}] normalized_shape: expected a tuple of integers, but got {type(shape).__name__}")
+
+
 def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> str | None:
     """Raises on arguments that no backend takes; returns why the kernels do not take these, None if they do."""
     if x.layout is not _STRIDED:
         check_dense(op, input=x)
-    if not isinstance(shape, (tuple, list)):
-        raise TypeError(f"[{op}] normalized_shape: expected a tuple of integers, but got {type(shape).__name__}")
     try:
         tail, dtype = x.shape[-len(shape) :] if shape else None, x.dtype
+    except TypeError:
+        _check_shape(op, shape)
+        raise
     except RuntimeError:  # a nested tensor has none
         check_dense(op, input=x)
         raise
     if tail is None or (tail != shape and tuple(tail) != tuple(shape)):
+        _check_shape(op, shape)
         wanted = shown(list(shape))
         raise RuntimeError(
             f"[{op}] input: expected a shape that ends in normalized_shape {wanted}, but got {list(x.shape)}"
@@ -118,7 +125,7 @@ def layer_norm(
     except NotDenseError as error:
         return as_torch_does(error, _twin, input, normalized_shape, weight, bias, eps)
     if backend.choose("layer_norm", input.device, refusal) == "reference":
-        check_memory("layer_norm", input=input, weight=weight, bias=bias)
+        check_memory("layer_norm", input=input, weight=weight, bias=bias, eps=eps)
         return reference.layer_norm(input, normalized_shape, weight, bias, eps)
     if wants_grad(input, weight, bias):
         return layer_norm_function(input, weight, bias, (normalized_shape, eps, True, 0.0))
@@ -166,7 +173,7 @@ def add_layer_norm(
     refusal = refusal_of("add_layer_norm", x, normalized_shape, weight, bias) or refusal
     seed = (draw_seed(x.device) if seed is None else seed) if dropout_p > 0 else None
     if backend.choose("add_layer_norm", x.device, refusal) == "reference":
-        check_memory("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias, seed=seed)
+        check_memory("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias, eps=eps, seed=seed)
         return reference.add_layer_norm(x, residual, normalized_shape, weight, bias, eps, dropout_p, seed=seed)
     if wants_grad(x, residual, weight, bias):
         return add_layer_norm_function(x, residual, normalized_shape, weight, bias, eps, True, 0.0, dropout_p, seed)

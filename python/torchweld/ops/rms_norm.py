@@ -66,7 +66,7 @@ def rms_norm(
     if eps is None:
         eps = default_eps(input.dtype)
     if backend.choose("rms_norm", input.device, refusal) == "reference":
-        check_memory("rms_norm", input=input, weight=weight)
+        check_memory("rms_norm", input=input, weight=weight, eps=eps)
         return reference.rms_norm(input, normalized_shape, weight, eps, zero_centered_weight=zero_centered_weight)
     if wants_grad(input, weight):
         return layer_norm_function(input, weight, None, (normalized_shape, eps, False, float(zero_centered_weight)))
@@ -107,7 +107,7 @@ def add_rms_norm(
     if eps is None:
         eps = default_eps(x.dtype)
     if backend.choose("add_rms_norm", x.device, refusal) == "reference":
-        check_memory("add_rms_norm", x=x, residual=residual, weight=weight, seed=seed)
+        check_memory("add_rms_norm", x=x, residual=residual, weight=weight, eps=eps, seed=seed)
         return reference.add_rms_norm(
             x,
             residual,
