@@ -171,6 +171,10 @@ struct AttentionForwardParams : AttentionInputs {
   void* output;  // [B, H, Nq, Dv]
   Strides output_strides;
   float* lse;  // [B, H, Nq] log of the softmax's denominator, -inf where a query sees nothing; nullptr: not wanted
+  // [B, H, Nq] of what the backward makes the softmax again; nullptr: none will follow. lse would not do: its rounding
+  // is one of exp(lse), and all that is left of it where scores are large.
+  float* max;      // what is subtracted from a row's scores, in units of the kernel's own; -inf: the row sees nothing
+  float* inverse;  // 1 / sum(exp(scores - max))
 };
 
 // A few queries over a cache in blocks: key j of batch b is row j % block_size of block block_table[b, j / block_size].
@@ -186,12 +190,13 @@ struct AttentionBackwardParams : AttentionInputs {
   const void* output;   // [B, H, Nq, Dv]
   const void* doutput;  // [B, H, Nq, Dv]
   Strides output_strides, doutput_strides;
-  bool deterministic;  // the same bits on every run; else sums may be added up in any order
-  const float* lse;    // [B, H, Nq]
-  const float* dlse;   // [B, H, Nq], nullptr: none
-  void* dquery;        // [B, H, Nq, D], nullptr: not wanted; so for all that follow
-  void* dkey;          // [B, Hkv, Nk, D]
-  void* dvalue;        // [B, Hkv, Nk, Dv]
+  bool deterministic;    // the same bits on every run; else sums may be added up in any order
+  const float* max;      // [B, H, Nq] as the forward left it; lse where there is no inverse
+  const float* inverse;  // [B, H, Nq], nullptr: none
+  const float* dlse;     // [B, H, Nq], nullptr: none
+  void* dquery;          // [B, H, Nq, D], nullptr: not wanted; so for all that follow
+  void* dkey;            // [B, Hkv, Nk, D]
+  void* dvalue;          // [B, Hkv, Nk, Dv]
   Strides dquery_strides, dkey_strides, dvalue_strides;
   void* dbias;               // [dbias_extents] contiguous, of bias's dtype
   int64_t dbias_extents[4];  // B, H, Nq and Nk, or 1 where bias is broadcast

@@ -66,6 +66,33 @@ inline float* values_of(const Arguments& args, const AttentionInputs& p, const O
                                  : args.contiguous(*t, name, DType::float32, {p.batch, p.heads, p.total_q}));
 }
 
+// What is float32 (B, H, Nq), or (H, total_q) if packed, in rows of one tensor: lse alone, what the backward wants (max
+// and inverse), or both.
+struct Statistics {
+  float *max = nullptr, *inverse = nullptr, *lse = nullptr;
+
+  Statistics(const Arguments& args, const AttentionInputs& p, const TensorView& t) {
+    const bool packed = p.cu_seqlens_q != nullptr;
+    const int64_t rows = t.ndim > 0 ? t.size(0) : 0, width = (packed ? 1 : p.batch) * p.heads * p.total_q;
+    auto* data = static_cast<float*>(
+        packed ? args.contiguous(t, "statistics", DType::float32, {rows, p.heads, p.total_q})
+               : args.contiguous(t, "statistics", DType::float32, {rows, p.batch, p.heads, p.total_q}));
+    if (rows < 1 || rows > 3) args.fail("statistics", "1, 2 or 3 rows", std::to_string(rows));
+    if (rows != 2) lse = data + (rows - 1) * width;
+    if (rows == 1) return;
+    max = data;
+    inverse = data + width;
+  }
+};
+
+inline void fill_statistics(const Arguments& args, AttentionForwardParams& p, const OptionalTensor& statistics) {
+  if (!statistics) return;
+  const Statistics rows(args, p, *statistics);
+  p.max = rows.max;
+  p.inverse = rows.inverse;
+  p.lse = rows.lse;
+}
+
 // Query (B, H, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv), or packed: the sizes and the pointers of all three.
 template <class Backend>
 void fill_inputs(const Arguments& args, AttentionInputs& p, const TensorView& query, const TensorView& key,
@@ -160,11 +187,11 @@ void bind_attention(py::module_& m) {
   // How many floats of workspace attention_forward wants with these arguments.
   m.def("attention_forward_workspace",
         [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& lens_q,
-           const OptionalTensor& lens_k, const OptionalTensor& lse) {
+           const OptionalTensor& lens_k, const OptionalTensor& statistics) {
           const Arguments args("attention", Backend::device, query);
           AttentionForwardParams p{};
           fill_inputs<Backend>(args, p, query, key, value, lens_q, lens_k);
-          p.lse = values_of(args, p, lse, "lse");
+          fill_statistics(args, p, statistics);
           return Backend::kernels().attention_forward_workspace(p);
         });
 
@@ -180,26 +207,27 @@ void bind_attention(py::module_& m) {
           return Backend::kernels().attention_backward_workspace(p);
         });
 
-  // output: (B, H, Nq, Dv), packed (total_q, H, Dv); lse: float32 (B, H, Nq), packed (H, total_q).
-  m.def("attention_forward",
-        [](const TensorView& query, const TensorView& key, const TensorView& value, const Modifiers& modifiers,
-           const Options& options, const TensorView& output, const OptionalTensor& lse, const TensorView& workspace) {
-          const Arguments args("attention", Backend::device, query);
-          AttentionForwardParams p{};
-          fill_inputs<Backend>(args, p, query, key, value, std::get<4>(modifiers), std::get<5>(modifiers),
-                               std::get<6>(options), std::get<7>(options));
-          fill_scores(args, p, modifiers, options, workspace);
-          p.output = rows_of(args, p, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
-          p.lse = values_of(args, p, lse, "lse");
-          check_workspace(args, p, Backend::kernels().attention_forward_workspace(p));
-          Backend::run(&Backend::Kernels::attention_forward, p, query.device.index);
-        });
+  // output: (B, H, Nq, Dv), packed (total_q, H, Dv).
+  m.def("attention_forward", [](const TensorView& query, const TensorView& key, const TensorView& value,
+                                const Modifiers& modifiers, const Options& options, const TensorView& output,
+                                const OptionalTensor& statistics, const TensorView& workspace) {
+    const Arguments args("attention", Backend::device, query);
+    AttentionForwardParams p{};
+    fill_inputs<Backend>(args, p, query, key, value, std::get<4>(modifiers), std::get<5>(modifiers),
+                         std::get<6>(options), std::get<7>(options));
+    fill_scores(args, p, modifiers, options, workspace);
+    p.output = rows_of(args, p, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
+    fill_statistics(args, p, statistics);
+    check_workspace(args, p, Backend::kernels().attention_forward_workspace(p));
+    Backend::run(&Backend::Kernels::attention_forward, p, query.device.index);
+  });
 
-  // As above. dlse: as lse; dbias: contiguous, 4 dimensions; dalibi_slopes, dsinks: (B, H).
+  // As above, but of one row statistics is lse. dlse: float32 (B, H, Nq), packed (H, total_q); dbias: contiguous, 4
+  // dimensions; dalibi_slopes, dsinks: (B, H).
   m.def("attention_backward",
         [](const TensorView& doutput, const OptionalTensor& dlse, const TensorView& query, const TensorView& key,
            const TensorView& value, const Modifiers& modifiers, const Options& options, const TensorView& output,
-           const TensorView& lse, const OptionalTensor& dquery, const OptionalTensor& dkey,
+           const TensorView& statistics, const OptionalTensor& dquery, const OptionalTensor& dkey,
            const OptionalTensor& dvalue, const OptionalTensor& dbias, const OptionalTensor& dalibi_slopes,
            const OptionalTensor& dsinks, bool deterministic, const TensorView& workspace) {
           const Arguments args("attention_backward", Backend::device, query);
@@ -210,7 +238,9 @@ void bind_attention(py::module_& m) {
           fill_scores(args, p, modifiers, options, workspace);
           p.output = rows_of(args, p, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
           p.doutput = rows_of(args, p, doutput, "doutput", p.heads, p.total_q, p.value_dim, p.doutput_strides);
-          p.lse = values_of(args, p, lse, "lse");
+          const Statistics rows(args, p, statistics);
+          p.max = rows.max != nullptr ? rows.max : rows.lse;
+          p.inverse = rows.inverse;
           p.dlse = values_of(args, p, dlse, "dlse");
           if (dquery) p.dquery = rows_of(args, p, *dquery, "dquery", p.heads, p.total_q, p.dim, p.dquery_strides);
           if (dkey) p.dkey = rows_of(args, p, *dkey, "dkey", p.kv_heads, p.total_k, p.dim, p.dkey_strides);

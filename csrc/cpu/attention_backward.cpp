@@ -1,6 +1,6 @@
-// Attention, backward. With P = exp(scores - lse), recomputed tile by tile:
+// Attention, backward. With P = exp(scores - max) * inverse, recomputed tile by tile from the forward's statistics:
 //
-//   delta = rowsum(doutput * output) - dlse        dscores = P * (doutput @ value^T - delta)
+//   delta = rowsum(P * dP) - dlse = rowsum(doutput * output) - dlse        dscores = P * (doutput @ value^T - delta)
 //   dvalue = P^T @ doutput     dquery = scale * dscores @ key     dkey = scale * dscores^T @ query
 //
 // Prepare: every head's delta, and query and doutput packed. Main: a task owns a chunk of the keys of one key head, all
@@ -100,13 +100,12 @@ class Backward {
     auto blocks = [](const Backward& call) { return call.p_.batch * call.p_.heads * call.blocks(); };
     auto chunks = [](const Backward& call) { return call.p_.batch * call.p_.kv_heads * call.plan_.chunks; };
 
-    for_each_unit(blocks, [](const Backward& call, int64_t unit, int64_t) {
+    for_each_unit(blocks, [&](const Backward& call, int64_t unit, int64_t thread) {
       const Span rows = call.block(unit % call.blocks());
       const int64_t head = unit / call.blocks(), heads = call.p_.heads;
-      call.queries(head).pack(call.p_, head / heads, head % heads, rows.begin, rows.end);
+      call.queries(head).pack(call.p_, head / heads, head % heads, rows.begin, rows.end, call.plan_.tile_keys,
+                              scratch(thread));
     });
-    if (p.dsinks != nullptr)
-      for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.sink_gradient(head); });
     const bool broadcast = p.dbias != nullptr && !Backward(p, layout, scratch(layout.threads)).dense_dbias();
     if (p.dbias != nullptr && !broadcast)
       for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.clear_dbias(head); });
@@ -115,6 +114,8 @@ class Backward {
       const int64_t kv_heads = call.p_.batch * call.p_.kv_heads;
       call.differentiate(unit % kv_heads, unit / kv_heads, scratch(thread));
     });
+    if (p.dsinks != nullptr)
+      for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.sink_gradient(head); });
     if (broadcast) Backward(p, layout, scratch(layout.threads)).bias_gradient(layout.threads, layout.scratch);
     if (p.dalibi_slopes != nullptr) {
       auto slope_blocks = [](const Backward& call) { return call.p_.batch * call.p_.heads * call.slope_blocks(); };
@@ -150,17 +151,20 @@ class Backward {
     return partials_ + (chunk * p_.batch * p_.heads + head) * plan_.partial;
   }
 
-  // The sink's own probability is exp(sink - lse), its value zero.
+  // The sink's own probability is exp(sink - max) * inverse, its value zero. Where it is so far above the maximum that
+  // this would overflow, it is 1, as in a row that sees nothing.
   void sink_gradient(int64_t head) const {
     const typename Tile::Queries rows = queries(head);
-    const double sink = p_.sinks[head % p_.heads];
-    const float* lse = p_.lse + p_.row(head / p_.heads, head % p_.heads);
+    const float sink = p_.sinks[head % p_.heads], unit = score_unit(p_);
     double total = 0;
     for (int64_t i = 0; i < p_.queries; ++i) {
-      if (lse[i] != -kInfinity)
-        total -= __builtin_exp(sink - static_cast<double>(lse[i])) * static_cast<double>(rows.delta[i]);
+      const float distance = rows.max[i] * unit - sink;  // with the rounding that Denominator has of it
+      const double inverse = rows.inverse[i];
+      const double probability =
+          distance < -80.0f || inverse == 0 ? 1 : __builtin_exp(-static_cast<double>(distance)) * inverse;
+      total -= probability * static_cast<double>(rows.delta[i]);
     }
-    p_.dsinks[head] = static_cast<float>(total);
+    p_.dsinks[head] = sink == -kInfinity ? 0.0f : static_cast<float>(total);
   }
 
   // One chunk of keys of one key head, against all query heads that share it.

@@ -1,7 +1,7 @@
 // Attention, forward, for so few queries per key head that packing keys and values would cost more than it saves:
-// decoding with a KV cache above all. attention_forward hands such calls over if they want no lse: in float32 these
-// products are not the bits that the backward would make again, and with few keys the difference would show in its
-// gradients. A task owns one split of the keys of one key head; a last pass merges them.
+// decoding with a KV cache above all. attention_forward hands such calls over if they want no statistics: in float32
+// these products are not the bits that the backward would make again, and with few keys the difference would show in
+// its gradients. A task owns one split of the keys of one key head; a last pass merges them.
 
 #include "cpu/attention_decode.h"
 

@@ -186,18 +186,23 @@ class Forward {
 
     // Normalise. Store.
     T* out = head_of<T>(p_.output, p_.output_strides, b, h) + i0 * p_.output_strides.row;
-    float* lse = p_.lse != nullptr ? p_.lse + p_.row(b, h) + i0 : nullptr;
+    const float* sink = p_.sinks != nullptr ? p_.sinks + h : nullptr;
     for (int64_t first = 0; first < rows; first += W) {
       const int64_t count = min_of(W, rows - first);
-      Vec factor, denominator;
-      softmax.finish(first, p_.sinks != nullptr ? p_.sinks + h : nullptr, factor, denominator);
+      const Vec max = softmax.max(first);
+      const Denominator denominator(max, softmax.sum(first), score_unit(p_), sink);
       float factors[W];
-      store(factors, factor * scores.dropout.scale());
+      store(factors, denominator.inverse * scores.dropout.scale());
       for (int64_t r = first; r < first + count; ++r)
         for_each_vector(p_.value_dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
           store(out + r * p_.output_strides.row + i, load(o + r * plan_.value_width + i) * factors[r - first], lanes);
         });
-      if (lse != nullptr) std::memcpy(lse + first, &denominator, sizeof(float) * static_cast<size_t>(count));
+      auto leave = [&](float* statistic, const Vec& v) {
+        if (statistic != nullptr) std::memcpy(statistic + p_.row(b, h) + i0 + first, &v, sizeof(float) * count);
+      };
+      leave(p_.lse, denominator.lse);
+      leave(p_.max, max);
+      leave(p_.inverse, denominator.inverse);
     }
   }
 

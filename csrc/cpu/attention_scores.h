@@ -30,9 +30,54 @@ struct Band {
 
   int64_t low(int64_t i) const { return min_of(max_of(i + shift - left, 0), keys); }
   int64_t high(int64_t i) const { return min_of(max_of(i + shift + right + 1, 0), keys); }
+  // Whether what query i sees, if anything, lies in one tile of so many keys.
+  bool in_one_tile(int64_t i, int64_t tile) const {
+    return keys <= tile || low(i) >= high(i) || low(i) / tile == (high(i) - 1) / tile;
+  }
   // Keys [begin, end) are seen by queries [first(begin), last(end)) and by no others.
   int64_t first(int64_t begin) const { return min_of(max_of(begin - shift - right, 0), queries); }
   int64_t last(int64_t end) const { return min_of(max_of(end - shift + left, 0), queries); }
+};
+
+// Whether products stay as they are, and scale goes with the exponential. Then it must not be 0 or inf in units of
+// log2.
+inline bool plain(const AttentionInputs& p) {
+  return p.scale > 1e-30f && p.scale < 1e30f && p.softcap == 0 && p.bias_type == MaskType::none &&
+         p.alibi_slopes == nullptr;
+}
+
+// A score is this times what Scores::finish leaves in the row.
+inline float score_unit(const AttentionInputs& p) { return plain(p) ? p.scale : 1.0f; }
+
+// exp(score - max), from what finish() leaves of both, and unit() of Scores. The difference comes first: it is exact
+// where it counts, and 0 at the maximum however large that is. From a product with the unit, a rounding of the maximum
+// would be one of the exponent.
+template <int kDegree>
+TW_INLINE Vec weight(Vec score, Vec max, Vec unit) {
+  return exp2<kDegree>((score - max) * unit);
+}
+
+// Of W rows: what P @ value is to be multiplied by, and the logarithm of the softmax's denominator.
+struct Denominator {
+  Vec inverse, lse;
+
+  // From the maxima, as above, and the sums of weights. A sink (nullptr: none) is one more score.
+  TW_INLINE Denominator(Vec max, Vec total, float score_unit, const float* sink) {
+    const bool sinks = sink != nullptr && *sink != -kInfinity;
+    Vec factor = splat(1.0f);
+    VecI below{};  // the sink
+    if (sinks) {
+      const Vec distance = max * score_unit - *sink;
+      below = distance < 0.0f;
+      const Vec smaller = exp_of_negative(below ? distance : -distance);
+      factor = below ? smaller : factor;
+      total = below ? total * smaller + (1.0f + (*sink - *sink)) : total + smaller;  // NaN where the sink is inf
+    }
+    const Vec logarithm = vlog(total);
+    inverse = total == zero() ? zero() : factor / total;
+    lse = total == zero() ? splat(-kInfinity) : max * score_unit + logarithm;
+    if (sinks) lse = below ? *sink + logarithm : lse;
+  }
 };
 
 // The scores of one head, a row of a tile at a time.
@@ -44,10 +89,10 @@ class Scores {
         dropout(p, b, h),
         bias_(p.bias_type == MaskType::none ? 0 : b * p.bias_strides.batch + h * p.bias_strides.head),
         slope_(p.alibi_slopes != nullptr ? p.alibi_slopes[b * p.alibi_batch_stride + h] : 0.0f),
-        plain_(p.scale > 0 && p.softcap == 0 && p.bias_type == MaskType::none && p.alibi_slopes == nullptr) {}
+        plain_(plain(p)) {}
 
   // exp(score) is exp2(unit() * what finish() leaves in the row).
-  float unit() const { return plain_ ? p_.scale * kLog2e : kLog2e; }
+  float unit() const { return score_unit(p_) * kLog2e; }
 
   // Whether finish() would leave everything as it is, for queries [i, last) and keys [key, end).
   bool bare(int64_t i, int64_t last, int64_t key, int64_t end) const {

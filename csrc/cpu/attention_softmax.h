@@ -3,7 +3,8 @@
 //
 // m need not be the maximum: any estimate will do that keeps exp within the range of float32. So a row takes the
 // maximum of the first scores it sees, and a tile of keys is weighed in one pass, a chunk after the other while it is
-// in L1. Only where that overflows is the tile weighed again, against its true maximum.
+// in L1. Only where that overflows is the tile weighed again, against its true maximum. m is always a score that is
+// seen, bit for bit, so its weight is 1 and a sum is 1 at least.
 #pragma once
 
 #include "cpu/attention_scores.h"
@@ -80,21 +81,12 @@ class Softmax {
       if (!add_weights(r, min_of(r + kGroup<Compute>, at.rows))) weigh_again(scores, at, r);
   }
 
-  // The sums of W rows are final, but for the sink. What P @ value is to be multiplied by, and the logarithm of the
-  // denominator.
-  TW_INLINE void finish(int64_t r, const float* sink, Vec& inverse, Vec& lse) const {
+  // Of rows [r, r + W), whose sums are final.
+  Vec max(int64_t r) const { return load(max_ + r); }
+  TW_INLINE Vec sum(int64_t r) const {
     Vec sums[W];
     for (int n = 0; n < W; ++n) sums[n] = sum_[r + n];
-    Vec total = reduce(sums, [](Vec a, Vec b) { return a + b; });
-    Vec top = load(max_ + r), factor = splat(1.0f);
-    if (sink != nullptr && *sink != -kInfinity) {
-      const Vec other = splat(*sink * kLog2e), largest = vmax(other, top);
-      factor = exp2<6>(top - largest);
-      total = total * factor + exp2<6>(other - largest);
-      top = largest;
-    }
-    inverse = total == zero() ? zero() : factor / total;
-    lse = total == zero() ? splat(-kInfinity) : top * kLn2 + vlog(total);
+    return reduce(sums, [](Vec a, Vec b) { return a + b; });
   }
 
  private:
@@ -102,10 +94,10 @@ class Softmax {
   float subtract(int64_t r) const { return max_[r] == -kInfinity ? 0.0f : max_[r]; }
 
   // Row r sees scores up to `largest`; returns what its sums so far are to be multiplied by.
-  float raise(int64_t r, float largest) {
+  float raise(int64_t r, float largest, float unit) {
     const float before = max_[r];
     max_[r] = largest > before ? largest : before;
-    const float factor = __builtin_exp2f(before - subtract(r));
+    const float factor = __builtin_exp2f((before - subtract(r)) * unit);
     sum_[r] = sum_[r] * factor;
     return factor;
   }
@@ -134,19 +126,18 @@ class Softmax {
 
   // P of a row of scores; returns its sums. In place, a row of P is never ahead of its scores, also where it takes half
   // the room.
-  static TW_INLINE Vec exponentiate(const float* row, float* p, Span span, float unit, float subtract) {
-    const Vec minus = splat(-subtract);
+  static TW_INLINE Vec exponentiate(const float* row, float* p, Span span, Vec unit, Vec max) {
     Vec a{}, b{};
     int64_t j = span.begin;
     for (; j + 2 * W <= span.end; j += 2 * W) {
-      const Vec first = exp2<Compute::exp_degree>(load(row + j) * unit + minus);
-      const Vec second = exp2<Compute::exp_degree>(load(row + j + W) * unit + minus);
+      const Vec first = weight<Compute::exp_degree>(load(row + j), max, unit);
+      const Vec second = weight<Compute::exp_degree>(load(row + j + W), max, unit);
       a += first;
       b += second;
       Compute::store_row(p, j, first, second);
     }
     if (j < span.end) {
-      const Vec last = exp2<Compute::exp_degree>(load(row + j) * unit + minus);
+      const Vec last = weight<Compute::exp_degree>(load(row + j), max, unit);
       a += last;
       Compute::store_row(p, j, last);
     }
@@ -157,7 +148,7 @@ class Softmax {
   TW_INLINE Vec weigh_row(const Scores& scores, const Tile& at, int64_t r, int64_t c, Span span,
                           const float* row) const {
     float* p = Compute::row_of(at.weights, weight_stride, r) + Compute::element(c) / Compute::per_word;
-    const Vec sums = exponentiate(row, p, span, scores.unit(), subtract(r));
+    const Vec sums = exponentiate(row, p, span, splat(scores.unit()), splat(subtract(r)));
     if (scores.dropout.active()) scores.dropout.template drop<Compute>(p, at.i0 + r, at.j0 + c, span);
     return sums;
   }
@@ -221,8 +212,7 @@ class Softmax {
       const Span span = rows.begin + n < rows.end ? at.seen(rows.begin + n, c) : Span{0, 0};
       top[n] = span.begin < span.end ? largest(products + n * product_stride, span) : splat(-kInfinity);
     }
-    const Vec before = load(max_ + rows.begin),
-              tops = reduce(top, [](Vec a, Vec b) { return vmax(a, b); }) * scores.unit();
+    const Vec before = load(max_ + rows.begin), tops = reduce(top, [](Vec a, Vec b) { return vmax(a, b); });
     store(max_ + rows.begin, before == splat(-kInfinity) ? tops : before);
   }
 
@@ -265,7 +255,7 @@ class Softmax {
         scores.finish(row_of(chunk, r), at.i0 + r, at.j0 + chunk * kChunk<Compute>, span, nullptr);
         top = vmax(largest(row_of(chunk, r), span), top);
       }
-      const float factor = raise(r, cpu::max_of(top) * scores.unit());
+      const float factor = raise(r, cpu::max_of(top), scores.unit());
       float* out = at.sums + r * at.width;
       for (int64_t i = 0; i < at.width; i += W) store(out + i, load(out + i) * factor);
       for (int64_t chunk = 0; chunk < kChunks; ++chunk) {
@@ -275,7 +265,7 @@ class Softmax {
     }
   }
 
-  // m is in units of log2, l a sum per lane; weights are those of the tile at hand.
+  // m is as finish() of Scores leaves it, l a sum per lane; weights are those of the tile at hand.
   alignas(64) float max_[kTileQueries<Compute>];
   Vec sum_[kTileQueries<Compute>], weight_[kTileQueries<Compute>];
 };

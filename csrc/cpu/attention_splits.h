@@ -79,9 +79,10 @@ class Splits {
       // Softmax. P takes the place of the scores, in words.
       Vec largest = splat(-kInfinity), total{};
       for (int64_t j = span.begin; j < span.end; j += W) largest = vmax(load(row + j), largest);
-      const float top = max_of(largest) * scores.unit(), subtract = top == -kInfinity ? 0.0f : top;
+      const float top = max_of(largest);
+      const Vec subtract = splat(top == -kInfinity ? 0.0f : top), unit = splat(scores.unit());
       for (int64_t j = span.begin; j < span.end; j += W) {
-        const Vec e = exp2<5>(load(row + j) * scores.unit() - subtract);
+        const Vec e = weight<5>(load(row + j), subtract, unit);
         total += e;
         Compute::store_row(row, j, e);
       }
@@ -99,27 +100,27 @@ class Splits {
   // The output of row r of a key head, from all splits.
   void merge(int64_t head, int64_t r) const {
     const int64_t b = head / p_.kv_heads, h = query_head(head, r), i = r % p_.queries;
-    // A row starts from its sink, or from nothing.
-    float top = p_.sinks != nullptr ? p_.sinks[h] * kLog2e : -kInfinity;
+    float top = -kInfinity, total = 0.0f;
     for (int64_t n = 0; n < count; ++n) {
       const float other = partial(head, n, r)[width_];
       top = other > top ? other : top;
     }
-    const float finite = top == -kInfinity ? 0.0f : top;
-    float total = p_.sinks != nullptr ? __builtin_exp2f(p_.sinks[h] * kLog2e - finite) : 0.0f;
+    const float finite = top == -kInfinity ? 0.0f : top, unit = score_unit(p_) * kLog2e;
     for (int64_t n = 0; n < count; ++n) {
       float* split = partial(head, n, r);
-      split[width_] = __builtin_exp2f(split[width_] - finite);
+      split[width_] = __builtin_exp2f((split[width_] - finite) * unit);
       total += split[width_ + 1] * split[width_];
     }
-    const float inverse = total == 0.0f ? 0.0f : HeadDropout(p_, b, h).scale() / total;
+    const float* sink = p_.sinks != nullptr ? p_.sinks + h : nullptr;
+    const Denominator denominator(splat(top), splat(total), score_unit(p_), sink);
+    const Vec inverse = denominator.inverse * HeadDropout(p_, b, h).scale();
     T* out = head_of<T>(p_.output, p_.output_strides, b, h) + i * p_.output_strides.row;
     for_each_vector(p_.value_dim, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
       Vec value{};
       for (int64_t n = 0; n < count; ++n) value += load(partial(head, n, r) + d) * partial(head, n, r)[width_];
       store(out + d, value * inverse, lanes);
     });
-    if (p_.lse != nullptr) p_.lse[p_.row(b, h) + i] = total == 0.0f ? -kInfinity : top * kLn2 + __builtin_logf(total);
+    if (p_.lse != nullptr) p_.lse[p_.row(b, h) + i] = denominator.lse[0];
   }
 
  private:

@@ -5,7 +5,7 @@
 // operands by rows alone: there P and dscores are right operands, and dkey and dvalue come out transposed.
 #pragma once
 
-#include "cpu/attention_scores.h"
+#include "cpu/attention_queries.h"
 
 namespace torchweld::cpu {
 namespace {
@@ -20,91 +20,7 @@ class GradientTile {
  public:
   static constexpr int64_t kQueries = Compute::per_word / Compute::parts == 2 ? 192 : 96;
 
-  // The query side of one query head, shared by all tiles of keys: statistics and operands.
-  struct Queries {
-    float *lse, *lse_rest, *delta;        // [Nq]; lse in units of log2 as a sum of two, +inf where nothing is seen
-    Left query, doutput;                  // as left operands, rows of words
-    Right query_steps, doutput_steps;     // as right operands, steps of queries
-    Left query_columns, doutput_columns;  // in their place with tiles: transposed, rows of words along the queries
-
-    static int64_t words(const AttentionBackwardParams& p) {
-      return 3 * round_up(p.queries, 16) + left_words(p.queries, p.query_strides.row, p.dim) +
-             left_words(p.queries, p.doutput_strides.row, p.value_dim) + right_words(p.queries, p.dim) +
-             right_words(p.queries, p.value_dim);
-    }
-
-    Queries(const AttentionBackwardParams& p, int64_t b, int64_t h, float* memory) {
-      const int64_t rows = p.queries, qs = p.query_strides.row, ds = p.doutput_strides.row;
-      auto take = [&](int64_t words) {
-        float* part = memory;
-        memory += words;
-        return part;
-      };
-      lse = take(round_up(rows, 16));
-      lse_rest = take(round_up(rows, 16));
-      delta = take(round_up(rows, 16));
-      const T* q = head_of<T>(p.query, p.query_strides, b, h);
-      const T* dout = head_of<T>(p.doutput, p.doutput_strides, b, h);
-      query = left(q, qs, p.dim, take(left_words(rows, qs, p.dim)));
-      doutput = left(dout, ds, p.value_dim, take(left_words(rows, ds, p.value_dim)));
-      float* q_steps = take(right_words(rows, p.dim));
-      float* dout_steps = take(right_words(rows, p.value_dim));
-      query_steps = right(q, qs, p.dim, q_steps);
-      doutput_steps = right(dout, ds, p.value_dim, dout_steps);
-      query_columns = {q_steps, words_of<Compute>(rows), 1};
-      doutput_columns = {dout_steps, words_of<Compute>(rows), 1};
-    }
-
-    // Fills rows [begin, end), begin even.
-    void pack(const AttentionBackwardParams& p, int64_t b, int64_t h, int64_t begin, int64_t end) const {
-      const T* q = head_of<T>(p.query, p.query_strides, b, h) + begin * p.query_strides.row;
-      const T* dout = head_of<T>(p.doutput, p.doutput_strides, b, h) + begin * p.doutput_strides.row;
-      const T* out = head_of<T>(p.output, p.output_strides, b, h) + begin * p.output_strides.row;
-      const int64_t first = p.row(b, h);
-      for (int64_t i = begin; i < end; ++i, dout += p.doutput_strides.row, out += p.output_strides.row) {
-        const float total =
-            sum_over(p.value_dim, [&](int64_t d, auto lanes) { return load(dout + d, lanes) * load(out + d, lanes); });
-        const float l = p.lse[first + i];
-        lse[i] = l == -kInfinity ? kInfinity : l * kLog2e;
-        lse_rest[i] = l == -kInfinity ? 0.0f : __builtin_fmaf(l, kLog2e, -lse[i]) + l * kLog2eRest;
-        delta[i] = p.dlse != nullptr ? total - p.dlse[first + i] : total;
-      }
-      dout -= (end - begin) * p.doutput_strides.row;
-      pack_side(q, p.query_strides.row, begin, end, p.dim, query, query_steps, query_columns);
-      pack_side(dout, p.doutput_strides.row, begin, end, p.value_dim, doutput, doutput_steps, doutput_columns);
-    }
-
-   private:
-    // Room for operands that cannot be read where they lie.
-    static int64_t left_words(int64_t rows, int64_t stride, int64_t dim) {
-      return left_in_place<T, Compute>(stride, dim) ? 0 : round_up(rows, 16) * words_of<Compute>(dim);
-    }
-    static int64_t right_words(int64_t rows, int64_t dim) {
-      if (Compute::tiles) return round_up(dim, W) * words_of<Compute>(rows);
-      return right_in_place<T, Compute>(dim) ? 0 : round_up(ceil_div(rows, Compute::per_word) * round_up(dim, W), 16);
-    }
-
-    static Left left(const T* rows, int64_t stride, int64_t dim, const float* packed) {
-      if (left_in_place<T, Compute>(stride, dim))
-        return {reinterpret_cast<const float*>(rows), stride / Compute::per_word, 1};
-      return {packed, words_of<Compute>(dim), 1};
-    }
-    static Right right(const T* rows, int64_t stride, int64_t dim, const float* packed) {
-      if (right_in_place<T, Compute>(dim)) return {reinterpret_cast<const float*>(rows), stride, kPanel};
-      return {packed, round_up(dim, W), kPanel};
-    }
-    static void pack_side(const T* rows, int64_t stride, int64_t begin, int64_t end, int64_t dim, const Left& l,
-                          const Right& r, const Left& columns) {
-      if (!left_in_place<T, Compute>(stride, dim))
-        pack_left<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(l.data) + begin * l.row);
-      const int64_t first = words_of<Compute>(begin);
-      if constexpr (Compute::tiles)
-        pack_columns<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(columns.data) + first * 16,
-                                 columns.row);
-      else if (!right_in_place<T, Compute>(dim))
-        pack_rows<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(r.data) + first * r.step, 0);
-    }
-  };
+  using Queries = GradientQueries<T, Compute>;
 
   static int64_t scratch_words(const AttentionInputs& p, int64_t tile_keys) {
     const int64_t stride = tile_keys + 32;
@@ -178,10 +94,11 @@ class GradientTile {
       for (int64_t n = 0; n < count; ++n) {
         scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, nullptr);
         if (scores.dropout.active()) drop(scores, i + n, r + n, span, factors);
-        const Vec lse = splat(rows.lse[i + n]), rest = splat(rows.lse_rest[i + n]);
+        const Row row(rows, i + n, scores.unit());
         Vec signed_distance = scores.distance(i + n, j0_ + span.begin), total[3] = {};
         for (int64_t j = span.begin; j < span.end; j += W, signed_distance += static_cast<float>(W)) {
-          const Score score = dscore((r + n) * stride_ + j, scores.unit(), lse, rest, zero());
+          const int64_t at = (r + n) * stride_ + j;
+          const Score score = dscore(at, probability(at, row), zero());
           const Vec distance = from_bits(bits(signed_distance) & 0x7fffffffu);
           total[0] += score.gradient * distance;
           total[1] += score.probability * distance;
@@ -200,9 +117,11 @@ class GradientTile {
         scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, nullptr);
         if (scores.dropout.active()) drop(scores, i + n, r + n, span, factors);
         float* out = dbias + (i + n - queries.begin) * stride;
-        const Vec lse = splat(rows.lse[i + n]), rest = splat(rows.lse_rest[i + n]), delta = splat(rows.delta[i + n]);
-        for (int64_t j = span.begin; j < span.end; j += W)
-          store(out + j, load(out + j) + dscore((r + n) * stride_ + j, scores.unit(), lse, rest, delta).gradient);
+        const Row row(rows, i + n, scores.unit());
+        for (int64_t j = span.begin; j < span.end; j += W) {
+          const int64_t at = (r + n) * stride_ + j;
+          store(out + j, load(out + j) + dscore(at, probability(at, row), splat(rows.delta[i + n])).gradient);
+        }
       }
     });
   }
@@ -275,6 +194,12 @@ class GradientTile {
     }
   }
 
+  // Whether the tile holds all that query i sees: then delta is made here.
+  bool holds_all(const Band& band, int64_t i) const {
+    const int64_t low = band.low(i), high = band.high(i);
+    return low < high && j0_ <= low && high <= j0_ + keys_;
+  }
+
   // Dropout's factors in the row of query i, and dP of row r multiplied by them.
   void drop(const Scores& scores, int64_t i, int64_t r, Span span, float* factors) const {
     scores.dropout.factors(factors, i, j0_, span);
@@ -286,10 +211,35 @@ class GradientTile {
     Vec probability, gradient;
   };
 
-  TW_INLINE Score dscore(int64_t at, float unit, Vec lse, Vec lse_rest, Vec delta) const {
-    const Vec p = exp2<Compute::exp_degree>((load(products_ + at) * unit - lse) - lse_rest);
+  // What makes probabilities of a row's scores.
+  struct Row {
+    Vec max, inverse, unit;
+
+    Row() = default;
+    Row(const Queries& rows, int64_t i, float score_unit)
+        : max(splat(rows.max[i])), inverse(splat(rows.inverse[i])), unit(splat(score_unit)) {}
+  };
+
+  TW_INLINE Vec probability(int64_t at, const Row& row) const {
+    return weight<Compute::exp_degree>(load(products_ + at), row.max, row.unit) * row.inverse;
+  }
+
+  TW_INLINE Score dscore(int64_t at, Vec p, Vec delta) const {
     // Where nothing is seen, value may hold a NaN.
     return {p, p == zero() ? zero() : p * (load(dprobability_ + at) - delta)};
+  }
+
+  // P in the place of the scores of row r. Returns the sum of P * dP: from the very numbers that dscores are made of,
+  // it cancels dP exactly where there is one key.
+  __attribute__((noinline)) float sum_gradients(const Row& row, int64_t r, Span span) const {
+    Vec total{};
+    for (int64_t j = span.begin; j < span.end; j += W) {
+      const int64_t at = r * stride_ + j;
+      const Vec p = probability(at, row);
+      store(products_ + at, p);
+      total += p == zero() ? zero() : p * load(dprobability_ + at);
+    }
+    return sum(total);
   }
 
   // P and dscores of `count` neighbouring rows (a pair, or one) from query i on, row t of the tile.
@@ -298,29 +248,42 @@ class GradientTile {
     constexpr int kCount = Compute::per_word;
     const bool capped = p_.softcap != 0, dropping = scores.dropout.active();
     float factors[kCount][kTileKeysMost];
-    Vec lse[kCount], rest[kCount], delta[kCount];
-    for (int n = 0; n < kCount; ++n) {
-      if (n >= count) continue;
-      lse[n] = splat(rows.lse[i + n]);
-      rest[n] = splat(rows.lse_rest[i + n]);
-      delta[n] = splat(rows.delta[i + n]);
+    Row row[kCount];
+    Vec delta[kCount];
+    bool summed = false;
+    for (int n = 0; n < count; ++n) {
+      row[n] = Row(rows, i + n, scores.unit());
       scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, capped ? slopes_ + (r + n) * stride_ : nullptr);
       if (dropping) drop(scores, i + n, r + n, span, factors[n]);
+      summed |= holds_all(scores.band, i + n);
+    }
+    for (int n = 0; n < count; ++n) {
+      if (summed) {
+        const float total = sum_gradients(row[n], r + n, span);
+        if (holds_all(scores.band, i + n)) rows.delta[i + n] += total;
+      }
+      delta[n] = splat(rows.delta[i + n]);
     }
     const Score nothing[kCount] = {};
     for (int64_t j = 0; j < span.begin; j += W) write(t, j, nothing);
-    for (int64_t j = span.begin; j < span.end; j += W) {
-      Score score[kCount] = {};
-      for (int n = 0; n < kCount; ++n) {
-        if (n >= count) continue;
-        const int64_t at = (r + n) * stride_ + j;
-        score[n] = dscore(at, scores.unit(), lse[n], rest[n], delta[n]);
-        if (dbias != nullptr) store(dprobability_ + at, score[n].gradient);
-        if (capped) score[n].gradient = score[n].gradient * load(slopes_ + at);
-        if (dropping) score[n].probability = score[n].probability * load(factors[n] + j);
+    auto write_scores = [&](auto&& probability) __attribute__((always_inline)) {
+      for (int64_t j = span.begin; j < span.end; j += W) {
+        Score score[kCount] = {};
+        for (int n = 0; n < kCount; ++n) {
+          if (n >= count) continue;
+          const int64_t at = (r + n) * stride_ + j;
+          score[n] = dscore(at, probability(at, n), delta[n]);
+          if (dbias != nullptr) store(dprobability_ + at, score[n].gradient);
+          if (capped) score[n].gradient = score[n].gradient * load(slopes_ + at);
+          if (dropping) score[n].probability = score[n].probability * load(factors[n] + j);
+        }
+        write(t, j, score);
       }
-      write(t, j, score);
-    }
+    };
+    if (summed)
+      write_scores([&](int64_t at, int) { return load(products_ + at); });
+    else
+      write_scores([&](int64_t at, int n) { return probability(at, row[n]); });
     for (int64_t j = span.end; j < width_; j += W) write(t, j, nothing);
     if (dbias != nullptr)
       for (int64_t n = 0; n < count; ++n) store_dbias(dprobability_ + (r + n) * stride_, i + n, span);

@@ -1,7 +1,7 @@
 // exp2, log and tanh on vectors. exp2 splits x = n + f with n = floor(x), takes 2^f from a minimax polynomial on [0, 1)
-// and puts n into the exponent. -inf gives 0 and NaN gives NaN, so masks need no branch. The coefficients are Remez
-// fits of the relative error under the condition that exp2(0) = 1: 8.6e-5 for degree 3 (a twentieth of an ulp of
-// bf16), 2.9e-6 for degree 4, 8.2e-8 for degree 5 and 1.4e-8 for degree 6.
+// and puts n into the exponent. -inf gives 0, 128 and more inf, and NaN NaN, so neither masks nor what overflows need a
+// branch. The coefficients are Remez fits of the relative error under the condition that exp2(0) = 1: 8.6e-5 for degree
+// 3 (a twentieth of an ulp of bf16), 2.9e-6 for degree 4, 8.2e-8 for degree 5 and 1.4e-8 for degree 6.
 #pragma once
 
 #include "cpu/vec.h"
@@ -12,17 +12,23 @@ namespace {
 constexpr float kLog2e = 1.44269504088896341f, kLog2eRest = 1.44269504088896341 - static_cast<double>(kLog2e),
                 kLn2 = 0.693147180559945309f;
 
+// NaN stays.
+TW_INLINE Vec within(Vec x, float least, float most) {
+  x = x < splat(least) ? splat(least) : x;
+  return x > splat(most) ? splat(most) : x;
+}
+
 template <int kDegree>
 TW_INLINE Vec exp2(Vec x) {
   static_assert(kDegree >= 3 && kDegree <= 6, "only these have coefficients");
 #if defined(__AVX512F__)
   const Vec f = (Vec)_mm512_reduce_ps((__m512)x, 1);  // x - floor(x)
 #elif defined(__AVX2__)
-  x = x < splat(-127.0f) ? splat(-127.0f) : x;
+  x = within(x, -127.0f, 128.0f);
   const Vec n = (Vec)_mm256_floor_ps((__m256)x);
   const Vec f = x - n;
 #else
-  x = x < splat(-127.0f) ? splat(-127.0f) : x;
+  x = within(x, -127.0f, 128.0f);
   const Vec truncated = __builtin_convertvector(__builtin_convertvector(x, VecI), Vec);
   const Vec n = truncated - (truncated > x ? splat(1.0f) : zero());
   const Vec f = x - n;
@@ -51,9 +57,17 @@ TW_INLINE Vec exp2(Vec x) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_scalef_ps((__m512)y, (__m512)x);
 #else
-  // n = -127 makes the factor's bits zero: everything below the normal numbers is flushed.
+  // n = -127 makes the factor's bits zero: everything below the normal numbers is flushed. n = 128 makes them inf.
   return y * from_bits((VecU)((__builtin_convertvector(n, VecI) + 127) << 23));
 #endif
+}
+
+// exp(x) of x <= 0 to about an ulp: in units of log2, a large x would round by as much as it is large. So the whole
+// multiples of log(2) are taken off first, in two parts, the first of which has few enough bits for exact products.
+TW_INLINE Vec exp_of_negative(Vec x) {
+  const Vec n = __builtin_convertvector(__builtin_convertvector(x * kLog2e, VecI), Vec);
+  const Vec rest = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  return exp2<6>(rest * kLog2e) * exp2<3>(n);
 }
 
 // Of positive normal numbers, to about an ulp: x = 2^n m with m within a factor of sqrt(2) of 1, and log(m) is the

@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kPrepareWarps* kLanes) prepare(const __grid_co
     for (int64_t c = lane(); c < p.sum_width(); c += kLanes) p.dquery_sum[row * p.sum_width() + c] = 0.0f;
   if (lane() != 0) return;
   p.delta[row] = sum - (p.dlse != nullptr ? p.dlse[row] : 0.0f);
-  p.lse2[row] = p.lse[row] == -infinity() ? infinity() : p.lse[row] * kLog2e;
+  p.lse2[row] = p.max[row] == -infinity() ? infinity() : p.max[row] * kLog2e;
 }
 
 template <class T>
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kReduceThreads) reduce_heads(const __grid_cons
   };
   if (p.dsinks != nullptr) {
     const float total = block_sum([&](int64_t row) {
-      const float lse = p.lse[row];
+      const float lse = p.max[row];
       return lse == -infinity() ? 0.0 : -static_cast<double>(expf(p.sinks[head.h] - lse)) * p.delta[row];
     });
     if (threadIdx.x == 0) p.dsinks[blockIdx.x] = total;

@@ -205,7 +205,7 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads, 2) attend_split(c
         store_one(out + c, total * inverse);
       }
     }
-    if (lane() == 0 && p.splits == 1 && p.lse != nullptr) p.lse[index] = lse2 * kLn2;
+    if (lane() == 0 && p.splits == 1) leave_lse(p, index, lse2 * kLn2);
   }
 }
 
@@ -233,7 +233,7 @@ __global__ void __launch_bounds__(kDecodeCombineWarps* kLanes) combine(const __g
     }
     store_one(out + c, total * inverse);
   }
-  if (lane() == 0 && p.lse != nullptr) p.lse[row] = sum == 0.0f ? -infinity() : (max + log2f(sum)) * kLn2;
+  if (lane() == 0) leave_lse(p, row, sum == 0.0f ? -infinity() : (max + log2f(sum)) * kLn2);
 }
 
 template <class T, int D, bool kPaged>

@@ -39,6 +39,12 @@ struct ForwardShape {
   static_assert(kBytes <= 99 * 1024);
 };
 
+// What the backward makes the softmax of is lse alone: max in the place of which it stands.
+__device__ __forceinline__ void leave_lse(const AttentionForwardParams& p, int64_t row, float lse) {
+  if (p.lse != nullptr) p.lse[row] = lse;
+  if (p.max != nullptr) p.max[row] = lse, p.inverse[row] = 1.0f;
+}
+
 // Of a lane's rows: the largest score so far, in units of log2, and its share of the sum of weights. A row that has
 // seen nothing has -inf and 0.
 template <int MT>
@@ -167,10 +173,11 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) atten
         return row_of(m, half) < head.queries ? out + row_of(m, half) * p.output_strides.row : nullptr;
       },
       [&](int m, int half) { return softmax.inverse(m, half) * kept; });
-  if (p.lse == nullptr || lane_column() != 0) return;
+  if (lane_column() != 0) return;
 #pragma unroll
   for (int r = 0; r < 2 * MT; ++r)
-    if (row_of(r / 2, r % 2) < head.queries) p.lse[head.values + row_of(r / 2, r % 2)] = softmax.lse(r / 2, r % 2);
+    if (row_of(r / 2, r % 2) < head.queries)
+      leave_lse(p, head.values + row_of(r / 2, r % 2), softmax.lse(r / 2, r % 2));
 }
 
 template <class T>

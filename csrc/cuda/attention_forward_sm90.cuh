@@ -146,10 +146,10 @@ __global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain, kGroups>::kThreads
       output, static_cast<int>(p.value_dim), p.pairs,
       [&](int, int half) { return row_of(half) < head.queries ? out + row_of(half) * p.output_strides.row : nullptr; },
       [&](int, int half) { return softmax.inverse(0, half) * kept; });
-  if (p.lse == nullptr || lane_column() != 0) return;
+  if (lane_column() != 0) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half)
-    if (row_of(half) < head.queries) p.lse[head.values + row_of(half)] = softmax.lse(0, half);
+    if (row_of(half) < head.queries) leave_lse(p, head.values + row_of(half), softmax.lse(0, half));
 }
 
 // Whether tiles of three warpgroups take less time than those of two, a tile's time being that of its rows: the last

@@ -20,7 +20,7 @@ import torch.nn.attention
 from torch import Tensor
 
 from torchweld import backend
-from torchweld.ops.attention_op import Modifiers, Options, refusal, run_backward, run_forward
+from torchweld.ops.attention_op import Modifiers, Options, refusal, row_statistics, run_backward, run_forward
 from torchweld.reference.philox import draw_seed
 
 NAME = "torchweld"
@@ -107,9 +107,10 @@ def cpu_forward(
     """(output, logsumexp) of aten::_scaled_dot_product_flash_attention_for_cpu."""
     if dropout_p > 0 or not _serves(query, key, value, attn_mask):
         return None
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    statistics = row_statistics(query, 1)
     rest = _arguments(query, attn_mask, None, 0.0, is_causal, scale)
-    output = run_forward(query, key, value, torch.empty_like(query), lse, rest)
+    output = run_forward(query, key, value, torch.empty_like(query), statistics, rest)
+    lse = statistics[0]
     if attn_mask is not None:  # torch's backward, should it follow, wants a number for a row that sees nothing
         lse.masked_fill_(lse == -math.inf, 0.0)
     return output, lse.transpose(1, 2).contiguous().transpose(1, 2)
@@ -133,10 +134,16 @@ def cpu_backward(
         return None
     grads = [torch.empty_permuted(t.shape, (0, 2, 1, 3), dtype=t.dtype, device=t.device) for t in (query, key, value)]
     rest = _arguments(query, attn_mask, None, 0.0, is_causal, scale)
-    run_backward(grad_out, None, out, logsumexp.contiguous(), query, key, value, grads, (*rest, _MASK, True))
+    statistics = logsumexp.contiguous().unsqueeze(0)
+    if logsumexp.numel() > 0 and bool(logsumexp.abs().amax() > _LARGE):
+        statistics = row_statistics(query, 2)
+        run_forward(query, key, value, torch.empty_like(query), statistics, rest)
+    run_backward(grad_out, None, out, statistics, query, key, value, grads, (*rest, _MASK, True))
     return tuple(grads)
 
 
+# A rounding of lse is a relative error of the weights that the backward makes of it; from here on of more than 2^-17.
+_LARGE = 256.0
 _MASK = (True, True, True, False, False, False)
 
 # ---- CUDA
@@ -159,11 +166,21 @@ def cuda_forward(
     state = torch.zeros(2, dtype=torch.int64, device=query.device)
     if seed is not None:
         state[:1] = seed
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
+    statistics = row_statistics(query, 1)
     rest = _arguments(query, None, seed, dropout_p, is_causal, scale)
-    output = run_forward(query, key, value, torch.empty_like(query), lse, rest)
+    output = run_forward(query, key, value, torch.empty_like(query), statistics, rest)
     unused = torch.zeros((), dtype=torch.uint64, device=query.device)
-    return output, lse, None, None, query.shape[2], key.shape[2], state.view(torch.uint64), unused, query.new_empty(0)
+    return (
+        output,
+        statistics[0],
+        None,
+        None,
+        query.shape[2],
+        key.shape[2],
+        state.view(torch.uint64),
+        unused,
+        query.new_empty(0),
+    )
 
 
 def cuda_backward(
@@ -190,5 +207,6 @@ def cuda_backward(
     seed = philox_seed.view(torch.int64)[:1] if dropout_p > 0 else None
     grads = [torch.empty_like(t) for t in (query, key, value)]
     rest = _arguments(query, None, seed, dropout_p, is_causal, scale)
-    run_backward(grad_out, None, out, logsumexp.contiguous(), query, key, value, grads, (*rest, _MASK, True))
+    statistics = logsumexp.contiguous().unsqueeze(0)
+    run_backward(grad_out, None, out, statistics, query, key, value, grads, (*rest, _MASK, True))
     return tuple(grads)

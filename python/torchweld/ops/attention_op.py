@@ -67,10 +67,13 @@ def heads_like(query: Tensor, size: int) -> Tensor:
     return torch.empty_strided((batch, heads, rows, size), strides, dtype=query.dtype, device=query.device)
 
 
-def per_row(query: Tensor) -> Tensor:
-    """float32 (B, H, Nq), packed (H, total_q)."""
+def row_statistics(query: Tensor, rows: int) -> Tensor:
+    """float32 (rows, B, H, Nq), packed (rows, H, total_q).
+
+    1 row: lse; 2: what the backward makes the softmax of, which lse is too rounded for; 3: those, then lse.
+    """
     shape = query.shape[:3] if query.dim() == 4 else query.shape[1::-1]
-    return query.new_empty(shape, dtype=torch.float32)
+    return query.new_empty((rows, *shape), dtype=torch.float32)
 
 
 def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
@@ -91,7 +94,7 @@ def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
 
 
 def run_forward(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, lse: Tensor | None, rest: tuple[Any, ...]
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, statistics: Tensor | None, rest: tuple[Any, ...]
 ) -> Tensor:
     """`output`, filled. `rest`: modifiers and options."""
     q, k, v = operand(query), operand(key), operand(value)
@@ -99,9 +102,9 @@ def run_forward(
     if modifiers != PLAIN:  # None is compared by identity: cheap
         modifiers = _prepared(q, k, Modifiers(*modifiers))
     kernels = backend.kernels[q.device.type]
-    size = kernels.attention_forward_workspace(q, k, v, modifiers[-2], modifiers[-1], lse)
+    size = kernels.attention_forward_workspace(q, k, v, modifiers[-2], modifiers[-1], statistics)
     workspace = torch.empty(size, dtype=torch.float32, device=q.device)
-    kernels.attention_forward(q, k, v, modifiers, options, output, lse, workspace)
+    kernels.attention_forward(q, k, v, modifiers, options, output, statistics, workspace)
     return output
 
 
@@ -110,24 +113,24 @@ def _inference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
 
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    lse = per_row(query)
-    return run_forward(query, key, value, heads_like(query, value.shape[-1]), lse, rest), lse
+    statistics = row_statistics(query, rest[-1])
+    return run_forward(query, key, value, heads_like(query, value.shape[-1]), statistics, rest[:-1]), statistics
 
 
 def _backward(
-    doutput: Tensor, dlse: Tensor | None, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    doutput: Tensor, dlse: Tensor | None, output: Tensor, statistics: Tensor, query: Tensor, key: Tensor, value: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     mask = rest[-2]
     grads = [
         heads_like(t, t.shape[-1]) if wanted else None for t, wanted in zip((query, key, value), mask, strict=False)
     ]
-    others = run_backward(doutput, dlse, output, lse, query, key, value, grads, rest)
+    others = run_backward(doutput, dlse, output, statistics, query, key, value, grads, rest)
     return tuple(query.new_empty(0) if g is None else g for g in (*grads, *others))
 
 
 def run_backward(
-    doutput: Tensor, dlse: Tensor | None, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    doutput: Tensor, dlse: Tensor | None, output: Tensor, statistics: Tensor, query: Tensor, key: Tensor, value: Tensor,
     grads: Sequence[Tensor | None], rest: tuple[Any, ...],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Fills `grads` of query, key and value; returns those of bias, alibi_slopes and sinks. `rest`: see `_backward`."""
@@ -149,7 +152,7 @@ def run_backward(
     size = kernels.attention_backward_workspace(q, k, v, *modifiers[-2:], doutput, deterministic)
     workspace = torch.empty(size, dtype=torch.float32, device=q.device)
     kernels.attention_backward(
-        doutput, None if dlse is None else settle(dlse), q, k, v, modifiers, options, operand(output), lse,
+        doutput, None if dlse is None else settle(dlse), q, k, v, modifiers, options, operand(output), statistics,
         *grads, dbias, dalibi, dsinks, deterministic, workspace,
     )  # fmt: skip
     if bias is not None and dbias is not None:
@@ -168,12 +171,12 @@ def _inference_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tenso
     return heads_like(query, value.shape[-1])
 
 
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return heads_like(query, value.shape[-1]), per_row(query)
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    return heads_like(query, value.shape[-1]), row_statistics(query, rest[-1])
 
 
 def _backward_fake(
-    doutput: Tensor, dlse: Tensor | None, output: Tensor, lse: Tensor, query: Tensor, key: Tensor, value: Tensor,
+    doutput: Tensor, dlse: Tensor | None, output: Tensor, statistics: Tensor, query: Tensor, key: Tensor, value: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     mask = rest[-2]
@@ -190,9 +193,11 @@ _INPUTS = (
     "bool bottom_right, float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k"
 )
 inference_op = register(f"attention({_INPUTS}) -> Tensor", _inference, _inference_fake)
-forward_op = register(f"attention_forward({_INPUTS}) -> (Tensor output, Tensor lse)", _forward, _forward_fake)
+forward_op = register(
+    f"attention_forward({_INPUTS}, int rows) -> (Tensor output, Tensor statistics)", _forward, _forward_fake
+)
 _backward_op = register(
-    f"attention_backward(Tensor doutput, Tensor? dlse, Tensor output, Tensor lse, {_INPUTS}, bool[6] mask, "
+    f"attention_backward(Tensor doutput, Tensor? dlse, Tensor output, Tensor statistics, {_INPUTS}, bool[6] mask, "
     "bool deterministic) -> "
     "(Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dbias, Tensor dalibi_slopes, Tensor dsinks)",
     _backward,
@@ -224,17 +229,17 @@ def _on_reference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, options: tuple[Any, ...], *inputs: Any) -> tuple[Tensor, Tensor]:
-        # One argument, the last of them `deterministic`: each costs a call as much as a tensor.
-        ctx.options, ctx.deterministic = options[:-1], options[-1]
-        output, lse = forward_op(*inputs, *ctx.options)
-        ctx.save_for_backward(output, lse, *inputs)
+    def forward(ctx: Any, options: tuple[Any, ...], *inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
+        # One argument, the last of them `deterministic` and `return_lse`: each costs a call as much as a tensor.
+        ctx.options, (ctx.deterministic, return_lse) = options[:-2], options[-2:]
+        output, statistics = forward_op(*inputs, *ctx.options, 3 if return_lse else 2)
+        ctx.save_for_backward(output, statistics, *inputs)
         ctx.set_materialize_grads(False)
-        return output, lse
+        return (output, statistics[2]) if return_lse else output
 
     @staticmethod
-    def backward(ctx: Any, doutput: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        output, lse, *inputs = ctx.saved_tensors
+    def backward(ctx: Any, doutput: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        output, statistics, *inputs = ctx.saved_tensors
         mask = ctx.needs_input_grad[1 : 1 + _GRADS]
         if wants_definition(doutput, dlse):
 
@@ -245,7 +250,7 @@ class _Attention(torch.autograd.Function):
         else:
             if doutput is None:  # only lse was used
                 doutput = torch.zeros_like(output)
-            grads = _backward_op(doutput, dlse, output, lse, *inputs, *ctx.options, mask, ctx.deterministic)
+            grads = _backward_op(doutput, dlse, output, statistics, *inputs, *ctx.options, mask, ctx.deterministic)
         found = [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
         return None, *found, None, None, None
 
@@ -280,10 +285,10 @@ def attend(
     """output or (output, lse) of checked arguments, by whichever backend serves them. `options`: those of `Options`."""
     if backend.choose(op, query.device, refusal(query, value)) == "reference":
         both = _on_reference(query, key, value, *modifiers, *options)
-    elif wants_grad(query, key, value, *modifiers[: _GRADS - 3]):
-        both = _attention_with_grad((*options, deterministic), query, key, value, *modifiers)
-    elif return_lse:
-        both = forward_op(query, key, value, *modifiers, *options)
-    else:
-        return inference_op(query, key, value, *modifiers, *options)
-    return both if return_lse else both[0]
+        return both if return_lse else both[0]
+    if wants_grad(query, key, value, *modifiers[: _GRADS - 3]):
+        return _attention_with_grad((*options, deterministic, return_lse), query, key, value, *modifiers)
+    if return_lse:
+        output, statistics = forward_op(query, key, value, *modifiers, *options, 1)
+        return output, statistics[0]
+    return inference_op(query, key, value, *modifiers, *options)

@@ -17,10 +17,14 @@ from torchweld.ops.attention_checks import (
     check_softcap,
     fail,
 )
-from torchweld.ops.attention_op import heads_like, operand, per_row, refusal
+from torchweld.ops.attention_op import heads_like, operand, refusal
 from torchweld.ops.library import check_dense, register, settle, wants_grad
 
 # ---- Implementation
+
+
+def _lse_like(query: Tensor) -> Tensor:
+    return query.new_empty(query.shape[:3], dtype=torch.float32)
 
 
 def _run(
@@ -35,7 +39,7 @@ def _run(
 ) -> tuple[Tensor, Tensor]:
     q, k, v = operand(query), operand(key_cache), operand(value_cache)
     cache = (q, k, v, block_table.contiguous(), cache_seqlens.contiguous())
-    output, lse = heads_like(query, value_cache.shape[-1]), per_row(query)
+    output, lse = heads_like(query, value_cache.shape[-1]), _lse_like(query)
     if alibi_slopes is not None:
         alibi_slopes = settle(alibi_slopes.float()).expand(query.shape[:2])
     if sinks is not None:
@@ -50,7 +54,7 @@ def _run(
 
 
 def _fake(query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return heads_like(query, value_cache.shape[-1]), per_row(query)
+    return heads_like(query, value_cache.shape[-1]), _lse_like(query)
 
 
 # ---- Registration
