@@ -55,19 +55,21 @@ void paged_attention(const PagedAttentionParams& p, Stream stream) {
 
 int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
   const bool sums = !p.deterministic && p.dtype != DType::float32;
-  return (3 + (sums ? Backward{p}.sum_width() : 0)) * query_rows(p);
+  return (6 + (sums ? Backward{p}.sum_width() : 0)) * query_rows(p);
 }
 
 void attention_backward(const AttentionBackwardParams& params, Stream stream) {
   constexpr const char* kName = "attention_backward";
   const int64_t rows = query_rows(params);
   Backward p{params};
+  p.unit = unit_of(p, is_plain(p));
   float* next = p.workspace;
   auto take = [&](int64_t width) { return next += width * rows, next - width * rows; };
+  p.softmax = reinterpret_cast<float2*>(take(2));
+  p.gradient = reinterpret_cast<float2*>(take(2));
   p.dquery_sum = adds_up(p) ? take(p.sum_width()) : nullptr;
-  p.lse2 = take(1);
-  p.delta = take(1);
   p.distances = p.dalibi_slopes != nullptr ? take(1) : nullptr;
+  p.sinks_of_rows = p.dsinks != nullptr ? take(1) : nullptr;
   dispatch_instance(kName, p, [&](auto t, auto size) {
     using T = typename decltype(t)::type;
     constexpr int D = decltype(size)::value;

@@ -1,13 +1,14 @@
 // Attention, backward: what its kernels share. cpu/attention/backward.cpp has the formulas; weights and their gradients
 //
-//   P = exp(scores - lse)        dP = dropout(doutput @ value^T)        dS = P * (dP - delta)
+//   P = exp(scores - max) / sum        dP = dropout(doutput @ value^T)        dS = P * (dP - delta)
 //
-// are made again, tile by tile, from the row values lse and delta. Every kernel has its own loop over them instead of
-// sharing one, which costs 7 products in place of 5, but leaves nothing to be added across blocks: no atomics, no
-// semaphores, no partial sums in memory, and the same bits on every run. Where that is not asked for, keys also adds
-// its part to dquery, by atomics in fp32, and nobody makes the scores a second time.
+// are made again, tile by tile, from the forward's max and sum of each row and from delta. (lse would do for the first
+// two if it were exact: where scores are large its rounding is a factor of P.) Every kernel has its own loop over them
+// instead of sharing one, which costs 7 products in place of 5, but leaves nothing to be added across blocks: no
+// atomics, no semaphores, no partial sums in memory, and the same bits on every run. Where that is not asked for, keys
+// also adds its part to dquery, by atomics in fp32, and nobody makes the scores a second time.
 //
-//   prepare    warp -> query: delta = sum(doutput * output) - dlse, lse in units of log2
+//   prepare    warp -> query: delta = sum(doutput * output) - dlse, and what else is made of row values
 //   keys       block -> tile of keys of one key head, transposed: dkey = dS^T @ query, dvalue = P^T @ doutput
 //   queries    block -> tile of queries: dquery = dS @ key, and each row's share of the gradient of the ALiBi slope
 //   round      warp -> query: dquery of what keys has added up, in place of queries
@@ -26,13 +27,18 @@ namespace torchweld::cuda {
 
 struct Backward : AttentionBackwardParams {
   Schedule schedule;  // of the kernel that is launched
+  float unit;         // of scores as they are kept: see unit_of; a constant costs the loops no register
   bool packets;       // all rows that are read begin on 16 bytes
   bool pairs;         // all rows of gradients begin on two elements
-  float* lse2;        // [B, H, Nq] lse * log2(e), inf where a query sees nothing: its weights are exp2(-inf)
-  float* delta;       // [B, H, Nq]
-  float* distances;   // [B, H, Nq] sum over keys of dS * -|i + shift - j|, nullptr: not wanted by the kernel that is
-                      // launched
-  float* dquery_sum;  // [B, H, Nq, sum_width()] what keys adds to, nullptr: queries makes dquery
+  // [B, H, Nq] P = exp2((score - x) * unit - y): the maximum, or 0; log2 of the sum, inf where all weights are 0.
+  float2* softmax;
+  // [B, H, Nq] dS = P * (x * dP - y): 1 and delta, or, where one weight of 1 is all there is, 0 and -dlse: delta is dP
+  // then, but for the rounding of either.
+  float2* gradient;
+  float* distances;      // [B, H, Nq] sum over keys of dS * -|i + shift - j|, nullptr: not wanted by the kernel that is
+                         // launched
+  float* sinks_of_rows;  // [B, H, Nq] the gradient of the sink, nullptr: not wanted
+  float* dquery_sum;     // [B, H, Nq, sum_width()] what keys adds to, nullptr: queries makes dquery
 
   // A row of dquery_sum begins on two floats.
   TW_HOST_DEVICE int64_t sum_width() const { return (dim + 1) / 2 * 2; }
@@ -67,14 +73,14 @@ struct BackwardShape {
   static constexpr int kOthers = D <= 64 || (D <= 128 && !kWide) ? 32 : 16;
   static constexpr int kStages = kWide && D > 128 ? 1 : 2;
   static constexpr int kRowBytes = Tile<T, D>::kRowBytes;
-  static constexpr int kStageBytes = kOthers * (2 * kRowBytes + 2 * static_cast<int>(sizeof(float)));
+  static constexpr int kStageBytes = kOthers * (2 * kRowBytes + 2 * static_cast<int>(sizeof(float2)));
   static constexpr int kBytes = 2 * kRows * kRowBytes + kStages * kStageBytes;
   static constexpr int kScoreBytes = kRows * kOthers * static_cast<int>(sizeof(T));  // of dS, where warps share it
   static_assert(kBytes + (kWide ? 0 : kScoreBytes) <= 99 * 1024);
 };
 
-// Shared memory: two tiles of own rows, then the stages, each of two tiles of other rows and two rows of floats, then
-// dS.
+// Shared memory: two tiles of own rows, then the stages, each of two tiles of other rows and their `softmax` and
+// `gradient`, then dS.
 template <class T, int D, bool kPlain>
 struct BackwardMemory {
   using Shape = BackwardShape<T, D, kPlain>;
@@ -93,7 +99,7 @@ struct BackwardMemory {
   }
   __device__ __forceinline__ uint32_t scores() const { return stages + Shape::kStages * Shape::kStageBytes; }
   __device__ __forceinline__ uint32_t values(int step, int which) const {
-    return others(step, 2) + which * Shape::kOthers * static_cast<int>(sizeof(float));
+    return others(step, 2) + which * Shape::kOthers * static_cast<int>(sizeof(float2));
   }
 
   // load(step) and multiply(step) for steps 0 to steps - 1, in order; what load copies for a step has landed, for all
@@ -123,20 +129,30 @@ struct BackwardMemory {
   }
 };
 
-// ds = dP - delta(m, n, e), with dropout in between.
-template <bool kTransposed, int MT, int NT, class Delta>
+// dP to what P is multiplied by, with dropout in between; gradient(m, n, e): of the query, as in Backward.
+template <bool kTransposed, int MT, int NT, class Gradient>
 __device__ __forceinline__ void subtract_delta(const Backward& p, float (&ds)[MT][NT][4], bool drops,
-                                               const Kept<kTransposed, MT, NT>& kept, Delta&& delta) {
+                                               const Kept<kTransposed, MT, NT>& kept, Gradient&& gradient) {
   for_each<MT, NT>([&](int m, int n, int e) {
     if (drops) ds[m][n][e] = kept(m, n, e) ? ds[m][n][e] * p.dropout.scale : 0.0f;
-    ds[m][n][e] -= delta(m, n, e);
+    const float2 of = gradient(m, n, e);
+    ds[m][n][e] = __fmaf_rn(ds[m][n][e], of.x, -of.y);
   });
 }
 
-// Scores to weights, in place: P = exp2(unit * s - lse2(m, n, e)).
-template <int MT, int NT, class Lse>
-__device__ __forceinline__ void weigh(float (&s)[MT][NT][4], float unit, Lse&& lse2) {
-  for_each<MT, NT>([&](int m, int n, int e) { s[m][n][e] = ptx::exp2(s[m][n][e] * unit - lse2(m, n, e)); });
+// Scores to weights, in place; softmax(m, n, e): of the query, as in Backward.
+template <int MT, int NT, class RowSoftmax>
+__device__ __forceinline__ void weigh(float (&s)[MT][NT][4], float unit, RowSoftmax&& softmax) {
+  for_each<MT, NT>([&](int m, int n, int e) {
+    const float2 of = softmax(m, n, e);
+    s[m][n][e] = ptx::exp2(__fmaf_rn(s[m][n][e] - of.x, unit, -of.y));
+  });
+}
+
+// Two row values of the query of column 2t of an accumulator, or of the next, from where they lie in shared memory.
+__device__ __forceinline__ float2 column_values(uint32_t columns, int n, int e) {
+  const float4 both = ptx::load_shared_floats(columns + n * 8 * sizeof(float2));
+  return e % 2 == 0 ? make_float2(both.x, both.y) : make_float2(both.z, both.w);
 }
 
 // The rows of the four tensors that are read, of one head.

@@ -29,10 +29,10 @@ inline int64_t decode_splits(const AttentionForwardParams& p) {
   return wanted < 1 || most < 1 ? 1 : wanted < most ? wanted : most;
 }
 
-// Floats: of each split the outputs, and a value per row.
+// Floats: of each split the outputs, and two values per row.
 inline int64_t decode_workspace(const AttentionForwardParams& p) {
   const int64_t splits = decode_splits(p);
-  return splits > 1 ? splits * p.batch * p.heads * p.queries * (p.value_dim + 1) : 0;
+  return splits > 1 ? splits * p.batch * p.heads * p.queries * (p.value_dim + 2) : 0;
 }
 
 }  // namespace torchweld::cuda

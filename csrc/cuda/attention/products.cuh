@@ -47,14 +47,17 @@ struct Left {
   }
 };
 
-template <class T>
+// kTransposed: the sums are those of the product of the right rows with the left ones, to the last bit.
+template <class T, bool kTransposed = false>
 __device__ __forceinline__ void multiply(float (&c)[4], const Left<T>& a, uint32_t b0, uint32_t b1) {
   if constexpr (Left<T>::kSplit) {
     const float v0 = __uint_as_float(b0), v1 = __uint_as_float(b1);
     const uint32_t high0 = ptx::to_tf32(v0), high1 = ptx::to_tf32(v1);
     float sum[4] = {};
+    const uint32_t low0 = ptx::to_tf32(v0 - __uint_as_float(high0)), low1 = ptx::to_tf32(v1 - __uint_as_float(high1));
+    if constexpr (kTransposed) ptx::mma_tf32(sum, a.high, low0, low1);
     ptx::mma_tf32(sum, a.low, high0, high1);
-    ptx::mma_tf32(sum, a.high, ptx::to_tf32(v0 - __uint_as_float(high0)), ptx::to_tf32(v1 - __uint_as_float(high1)));
+    if constexpr (!kTransposed) ptx::mma_tf32(sum, a.high, low0, low1);
     ptx::mma_tf32(sum, a.high, high0, high1);
 #pragma unroll
     for (int e = 0; e < 4; ++e) c[e] += sum[e];
@@ -64,7 +67,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const Left<T>& a, uint32
 }
 
 // acc = left @ right^T: the products of 16 * MT rows of the tile at `left` with 8 * NT rows of the tile at `right`.
-template <class T, int D, int MT, int NT>
+template <class T, int D, bool kTransposed = false, int MT, int NT>
 __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t left, uint32_t right) {
   static_assert(NT % 2 == 0);
 #pragma unroll
@@ -88,8 +91,8 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t 
       ptx::ldmatrix(b, rights.at(8 * n, 2 * step));
 #pragma unroll
       for (int m = 0; m < MT; ++m) {
-        multiply<T>(acc[m][n], a[m], b[0], b[2]);
-        multiply<T>(acc[m][n + 1], a[m], b[1], b[3]);
+        multiply<T, kTransposed>(acc[m][n], a[m], b[0], b[2]);
+        multiply<T, kTransposed>(acc[m][n + 1], a[m], b[1], b[3]);
       }
     }
   }

@@ -12,6 +12,9 @@ constexpr int kUnseen = 2 * kRowLimit;  // a distance that none of them have; su
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
 
+// A row's maximum as something to subtract: -inf - -inf would be NaN.
+__device__ __forceinline__ float finite(float max) { return max == -infinity() ? 0.0f : max; }
+
 // Head h of batch (or packed sequence) b.
 struct Head {
   int b, h, kv, queries, keys, shift;
@@ -138,18 +141,17 @@ __device__ __forceinline__ void for_each(F&& f) {
       for (int e = 0; e < 4; ++e) f(m, n, e);
 }
 
-// Whether scores are products times a positive scale and nothing else, and no weight is dropped: what has a kernel of
-// its own.
+// Whether scores are products times a positive scale (one that a float can bear when log2(e) is multiplied to it) and
+// nothing else, and no weight is dropped: what has a kernel of its own.
 __host__ __device__ inline bool is_plain(const AttentionInputs& p) {
-  return p.scale > 0 && p.softcap == 0 && p.bias_type == MaskType::none && p.alibi_slopes == nullptr &&
-         p.dropout.seed == nullptr;
+  return p.scale > 1e-30f && p.scale < 1e30f && p.softcap == 0 && p.bias_type == MaskType::none &&
+         p.alibi_slopes == nullptr && p.dropout.seed == nullptr;
 }
 
-// exp(score) is exp2(unit * what is there where the weights are made: products, or what `modify` made of them).
-template <bool kPlain>
-__device__ __forceinline__ float unit_of(const AttentionInputs& p) {
-  return kPlain ? p.scale * kLog2e : kLog2e;
-}
+// Scores are kept as they are where the weights are made: as products, or as what `modify` made of them. exp(score) is
+// exp2(unit * that), and the score itself natural * that.
+__host__ __device__ inline float natural_of(const AttentionInputs& p, bool plain) { return plain ? p.scale : 1.0f; }
+__host__ __device__ inline float unit_of(const AttentionInputs& p, bool plain) { return natural_of(p, plain) * kLog2e; }
 
 // Two neighbouring elements of a bias; of a mask, whether they may be attended to.
 template <class T>
@@ -215,9 +217,12 @@ __device__ __forceinline__ void add_bias(const AttentionInputs& p, const Cells& 
     }
 }
 
+// What follows says where it rounds: scores must have the same bits in the forward and in the backward, which subtracts
+// the forward's maximum, and the compiler would fuse products with sums in one of them and not in the other.
+
 // tanh to about 1e-7, for one exponential and one reciprocal: scores are as exact beside their cap.
 __device__ __forceinline__ float tanh_of(float x) {
-  return 1.0f - 2.0f * ptx::reciprocal(1.0f + ptx::exp2(2.0f * kLog2e * x));
+  return __fmaf_rn(-2.0f, ptx::reciprocal(1.0f + ptx::exp2(2.0f * kLog2e * x)), 1.0f);
 }
 
 // Products to scores; `whole` as above. ds, of the same layout, is multiplied by the softcap's derivative if it is to
@@ -227,11 +232,11 @@ template <class Cells, int MT, int NT>
 __device__ __forceinline__ void modify(const AttentionInputs& p, const Cells& cells, bool whole, float (&s)[MT][NT][4],
                                        float (*ds)[NT][4] = nullptr, bool capped = true) {
   const float softcap = p.softcap, inverse = softcap != 0 ? p.scale / softcap : p.scale;
-  for_each<MT, NT>([&](int m, int n, int e) { s[m][n][e] *= inverse; });
+  for_each<MT, NT>([&](int m, int n, int e) { s[m][n][e] = __fmul_rn(s[m][n][e], inverse); });
   if (softcap != 0)
     for_each<MT, NT>([&](int m, int n, int e) {
       const float t = tanh_of(s[m][n][e]);
-      s[m][n][e] = softcap * t;
+      s[m][n][e] = __fmul_rn(softcap, t);
       if (ds != nullptr && capped) ds[m][n][e] *= 1.0f - t * t;
     });
   switch (p.bias_type) {
@@ -254,7 +259,8 @@ __device__ __forceinline__ void modify(const AttentionInputs& p, const Cells& ce
     for_each<MT, NT>([&](int m, int n, int e) {
       const Head& head = cells.head(m, e);
       const int distance = cells.query(m, n, e) + head.shift - cells.key(m, n, e);
-      s[m][n][e] -= p.alibi_slopes[head.b * p.alibi_batch_stride + head.h] * fabsf(static_cast<float>(distance));
+      const float slope = p.alibi_slopes[head.b * p.alibi_batch_stride + head.h];
+      s[m][n][e] = __fmaf_rn(-slope, fabsf(static_cast<float>(distance)), s[m][n][e]);
     });
 }
 

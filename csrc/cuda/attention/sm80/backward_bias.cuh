@@ -107,7 +107,6 @@ __global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads, 2)
   const Tile tile(p, blockIdx.x);
   float sum[MT][NT][4] = {};
   const BackwardMemory<T, D, false> memory;
-  const float unit = unit_of<false>(p);
   tile.for_each_score([&](const Head& head, int i0, int j0) {
     const SeenKeys<1> seen(head, i0, Shape::kRows);
     const BackwardRows<T> rows(p, head, seen.begin, seen.end);
@@ -122,7 +121,7 @@ __global__ void __launch_bounds__(BackwardShape<T, D, false>::kThreads, 2)
     ptx::cp_async_wait<0>();
     __syncthreads();
     float ds[MT][NT][4];
-    score_gradient<T, D, false>(p, head, values, memory, 0, i0, row0, j0, unit, false, ds);
+    score_gradient<T, D, false>(p, head, values, memory, 0, i0, row0, j0, false, ds);
     for_each<MT, NT>([&](int m, int n, int e) { sum[m][n][e] += ds[m][n][e]; });
   });
   __syncthreads();

@@ -1,7 +1,7 @@
 // The gradients of keys and values: see attention/backward.cuh.
 //
 // All is transposed: scores^T = key @ query^T has a row per key, so that P^T and dS^T are the left operands of both
-// gradients where they are, in registers, and lse and delta are read by column. A key head's query heads are taken one
+// gradients where they are, in registers, and row values are read by column. A key head's query heads are taken one
 // after the other. From head size 129 on the two gradients do not fit the registers together: a block makes one of
 // them.
 #pragma once
@@ -89,33 +89,31 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     load_tile<T, D, Shape::kOthers, kThreads>(memory.others(step, 0), rows.query, i0);
     load_tile<T, D, Shape::kOthers, kThreads>(memory.others(step, 1), rows.doutput, i0);
     if (static_cast<int>(threadIdx.x) < Shape::kOthers) {
-      const int bytes = i < head.queries ? 4 : 0;
-      const uint32_t place = threadIdx.x * 4;
-      ptx::cp_async<4>(memory.values(step, 0) + place, p.lse2 + head.values + i, bytes);
-      ptx::cp_async<4>(memory.values(step, 1) + place, p.delta + head.values + i, bytes);
+      const int bytes = i < head.queries ? 8 : 0;
+      const uint32_t place = threadIdx.x * 8;
+      ptx::cp_async<8>(memory.values(step, 0) + place, p.softmax + head.values + i, bytes);
+      ptx::cp_async<8>(memory.values(step, 1) + place, p.gradient + head.values + i, bytes);
     }
   };
 
   float dkey[MT][kKey ? D / 8 : 1][4] = {}, dvalue[MT][kValue ? D / 8 : 1][4] = {};
-  const float unit = unit_of<kPlain>(p);
   memory.pipeline(tiles * group, load, [&](int step) {
     const Head head(p, b, first_head + step / tiles);
     const int i0 = start + step % tiles * Shape::kOthers;
-    const uint32_t values = memory.values(step, 0) + lane_anew() % 4 * 8;
-    auto value_of = [&](int which, int n, int e) {
-      return __uint_as_float(ptx::load_shared(values + (which * Shape::kOthers + n * 8 + e % 2) * 4));
-    };
+    const uint32_t softmax = memory.values(step, 0) + lane_anew() % 4 * 16;
+    const uint32_t gradient = softmax + memory.values(0, 1) - memory.values(0, 0);
 
     // Products.
     float s[MT][NT][4], ds[MT][NT][4];
     const int here = ptx::opaque(warp()) * MT * 16;  // this warp's rows; like lane_anew()
     const uint32_t rows = ptx::opaque(memory.own[0] + here * Shape::kRowBytes);
-    multiply_rows<T, D>(s, rows, memory.others(step, 0));
-    if constexpr (kKey) multiply_rows<T, D>(ds, rows + memory.own[1] - memory.own[0], memory.others(step, 1));
+    multiply_rows<T, D, true>(s, rows, memory.others(step, 0));
+    if constexpr (kKey) multiply_rows<T, D, true>(ds, rows + memory.own[1] - memory.own[0], memory.others(step, 1));
     const bool drops = !kPlain && p.dropout.seed != nullptr;
     Kept<true, MT, NT> kept;
     if (drops) kept.draw(p.dropout, head.values, row0, i0);
-    if constexpr (kKey) subtract_delta(p, ds, drops, kept, [&](int, int n, int e) { return value_of(1, n, e); });
+    if constexpr (kKey)
+      subtract_delta(p, ds, drops, kept, [&](int, int n, int e) { return column_values(gradient, n, e); });
 
     // Weights.
     const Cells<true> cells{head, row0, i0};
@@ -125,7 +123,7 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
       hide(cells, s, -infinity());
       if constexpr (kKey) hide(cells, ds, 0.0f);
     }
-    weigh(s, unit, [&](int, int n, int e) { return value_of(0, n, e); });
+    weigh(s, p.unit, [&](int, int n, int e) { return column_values(softmax, n, e); });
 
     // Gradients.
     if constexpr (kKey) {

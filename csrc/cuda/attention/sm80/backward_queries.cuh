@@ -8,14 +8,15 @@ namespace torchweld::cuda {
 // What a lane needs of its queries.
 template <int MT>
 struct RowValues {
-  float lse2[MT][2], delta[MT][2];
+  float2 softmax[MT][2], gradient[MT][2];
 
   __device__ __forceinline__ RowValues(const Backward& p, const Head& head, int row0) {
 #pragma unroll
     for (int r = 0; r < 2 * MT; ++r) {
       const int i = row0 + r / 2 * 16 + lane_row() + r % 2 * 8;
-      lse2[r / 2][r % 2] = i < head.queries ? p.lse2[head.values + i] : infinity();
-      delta[r / 2][r % 2] = i < head.queries ? p.delta[head.values + i] : 0.0f;
+      const bool exists = i < head.queries;
+      softmax[r / 2][r % 2] = exists ? p.softmax[head.values + i] : make_float2(0.0f, infinity());
+      gradient[r / 2][r % 2] = exists ? p.gradient[head.values + i] : make_float2(0.0f, 0.0f);
     }
   }
 };
@@ -25,14 +26,14 @@ struct RowValues {
 template <class T, int D, bool kPlain, int NT, int MT>
 __device__ __forceinline__ void score_gradient(const Backward& p, const Head& head, const RowValues<MT>& values,
                                                const BackwardMemory<T, D, kPlain>& memory, int step, int i0, int row0,
-                                               int j0, float unit, bool capped, float (&ds)[MT][NT][4]) {
+                                               int j0, bool capped, float (&ds)[MT][NT][4]) {
   float s[MT][NT][4];
   multiply_rows<T, D>(s, memory.own_rows(0), memory.others(step, 0));
   multiply_rows<T, D>(ds, memory.own_rows(1), memory.others(step, 1));
   const bool drops = !kPlain && p.dropout.seed != nullptr;
   Kept<false, MT, NT> kept;
   if (drops) kept.draw(p.dropout, head.values, row0, j0);
-  subtract_delta(p, ds, drops, kept, [&](int m, int, int e) { return values.delta[m][e / 2]; });
+  subtract_delta(p, ds, drops, kept, [&](int m, int, int e) { return values.gradient[m][e / 2]; });
   const Cells<false> cells{head, row0, j0};
   using Shape = BackwardShape<T, D, kPlain>;
   const bool whole = head.sees_all(i0, Shape::kRows, j0, Shape::kOthers);
@@ -41,7 +42,7 @@ __device__ __forceinline__ void score_gradient(const Backward& p, const Head& he
     hide(cells, s, -infinity());
     hide(cells, ds, 0.0f);
   }
-  weigh(s, unit, [&](int m, int, int e) { return values.lse2[m][e / 2]; });
+  weigh(s, p.unit, [&](int m, int, int e) { return values.softmax[m][e / 2]; });
   for_each<MT, NT>([&](int m, int n, int e) { ds[m][n][e] *= s[m][n][e]; });
 }
 
@@ -83,7 +84,7 @@ __device__ __forceinline__ void store_distances(const Backward& p, const Head& h
 // dquery and distances, whichever are wanted. With a softcap they are of different scores, and are asked for one by
 // one.
 template <class T, int D, bool kPlain>
-__global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
+__global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, !kPlain && sizeof(T) == 2 && D <= 64 ? 3 : 2)
     differentiate_queries(const __grid_constant__ Backward p) {
   if (kOnHopper<T, D>) return;
   using Shape = BackwardShape<T, D, kPlain>;
@@ -108,11 +109,10 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
 
   float dquery[MT][D / 8][4] = {}, distances[MT][2] = {};
   const RowValues<MT> values(p, head, row0);
-  const float unit = unit_of<kPlain>(p);
   memory.pipeline(seen.steps, load, [&](int step) {
     const int j0 = seen.start + step * Shape::kOthers;
     float ds[MT][NT][4];
-    score_gradient<T, D, kPlain>(p, head, values, memory, step, i0, row0, j0, unit, p.dquery != nullptr, ds);
+    score_gradient<T, D, kPlain>(p, head, values, memory, step, i0, row0, j0, p.dquery != nullptr, ds);
     if (p.dquery != nullptr) multiply_columns<T, D>(dquery, ds, memory.others(step, 0), static_cast<int>(p.dim));
     if (!kPlain && p.distances != nullptr) add_distances(Cells<false>{head, row0, j0}, ds, distances);
   });

@@ -4,7 +4,7 @@
 // attend_split   block -> a split of the keys of one key head, and 16 rows: the first query of all query heads that
 //                share the key head, then the second, and so on. Each warp takes its own 16 keys of a tile, and the
 //                warps' results are merged at the end.
-// combine        warp -> query: merges the splits by their lse
+// combine        warp -> query: merges the splits by their maxima and sums
 //
 // How many splits there are depends on the shape alone, and they are added in order: the same bits everywhere. A cache
 // in blocks is the same with another way to find a row; each batch cuts the keys that it has into all of the splits.
@@ -19,8 +19,8 @@ namespace torchweld::cuda {
 struct Decode : PagedAttentionParams {
   int splits, tiles;
   bool packets;
-  float* partial;  // [splits, B, H, Nq, Dv] outputs of the splits, where they have seen a key
-  float* lse2;     // [splits, B, H, Nq] in units of log2
+  float* partial;   // [splits, B, H, Nq, Dv] outputs of the splits, where they have seen a key
+  float2* softmax;  // [splits, B, H, Nq] maximum and sum of each split
 };
 
 // Rows as in `Rows`, but in blocks: whatever the table says, they are rows of the cache.
@@ -137,12 +137,9 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads, 2) attend_split(c
 
   float output[1][D / 8][4] = {};
   Softmax<1> softmax;
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-    softmax.init(0, half,
-                 p.sinks != nullptr && split == 0 && warp() == 0 ? p.sinks + own.head(0, 2 * half).h : nullptr);
+  softmax.init();
   const bool plain = is_plain(p);
-  const float unit = plain ? unit_of<true>(p) : unit_of<false>(p);
+  const float unit = unit_of(p, plain);
   for (int step = 0; step < steps; ++step) {
     const int j0 = start + step * Shape::kKeys + warp() * 16;
     const uint32_t keys_offset = warp() * 16 * Tile<T, D>::kRowBytes;
@@ -161,7 +158,7 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads, 2) attend_split(c
   }
 
   // Every warp leaves its rows.
-  softmax.finish();
+  softmax.settle(output, unit);
   ptx::cp_async_wait<0>();
   __syncthreads();
   float* memory = reinterpret_cast<float*>(shared_memory);
@@ -183,29 +180,29 @@ __global__ void __launch_bounds__(DecodeShape<T, D>::kThreads, 2) attend_split(c
     float max = -infinity(), sum = 0.0f, factor[Shape::kWarps];
 #pragma unroll
     for (int w = 0; w < Shape::kWarps; ++w) max = fmaxf(max, of[w * kNext + D]);
-    const float finite = max == -infinity() ? 0.0f : max;
 #pragma unroll
     for (int w = 0; w < Shape::kWarps; ++w) {
-      factor[w] = ptx::exp2(of[w * kNext + D] - finite);
+      factor[w] = ptx::exp2((of[w * kNext + D] - finite(max)) * unit);
       sum += of[w * kNext + D + 1] * factor[w];
     }
-    const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum, lse2 = sum == 0.0f ? -infinity() : max + log2f(sum);
     const Head head = head_of(row);
     const int64_t index = head.values + query_of(row), place = split * p.batch * p.heads * p.queries + index;
     T* out = head.query_rows(static_cast<T*>(p.output), p.output_strides) + query_of(row) * p.output_strides.row;
-    if (lane() == 0 && p.splits > 1) p.lse2[place] = lse2;
+    if (lane() == 0 && p.splits > 1) p.softmax[place] = make_float2(max, sum);
     if (p.splits > 1 && sum == 0.0f) continue;  // the others do without it
+    const bool whole = p.splits == 1;
+    const Denominator denominator(max, sum, natural_of(p, plain),
+                                  whole && p.sinks != nullptr ? p.sinks + head.h : nullptr);
     for (int c = lane(); c < p.value_dim; c += kLanes) {
       float total = 0.0f;
 #pragma unroll
       for (int w = 0; w < Shape::kWarps; ++w) total += of[w * kNext + c] * factor[w];
-      if (p.splits > 1) {
-        p.partial[place * p.value_dim + c] = total * inverse;
-      } else {
-        store_one(out + c, total * inverse);
-      }
+      if (whole)
+        store_one(out + c, total * denominator.inverse);
+      else
+        p.partial[place * p.value_dim + c] = total * denominator.inverse;
     }
-    if (lane() == 0 && p.splits == 1) leave_lse(p, index, lse2 * kLn2);
+    if (lane() == 0 && whole) denominator.store(p, index, max);
   }
 }
 
@@ -217,23 +214,26 @@ __global__ void __launch_bounds__(kDecodeCombineWarps* kLanes) combine(const __g
   const int64_t i = row % p.queries, h = row / p.queries % p.heads, b = row / p.queries / p.heads;
 
   // The splits' shares of the whole.
+  const bool plain = is_plain(p);
+  const float unit = unit_of(p, plain);
   float max = -infinity(), sum = 0.0f;
-  for (int s = 0; s < p.splits; ++s) max = fmaxf(max, p.lse2[s * rows + row]);
-  const float finite = max == -infinity() ? 0.0f : max;
-  for (int s = 0; s < p.splits; ++s) sum += ptx::exp2(p.lse2[s * rows + row] - finite);
-  const float inverse = sum == 0.0f ? 0.0f : 1.0f / sum;
+  for (int s = 0; s < p.splits; ++s) max = fmaxf(max, p.softmax[s * rows + row].x);
+  auto share = [&](int s) {
+    const float2 split = p.softmax[s * rows + row];
+    return split.y * ptx::exp2((split.x - finite(max)) * unit);
+  };
+  for (int s = 0; s < p.splits; ++s) sum += share(s);
+  const Denominator denominator(max, sum, natural_of(p, plain), p.sinks != nullptr ? p.sinks + h : nullptr);
 
   T* out =
       static_cast<T*>(p.output) + b * p.output_strides.batch + h * p.output_strides.head + i * p.output_strides.row;
   for (int64_t c = lane(); c < p.value_dim; c += kLanes) {
     float total = 0.0f;
-    for (int s = 0; s < p.splits; ++s) {
-      const float lse2 = p.lse2[s * rows + row];
-      if (lse2 != -infinity()) total += p.partial[(s * rows + row) * p.value_dim + c] * ptx::exp2(lse2 - finite);
-    }
-    store_one(out + c, total * inverse);
+    for (int s = 0; s < p.splits; ++s)
+      if (p.softmax[s * rows + row].y != 0.0f) total += p.partial[(s * rows + row) * p.value_dim + c] * share(s);
+    store_one(out + c, total * denominator.inverse);
   }
-  if (lane() == 0) leave_lse(p, row, sum == 0.0f ? -infinity() : (max + log2f(sum)) * kLn2);
+  if (lane() == 0) denominator.store(p, row, max);
 }
 
 template <class T, int D, bool kPaged>
@@ -246,8 +246,8 @@ void launch_decode(const PagedAttentionParams& params, Stream stream) {
   p.packets =
       rows_begin_on(16, sizeof(T), {p.query, p.key, p.value}, {p.query_strides, p.key_strides, p.value_strides});
   const int64_t rows = p.batch * p.heads * p.queries;
-  p.lse2 = p.workspace;
-  p.partial = p.workspace + p.splits * rows;
+  p.softmax = reinterpret_cast<float2*>(p.workspace);
+  p.partial = p.workspace + 2 * p.splits * rows;
   const dim3 blocks = grid_of(kName, p.batch * p.kv_heads * p.tiles * p.splits);
   launch(kName, attend_split<T, D, kPaged>, blocks, dim3(Shape::kThreads), Shape::kBytes, stream, p);
   if (p.splits == 1) return;

@@ -39,27 +39,30 @@ struct ForwardShape {
   static_assert(kBytes <= 99 * 1024);
 };
 
-// What the backward makes the softmax of is lse alone: max in the place of which it stands.
-__device__ __forceinline__ void leave_lse(const AttentionForwardParams& p, int64_t row, float lse) {
-  if (p.lse != nullptr) p.lse[row] = lse;
-  if (p.max != nullptr) p.max[row] = lse, p.inverse[row] = 1.0f;
-}
-
-// Of a lane's rows: the largest score so far, in units of log2, and its share of the sum of weights. A row that has
-// seen nothing has -inf and 0.
+// Of a lane's rows: the largest score so far, as it is, and its share of the sum of weights. A row that has seen
+// nothing has -inf and 0.
+//
+// Weights are exp2(score * unit - base), a single instruction before exp2, base being max * unit rounded. So all of a
+// row are too large by one factor, 2 to what the rounding took, until `settle`. Far from zero that could be anything:
+// there the maximum is subtracted first.
 template <int MT>
 struct Softmax {
+  static constexpr float kFar = 128.0f;
   float max[MT][2], sum[MT][2];
 
-  // A sink (nullptr: none) is one more score, of no value; lane t = 0 counts it.
-  __device__ __forceinline__ void init(int m, int half, const float* sink) {
-    max[m][half] = sink != nullptr ? *sink * kLog2e : -infinity();
-    sum[m][half] = sink != nullptr && lane_column() == 0 ? 1.0f : 0.0f;
+  __device__ __forceinline__ void init() {
+#pragma unroll
+    for (int r = 0; r < 2 * MT; ++r) {
+      max[r / 2][r % 2] = -infinity();
+      sum[r / 2][r % 2] = 0.0f;
+    }
   }
 
   // Scores to weights, relative to the new maximum: what was added up before counts `rescale` times from now on.
   template <int NT>
   __device__ __forceinline__ void weigh(float (&s)[MT][NT][4], float unit, float (&rescale)[MT][2]) {
+    float now[MT][2], base[MT][2];
+    bool far = false;
 #pragma unroll
     for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -69,16 +72,23 @@ struct Softmax {
         for (int n = 0; n < NT; ++n) largest = fmaxf(largest, fmaxf(s[m][n][2 * half], s[m][n][2 * half + 1]));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, 2));
-        const float now = fmaxf(max[m][half], largest * unit);
-        const float finite = now == -infinity() ? 0.0f : now;  // -inf - -inf would be NaN
-        rescale[m][half] = ptx::exp2(max[m][half] - finite);
-        max[m][half] = now;
+        now[m][half] = fmaxf(max[m][half], largest);
+        base[m][half] = __fmul_rn(finite(now[m][half]), unit);
+        rescale[m][half] = ptx::exp2(__fmul_rn(max[m][half], unit) - base[m][half]);
+        far |= !is_near(base[m][half]);
+      }
+    if (__any_sync(0xffffffffu, far)) subtract_first(s, unit, now, base, rescale);
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        max[m][half] = now[m][half];
         float total = 0.0f;
 #pragma unroll
         for (int n = 0; n < NT; ++n)
 #pragma unroll
           for (int e = 2 * half; e < 2 * half + 2; ++e) {
-            s[m][n][e] = ptx::exp2(s[m][n][e] * unit - finite);
+            s[m][n][e] = ptx::exp2(__fmaf_rn(s[m][n][e], unit, -base[m][half]));
             total += s[m][n][e];
           }
         sum[m][half] = sum[m][half] * rescale[m][half] + total;
@@ -98,16 +108,70 @@ struct Softmax {
     for_each<MT, OT>([&](int m, int n, int e) { output[m][n][e] *= factor[m][e / 2]; });
   }
 
-  // Sums of whole rows.
-  __device__ __forceinline__ void finish() {
+  // Sums of whole rows, and with them `output`, relative to the maximum itself: a row of one weight has the sum 1.
+  template <int OT>
+  __device__ __forceinline__ void settle(float (&output)[MT][OT][4], float unit) {
+    float factor[MT][2];
 #pragma unroll
-    for (int r = 0; r < 2 * MT; ++r) sum[r / 2][r % 2] = group_sum(sum[r / 2][r % 2], 4);
+    for (int r = 0; r < 2 * MT; ++r) {
+      const float most = finite(max[r / 2][r % 2]), base = __fmul_rn(most, unit);
+      const float excess = ptx::exp2(is_near(base) ? __fmaf_rn(most, unit, -base) : 0.0f);
+      sum[r / 2][r % 2] = group_sum(sum[r / 2][r % 2], 4) / excess;
+      factor[r / 2][r % 2] = 1.0f / excess;
+    }
+    rescale(output, factor);
   }
-  __device__ __forceinline__ float inverse(int m, int half) const {
-    return sum[m][half] == 0.0f ? 0.0f : 1.0f / sum[m][half];
+
+ private:
+  static __device__ __forceinline__ bool is_near(float base) { return fabsf(base) < kFar; }
+
+  template <int NT>
+  __device__ __forceinline__ void subtract_first(float (&s)[MT][NT][4], float unit, const float (&now)[MT][2],
+                                                 float (&base)[MT][2], float (&rescale)[MT][2]) const {
+#pragma unroll
+    for (int m = 0; m < MT; ++m)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        if (is_near(base[m][half])) continue;
+        const float most = finite(now[m][half]);
+        rescale[m][half] = ptx::exp2((max[m][half] - most) * unit);
+        base[m][half] = 0.0f;
+#pragma unroll
+        for (int n = 0; n < NT; ++n)
+#pragma unroll
+          for (int e = 2 * half; e < 2 * half + 2; ++e) s[m][n][e] -= most;
+      }
   }
-  __device__ __forceinline__ float lse(int m, int half) const {
-    return sum[m][half] == 0.0f ? -infinity() : max[m][half] * kLn2 + logf(sum[m][half]);
+};
+
+// What a row's weights exp(score - max), which add up to `sum`, are divided by. A sink (nullptr: none) is one more
+// score, of no value; what is larger, it or the maximum, is what the logarithm is relative to.
+struct Denominator {
+  float inverse, lse;  // 0 and -inf where there is nothing to divide
+
+  // A score is `natural` times what `max` counts.
+  __device__ __forceinline__ Denominator(float max, float sum, float natural, const float* sink) {
+    float top = max * natural, factor = 1.0f;
+    if (sink != nullptr && *sink != -infinity()) {
+      const float above = __fmaf_rn(max, natural, -*sink);
+      if (above >= 0.0f) {
+        sum += expf(-above);
+      } else {
+        factor = expf(above);
+        sum = sum * factor + 1.0f;
+        top = *sink;
+      }
+    }
+    inverse = sum == 0.0f ? 0.0f : factor / sum;
+    lse = sum == 0.0f ? -infinity() : top + logf(sum);
+  }
+
+  // What is wanted of it, and of the maximum, to row `row` of [B, H, Nq].
+  __device__ __forceinline__ void store(const AttentionForwardParams& p, int64_t row, float max) const {
+    if (p.lse != nullptr) p.lse[row] = lse;
+    if (p.max == nullptr) return;
+    p.max[row] = max;
+    p.inverse[row] = inverse;
   }
 };
 
@@ -134,9 +198,8 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) atten
 
   float output[MT][D / 8][4] = {};
   Softmax<MT> softmax;
-#pragma unroll
-  for (int r = 0; r < 2 * MT; ++r) softmax.init(r / 2, r % 2, p.sinks != nullptr ? p.sinks + head.h : nullptr);
-  const float unit = unit_of<kPlain>(p);
+  softmax.init();
+  const float unit = unit_of(p, kPlain);
   const bool drops = !kPlain && p.dropout.seed != nullptr;
   for (int step = 0; step < seen.steps; ++step) {
     const int j0 = seen.start + step * Shape::kKeys;
@@ -164,20 +227,24 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) atten
 
   // Normalise. Store.
   const float kept = drops ? p.dropout.scale : 1.0f;
-  softmax.finish();
+  softmax.settle(output, unit);
   T* out = head.query_rows(static_cast<T*>(p.output), p.output_strides);
   auto row_of = [&](int m, int half) { return row0 + m * 16 + lane_row() + half * 8; };
+  auto denominator = [&](int m, int half) {
+    return Denominator(softmax.max[m][half], softmax.sum[m][half], natural_of(p, kPlain),
+                       p.sinks != nullptr ? p.sinks + head.h : nullptr);
+  };
   store_rows<T>(
       output, static_cast<int>(p.value_dim), p.pairs,
       [&](int m, int half) {
         return row_of(m, half) < head.queries ? out + row_of(m, half) * p.output_strides.row : nullptr;
       },
-      [&](int m, int half) { return softmax.inverse(m, half) * kept; });
+      [&](int m, int half) { return denominator(m, half).inverse * kept; });
   if (lane_column() != 0) return;
 #pragma unroll
   for (int r = 0; r < 2 * MT; ++r)
     if (row_of(r / 2, r % 2) < head.queries)
-      leave_lse(p, head.values + row_of(r / 2, r % 2), softmax.lse(r / 2, r % 2));
+      denominator(r / 2, r % 2).store(p, head.values + row_of(r / 2, r % 2), softmax.max[r / 2][r % 2]);
 }
 
 template <class T>

@@ -11,8 +11,8 @@
 
 namespace torchweld::cuda {
 
-// Item 2n is tile n of the streamed rows that scores are made of, item 2n + 1 that of those of dP; each with a float
-// for every row.
+// Item 2n is tile n of the streamed rows that scores are made of, item 2n + 1 that of those of dP; each with two
+// floats for every row, `softmax` or `gradient`.
 template <int D, int kOthers_>
 struct BackwardShapeSm90 {
   static constexpr int kGroups = 2, kThreads = (1 + kGroups) * kWarpgroup, kRows = kGroups * 64, kOthers = kOthers_;
@@ -21,7 +21,7 @@ struct BackwardShapeSm90 {
   using Own = Panels<D, kRows>;
   using Others = Panels<D, kOthers>;
   using Ring = Slots<kSlots, kGroups * 4>;
-  static constexpr int kValueBytes = kOthers * static_cast<int>(sizeof(float));
+  static constexpr int kValueBytes = kOthers * static_cast<int>(sizeof(float2));
   static constexpr int kBytes =
       AlignedMemory::kBytes + 2 * Own::kBytes + kSlots * (Others::kBytes + kValueBytes) + Ring::kBarrierBytes;
   static_assert(kBytes <= 227 * 1024);

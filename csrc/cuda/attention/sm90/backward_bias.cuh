@@ -50,7 +50,6 @@ __global__ void __launch_bounds__(BiasShapeSm90<D>::kThreads, 1)
   }
   ptx::registers_increase<Shape::kRegisters>();
   const int row = (warpgroup() - 1) * 64, warp_row = row + warp() % 4 * 16;
-  const float unit = unit_of<false>(p);
   float sum[1][NT][4] = {};
   int item = 0;
   tile.for_each_score([&](const Head& head, int i0, int j0) {
@@ -84,13 +83,13 @@ __global__ void __launch_bounds__(BiasShapeSm90<D>::kThreads, 1)
     const bool whole = head.sees_all(i0 + row, 64, j0, Shape::kKeys), drops = p.dropout.seed != nullptr;
     Kept<false, 1, NT> kept;
     if (drops) kept.draw(p.dropout, head.values, i0 + warp_row, j0);
-    subtract_delta(p, ds, drops, kept, [&](int m, int, int e) { return values.delta[m][e / 2]; });
+    subtract_delta(p, ds, drops, kept, [&](int m, int, int e) { return values.gradient[m][e / 2]; });
     modify(p, cells, whole, s, ds, false);
     if (!whole) {
       hide(cells, s, -infinity());
       hide(cells, ds, 0.0f);
     }
-    weigh(s, unit, [&](int m, int, int e) { return values.lse2[m][e / 2]; });
+    weigh(s, p.unit, [&](int m, int, int e) { return values.softmax[m][e / 2]; });
     for_each<1, NT>([&](int m, int n, int e) { sum[m][n][e] += ds[m][n][e] * s[m][n][e]; });
   });
 

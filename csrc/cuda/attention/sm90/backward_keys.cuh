@@ -76,8 +76,8 @@ __global__ void __launch_bounds__(KeysShapeSm90<D>::kThreads, 1)
       const int i0 = start + item / 2 % tiles * Shape::kOthers, i = i0 + static_cast<int>(threadIdx.x);
       load_tile<T, D, Shape::kOthers, kWarpgroup, typename Shape::Others>(memory.item(item), rows, i0);
       if (static_cast<int>(threadIdx.x) < Shape::kOthers)
-        ptx::cp_async<4>(memory.values_of(item) + threadIdx.x * 4, (item % 2 == 0 ? p.lse2 : p.delta) + head.values + i,
-                         i < head.queries ? 4 : 0);
+        ptx::cp_async<8>(memory.values_of(item) + threadIdx.x * 8,
+                         (item % 2 == 0 ? p.softmax : p.gradient) + head.values + i, i < head.queries ? 8 : 0);
     });
     return;
   }
@@ -86,7 +86,6 @@ __global__ void __launch_bounds__(KeysShapeSm90<D>::kThreads, 1)
   float dkey[1][kKey ? D / 8 : 1][4] = {}, dvalue[1][kValue ? D / 8 : 1][4] = {};
   if (steps > 0) {
     memory.ring.await(0);
-    const float unit = unit_of<kPlain>(p);
     float s[1][NT][4], ds[1][NT][4];
     Lefts<NT> weights, gradients;
     auto multiply = [&](int step, const Head& head, int i0) {
@@ -94,12 +93,12 @@ __global__ void __launch_bounds__(KeysShapeSm90<D>::kThreads, 1)
       const bool whole = head.sees_all(i0, Shape::kOthers, j0 + row, 64);
       const bool drops = !kPlain && p.dropout.seed != nullptr;
       const uint32_t queries = memory.item(2 * step), doutputs = memory.item(2 * step + 1);
-      auto value_of = [&](int which, int n, int e) {
-        return __uint_as_float(
-            ptx::load_shared(memory.values_of(2 * step + which) + (n * 8 + lane_column() + e % 2) * 4));
+      auto values_of = [&](int item) {
+        return [columns = memory.values_of(item) + lane_column() * 8](int, int n, int e) {
+          return column_values(columns, n, e);
+        };
       };
-      auto lse2 = [&](int, int n, int e) { return value_of(0, n, e); };
-      auto delta = [&](int, int n, int e) { return value_of(1, n, e); };
+      auto softmax = values_of(2 * step), gradient = values_of(2 * step + 1);
       auto begin_values = [&] {
         weights.template take<T>(s);
         ptx::wgmma_fence();
@@ -118,23 +117,23 @@ __global__ void __launch_bounds__(KeysShapeSm90<D>::kThreads, 1)
       if constexpr (kPlain) {
         ptx::wgmma_wait<kKey ? 1 : 0>();
         if (!whole) hide(cells, s, -infinity());
-        weigh(s, unit, lse2);
+        weigh(s, p.unit, softmax);
         if constexpr (kValue) begin_values();
         if constexpr (kKey) {
           ptx::wgmma_wait<kValue ? 1 : 0>();
-          subtract_delta(p, ds, drops, kept, delta);
+          subtract_delta(p, ds, drops, kept, gradient);
           if (!whole) hide(cells, ds, 0.0f);
         }
       } else {
         ptx::wgmma_wait<0>();
         if (drops) kept.draw(p.dropout, head.values, row0, i0);
-        if constexpr (kKey) subtract_delta(p, ds, drops, kept, delta);
+        if constexpr (kKey) subtract_delta(p, ds, drops, kept, gradient);
         modify(p, cells, whole, s, kKey ? ds : nullptr);
         if (!whole) {
           hide(cells, s, -infinity());
           if constexpr (kKey) hide(cells, ds, 0.0f);
         }
-        weigh(s, unit, lse2);
+        weigh(s, p.unit, softmax);
       }
       if constexpr (kKey) {
         for_each<1, NT>([&](int m, int n, int e) { ds[m][n][e] *= s[m][n][e]; });

@@ -44,7 +44,6 @@ __global__ void __launch_bounds__(QueriesShapeSm90<D, kPlain>::kThreads, 1)
   if (steps > 0) {
     memory.ring.await(0);
     const RowValues<1> values(p, head, row0);
-    const float unit = unit_of<kPlain>(p);
     float s[1][NT][4], ds[1][NT][4];
     Lefts<NT> gradients;
 #pragma unroll 1
@@ -53,8 +52,8 @@ __global__ void __launch_bounds__(QueriesShapeSm90<D, kPlain>::kThreads, 1)
       const Cells<false> cells{head, row0, j0};
       const bool whole = head.sees_all(i0 + row, 64, j0, Shape::kOthers);
       const uint32_t keys = memory.item(2 * step);
-      auto lse2 = [&](int m, int, int e) { return values.lse2[m][e / 2]; };
-      auto delta = [&](int m, int, int e) { return values.delta[m][e / 2]; };
+      auto softmax = [&](int m, int, int e) { return values.softmax[m][e / 2]; };
+      auto gradient = [&](int m, int, int e) { return values.gradient[m][e / 2]; };
 
       // Products.
       begin_own_rows<T, D>(s, memory, 0, row, keys);
@@ -66,22 +65,22 @@ __global__ void __launch_bounds__(QueriesShapeSm90<D, kPlain>::kThreads, 1)
       if constexpr (kPlain) {
         ptx::wgmma_wait<1>();
         if (!whole) hide(cells, s, -infinity());
-        weigh(s, unit, lse2);
+        weigh(s, p.unit, softmax);
         if (step + 1 < steps) memory.ring.await(2 * step + 2);  // here, so that weights are made beside dP: see await
         ptx::wgmma_wait<0>();
-        subtract_delta(p, ds, false, kept, delta);
+        subtract_delta(p, ds, false, kept, gradient);
         if (!whole) hide(cells, ds, 0.0f);
       } else {
         ptx::wgmma_wait<0>();
         const bool drops = p.dropout.seed != nullptr;
         if (drops) kept.draw(p.dropout, head.values, row0, j0);
-        subtract_delta(p, ds, drops, kept, delta);
+        subtract_delta(p, ds, drops, kept, gradient);
         modify(p, cells, whole, s, ds, p.dquery != nullptr);
         if (!whole) {
           hide(cells, s, -infinity());
           hide(cells, ds, 0.0f);
         }
-        weigh(s, unit, lse2);
+        weigh(s, p.unit, softmax);
         if (step + 1 < steps) memory.ring.await(2 * step + 2);
       }
       memory.ring.release(2 * step + 1);

@@ -76,9 +76,8 @@ __global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain, kGroups>::kThreads
   const int first_row = i0 + turns.group * 64, row0 = first_row + warp() % 4 * 16;
   float output[1][D / 8][4] = {}, rescale[1][2];
   Softmax<1> softmax;
-  softmax.init(0, 0, p.sinks != nullptr ? p.sinks + head.h : nullptr);
-  softmax.init(0, 1, p.sinks != nullptr ? p.sinks + head.h : nullptr);
-  const float unit = unit_of<kPlain>(p);
+  softmax.init();
+  const float unit = unit_of(p, kPlain);
   const bool drops = !kPlain && p.dropout.seed != nullptr;
 
   float s[1][NT][4];
@@ -139,17 +138,21 @@ __global__ void __launch_bounds__(ForwardShapeSm90<D, kPlain, kGroups>::kThreads
 
   // Normalise. Store.
   const float kept = drops ? p.dropout.scale : 1.0f;
-  softmax.finish();
+  softmax.settle(output, unit);
   T* out = head.query_rows(static_cast<T*>(p.output), p.output_strides);
   auto row_of = [&](int half) { return row0 + lane_row() + half * 8; };
+  auto denominator = [&](int half) {
+    return Denominator(softmax.max[0][half], softmax.sum[0][half], natural_of(p, kPlain),
+                       p.sinks != nullptr ? p.sinks + head.h : nullptr);
+  };
   store_rows<T>(
       output, static_cast<int>(p.value_dim), p.pairs,
       [&](int, int half) { return row_of(half) < head.queries ? out + row_of(half) * p.output_strides.row : nullptr; },
-      [&](int, int half) { return softmax.inverse(0, half) * kept; });
+      [&](int, int half) { return denominator(half).inverse * kept; });
   if (lane_column() != 0) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half)
-    if (row_of(half) < head.queries) leave_lse(p, head.values + row_of(half), softmax.lse(0, half));
+    if (row_of(half) < head.queries) denominator(half).store(p, head.values + row_of(half), softmax.max[0][half]);
 }
 
 // Whether tiles of three warpgroups take less time than those of two, a tile's time being that of its rows: the last
