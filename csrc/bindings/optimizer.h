@@ -37,6 +37,7 @@ void fill(OptimizerParams& p, const Arguments& args, OptimizerRows<Backend>& lis
   p.grad_norm = scalar(args, grad_norm, "grad_norm");
   p.grad_scale = scalar(args, grad_scale, "grad_scale");
   p.found_inf = scalar(args, found_inf, "found_inf");
+  list.refuse_shared();
   if (p.stochastic)
     for (size_t i = 0; i < list.rows.size(); ++i)
       if (list.rows[i].dtype == DType::float16) args.fail("rounding_seed", "None for params of float16", "a seed");

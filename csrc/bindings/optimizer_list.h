@@ -1,6 +1,7 @@
 // Lists of tensors -> rows of an optimizer's list, for any backend. All is checked before any memory is touched.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "bindings/tensor.h"
@@ -106,6 +107,26 @@ class OptimizerRows {
     rows[i].numel = first_[i].numel();
     rows[i].begin = total;
     total += (rows[i].numel + chunk - 1) / chunk * chunk;
+  }
+
+  // Parameters that share memory, a parameter that is listed twice among them, are stepped one after another.
+  void refuse_shared() {
+    struct Extent {
+      const char *begin, *end;
+      size_t row;
+    };
+    std::vector<Extent> extents;
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const auto* begin = static_cast<const char*>(rows[i].param);
+      const int64_t bytes = rows[i].numel * (rows[i].dtype == DType::float32 ? 4 : 2);
+      if (bytes > 0) extents.push_back({begin, begin + bytes, i});
+    }
+    std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+    for (size_t last = 0, next = 1; next < extents.size(); ++next) {
+      if (extents[next].begin < extents[last].end)
+        for (const size_t each : {last, next}) refuse(extents[each].row, "params that share memory");
+      if (extents[next].end > extents[last].end) last = next;
+    }
   }
 
   void refuse(size_t i, const std::string& reason) {

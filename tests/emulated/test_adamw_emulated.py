@@ -97,6 +97,28 @@ def test_stochastic_rounding_has_the_references_bits(offset: int) -> None:
     assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
 
 
+@pytest.mark.parametrize("seed", [None, 7])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.usefixtures("kernels")
+def test_a_step_starts_from_what_others_wrote(offset: int, seed: int | None) -> None:
+    """Packets and single elements; every third element is written to; only the decay moves, so bits are equal."""
+    sizes = (CHUNK + 11, 0, 3, 700)
+    found = []
+    for backend_name in ("cpu", "reference"):
+        masters = tensors(sizes)["params"]
+        params = [torch.zeros(offset + m.numel(), dtype=torch.bfloat16)[offset:].copy_(m) for m in masters]
+        for p in params:
+            p[::3] = 3.0
+            p[::21] = -0.0
+        zeros = [[torch.zeros(m.shape) for m in masters] for _ in range(3)]
+        with use_backend(backend_name):
+            steps = [torch.zeros(()) for _ in masters]
+            ops.adamw_(params, *zeros, [], steps, **OPTIONS, masters=masters, rounding_seed=seed)
+        assert all((m[::3][1:2] - 3.0).abs().max() < 0.1 for m in masters if m.numel() > 3)
+        found.append([*params, *masters])
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+
+
 @pytest.mark.usefixtures("kernels")
 def test_gradients_are_zeroed_also_after_an_overflow() -> None:
     for found_inf in (0.0, 1.0):

@@ -8,7 +8,7 @@
 //   AMSGrad puts the largest v so far in v's place.
 //
 // One read of p, g, m, v and one write of p, m, v. Bytes per parameter: 28 in fp32; bf16 parameters and gradients with
-// fp32 state 22, with an fp32 master 28. What is written to the gradients (unscaled, or zeros) and AMSGrad come on top.
+// fp32 state 22, with an fp32 master 30. What is written to the gradients (unscaled, or zeros) and AMSGrad come on top.
 // Loshchilov, Hutter: arXiv:1711.05101. Kingma, Ba: arXiv:1412.6980. AMSGrad: Reddi, Kale, Kumar: arXiv:1904.09237.
 
 #include "cpu/isa/kernels.h"

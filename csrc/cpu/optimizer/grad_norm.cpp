@@ -37,8 +37,7 @@ namespace TORCHWELD_ISA {
 
 void grad_norm(const GradNormParams& p) {
   const int64_t chunks = p.total / kOptimizerChunkCpu, blocks = smaller(chunks, kGradNormBlocks);
-  const int64_t grain = blocks * kElementsPerThread / (p.total > 0 ? p.total : 1) + 1;
-  parallel_for(blocks, grain, [&](int64_t first, int64_t last) {
+  parallel_for(blocks, grain(p.total, blocks), [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       double squares = 0;
       for_each_stretch(p.tensors, p.count, chunks * b / blocks, chunks * (b + 1) / blocks,

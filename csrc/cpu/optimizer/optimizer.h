@@ -10,9 +10,16 @@
 namespace torchweld::cpu {
 namespace {
 
-constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it brings
+// A list below the first runs on one thread: beside other programs a parallel region may wait for milliseconds, where
+// the work takes a fraction of one. A longer list gives each thread the second at least.
+constexpr int64_t kElementsAlone = 1 << 18, kElementsPerThread = 32768;
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// How many of the `units` that a list of so many elements is cut into a thread takes at least.
+inline int64_t grain(int64_t elements, int64_t units) {
+  return (elements < kElementsAlone ? units : units * kElementsPerThread / elements) + 1;
+}
 
 template <class T>
 T* at(void* base, int64_t index) {
@@ -59,10 +66,34 @@ class RandomHalves {
   alignas(64) uint32_t words_[4 * W];
 };
 
-// Infinities and NaNs stay: the NaNs of arithmetic have the highest bit of their mantissa set.
+// A random half of 0 rounds towards zero, 0xffff away from it. Infinities and NaNs stay: the NaNs of arithmetic have
+// the highest bit of their mantissa set.
 TW_INLINE VecH narrow_bf16_at_random(Vec v, VecU random) {
   const VecU added = (bits(v) & 0x7f800000u) != VecU{} + 0x7f800000u ? random : VecU{};
   return narrow((bits(v) + added) >> 16);
+}
+
+// ---- Masters
+
+TW_INLINE VecH rounding_of(Vec master, const bf16*) { return narrow_bf16(master); }
+TW_INLINE VecH rounding_of(Vec master, const f16*) { return narrow_f16(master); }
+
+// What a step starts from: the master, or the parameter where that is not a rounding of the master, for then somebody
+// else has written to it. A step at random leaves one of the master's two neighbours.
+template <class T, class Lanes>
+TW_INLINE Vec newest(const float* master, const T* param, bool stochastic, Lanes lanes) {
+  const Vec m = load(master, lanes);
+  const VecU found = widen(load_bits(param, lanes));
+  if (stochastic) {
+    const VecU down = widen(narrow_bf16_at_random(m, VecU{})), up = widen(narrow_bf16_at_random(m, VecU{} + 0xffffu));
+    return found == down ? m : found == up ? m : load(param, lanes);
+  }
+  return found == widen(rounding_of(m, param)) ? m : load(param, lanes);
+}
+
+template <class Lanes>
+TW_INLINE Vec newest(const float*, const float* param, bool, Lanes lanes) {
+  return load(param, lanes);  // of 32 bits the master is a copy
 }
 
 // ---- Step
@@ -103,7 +134,7 @@ void update(const OptimizerTensor t, int64_t index, const Call call, const Rule 
     // Load.
     prefetch(master != nullptr ? static_cast<const void*>(master + i) : param + i);
     prefetch(grad + i);
-    Vec p = master != nullptr ? load(master + i, lanes) : load(param + i, lanes);
+    Vec p = master != nullptr ? newest(master + i, param + i, call.stochastic, lanes) : load(param + i, lanes);
     Vec g = load(grad + i, lanes) * call.unscale;
     if (call.write_grad) store(grad + i, call.zero_grads ? zero() : g, lanes);
 
@@ -126,7 +157,8 @@ void update(const OptimizerTensor t, int64_t index, const Call call, const Rule 
 template <class Rule>
 void step(const OptimizerParams& p, const Rule& rule) {
   const Call call = call_of(p);
-  parallel_for(p.total / kOptimizerChunkCpu, kElementsPerThread / kOptimizerChunkCpu, [&](int64_t first, int64_t last) {
+  const int64_t chunks = p.total / kOptimizerChunkCpu;
+  parallel_for(chunks, grain(p.total, chunks), [&](int64_t first, int64_t last) {
     for_each_stretch(p.tensors, p.count, first, last, [&](int64_t index, int64_t begin, int64_t end) {
       const OptimizerTensor& t = p.tensors[index];
       dispatch(t.dtype, [&](auto own) {
@@ -146,14 +178,14 @@ void step(const OptimizerParams& p, const Rule& rule) {
 inline bool overflowed(const OptimizerParams& p) {
   if (p.found_inf == nullptr || *p.found_inf == 0) return false;
   if (p.zero_grads) {
-    parallel_for(p.total / kOptimizerChunkCpu, kElementsPerThread / kOptimizerChunkCpu,
-                 [&](int64_t first, int64_t last) {
-                   for_each_stretch(p.tensors, p.count, first, last, [&](int64_t index, int64_t begin, int64_t end) {
-                     const OptimizerTensor& t = p.tensors[index];
-                     const int64_t bytes = t.grad_dtype == DType::float32 ? 4 : 2;
-                     std::memset(at<char>(t.grad, begin * bytes), 0, (end - begin) * bytes);
-                   });
-                 });
+    const int64_t chunks = p.total / kOptimizerChunkCpu;
+    parallel_for(chunks, grain(p.total, chunks), [&](int64_t first, int64_t last) {
+      for_each_stretch(p.tensors, p.count, first, last, [&](int64_t index, int64_t begin, int64_t end) {
+        const OptimizerTensor& t = p.tensors[index];
+        const int64_t bytes = t.grad_dtype == DType::float32 ? 4 : 2;
+        std::memset(at<char>(t.grad, begin * bytes), 0, (end - begin) * bytes);
+      });
+    });
   }
   return true;
 }

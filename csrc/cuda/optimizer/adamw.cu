@@ -1,6 +1,6 @@
 // AdamW and Adam, one step over a list of tensors; the formula is in cpu/optimizer/adamw.cpp, the launches are in
 // optimizer.cuh. Bytes per parameter: 28 in fp32 (read p, g, m, v; write p, m, v), 14 all in 16 bits, 22 for 16-bit
-// parameters and gradients with fp32 state, 28 with an fp32 master; in 16-byte packets. Loshchilov, Hutter:
+// parameters and gradients with fp32 state, 30 with an fp32 master; in 16-byte packets. Loshchilov, Hutter:
 // arXiv:1711.05101. Kingma, Ba: arXiv:1412.6980.
 
 #include "cuda/kernels.h"

@@ -98,11 +98,11 @@ __device__ __forceinline__ void with_type(DType dtype, F&& f) {
 
 // ---- Step
 
-// What a parameter is, apart from its dtype.
-enum class Kept {
-  itself,    // stepped, and rounded to nearest
-  mastered,  // the rounding of a master in float32, which is stepped
-  at_random  // stepped; rounded at random if it is bfloat16
+// What a parameter is, apart from its dtype: the rounding of a master in float32, or itself what is stepped; rounded to
+// nearest, or at random if it is bfloat16.
+template <bool kMasteredValue, bool kAtRandomValue>
+struct Kept {
+  static constexpr bool kMastered = kMasteredValue, kAtRandom = kAtRandomValue;
 };
 
 template <class Rule>
@@ -140,8 +140,28 @@ __device__ __forceinline__ float round_at_random(float p, uint32_t half) {
   return (bits & 0x7f800000u) == 0x7f800000u ? p : __uint_as_float((bits + half) & 0xffff0000u);
 }
 
+// What a step starts from: the masters, but for the parameters that are not roundings of theirs, for then somebody else
+// has written to them. A step at random leaves one of the master's two neighbours.
+template <bool kAtRandom, class T, int V>
+__device__ __forceinline__ void take_newest(float (&p)[V], const Run<T, V>& param, const Run<float, V>& master) {
+  Run<T, V> rounding, other;
+  if constexpr (kAtRandom && std::is_same_v<T, __nv_bfloat16>) {
+    rounding.set([&](int k) { return round_at_random(master[k], 0); });
+    other.set([&](int k) { return round_at_random(master[k], 0xffffu); });
+  } else {
+    rounding.set([&](int k) { return master[k]; });
+    other = rounding;
+  }
+#pragma unroll
+  for (int k = 0; k < V; ++k) {
+    const uint32_t found = __float_as_uint(param[k]);
+    const bool ours = found == __float_as_uint(rounding[k]) || found == __float_as_uint(other[k]);
+    p[k] = ours ? master[k] : param[k];
+  }
+}
+
 // Elements [begin, end) in runs of V, a whole number of them. T: parameter, GT: gradient, ST: state.
-template <Kept kKept, class T, class GT, class ST, int V, class Rule>
+template <class Kept, class T, class GT, class ST, int V, class Rule>
 __device__ __forceinline__ void update(const OptimizerTensor& t, uint64_t row, const Step<Rule>& s, const Factors& f,
                                        int64_t begin, int64_t end) {
   for (int64_t i = begin + threadIdx.x * V; i < end; i += kThreads * V) {
@@ -149,19 +169,18 @@ __device__ __forceinline__ void update(const OptimizerTensor& t, uint64_t row, c
     Run<T, V> param;
     Run<float, V> master;
     Run<GT, V> grad;
-    if constexpr (kKept == Kept::mastered)
-      master.load_once(t.master + i);
-    else
-      param.load_once(at<T>(t.param, i));
+    if constexpr (Kept::kMastered) master.load_once(t.master + i);
+    param.load_once(at<T>(t.param, i));
     grad.load_once(at<GT>(t.grad, i));
     typename Rule::template State<ST, V> state;
     state.load(t, i);
 
     // Update.
     float p[V];
+    if constexpr (Kept::kMastered) take_newest<Kept::kAtRandom>(p, param, master);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      p[k] = kKept == Kept::mastered ? master[k] : param[k];
+      if constexpr (!Kept::kMastered) p[k] = param[k];
       s.rule(t, p[k], grad[k] * f.unscale * f.clip, state, k);
     }
 
@@ -171,11 +190,11 @@ __device__ __forceinline__ void update(const OptimizerTensor& t, uint64_t row, c
       grad.store(at<GT>(t.grad, i));
     }
     state.store(t, i);
-    if constexpr (kKept == Kept::mastered) {
+    if constexpr (Kept::kMastered) {
       master.set([&](int k) { return p[k]; });
       master.store(t.master + i);
     }
-    if constexpr (kKept == Kept::at_random && std::is_same_v<T, __nv_bfloat16>) {
+    if constexpr (Kept::kAtRandom && std::is_same_v<T, __nv_bfloat16>) {
       const philox::Words random = philox::words(s.seed, row, static_cast<uint32_t>(i / 8));
 #pragma unroll
       for (int k = 0; k < 8; ++k)
@@ -194,9 +213,8 @@ __device__ __forceinline__ bool packed(const OptimizerTensor& t) {
          0;
 }
 
-template <Kept kKept, class Rule>
-__global__ void __launch_bounds__(kThreads, kKept == Kept::mastered ? 2 : 3)
-    step(const __grid_constant__ Step<Rule> s) {
+template <class Kept, class Rule>
+__global__ void __launch_bounds__(kThreads, Kept::kMastered ? 2 : 3) step(const __grid_constant__ Step<Rule> s) {
   const int64_t position = blockIdx.x * kOptimizerChunkCuda, index = index_at(s.table, s.count, position);
   const OptimizerTensor t = s.table[index];
   const int64_t begin = position - t.begin, left = t.numel - begin;
@@ -213,7 +231,7 @@ __global__ void __launch_bounds__(kThreads, kKept == Kept::mastered ? 2 : 3)
   }
   const Factors f = factors_of(s);
   uint64_t row = static_cast<uint64_t>(index);
-  if constexpr (kKept == Kept::at_random) row |= static_cast<uint64_t>(*t.step) << 32;
+  if constexpr (Kept::kAtRandom) row |= static_cast<uint64_t>(*t.step) << 32;
 
   with_type(t.dtype, [&](auto own) {
     auto of = [&](DType dtype, auto&& g) { dtype == t.dtype ? g(own) : g(Tag<float>{}); };
@@ -225,8 +243,8 @@ __global__ void __launch_bounds__(kThreads, kKept == Kept::mastered ? 2 : 3)
         // Packets of 16 bytes as far as they go, then one by one.
         constexpr int V = sizeof(T) + sizeof(GT) + sizeof(ST) == 12 ? 4 : 8;
         const int64_t whole = packed(t) ? begin + (end - begin) / V * V : begin;
-        update<kKept, T, GT, ST, V>(t, row, s, f, begin, whole);
-        update<kKept, T, GT, ST, 1>(t, row, s, f, whole, end);
+        update<Kept, T, GT, ST, V>(t, row, s, f, begin, whole);
+        update<Kept, T, GT, ST, 1>(t, row, s, f, whole, end);
       });
     });
   });
@@ -247,9 +265,10 @@ void launch_step(const char* name, const OptimizerParams& p, const Rule& rule, S
                      rule};
   const auto chunks = static_cast<unsigned>(p.total / kOptimizerChunkCuda);
   if (chunks == 0) return;
-  auto kernel = p.tensors[0].master != nullptr ? step<Kept::mastered, Rule> : step<Kept::itself, Rule>;
+  const bool mastered = p.tensors[0].master != nullptr;
+  auto kernel = mastered ? step<Kept<true, false>, Rule> : step<Kept<false, false>, Rule>;
   if constexpr (Rule::kCountsSteps)
-    if (p.stochastic && p.tensors[0].master == nullptr) kernel = step<Kept::at_random, Rule>;
+    if (p.stochastic) kernel = mastered ? step<Kept<true, true>, Rule> : step<Kept<false, true>, Rule>;
   launch(name, kernel, dim3(chunks), dim3(kThreads), 0, stream, s);
 }
 

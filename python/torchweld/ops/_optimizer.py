@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -146,7 +146,7 @@ _grad_norm_op = register("grad_norm(Tensor[] grads, Tensor? grad_scale) -> Tenso
 # ---- Public
 
 
-def grad_norm(grads: Sequence[Tensor], *, grad_scale: Tensor | None = None) -> Tensor:
+def grad_norm(grads: Iterable[Tensor], *, grad_scale: Tensor | None = None) -> Tensor:
     """Global norm of a list of gradients, divided by |grad_scale|: a float32 scalar on their device, with no host sync.
 
     What `torch.nn.utils.get_total_norm` gives, but summed in float32 and float64 whatever the dtype, in a fixed order.
@@ -157,12 +157,43 @@ def grad_norm(grads: Sequence[Tensor], *, grad_scale: Tensor | None = None) -> T
 
     Raises:
         ValueError: the list is empty; a tensor is on another device or not floating point.
+        TypeError: `grads` is no list of tensors, or `grad_scale` no tensor.
     """
+    grads = as_lists("grad_norm", grads=grads)["grads"]
+    if grad_scale is not None:
+        _check_scalar("grad_norm", "grad_scale", grad_scale)
     if len(grads) == 0:
         raise ValueError("[grad_norm] grads: expected at least one tensor, but got an empty list")
     if backend.choose("grad_norm", grads[0].device, None) == "reference":
         return reference.grad_norm(grads, grad_scale=grad_scale).to(torch.float32)
     return _grad_norm_op(grads, grad_scale)
+
+
+def as_lists(op: str, **lists: Iterable[Tensor]) -> Lists:
+    """The tensors of every argument as a list: an iterator gives them once."""
+    for name, each in lists.items():
+        if type(each) is list or type(each) is tuple:
+            continue
+        if isinstance(each, Tensor) or not isinstance(each, Iterable):
+            raise TypeError(f"[{op}] {name}: expected a list of tensors, but got {type(each).__name__}")
+        lists[name] = list(each)
+    return cast(Lists, lists)
+
+
+def _check_autograd(op: str, lists: Lists) -> None:
+    for name, each in lists.items():
+        for i, t in enumerate(each):
+            if isinstance(t, Tensor) and t.requires_grad:
+                kind = "a leaf Variable that requires grad" if t.is_leaf else "a tensor that requires grad"
+                remedy = f"call {op} under torch.no_grad()"
+                raise RuntimeError(f"[{op}] {name}[{i}]: {kind} is being used in an in-place operation; {remedy}")
+
+
+def _check_scalar(op: str, name: str, t: Any) -> None:
+    if not isinstance(t, Tensor):
+        raise TypeError(f"[{op}] {name}: expected a torch.Tensor of one element, but got {type(t).__name__}")
+    if t.numel() != 1:
+        raise ValueError(f"[{op}] {name}: expected 1 elements, but got shape ({', '.join(map(str, t.shape))})")
 
 
 def take_step(
@@ -179,6 +210,13 @@ def take_step(
     if limit is not None and not limit > 0:
         raise ValueError(f"[{op}] max_grad_norm: expected max_grad_norm > 0, or None, but got {limit}")
     params, grads = lists["params"], lists["grads"]
+    for name in ("grad_norm", "grad_scale", "found_inf"):
+        if common[name] is not None:
+            _check_scalar(op, name, common[name])
+    if isinstance(lr, Tensor):
+        _check_scalar(op, "lr", lr)
+    if torch.is_grad_enabled():
+        _check_autograd(op, lists)
     if len(params) == 0:
         return norm
     if backend.choose(op, params[0].device, None) == "reference":

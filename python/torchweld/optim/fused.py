@@ -33,8 +33,6 @@ class FusedOptimizer(KeptState):
     """Mixed in before torch's optimizer `_torch`, whose constructor, state_dict and behaviour it keeps."""
 
     _torch: ClassVar[type[torch.optim.Optimizer]]
-    # GradScaler hands its scale and its verdict to step(), as `grad_scale` and `found_inf`.
-    _step_supports_amp_scaling = True
     _grad_norm: Tensor | None = None
     _mirrors: offload.Mirrors | None = None
 
@@ -84,7 +82,7 @@ class FusedOptimizer(KeptState):
                 return loss
             if beyond := self._beyond_torch():
                 raise RuntimeError(f"[{type(self).__name__}] {beyond} cannot serve {works}; torch's own step would")
-            device = self.param_groups[0]["params"][0].device
+            device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
             backend.choose(type(self).__name__, device, f"{works} (torch's own step does)")
             serve = self._prepare_for_torch()
         if serve:
@@ -107,7 +105,7 @@ class FusedOptimizer(KeptState):
             keys = [p.device for p in params]
             if fresh and group.get("dampening"):
                 keys = list(zip(keys, fresh, strict=True))
-            if group["master_weights"]:
+            if self._option(group, "master_weights"):
                 lists["master"] = self._masters(params)
                 keys = list(zip(keys, (m is not p for m, p in zip(lists["master"], params, strict=True)), strict=True))
             for first, chosen in _split(lists, keys):
@@ -145,7 +143,7 @@ class FusedOptimizer(KeptState):
     def _fused_step(self, works: list[Work]) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         norm = None
-        if any(work.group["max_grad_norm"] is not None for work in works):
+        if any(self._option(work.group, "max_grad_norm") is not None for work in works):
             grads = [(g, s) for work in works for g, s in zip(work.lists["grad"], work.shardings, strict=True)]
             norm = sharding.global_norm(grads, grad_scale)
         self._grad_norm = norm
@@ -154,20 +152,18 @@ class FusedOptimizer(KeptState):
             if self.defaults["offload"] is not None and offload.is_away(work.lists["param"][0]):
                 self._mirrors = self._mirrors or offload.Mirrors()
                 here = partial(self._step_here, work)
-                self._mirrors.step(work.params, work.lists, scalars, work.group["zero_grads"], here)
+                self._mirrors.step(work.params, work.lists, scalars, self._option(work.group, "zero_grads"), here)
             else:
                 self._step_here(work, work.lists, scalars)
             # The kernels count the versions of what they write to; a DTensor is a tensor around that.
             wrapped = [p for p, s in zip(work.params, work.shardings, strict=True) if s is not None]
             torch.autograd.graph.increment_version(wrapped)
-            if "master" in work.lists:
-                self._agree(work.params)
 
     def _step_here(self, work: Work, lists: Lists, scalars: dict[str, Tensor | None]) -> None:
         """One call of a kernel, on the device where `lists` are."""
         device = lists["param"][0].device
         here = {n: None if t is None else t.to(device, non_blocking=device.type != "cpu") for n, t in scalars.items()}
-        options = {"max_grad_norm": work.group["max_grad_norm"], "zero_grads": work.group["zero_grads"]}
+        options = {name: self._option(work.group, name) for name in ("max_grad_norm", "zero_grads")}
         self._update(Work(work.group, work.params, lists, work.shardings, work.fresh), **here, **options)
 
     # ---- Where torch's own step serves
@@ -191,10 +187,11 @@ class FusedOptimizer(KeptState):
                 grad.div_(grad_scale.to(grad.device))
             self.grad_scale = None
         self._grad_norm = None
-        if grads and any(group["max_grad_norm"] is not None for group in self.param_groups):
+        limits = [self._option(group, "max_grad_norm") for group in self.param_groups]
+        if grads and any(limit is not None for limit in limits):
             self._grad_norm = norm = torch.nn.utils.get_total_norm(grads)
-            for group in self.param_groups:
-                if (limit := group["max_grad_norm"]) is not None:
+            for group, limit in zip(self.param_groups, limits, strict=True):
+                if limit is not None:
                     torch.nn.utils.clip_grads_with_norm_(group["params"], limit, norm)
         return True
 

@@ -68,6 +68,6 @@ SGD = (
     _case("unaligned", "no vector at an aligned address", *MIXED, layout="unaligned", dampening=0.5),
     _case("no momentum", "parameter and gradient alone", *MIXED, momentum=0.0, maximize=True),
     _case("fp32 state and grads", "only the parameters are narrow", *MIXED, grad_dtype=torch.float32, **WIDE),
-    _case("masters", "the parameters only written", *MIXED, masters=True, nesterov=True, **WIDE, **HALF),
+    _case("masters", "the parameters are their roundings", *MIXED, masters=True, nesterov=True, **WIDE, **HALF),
     _case("clipped", "global norm far above the bound", *MIXED, max_grad_norm=0.5),
 )
