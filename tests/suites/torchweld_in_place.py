@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Outcomes:
-    """{node id: [outcome, the last line of what was raised]}, the worst of setup, call and teardown."""
+    """{node id: [outcome, what was raised]}, the worst of setup, call and teardown; files that cannot be imported too."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.found = path, {}
@@ -48,6 +48,10 @@ class Outcomes:
         crash = getattr(report.longrepr, "reprcrash", None)
         text = crash.message if crash else str(report.longrepr or "")
         self.found[report.nodeid] = (report.outcome, text.strip()[:400])
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.found[report.nodeid] = (report.outcome, str(report.longrepr)[-400:])
 
     def pytest_sessionfinish(self) -> None:
         self.path.write_text(json.dumps(self.found, indent=1))
