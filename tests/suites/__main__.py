@@ -26,7 +26,7 @@ class Suite(NamedTuple):
     folder: str
     tests: list[str]
     places: list[str]
-    options: list[str] = []
+    options: tuple[str, ...] = ()
 
 
 MODELS = "bert gpt2 llama t5 vit mistral qwen3 gemma2 gemma3 gpt_oss roberta bart whisper clip opt phi3 deberta_v2"
