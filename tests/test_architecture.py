@@ -27,8 +27,8 @@ ALLOWED = {
 # What the files of each folder of csrc may include besides the system's headers.
 INCLUDES = {
     "bindings": {"bindings", "cpu", "cuda", "params.h", "philox.h"},
-    "cpu": {"cpu", "params.h", "philox.h"},
-    "cuda": {"cuda", "params.h", "philox.h"},
+    "cpu": {"cpu", "params.h", "philox.h", "moments.h"},
+    "cuda": {"cuda", "params.h", "philox.h", "moments.h"},
 }
 
 

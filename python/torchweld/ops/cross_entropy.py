@@ -41,7 +41,7 @@ def _forward(logits: Tensor, target: Tensor, ignore_index: int, smoothing: float
     loss = logits.new_empty(rows, dtype=torch.float32)
     stats = logits.new_empty((2, rows), dtype=torch.float32)
     backend.kernels[logits.device.type].cross_entropy_forward(
-        logits.contiguous(), target.contiguous(), ignore_index, smoothing, loss, stats
+        logits.contiguous(), settle(target), ignore_index, smoothing, loss, stats
     )
     return loss, stats
 
@@ -52,7 +52,7 @@ def _backward(
     x = settle(logits)
     dlogits = torch.empty_like(x)
     backend.kernels[x.device.type].cross_entropy_backward(
-        dloss.contiguous(), x, target.contiguous(), ignore_index, smoothing, stats, dlogits
+        dloss.contiguous(), x, settle(target), ignore_index, smoothing, stats, dlogits
     )
     return dlogits
 
@@ -157,6 +157,7 @@ def cross_entropy(
 
     The probabilities are never stored: the logits are read once forward, and once backward to write their gradient.
     The loss of each row and their mean are float32, rounded to input's dtype at the end (under autocast they are not).
+    Class probabilities and weights of another dtype promote the result, as in torch.
 
     Args:
         input: logits (N, C), float32, bfloat16 or float16 (other shapes and dtypes run on the reference).
