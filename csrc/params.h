@@ -230,9 +230,10 @@ struct CrossEntropyBackwardParams {
   void* dlogits;          // [M, V]
 };
 
-// output = input * Phi(input), Phi by its tanh approximation; E elements.
+// output = input * Phi(input); E elements.
 struct GeluForwardParams {
   int64_t numel;
+  bool exact;  // Phi itself, not its tanh approximation
   DType dtype;
   const void* input;  // [E]
   void* output;       // [E]
@@ -240,6 +241,7 @@ struct GeluForwardParams {
 
 struct GeluBackwardParams {
   int64_t numel;
+  bool exact;
   DType dtype;
   const void* doutput;  // [E]
   const void* input;    // [E]

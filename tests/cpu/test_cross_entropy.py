@@ -60,6 +60,96 @@ def test_the_rest_of_torchs_arguments(shape: tuple[int, ...], target: torch.Tens
     torch.testing.assert_close(ops.cross_entropy(x, target, **options), F.cross_entropy(x, target, **options))
 
 
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+@pytest.mark.parametrize("weight_dtype", [None, *FLOATS], ids=str)
+@pytest.mark.parametrize("target_dtype", [torch.int64, *FLOATS], ids=str)
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+def test_the_dtype_is_torchs(dtype: torch.dtype, target_dtype: torch.dtype, weight_dtype: torch.dtype | None) -> None:
+    """For every pair that torch takes; a class weight of another dtype beside class indices is taken here too."""
+    x = torch.randn(6, 50).to(dtype).requires_grad_()
+    classes = torch.tensor([0, 49, 3, 3, 7, 8])
+    target = classes if target_dtype is torch.int64 else torch.rand(6, 50).to(target_dtype)
+    weight = None if weight_dtype is None else torch.rand(50).to(weight_dtype)
+    for options in ({"reduction": "none"}, {"reduction": "sum"}, {"label_smoothing": 0.1}):
+        found = ops.cross_entropy(x, target, weight, **options)
+        assert torch.autograd.grad(found.sum(), x)[0].dtype is dtype
+        wider = dtype if weight is None else torch.promote_types(dtype, weight.dtype)
+        if target_dtype is torch.int64 and wider is not dtype:
+            assert found.dtype is wider
+            continue
+        try:
+            expected = F.cross_entropy(x, target, weight, **options)
+        except RuntimeError:
+            assert target_dtype is torch.int64  # torch takes no narrower weight either
+            continue
+        assert found.dtype is expected.dtype
+        exact = F.cross_entropy(
+            x.double(),
+            target if target is classes else target.double(),
+            None if weight is None else weight.double(),
+            **options,
+        )
+        error, theirs = ((t.double() - exact).abs().max() for t in (found, expected))
+        assert error <= 2 * theirs + torch.finfo(found.dtype).eps * exact.abs().max()
+
+
+def test_no_infinity_where_torch_has_none() -> None:
+    x, soft = torch.full((100, 1000), 60.0, dtype=torch.float16), torch.rand(100, 1000)
+    x[:, 0] = -60.0
+    found, expected = (f(x, soft, reduction="sum") for f in (ops.cross_entropy, F.cross_entropy))
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
+
+
+INFINITY = float("inf")
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(
+    "logits",
+    [
+        [0.0, -INFINITY, 1.0],
+        [-INFINITY, 0.0, 1.0],
+        [-INFINITY, -INFINITY, -INFINITY],
+        [INFINITY, 0.0, 1.0],
+        [INFINITY, INFINITY, 1.0],
+        [float("nan"), 0.0, 1.0],
+        [1e30, -1e30, 0.0],
+        [3e38, -3e38, 0.0],
+        [-3e38, 3e38, 3e38],
+    ],
+    ids=str,
+)
+def test_logits_far_out(logits: list[float], smoothing: float) -> None:
+    """Loss and gradient are torch's: infinities, NaN and all."""
+    for ignore_index in (-100, 0):
+        found, expected = [], []
+        for function, into in ((ops.cross_entropy, found), (F.cross_entropy, expected)):
+            x = torch.tensor([logits, [1.0, 2.0, 3.0]], requires_grad=True)
+            options = {"ignore_index": ignore_index, "label_smoothing": smoothing, "reduction": "none"}
+            loss = function(x, torch.tensor([0, 2]), **options)
+            into += [loss.detach(), *torch.autograd.grad(loss[0] + loss[1], x)]
+        for ours, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(ours, theirs, equal_nan=True)
+
+
+def test_smoothing_of_logits_whose_sum_is_no_float() -> None:
+    x = torch.linspace(-1e37, 0.0, 5000)[None]
+    found = ops.cross_entropy(x, torch.tensor([4999]), label_smoothing=0.5)
+    exact = F.cross_entropy(x.double(), torch.tensor([4999]), label_smoothing=0.5)
+    torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=0)
+
+
+def test_a_lazily_negated_target() -> None:
+    x, target = torch.randn(3, 5, requires_grad=True), torch.tensor([1, 2, 4])
+    lazy = torch._neg_view(-target)
+    assert lazy.is_neg()
+    found, expected = (ops.cross_entropy(x, t) for t in (lazy, target))
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(t, x)[0] for t in (found, expected)))
+
+
 def test_an_op_like_any_other() -> None:
     x, target = torch.randn(5, 33), torch.tensor([0, 32, -100, 7, 1])
     library = torch.ops.torchweld

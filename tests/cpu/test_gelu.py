@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -35,25 +37,75 @@ def test_bits_do_not_depend_on_threads(threads: None) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-def test_nan_passes() -> None:
-    x = torch.tensor([1.0, float("nan"), -1.0], requires_grad=True)
-    y = ops.gelu(x, "tanh")
-    y.sum().backward()
-    assert y.isnan().tolist() == x.grad.isnan().tolist() == [False, True, False]
+def by_exponent(dtype: torch.dtype) -> torch.Tensor:
+    """Numbers of one sign and exponent in a row: all of a 16-bit dtype, of float32 some of each row."""
+    if dtype is not torch.float32:
+        columns = 2 ** (10 if dtype is torch.float16 else 7)
+        return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, columns)
+    mantissas = torch.randint(2**23, (512, 32), generator=torch.Generator().manual_seed(0))
+    mantissas[:, :3] = torch.tensor([0, 1, 2**23 - 1])
+    return (torch.arange(-256, 256)[:, None] * 2**23 + mantissas).to(torch.int32).view(dtype)
 
 
-def test_the_exact_function_is_torchs() -> None:
-    x = torch.randn(50)
-    assert torch.equal(ops.gelu(x), torch.nn.functional.gelu(x))
-    torch.testing.assert_close(reference.gelu(x), torch.nn.functional.gelu(x))
+def hold_by_row(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor, what: str) -> None:
+    """The rule for each row on its own: a largest error over all would hide what is wrong with small numbers."""
+    rounded = exact.to(ours.dtype).double()
+    finite = rounded.isfinite()
+    same = (ours.double() == rounded) | (ours.isnan() & rounded.isnan())
+    assert torch.where(finite, ours.isfinite(), same).all(), what
+
+    def largest(t: torch.Tensor) -> torch.Tensor:
+        return torch.where(finite & t.isfinite(), t, 0).abs().amax(1)
+
+    info = torch.finfo(ours.dtype)
+    ulp = info.eps * 2.0 ** (largest(exact).clamp(min=info.tiny).frexp().exponent - 1).double()
+    error, allowed = largest(ours.double() - exact), 2 * largest(theirs.double() - exact) + ulp
+    row = int((error - allowed).argmax())
+    assert (error <= allowed).all(), f"{what}: {error[row]:.3g} in row {row}, allowed {allowed[row]:.3g}"
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_exponent(dtype: torch.dtype, approximate: str) -> None:
+    """Every number of 16 bits, and of float32 every exponent: subnormals, zeros, infinities and NaN among them."""
+    x, before = by_exponent(dtype), _cpu.isa()
+
+    def run(function: Callable[..., torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaf = x.detach().requires_grad_()
+        y = function(leaf, approximate=approximate)
+        return y.detach(), *torch.autograd.grad(y.sum(), leaf)
+
+    theirs, exact = run(torch.nn.functional.gelu, x), run(reference.gelu, x.double())
+    try:
+        for isa in _cpu.available_isas():
+            _cpu.use_isa(isa)
+            for name, *values in zip(("y", "dx"), run(ops.gelu, x), theirs, exact, strict=True):
+                hold_by_row(*values, f"{name} on {isa}")
+    finally:
+        _cpu.use_isa(before)
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_zeros_keep_their_sign(approximate: str) -> None:
+    assert ops.gelu(torch.tensor([0.0, -0.0, -1e30]), approximate).signbit().tolist() == [False, True, True]
+
+
+def test_the_definition_does_not_cancel_far_below_zero() -> None:
+    x = torch.tensor([-7.0, -20.0], dtype=torch.float64)
+    exact = [-8.958687807e-12, -5.507248237e-88]  # both computed with 40 digits
+    assert reference.gelu(x).tolist() == pytest.approx(exact, rel=1e-9, abs=0)
+    assert reference.gelu(x[:1], "tanh").tolist() == pytest.approx([-2.315442262e-15], rel=1e-9, abs=0)
 
 
 def test_an_op_like_any_other() -> None:
     x, dy = torch.randn(4, 33), torch.randn(4, 33)
     torch.library.opcheck(torch.ops.torchweld.gelu_forward.default, (x,))
+    torch.library.opcheck(torch.ops.torchweld.gelu_forward.default, (x, True))
     torch.library.opcheck(torch.ops.torchweld.gelu_backward.default, (dy, x.mT.contiguous().mT))
+    torch.library.opcheck(torch.ops.torchweld.gelu_backward.default, (dy, x, True))
     wide = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda t: ops.gelu(t, "tanh"), wide)
+    for approximate in ("tanh", "none"):
+        assert torch.autograd.gradcheck(lambda t, form=approximate: ops.gelu(t, form), wide)
     leaf = torch.randn(4, 33, requires_grad=True)
     compiled = torch.compile(lambda t: ops.gelu(t.sin(), "tanh").cos(), fullgraph=True, backend="aot_eager")
     expected = ops.gelu(leaf.sin(), "tanh").cos()
@@ -63,12 +115,13 @@ def test_an_op_like_any_other() -> None:
     )
 
 
-def test_double_backward() -> None:
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_double_backward(approximate: str) -> None:
     x = torch.randn(40, requires_grad=True)
-    (first,) = torch.autograd.grad(ops.gelu(x, "tanh").square().sum(), x, create_graph=True)
+    (first,) = torch.autograd.grad(ops.gelu(x, approximate).square().sum(), x, create_graph=True)
     (second,) = torch.autograd.grad(first.sum(), x)
     exact = x.detach().double().requires_grad_()
-    (first,) = torch.autograd.grad(reference.gelu(exact, "tanh").square().sum(), exact, create_graph=True)
+    (first,) = torch.autograd.grad(reference.gelu(exact, approximate).square().sum(), exact, create_graph=True)
     (expected,) = torch.autograd.grad(first.sum(), exact)
     torch.testing.assert_close(second.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -79,4 +132,4 @@ def test_bad_input_is_named() -> None:
     with pytest.raises(TypeError, match=r"input: expected a floating-point dtype, but got torch\.int64"):
         ops.gelu(torch.ones(3, dtype=torch.int64), "tanh")
     with pytest.raises(ValueError, match="output: expected 3 elements, but got shape"):
-        _cpu.gelu_forward(torch.ones(3), torch.ones(4))
+        _cpu.gelu_forward(torch.ones(3), False, torch.ones(4))

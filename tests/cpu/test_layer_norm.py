@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import ModuleType
 
 import pytest
@@ -161,6 +162,48 @@ def test_function_transforms_see_the_definition() -> None:
     module(x).square().sum().backward()
     for name, p in parameters.items():
         torch.testing.assert_close(got[name], p.grad)
+
+
+@pytest.fixture(params=_cpu.available_isas())
+def isa(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = _cpu.isa()
+    _cpu.use_isa(request.param)
+    yield
+    _cpu.use_isa(before)
+
+
+@pytest.mark.usefixtures("isa")
+class TestOddRows:
+    @pytest.mark.parametrize("cols", [3, 777, 9001])
+    @pytest.mark.parametrize("value", [0.1, 1e6, -3.3e9, 1e30, 3e38])
+    def test_equal_numbers_are_their_mean(self, value: float, cols: int) -> None:
+        """However the mean is rounded on its way: zeros, and without an eps NaN, as 0 / 0 is in torch."""
+        x = torch.full((2, cols), value)
+        assert not ops.layer_norm(x, (cols,)).any()
+        if value < 1e30:
+            assert ops.layer_norm(x, (cols,), eps=0.0).isnan().all()
+
+    @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+    @pytest.mark.parametrize("scale", [1e20, 1e30, 1e35])
+    def test_squares_beyond_float32(self, scale: float, name: str) -> None:
+        """Zeros, as torch's where those are not NaN; the gradients are finite."""
+        x = (torch.randn(3, 300, generator=torch.Generator().manual_seed(0)).clamp(-1.5, 1.5) * scale).requires_grad_()
+        y = getattr(ops, name)(x, (300,))
+        assert not y.any()
+        assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
+
+    def test_rms_norm_keeps_the_sign_of_zeros(self) -> None:
+        x = torch.tensor([[0.0, -0.0, 1.0, -1e-45]])
+        expected = torch.nn.functional.rms_norm(x, (4,))
+        assert torch.equal(ops.rms_norm(x, (4,)).signbit(), expected.signbit())
+
+    @pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+    @pytest.mark.parametrize("odd", [torch.inf, -torch.inf, torch.nan])
+    def test_what_is_not_finite(self, odd: float, name: str) -> None:
+        x = torch.randn(3, 100)
+        x[1, 7] = odd
+        found, expected = (getattr(m, name)(x, (100,)) for m in (ops, torch.nn.functional))
+        assert torch.equal(found.isnan(), expected.isnan())
 
 
 X = torch.ones(3, 4)

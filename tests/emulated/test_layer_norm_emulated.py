@@ -73,6 +73,22 @@ class TestParity:
         check(inputs(3, cols, torch.float32, torch.float32, add=False, rms=rms))
         check(inputs(2, cols, torch.bfloat16, torch.float32, add=True, rms=rms, residual_dtype=torch.float32))
 
+    @pytest.mark.parametrize("cols", [200, 6000, 16392, 65544])
+    def test_mean_far_above_the_deviation(self, cols: int) -> None:
+        check(inputs(4, cols, torch.float32, torch.float32, add=False, mean=4000.0))
+
+    @pytest.mark.parametrize("cols", [200, 6001, 33000])
+    @pytest.mark.parametrize("value", [0.1, -3.3e9, 1e30])
+    def test_equal_numbers_are_their_mean(self, value: float, cols: int) -> None:
+        x = torch.full((2, cols), value)
+        assert not torchweld.ops.layer_norm(x, (cols,)).any()
+        if value < 1e30:
+            assert torchweld.ops.layer_norm(x, (cols,), eps=0.0).isnan().all()
+
+    @pytest.mark.parametrize("cols", [200, 6001, 33000])
+    def test_squares_beyond_float32(self, cols: int) -> None:
+        assert not torchweld.ops.layer_norm(torch.linspace(-1e30, 1e30, cols)[None], (cols,)).any()
+
     @pytest.mark.parametrize("rows", [0, 1, 2, 33])
     @pytest.mark.parametrize("cols", [1, 8, 768, 2056, 16392])
     def test_rows(self, rows: int, cols: int) -> None:
@@ -161,8 +177,8 @@ def test_nan_stays_in_its_row() -> None:
 
 def test_a_forward_without_its_workspace_is_refused(kernels: ModuleType) -> None:
     x = torch.ones(2, 20000)
-    assert kernels.layer_norm_forward_workspace(2, 20000, 0) == 2 * 2 * 3
-    message = r"\[layer_norm_forward\] workspace: expected at least 8 elements, but got 0"
+    assert kernels.layer_norm_forward_workspace(2, 20000, 0) == 3 * 2 * 3
+    message = r"\[layer_norm_forward\] workspace: expected at least 12 elements, but got 0"
     with pytest.raises(ValueError, match=message):
         kernels.layer_norm_forward(x, None, 20000, None, None, 1e-5, True, 0.0, None, x.clone(), None, 0.0, None, None)
 

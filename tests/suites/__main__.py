@@ -44,7 +44,12 @@ def run(suite: Suite, folder: Path, tests: list[str], places: list[str], options
         outcomes, listed = Path(scratch, "outcomes.json"), Path(scratch, "tests.txt")
         listed.write_text("\n".join(tests))
         command = [sys.executable, "-m", "pytest", "-q", "-p", "torchweld_in_place", "-p", "no:cacheprovider"]
-        command += ["--tb=no", "--continue-on-collection-errors", f"--outcomes={outcomes}", *(f"--in-place={p}" for p in places)]
+        command += [
+            "--tb=no",
+            "--continue-on-collection-errors",
+            f"--outcomes={outcomes}",
+            *(f"--in-place={p}" for p in places),
+        ]
         path = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
         arguments = [*command, *suite.options, *options, f"@{listed}"]
         subprocess.run(arguments, cwd=folder, env=os.environ | {"PYTHONPATH": path}, check=False)

@@ -46,8 +46,8 @@ void forward_row(const CrossEntropyForwardParams& p, int64_t m) {
   store(&picked, load(x + target, First{1}), First{1});
   float loss = log_sum - (picked - max);
   if (p.smoothing > 0.0f) {
-    const float mean =
-        sum_over(V, [&](int64_t i, auto lanes) { return load(x + i, lanes) - max; }) / static_cast<float>(V);
+    const float share = 1.0f / static_cast<float>(V);  // of each term, for the sum of all may be no float
+    const float mean = sum_over(V, [&](int64_t i, auto lanes) { return (load(x + i, lanes) - max) * share; });
     loss = (1.0f - p.smoothing) * loss + p.smoothing * (log_sum - mean);
   }
   p.loss[m] = loss;
@@ -59,7 +59,8 @@ void backward_row(const CrossEntropyBackwardParams& p, int64_t m, bool streaming
   const T* x = static_cast<const T*>(p.logits) + m * V;
   T* dx = static_cast<T*>(p.dlogits) + m * V;
   if (target == p.ignore_index) {
-    for_each_vector(V, [&](int64_t i, auto lanes) { store_output(dx + i, zero(), lanes, streaming); });
+    const Vec nothing = splat(p.sum[m] * 0.0f);  // NaN where the row has no probabilities, as in torch
+    for_each_vector(V, [&](int64_t i, auto lanes) { store_output(dx + i, nothing, lanes, streaming); });
     return;
   }
   // What each class and the target's own should have got; with one class that is 1, and the gradient exactly 0.

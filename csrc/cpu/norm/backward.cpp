@@ -3,7 +3,8 @@
 //   xhat = (input - mean) * rstd   g = doutput * weight   dinput = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum
 //   dx = dropout(dinput)           dweight = sum over rows of doutput * xhat        dbias = sum over rows of doutput
 //
-// RMS norm is the same with mean = mean(g) = 0. weight stands for weight + weight_offset.
+// RMS norm is the same with mean = mean(g) = 0. weight stands for weight + weight_offset. Where the mean is far above
+// the deviation, its rounding gives xhat a mean of its own, which is taken off before dinput.
 //
 // A row block owns its rows' dinput and one fp32 partial of the weight gradients; blocks are fixed by the shape, so the
 // sums have one order at any number of threads. Of a row of up to kBufferedColumns, g and xhat stay in cache as floats
@@ -65,14 +66,15 @@ void backward_row(const LayerNormBackwardParams& p, int64_t m, const Weights& we
   const float mean = p.mean != nullptr ? p.mean[m] : 0.0f, rstd = p.rstd[m];
 
   // Row sums and weight gradients. Lanes that are not there have doutput = 0.
-  Vec sum_g{}, sum_gx{};
+  Vec sum_g{}, sum_x{}, sum_gx{};
   for (int64_t begin = 0; begin < N; begin += kChain) {
-    Vec chain_g{}, chain_gx{};
+    Vec chain_g{}, chain_x{}, chain_gx{};
     for_each_vector(N - begin < kChain ? N - begin : kChain, [&](int64_t k, auto lanes) __attribute__((always_inline)) {
       const int64_t i = begin + k;
       const Vec d = load(doutput + i, lanes), xhat = (load(input + i, lanes) - mean) * rstd;
       const Vec g = d * weights.weight(i, lanes);
       chain_g += g;
+      chain_x += keep(xhat, lanes, 0.0f);
       chain_gx += g * xhat;
       if constexpr (kGradients != Gradients::none) store(dweight + i, load(dweight + i, lanes) + d * xhat, lanes);
       if constexpr (kGradients == Gradients::both) store(dbias + i, load(dbias + i, lanes) + d, lanes);
@@ -82,13 +84,17 @@ void backward_row(const LayerNormBackwardParams& p, int64_t m, const Weights& we
       }
     });
     sum_g += chain_g;
+    sum_x += chain_x;
     sum_gx += chain_gx;
   }
   if (p.dinput == nullptr && p.dx == nullptr) return;
 
   // Input gradient.
-  const float mean_g = p.mean != nullptr ? sum(sum_g) / static_cast<float>(N) : 0.0f;
-  const float mean_gx = sum(sum_gx) / static_cast<float>(N);
+  const float count = static_cast<float>(N);
+  const float mean_x = p.mean != nullptr ? sum(sum_x) / count : 0.0f;
+  float mean_g = p.mean != nullptr ? sum(sum_g) / count : 0.0f;
+  const float mean_gx = sum(sum_gx) / count - mean_x * mean_g;
+  mean_g -= mean_x * mean_gx;
   if constexpr (kBuffered) {
     input_gradient<T, R>(
         p, m, mean_g, mean_gx,

@@ -5,19 +5,33 @@
 // RMS norm is the same with mean = 0. weight stands for weight + weight_offset.
 //
 // A thread owns whole rows; a row stays in cache, as floats up to kBufferedColumns, between the passes for mean,
-// variance (about that mean, so no cancellation) and output. Memory is read and written once: 2 values per element, 4
-// with a residual. Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450. Zhang, Sennrich: Root Mean Square Layer
-// Normalization, arXiv:1910.07467.
+// variance (about that mean, so no cancellation) and output. The pass for the variance also sums what the mean is off
+// by, which matters where the mean is far above the deviation (the corrected two-pass algorithm). Memory is read and
+// written once: 2 values per element, 4 with a residual. Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450.
+// Zhang, Sennrich: Root Mean Square Layer Normalization, arXiv:1910.07467. Chan, Golub, LeVeque: Algorithms for
+// Computing the Sample Variance.
 
 #include <type_traits>
 
 #include "cpu/norm/layer_norm.h"
+#include "moments.h"
 
 namespace torchweld::cpu {
 namespace {
 
 template <class T>
 constexpr int64_t kFetchedColumns = sizeof(T) == 2 ? 2048 : 16384;
+
+// The moments of s, given the sum of its elements.
+template <class S>
+TW_INLINE Moments moments_of(const S* s, int64_t N, float total) {
+  const float count = static_cast<float>(N), mean = total / count;
+  const PairOfSums sums = sum_over(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    const Vec centred = load(s + i, lanes) - mean;
+    return Pair{centred, centred * centred};
+  });
+  return corrected(mean, sums.first, sums.second, count);
+}
 
 // Reads s once by load_s(i, lanes), which leaves it at `s` as well; then the variance and the output. Memory would be
 // idle meanwhile, so the next row is fetched, unless that would drive this one, or its floats, from the caches.
@@ -30,28 +44,26 @@ TW_INLINE void normalise(const LayerNormForwardParams& p, int64_t m, const Weigh
   T* y = row<T>(p.output, m, N);
 
   // Mean and variance; or the mean square.
-  float mean = 0.0f, squares;
+  Moments moments{};
   if (p.centred) {
-    mean = sum_over(N, load_s) / static_cast<float>(N);
-    squares = sum_over(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      const Vec centred = load(s + i, lanes) - mean;
-      return centred * centred;
-    });
+    moments = moments_of(s, N, sum_over(N, load_s));
   } else {
-    squares = sum_over(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    const float squares = sum_over(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
       const Vec v = load_s(i, lanes);
       return v * v;
     });
+    moments.variance = squares / static_cast<float>(N);
   }
-  const float rstd = 1.0f / __builtin_sqrtf(squares / static_cast<float>(N) + p.eps);
+  const float rstd = 1.0f / __builtin_sqrtf(moments.variance + p.eps);
+  const float rest = p.centred ? moments.rest * rstd : 0.0f;  // rstd may be infinite
 
   // Normalise.
   for_each_vector(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     if (fetch) __builtin_prefetch(next + i);
-    const Vec xhat = (load(s + i, lanes) - mean) * rstd;
+    const Vec xhat = (load(s + i, lanes) - moments.mean) * rstd - rest;
     store_output(y + i, xhat * weights.weight(i, lanes) + weights.bias(i, lanes), lanes, streaming);
   });
-  if (p.mean != nullptr) p.mean[m] = mean;
+  if (p.mean != nullptr) p.mean[m] = moments.mean + moments.rest;
   if (p.rstd != nullptr) p.rstd[m] = rstd;
 }
 

@@ -12,6 +12,7 @@ namespace {
 constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it brings
 // Up to here a thread keeps weights and one row as floats on its stack: they are converted once, not in every pass.
 constexpr int64_t kBufferedColumns = 8192;
+constexpr float kNoBias = -0.0f;  // what leaves every sum as it is, zeros and their signs included
 
 inline int64_t row_grain(int64_t cols) { return cols < kElementsPerThread ? kElementsPerThread / cols : 1; }
 
@@ -29,7 +30,7 @@ class BufferedWeights {
  public:
   BufferedWeights(const void* weight, const void* bias, DType dtype, float offset, int64_t cols) {
     fill(weight_, weight, dtype, offset, 1.0f, cols);
-    fill(bias_, bias, dtype, 0.0f, 0.0f, cols);
+    fill(bias_, bias, dtype, 0.0f, kNoBias, cols);
   }
   template <class Lanes>
   TW_INLINE Vec weight(int64_t i, Lanes lanes) const {
@@ -65,7 +66,7 @@ class DirectWeights {
   }
   template <class Lanes>
   TW_INLINE Vec bias(int64_t i, Lanes lanes) const {
-    return bias_ != nullptr ? load(bias_ + i, lanes) : Vec{};
+    return bias_ != nullptr ? load(bias_ + i, lanes) : splat(kNoBias);
   }
 
  private:

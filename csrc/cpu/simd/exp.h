@@ -70,8 +70,8 @@ TW_INLINE Vec exp_of_negative(Vec x) {
   return exp2<6>(rest * kLog2e) * exp2<3>(n);
 }
 
-// Of positive normal numbers, to about an ulp: x = 2^n m with m within a factor of sqrt(2) of 1, and log(m) is the
-// series of 2 atanh(s), s = (m - 1) / (m + 1), whose fifth term is below a rounding.
+// Of positive normal numbers, to about an ulp, of infinity and NaN: x = 2^n m with m within a factor of sqrt(2) of 1,
+// and log(m) is the series of 2 atanh(s), s = (m - 1) / (m + 1), whose fifth term is below a rounding.
 TW_INLINE Vec vlog(Vec x) {
   const VecI n = ((VecI)x - 0x3f3504f3) >> 23;
   const Vec m = from_bits((VecU)((VecI)x - n * (1 << 23)));
@@ -81,7 +81,7 @@ TW_INLINE Vec vlog(Vec x) {
   y = y * z + 1.0f / 3;
   y = 2.0f * s + (2.0f * s * z) * y;
   y = __builtin_convertvector(n, Vec) * kLn2 + y;
-  return x == x ? y : x;
+  return x < splat(__builtin_inff()) ? y : x;
 }
 
 // An odd polynomial near zero, where 1 - exp would cancel.

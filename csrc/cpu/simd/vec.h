@@ -37,7 +37,7 @@ struct f16 {
 
 #define TW_INLINE inline __attribute__((always_inline))
 
-TW_INLINE Vec splat(float x) { return Vec{} + x; }
+TW_INLINE Vec splat(float x) { return x - Vec{}; }  // which keeps the sign of zero
 TW_INLINE Vec zero() { return Vec{}; }
 TW_INLINE VecU bits(Vec v) { return (VecU)v; }
 TW_INLINE Vec from_bits(VecU v) { return (Vec)v; }
@@ -124,14 +124,21 @@ TW_INLINE VecH narrow(VecU u) {
 
 TW_INLINE Vec widen_bf16(VecH h) { return from_bits(widen(h) << 16); }
 
-TW_INLINE VecH narrow_bf16(Vec v) {
-#if defined(__AVX512BF16__)
-  return (VecH)_mm512_cvtneps_pbh((__m512)v);
-#else
+TW_INLINE VecH round_bf16(Vec v) {
   const VecU u = bits(v);
   const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   const VecU nan = (u >> 16) | 0x40u;
   return narrow(v == v ? rounded : nan);
+}
+
+TW_INLINE VecH narrow_bf16(Vec v) {
+#if defined(__AVX512BF16__)
+  const VecH rounded = (VecH)_mm512_cvtneps_pbh((__m512)v);
+  const __mmask16 subnormal = _mm512_fpclass_ps_mask((__m512)v, 0x20);  // the instruction makes these zeros
+  if (__builtin_expect(subnormal == 0, 1)) return rounded;
+  return (VecH)_mm256_mask_mov_epi16((__m256i)rounded, subnormal, (__m256i)round_bf16(v));
+#else
+  return round_bf16(v);
 #endif
 }
 
@@ -342,29 +349,51 @@ TW_INLINE void for_each_vector(int64_t n, Body&& body) {
   if (i < n) body(i, First{static_cast<int>(n - i)});
 }
 
-// Sum over [0, n) of term(i, lanes). Four chains hide the latency of the adder; a chain is cut every 64 vectors, so the
-// rounding error grows with the square root of n at worst.
+// Two values that are summed side by side.
+struct Pair {
+  Vec first, second;
+  TW_INLINE Pair& operator+=(Pair b) { return first += b.first, second += b.second, *this; }
+};
+struct PairOfSums {
+  float first, second;
+};
+TW_INLINE Pair operator+(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
+TW_INLINE Pair keep(Pair v, First lanes, float other) {
+  return {keep(v.first, lanes, other), keep(v.second, lanes, other)};
+}
+TW_INLINE PairOfSums sum(Pair v) { return {sum(v.first), sum(v.second)}; }
+
+// Sum over [0, n) of term(i, lanes), a Vec or a Pair. Four chains hide the latency of the adder. They have 32 vectors,
+// and what they come to is added up in pairs: the roundings of equal terms would not cancel over a longer one.
 template <class Term>
-TW_INLINE float sum_over(int64_t n, Term&& term) {
-  constexpr int64_t kChain = 4 * W * 64;
-  Vec total{};
-  int64_t i = 0;
-  while (i + 4 * W <= n) {
+TW_INLINE auto sum_over(int64_t n, Term&& term) {
+  using Terms = decltype(term(n, All{}));
+  constexpr int64_t kStep = 4 * W, kChain = 32 * kStep;
+  Terms partial[56];  // [k]: the sum of 2^k chains, where bit k of `chains` is set
+  int64_t i = 0, chains = 0;
+  while (i + kStep <= n) {
     const int64_t end = n - i < kChain ? n : i + kChain;
-    Vec s0{}, s1{}, s2{}, s3{};
-    for (; i + 4 * W <= end; i += 4 * W) {
+    Terms s0{}, s1{}, s2{}, s3{};
+    for (; i + kStep <= end; i += kStep) {
       s0 += term(i, All{});
       s1 += term(i + W, All{});
       s2 += term(i + 2 * W, All{});
       s3 += term(i + 3 * W, All{});
     }
-    total += (s0 + s1) + (s2 + s3);
+    s0 = (s0 + s1) + (s2 + s3);
+    int k = 0;
+    for (; chains >> k & 1; ++k) s0 += partial[k];
+    partial[k] = s0;
+    ++chains;
   }
+  Terms total{};
   for (; i + W <= n; i += W) total += term(i, All{});
   if (i < n) {
     const First rest{static_cast<int>(n - i)};
     total += keep(term(i, rest), rest, 0.0f);
   }
+  for (int k = 0; chains >> k > 0; ++k)
+    if (chains >> k & 1) total += partial[k];
   return sum(total);
 }
 

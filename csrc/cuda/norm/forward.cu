@@ -10,17 +10,19 @@
 // - forward_long_rows: one block per row, tile by tile; the passes for variance and output read the row again, out of
 //   L2 as far as that holds the rows in flight. So do rows of N > 8192 that cannot be accessed 16 bytes at a time.
 // - statistics_of_slabs, normalise_slabs: long rows that are too few to fill the device are cut into slabs of 16384
-//   columns. A slab leaves its mean and its sum of squares about that mean; all blocks of a row then combine these in
+//   columns. A slab leaves its mean and the sums about it; all blocks of a row then combine these in
 //   one order. 3 values per element, less what L2 still holds: the second kernel goes backwards.
 //
-// The variance is taken about the mean (two passes, no cancellation); statistics are fp32. Sums have one fixed order.
-// Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450. Zhang, Sennrich: Root Mean Square Layer Normalization,
-// arXiv:1910.07467. Chan, Golub, LeVeque: Updating Formulae and a Pairwise Algorithm for Computing Sample Variances.
+// The variance is taken about the mean (two passes, no cancellation), and the second pass also sums what the mean is
+// off by; statistics are fp32. Sums have one fixed order. Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450.
+// Zhang, Sennrich: Root Mean Square Layer Normalization, arXiv:1910.07467. Chan, Golub, LeVeque: Updating Formulae and
+// a Pairwise Algorithm for Computing Sample Variances.
 
 #include <algorithm>
 
 #include "cuda/kernels.h"
 #include "cuda/norm/layer_norm.cuh"
+#include "moments.h"
 
 namespace torchweld::cuda {
 namespace {
@@ -76,25 +78,33 @@ __device__ __forceinline__ float sum(const Slice<T, E, V>& x) {
   return total;
 }
 
+// sums += those of x - mean, and of its squares.
 template <class T, int E, int V>
-__device__ __forceinline__ float sum_of_squares(const Slice<T, E, V>& x, float mean, const Columns<E, V>& own) {
-  float total = 0.0f;
+__device__ __forceinline__ void add_centred(float (&sums)[2], const Slice<T, E, V>& x, float mean,
+                                            const Columns<E, V>& own) {
 #pragma unroll
   for (int c = 0; c < x.kRuns; ++c) {
     if (!own.has(c)) continue;  // a zero that is not there is not mean away from the mean
 #pragma unroll
     for (int i = 0; i < V; ++i) {
       const float centred = x.runs[c][i] - mean;
-      total += centred * centred;
+      sums[0] += centred;
+      sums[1] += centred * centred;
     }
   }
-  return total;
+}
+
+// Of a row, given the sums that add_centred leaves.
+__device__ __forceinline__ Moments moments(const LayerNormForwardParams& p, float mean, const float (&sums)[2]) {
+  const float count = static_cast<float>(p.cols);
+  return p.centred ? corrected(mean, sums[0], sums[1], count) : Moments{0.0f, 0.0f, sums[1] / count};
 }
 
 template <class T, class WT, class R, int E, int V>
 __device__ __forceinline__ void store_normalised(const LayerNormForwardParams& p, int64_t m, int64_t column,
-                                                 const Slice<R, E, V>& x, float mean, float rstd,
+                                                 const Slice<R, E, V>& x, const Moments& row, float rstd,
                                                  const Columns<E, V>& own) {
+  const float rest = p.centred ? row.rest * rstd : 0.0f;  // rstd may be infinite
   const WT* weight = p.weight != nullptr ? at<WT>(p.weight, column) : nullptr;
   const WT* bias = p.bias != nullptr ? at<WT>(p.bias, column) : nullptr;
   T* output = at<T>(p.output, m * p.cols + column);
@@ -103,18 +113,19 @@ __device__ __forceinline__ void store_normalised(const LayerNormForwardParams& p
     if (!own.has(c)) continue;
     Run<WT, V> w, b;
     w.set([](int) { return 1.0f; });
-    b.set([](int) { return 0.0f; });
+    b.set([](int) { return -0.0f; });  // what leaves every sum as it is
     if (weight != nullptr) w.load(weight + own.first(c));
     if (bias != nullptr) b.load(bias + own.first(c));
     Run<T, V> y;
-    y.set([&](int i) { return (x.runs[c][i] - mean) * rstd * (w[i] + p.weight_offset) + b[i]; });
+    y.set([&](int i) { return ((x.runs[c][i] - row.mean) * rstd - rest) * (w[i] + p.weight_offset) + b[i]; });
     y.store(output + own.first(c));
   }
 }
 
-__device__ __forceinline__ void store_statistics(const LayerNormForwardParams& p, int64_t m, float mean, float rstd) {
+__device__ __forceinline__ void store_statistics(const LayerNormForwardParams& p, int64_t m, const Moments& row,
+                                                 float rstd) {
   if (threadIdx.x > 0) return;
-  if (p.mean != nullptr) p.mean[m] = mean;
+  if (p.mean != nullptr) p.mean[m] = row.mean + row.rest;
   if (p.rstd != nullptr) p.rstd[m] = rstd;
 }
 
@@ -122,7 +133,7 @@ template <class T, class R, class WT, int E, int V>
 __global__ void __launch_bounds__(kMaxThreads, V * sizeof(R) == 16 && sizeof(R) == 2 ? 2 : 1)
     forward_rows(const __grid_constant__ LayerNormForwardParams p) {
   const int N = static_cast<int>(p.cols);
-  RowSums<1> sum_over_row;
+  RowSums<2> sum_over_row;
 
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.y;
   for (int64_t base = static_cast<int64_t>(blockIdx.x) * blockDim.y; base < p.rows; base += step) {
@@ -143,13 +154,15 @@ __global__ void __launch_bounds__(kMaxThreads, V * sizeof(R) == 16 && sizeof(R) 
     }
 
     // Variance.
-    float squares[1] = {sum_of_squares(x, mean, own)};
-    sum_over_row(squares);
-    const float rstd = rsqrtf(squares[0] / static_cast<float>(N) + p.eps);
+    float sums[2] = {};
+    add_centred(sums, x, mean, own);
+    sum_over_row(sums);
+    const Moments row = moments(p, mean, sums);
+    const float rstd = rsqrtf(row.variance + p.eps);
 
     // Normalise.
-    store_normalised<T, WT>(p, m, 0, x, mean, rstd, own);
-    if (exists) store_statistics(p, m, mean, rstd);
+    store_normalised<T, WT>(p, m, 0, x, row, rstd, own);
+    if (exists) store_statistics(p, m, row, rstd);
   }
 }
 
@@ -157,7 +170,7 @@ template <class T, class R, class WT, int V>
 __global__ void __launch_bounds__(kMaxThreads) forward_long_rows(const __grid_constant__ LayerNormForwardParams p) {
   constexpr int E = kLongSlice<V>, kTile = E * kMaxThreads;
   const int64_t N = p.cols;
-  RowSums<1> sum_over_row;
+  RowSums<2> sum_over_row;
   const void* normalised = p.residual != nullptr ? p.sum : p.input;
   auto own_of = [&](int64_t tile) { return Columns<E, V>::of_warps(N - tile < kTile ? N - tile : kTile); };
 
@@ -169,32 +182,33 @@ __global__ void __launch_bounds__(kMaxThreads) forward_long_rows(const __grid_co
     const float mean = p.centred ? total[0] / static_cast<float>(N) : 0.0f;
 
     // Variance.
-    float squares[1] = {};
+    float sums[2] = {};
     for (int64_t tile = 0; tile < N; tile += kTile) {
       Slice<R, E, V> x;
       x.reload(at<R>(normalised, m * N + tile), own_of(tile));
-      squares[0] += sum_of_squares(x, mean, own_of(tile));
+      add_centred(sums, x, mean, own_of(tile));
     }
-    sum_over_row(squares);
-    const float rstd = rsqrtf(squares[0] / static_cast<float>(N) + p.eps);
+    sum_over_row(sums);
+    const Moments row = moments(p, mean, sums);
+    const float rstd = rsqrtf(row.variance + p.eps);
 
     // Normalise.
     for (int64_t tile = 0; tile < N; tile += kTile) {
       Slice<R, E, V> x;
       x.reload(at<R>(normalised, m * N + tile), own_of(tile));
-      store_normalised<T, WT>(p, m, tile, x, mean, rstd, own_of(tile));
+      store_normalised<T, WT>(p, m, tile, x, row, rstd, own_of(tile));
     }
-    store_statistics(p, m, mean, rstd);
+    store_statistics(p, m, row, rstd);
   }
 }
 
-// Grid (slabs, rows) -> the mean of a slab and its sum of squares about that mean.
+// Grid (slabs, rows) -> the mean of a slab, and the sums of what is left about it and of the squares of that.
 template <class T, class R, int V>
 __global__ void __launch_bounds__(kMaxThreads) statistics_of_slabs(const __grid_constant__ LayerNormForwardParams p) {
   constexpr int E = kSlice<V>, kSlab = kLongestRow<V>;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kSlab, rest = p.cols - column;
   const auto own = Columns<E, V>::of_warps(rest < kSlab ? rest : kSlab);
-  RowSums<1> sum_over_slab;
+  RowSums<2> sum_over_slab;
 
   const Slice<R, E, V> x = load_sum<T, R>(p, blockIdx.y, column, own);
   float mean = 0.0f;
@@ -203,12 +217,14 @@ __global__ void __launch_bounds__(kMaxThreads) statistics_of_slabs(const __grid_
     sum_over_slab(total);
     mean = total[0] / static_cast<float>(own.count);
   }
-  float squares[1] = {sum_of_squares(x, mean, own)};
-  sum_over_slab(squares);
+  float sums[2] = {};
+  add_centred(sums, x, mean, own);
+  sum_over_slab(sums);
   if (threadIdx.x > 0) return;
-  float* slab = p.workspace + 2 * (static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x);
+  float* slab = p.workspace + 3 * (static_cast<int64_t>(blockIdx.y) * gridDim.x + blockIdx.x);
   slab[0] = mean;
-  slab[1] = squares[0];
+  slab[1] = sums[0];
+  slab[2] = sums[1];
 }
 
 // Grid as above, the last slab of the last row first: it is the one that L2 still holds.
@@ -222,25 +238,24 @@ __global__ void __launch_bounds__(kMaxThreads) normalise_slabs(const __grid_cons
   Slice<R, E, V> x;
   x.load_once(at<R>(p.residual != nullptr ? p.sum : p.input, m * p.cols + column), own);
 
-  // Mean and variance of the row: those of its slabs, weighted by their lengths; and what the slabs' means add.
-  const float* statistics = p.workspace + 2 * m * slabs;
-  auto length = [&](int k) {
-    return static_cast<float>(p.cols - k * int64_t{kSlab} < kSlab ? p.cols - k * int64_t{kSlab} : kSlab);
-  };
-  RowSums<1> sum_over_slabs;
-  float total[1] = {}, squares[1] = {};
-  for (int k = static_cast<int>(threadIdx.x); k < slabs; k += blockDim.x) total[0] += length(k) * statistics[2 * k];
-  sum_over_slabs(total);
-  const float mean = total[0] / static_cast<float>(p.cols);
+  // Moments of the row about the mean of its first slab, from those of its slabs about their own means.
+  const float* statistics = p.workspace + 3 * m * slabs;
+  const float mean = statistics[0];
+  RowSums<2> sum_over_slabs;
+  float sums[2] = {};
   for (int k = static_cast<int>(threadIdx.x); k < slabs; k += blockDim.x) {
-    const float apart = statistics[2 * k] - mean;
-    squares[0] += statistics[2 * k + 1] + length(k) * (apart * apart);
+    const int64_t left = p.cols - k * int64_t{kSlab};
+    const float length = static_cast<float>(left < kSlab ? left : kSlab);
+    const float *of_slab = statistics + 3 * k, apart = of_slab[0] - mean, off = of_slab[1];
+    sums[0] += length * apart + off;
+    sums[1] += of_slab[2] + apart * (length * apart + 2.0f * off);
   }
-  sum_over_slabs(squares);
-  const float rstd = rsqrtf(squares[0] / static_cast<float>(p.cols) + p.eps);
+  sum_over_slabs(sums);
+  const Moments row = moments(p, mean, sums);
+  const float rstd = rsqrtf(row.variance + p.eps);
 
-  store_normalised<T, WT>(p, m, column, x, mean, rstd, own);
-  if (slab == 0) store_statistics(p, m, mean, rstd);
+  store_normalised<T, WT>(p, m, column, x, row, rstd, own);
+  if (slab == 0) store_statistics(p, m, row, rstd);
 }
 
 template <int V>
@@ -265,7 +280,7 @@ int64_t slabs_of(int64_t rows, int64_t cols, int device) {
 
 int64_t layer_norm_forward_workspace(int64_t rows, int64_t cols, int device) {
   const int64_t slabs = slabs_of<1>(rows, cols, device);  // single elements make the most
-  return slabs > 1 ? 2 * rows * slabs : 0;
+  return slabs > 1 ? 3 * rows * slabs : 0;
 }
 
 void layer_norm_forward(const LayerNormForwardParams& params, Stream stream) {
@@ -279,12 +294,12 @@ void layer_norm_forward(const LayerNormForwardParams& params, Stream stream) {
     dispatch_width<T>(packets, [&](auto width) {
       constexpr int V = decltype(width)::value;
       const dim3 block = block_for<V>(p.cols);
-      const size_t shared = RowSums<1>::floats(block.x * block.y) * sizeof(float);
+      const size_t shared = RowSums<2>::floats(block.x * block.y) * sizeof(float);
       const int64_t slabs = slabs_of<V>(p.rows, p.cols, current_device());
       if (slabs > 1) {
-        if (p.workspace_size < 2 * p.rows * slabs)
+        if (p.workspace_size < 3 * p.rows * slabs)
           throw std::invalid_argument(std::string("[") + kName + "] workspace: expected at least " +
-                                      std::to_string(2 * p.rows * slabs) + " elements, but got " +
+                                      std::to_string(3 * p.rows * slabs) + " elements, but got " +
                                       std::to_string(p.workspace_size));
         const dim3 grid(static_cast<unsigned>(slabs), static_cast<unsigned>(p.rows));
         launch(kName, statistics_of_slabs<T, R, V>, grid, block, shared, stream, p);

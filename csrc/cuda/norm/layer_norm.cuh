@@ -134,19 +134,21 @@ struct Mask {
 
 // The sums over a row, for a whole kernel, in the first bytes of shared memory. A row's warps meet there in two places
 // by turns, so that one barrier per sum is enough: who writes a place again has passed the barrier of the other one.
-template <int K>
+template <int kMost>
 class RowSums {
  public:
-  static __host__ __device__ int floats(int threads) { return 2 * K * (threads / kWarp); }
+  static __host__ __device__ int floats(int threads) { return 2 * kMost * (threads / kWarp); }
 
   // Sums of K values over the lanes of each row of the block, in one order: every lane gets the same bits.
+  template <int K>
   __device__ __forceinline__ void operator()(float (&v)[K]) {
+    static_assert(K <= kMost);
     const int lanes = static_cast<int>(blockDim.x);
 #pragma unroll
     for (int k = 0; k < K; ++k) v[k] = group_sum(v[k], lanes);
     if (lanes <= kWarp) return;
     const int warps = lanes / kWarp, rows = static_cast<int>(blockDim.y);
-    float* row = reinterpret_cast<float*>(shared_memory) + (place_ * rows + threadIdx.y) * warps * K;
+    float* row = reinterpret_cast<float*>(shared_memory) + (place_ * rows + threadIdx.y) * warps * kMost;
     if (threadIdx.x % kWarp == 0) {
 #pragma unroll
       for (int k = 0; k < K; ++k) row[threadIdx.x / kWarp * K + k] = v[k];

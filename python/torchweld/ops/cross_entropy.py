@@ -151,6 +151,7 @@ def cross_entropy(
 
     The probabilities are never stored: the logits are read once forward, and once backward to write their gradient.
     The loss of each row and their mean are float32, rounded to input's dtype at the end (under autocast they are not).
+    Class probabilities and weights of another dtype promote the result, as in torch.
 
     Args:
         input: logits (N, C), float32, bfloat16 or float16 (other shapes and dtypes run on the reference).

@@ -179,6 +179,9 @@ LAYER_NORM = (
     _case("64 x 136 bf16 weight", "parameters narrower than the activations", 64, 136, weight_dtype=torch.bfloat16),
     _case("12 x 64 of 3", "no variance at all", 12, 64, scale=0.0, shift=3.0),
     _case("16 x 200 + 100", "mean far above the deviation", 16, 200, shift=100.0),
+    _case("9 x 6000 + 3000", "mean 3000 deviations from zero, of many columns", 9, 6000, shift=3000.0),
+    _case("5 x 9001 + 5000", "the same in rows too long for a buffer", 5, 9001, shift=5000.0),
+    _case("5 x 777 of 0.1", "equal numbers whose mean has to be rounded", 5, 777, scale=0.0, shift=0.1),
     _case("16 x 200, one huge", "one row of 1e4", 16, 200, huge_row=True),
     _case("16 x 200 of 1e-6", "variance below eps", 16, 200, scale=1e-6),
 )
