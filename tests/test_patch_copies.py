@@ -73,6 +73,8 @@ def test_a_copy_is_patched_and_computes_with_what_is_its_own(copied: Callable[..
     assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
     for p in twin.parameters():
         torch.nn.init.zeros_(p)
+    for got, right in zip(twin.attentions, model.attentions, strict=True):
+        assert not got(X).any() and right(X).any()
     assert not twin(X).any() and model(X).any()
 
 

@@ -12,6 +12,8 @@ import torchweld
 from torchweld import nn, ops
 from transformer_cases import HEADS, LAYERS, WIDTH, inputs, layers
 
+PADDING = torch.arange(5) >= torch.tensor([[3], [5]])
+
 
 @pytest.mark.parametrize("cls", LAYERS)
 @pytest.mark.parametrize("part", ["norm1", "norm2", "dropout1", "dropout2", "self_attn", "linear1", "dropout"])
@@ -101,8 +103,7 @@ def test_hooks_in_an_encoder_see_torchs_masks_and_nested_tensors(mode: Any, nest
     stock = torch.nn.TransformerEncoder(layer, 2, torch.nn.LayerNorm(WIDTH), enable_nested_tensor=nested).eval()
     patched = copy.deepcopy(stock)
     torchweld.patch(patched)
-    x, padding = torch.randn(2, 5, WIDTH), torch.zeros(2, 5, dtype=torch.bool)
-    padding[0, 3:] = True
+    x = torch.randn(2, 5, WIDTH)
     for part in [name for name, _ in stock.layers[1].named_modules() if name]:
         seen = []
         for model in (stock, patched):
@@ -114,10 +115,20 @@ def test_hooks_in_an_encoder_see_torchs_masks_and_nested_tensors(mode: Any, nest
 
             handle = model.layers[1].get_submodule(part).register_forward_hook(note, with_kwargs=True)
             with mode():
-                calls.append(model(x, src_key_padding_mask=padding))
+                calls.append(model(x, src_key_padding_mask=PADDING))
             handle.remove()
             seen.append(calls)
         torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masks", [{"src_mask": torch.ones(5, 5).triu(1) > 0}, {"src_key_padding_mask": PADDING}])
+def test_a_hook_on_the_attention_of_a_layer_sees_torchs_masks(masks: dict[str, torch.Tensor]) -> None:
+    seen = []
+    for module in (torch.nn, nn):
+        layer = module.TransformerEncoderLayer(WIDTH, HEADS, 24, 0.0, batch_first=True)
+        layer.self_attn.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+        layer(torch.randn(2, 5, WIDTH), **masks)
+    torch.testing.assert_close(seen[1], seen[0])
 
 
 def is_nested(leaf: Any) -> bool:
