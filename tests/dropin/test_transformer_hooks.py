@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+import torchweld
 from torchweld import nn, ops
 from transformer_cases import HEADS, LAYERS, WIDTH, inputs, layers
+
+PADDING = torch.arange(5) >= torch.tensor([[3], [5]])
 
 
 @pytest.mark.parametrize("cls", LAYERS)
@@ -88,3 +91,59 @@ def test_what_is_not_plain_is_not_fused(monkeypatch: pytest.MonkeyPatch, cls: ty
     torch.testing.assert_close(changed(*x), expected)
     handle.remove()
     assert not calls
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("nested", [True, False])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])
+def test_hooks_in_an_encoder_see_torchs_masks_and_nested_tensors(mode: Any, nested: bool) -> None:
+    """Torch's encoder makes nested tensors of padding in inference, and goes on with its unfused path for the hooks."""
+    torch.manual_seed(0)
+    layer = torch.nn.TransformerEncoderLayer(WIDTH, HEADS, 24, 0.0, batch_first=True)
+    stock = torch.nn.TransformerEncoder(layer, 2, torch.nn.LayerNorm(WIDTH), enable_nested_tensor=nested).eval()
+    patched = copy.deepcopy(stock)
+    torchweld.patch(patched)
+    x = torch.randn(2, 5, WIDTH)
+    for part in [name for name, _ in stock.layers[1].named_modules() if name]:
+        seen = []
+        for model in (stock, patched):
+            calls: list[Any] = []
+
+            def note(_: Any, args: Any, kwargs: Any, out: Any, calls: list[Any] = calls) -> None:
+                leaves = torch.utils._pytree.tree_leaves((args, kwargs, out))
+                calls.append([list(t.unbind()) if is_nested(t) else t for t in leaves])
+
+            handle = model.layers[1].get_submodule(part).register_forward_hook(note, with_kwargs=True)
+            with mode():
+                calls.append(model(x, src_key_padding_mask=PADDING))
+            handle.remove()
+            seen.append(calls)
+        torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("masks", [{"src_mask": torch.ones(5, 5).triu(1) > 0}, {"src_key_padding_mask": PADDING}])
+def test_a_hook_on_the_attention_of_a_layer_sees_torchs_masks(masks: dict[str, torch.Tensor]) -> None:
+    seen = []
+    for module in (torch.nn, nn):
+        layer = module.TransformerEncoderLayer(WIDTH, HEADS, 24, 0.0, batch_first=True)
+        layer.self_attn.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs), with_kwargs=True)
+        layer(torch.randn(2, 5, WIDTH), **masks)
+    torch.testing.assert_close(seen[1], seen[0])
+
+
+def is_nested(leaf: Any) -> bool:
+    return isinstance(leaf, torch.Tensor) and leaf.is_nested
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged], ids=str)
+@pytest.mark.parametrize("kind", [torch.nn.LayerNorm, torch.nn.RMSNorm, torch.nn.GELU])
+def test_nested_tensors_go_where_torch_takes_them(kind: type[torch.nn.Module], layout: torch.layout) -> None:
+    if kind is torch.nn.RMSNorm and layout is torch.strided:
+        pytest.skip("torch takes none")
+    module = kind("tanh" if kind is torch.nn.GELU else WIDTH)  # type: ignore[call-arg]
+    rows = [torch.randn(n, WIDTH) for n in (3, 2)]
+    expected = [module(row) for row in rows]
+    torchweld.patch(module)
+    got = module(torch.nested.nested_tensor(rows, layout=layout))
+    torch.testing.assert_close(list(got.unbind()), expected)

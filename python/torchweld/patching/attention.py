@@ -23,7 +23,7 @@ class _Redirect(TorchFunctionMode):
     """Inside, scaled_dot_product_attention is ours: wherever it is called, and under whatever name it was imported."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is STOCK and not types and _may_redirect(args):
+        if func is STOCK and not types and not torch.compiler.is_compiling() and _may_redirect(args):
             func = ops.scaled_dot_product_attention
         return func(*args, **(kwargs or {}))
 
