@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Outcomes:
-    """{node id: [outcome, what was raised]}, the worst of setup, call and teardown; files that cannot be imported too."""
+    """{node id: [outcome, what was raised]}, the worst of setup, call and teardown; and of files not imported."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.found = path, {}
