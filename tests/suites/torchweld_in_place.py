@@ -36,7 +36,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Outcomes:
-    """{node id: [outcome, what was raised]}, the worst of setup, call and teardown; also files that are not imported."""
+    """{node id: [outcome, what was raised]}, the worst of setup, call and teardown; and of files not imported."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.found = path, {}
