@@ -90,8 +90,8 @@ class FusedOptimizer(KeptState):
         return loss
 
     def _gather(self) -> list[Work] | str:
-        """All there is to do; or why torch's own step is to do it."""
-        works: list[Work] = []
+        """All there is to do; or why torch's own step is to do it, which then finds the state as it was."""
+        found = []
         beyond = self._beyond_torch()
         for group in self.param_groups:
             if reason := self._unserved(group):
@@ -100,30 +100,35 @@ class FusedOptimizer(KeptState):
             grads = [p.grad for p in params]
             if any(g.is_sparse for g in grads):
                 return self._sparse()
-            lists: Lists = {"param": params, "grad": grads}
-            fresh = self._add_state(group, params, lists)
-            keys = [p.device for p in params]
-            if fresh and group.get("dampening"):
-                keys = list(zip(keys, fresh, strict=True))
-            if self._option(group, "master_weights"):
-                lists["master"] = self._masters(params)
-                keys = list(zip(keys, (m is not p for m, p in zip(lists["master"], params, strict=True)), strict=True))
-            for first, chosen in _split(lists, keys):
-                device = chosen["param"][0].device
-                if not beyond:
-                    if device.type not in ("cpu", "cuda"):
-                        return f"parameters on {device.type!r}"
-                    if reason := backend.unavailable(device.type):
-                        return reason
-                if "master" in chosen and chosen["master"][0] is chosen["param"][0]:
-                    del chosen["master"]
-                owners = list(chosen["param"])
-                found = sharding.localise(chosen)
-                if isinstance(found, str):
-                    return found
-                real = {name: _real(each) for name, each in chosen.items()}
-                works.append(Work(group, owners, real, found, bool(fresh) and fresh[first]))
-        return works
+            devices = [p.device for p in params]
+            for device in set() if beyond else set(devices):
+                if device.type not in ("cpu", "cuda"):
+                    return f"parameters on {device.type!r}"
+                if reason := backend.unavailable(device.type):
+                    return reason
+            if reason := sharding.unserved(params):
+                return reason
+            found.append((group, params, grads, devices))
+        return [work for each in found for work in self._works(*each)]
+
+    def _works(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], devices: list[torch.device]
+    ) -> Iterator[Work]:
+        lists: Lists = {"param": params, "grad": grads}
+        fresh = self._add_state(group, params, lists)
+        keys: list[Any] = devices
+        if fresh and group.get("dampening"):
+            keys = list(zip(keys, fresh, strict=True))
+        if self._option(group, "master_weights"):
+            lists["master"] = self._masters(params)
+            keys = list(zip(keys, (m is not p for m, p in zip(lists["master"], params, strict=True)), strict=True))
+        for first, chosen in _split(lists, keys):
+            if "master" in chosen and chosen["master"][0] is chosen["param"][0]:
+                del chosen["master"]
+            owners = list(chosen["param"])
+            shardings = sharding.localise(chosen)
+            real = {name: _real(each) for name, each in chosen.items()}
+            yield Work(group, owners, real, shardings, bool(fresh) and fresh[first])
 
     def _add_state(self, group: Group, params: list[Tensor], lists: Lists) -> list[bool]:
         """Adds the state to the lists, making what is missing; by parameter, whether it was. Nothing was: empty."""

@@ -161,9 +161,11 @@ class KeptState(torch.optim.Optimizer):
         for group in self.param_groups:
             self._check_options(group)
             for p in group["params"]:
-                for name, value in self.state.get(p, {}).items():
+                for name, value in list(self.state.get(p, {}).items()):
                     if isinstance(value, _Kept):
                         self.state[p][name] = self._placed(group, p, name, value.tensor)
+                    elif isinstance(value, dict) and not value:  # what a flattened checkpoint did not have
+                        del self.state[p][name]
                     elif name == "step" and self._home is not None and isinstance(value, Tensor):
                         self.state[p][name] = value.cpu()
 
