@@ -91,10 +91,10 @@ TW_INLINE Vec vtanh(Vec x) {
   y = y * z - 5.376870470e-02f;
   y = y * z + 1.333168896e-01f;
   y = y * z - 3.333328326e-01f;
-  const Vec small = x + x * z * y;
-  const Vec e = exp2<5>(magnitude * (-2.0f * kLog2e));
-  const Vec large = from_bits(bits((1.0f - e) / (1.0f + e)) | (bits(x) & 0x80000000u));
-  return magnitude < splat(0.6f) ? small : large;
+  const Vec small = magnitude + magnitude * z * y;
+  const Vec e = exp2<6>(magnitude * (-2.0f * kLog2e));
+  const Vec large = (1.0f - e) / (1.0f + e);
+  return from_bits(bits(magnitude < splat(0.6f) ? small : large) | (bits(x) & 0x80000000u));
 }
 
 }  // namespace
