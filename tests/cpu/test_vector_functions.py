@@ -13,7 +13,7 @@ import torch
 from by_exponent import by_exponent, hold_by_row
 from torchweld import _cpu
 
-CSRC = Path(__file__).resolve().parent.parent / "csrc"
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 FLAGS = {"baseline": (), "avx2": AVX2, "avx512": (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")}
 SOURCE = """
