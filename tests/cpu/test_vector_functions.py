@@ -1,4 +1,4 @@
-"""The elementary functions of csrc/cpu/exp.h on their own, compiled for each instruction set that this CPU has."""
+"""The elementary functions of csrc/cpu/simd/exp.h on their own, compiled for each instruction set that this CPU has."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CSRC = Path(__file__).resolve().parents[2] / "csrc"
 AVX2 = ("-mavx2", "-mfma", "-mf16c")
 FLAGS = {"baseline": (), "avx2": AVX2, "avx512": (*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl")}
 SOURCE = """
-#include "cpu/exp.h"
+#include "cpu/simd/exp.h"
 using namespace torchweld::cpu;
 extern "C" void run(const float* x, float* tanh, float* log, long n) {
   for (long i = 0; i < n; i += W) store(tanh + i, vtanh(load(x + i))), store(log + i, vlog(load(x + i)));

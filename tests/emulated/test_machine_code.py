@@ -56,10 +56,11 @@ def demangled(names: list[str]) -> list[str]:
 
 def compiled(architecture: str, dtype: str, size: int, folder: Path) -> tuple[Path, str]:
     """The cubin of an instance, and what ptxas says of it."""
-    source, cubin = f"attention_instance{'_sm90' if architecture == '90a' else ''}.cu", folder / "instance.cubin"
+    source = build.CSRC / "cuda/attention" / ("sm90" if architecture == "90a" else "sm80") / "instance.cu"
+    cubin = folder / "instance.cubin"
     command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
     command += [f"-DTORCHWELD_DTYPE={dtype}", f"-DTORCHWELD_HEAD_SIZE={size}", "-DTORCHWELD_SM90", "-Xptxas", "-v"]
-    command += [f"-I{build.CSRC}", "-cubin", "-o", str(cubin), str(build.CSRC / "cuda" / source)]
+    command += [f"-I{build.CSRC}", "-cubin", "-o", str(cubin), str(source)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return cubin, run.stderr
