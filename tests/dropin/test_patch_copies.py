@@ -100,7 +100,7 @@ torch.testing.assert_close(model(x), expected)
 print(type(model.norm).__module__, *(type(m).__mro__[1].__name__ for m in (model.attentions[0], model.gelu)))
 """
     command = [sys.executable, "-c", program, str(tmp_path / "model")]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(command, check=False, capture_output=True, text=True, cwd=Path(__file__).parents[1])
     assert done.stdout == "torchweld.nn.layer_norm Swapped Swapped\n", done.stderr
 
 

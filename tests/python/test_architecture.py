@@ -25,7 +25,7 @@ ALLOWED = {
     "patching": {"patching", "nn", "ops", "integrations", "backend"},
     "optim": {"optim", "ops", "backend"},
     "models": {"models", "nn", "ops", "optim", "errors"},
-    "testing": {"testing", "ops", "nn", "optim", "reference", "backend"},
+    "testing": {"testing", "ops", "nn", "optim", "reference", "backend", "_cpu", "console"},
     "training": {"training", "models", "nn", "ops", "optim", "backend", "errors", "console", "environment"},
     "bench": {"bench", "testing", "patching", "models", "nn", "optim", "ops", "reference", "backend"}
     | {"errors", "console", "environment"},

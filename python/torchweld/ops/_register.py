@@ -94,10 +94,12 @@ def _elsewhere(
         return theirs
     if torch.overrides.has_torch_function(tensors):
         # torch.device as a context, and a subclass that only keeps its type, do the same for every function.
-        # So do the modes of torch.export, which record what is called.
+        # So do the modes of torch.export, which record what is called; and those of patch(), which call `ours`.
         modes = () if torch.compiler.is_compiling() else torch.overrides._get_current_function_mode_stack()
         keeps = all(getattr(c.__torch_function__, "__func__", None) in _KEEP_TYPE for c in classes)
-        if twin is None or (keeps and all(isinstance(mode, DeviceContext) for mode in modes)):
+        if twin is None or (
+            keeps and all(isinstance(mode, DeviceContext) or hasattr(mode, "calls_torchweld") for mode in modes)
+        ):
             return partial(torch.overrides.handle_torch_function, ours, tensors)
         return twin
     if any(c.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not issubclass(c, _TRACERS) for c in classes):

@@ -22,6 +22,8 @@ _RUN_AGAIN = ("torch.utils.checkpoint", "torch.autograd.function")
 class _Redirect(TorchFunctionMode):
     """Inside, scaled_dot_product_attention is ours: wherever it is called, and under whatever name it was imported."""
 
+    calls_torchweld = True  # for the ops: such a mode around a call is none that must see torch's function
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is STOCK and not types and not torch.compiler.is_compiling() and _may_redirect(args):
             func = ops.scaled_dot_product_attention
