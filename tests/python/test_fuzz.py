@@ -44,11 +44,26 @@ def planted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
 
 
+# Hostile calls, lockstep and torch's own attention are for the command alone. The number of cases is fixed, so that every
+# machine draws the same.
+CLEAN = [
+    "attention",
+    "decoding",
+    "packed_attention",
+    "paged_attention",
+    "norms",
+    "gelu",
+    "cross_entropy",
+    "adamw",
+    "sgd",
+]
+
+
 def test_nothing_is_found(capsys: pytest.CaptureFixture[str]) -> None:
-    code = command.main(["--seconds", "35", "--seed", "1"])
+    code = command.main([*CLEAN, "edges", "--cases", "25", "--seed", "1"])
     found = capsys.readouterr().out
     assert code == 0 and "no findings" in found, found[-8000:]
-    for word in (*_cpu.available_isas(), *FAMILIES):
+    for word in (*_cpu.available_isas(), *CLEAN):
         assert word in found
 
 
