@@ -282,3 +282,9 @@ def test_head_sizes(dim: int, one_thread: None) -> None:
     case = wide(f"D {dim}", 7, 19, heads=1, dim=dim, value_dim=264 - dim, causal=True, bottom_right=True)
     for dtype in (torch.float32, torch.bfloat16):
         Oracle(case, dtype).check()
+
+
+def test_a_bias_of_no_keys_is_not_read(isa: str) -> None:
+    query, none, bias = torch.randn(1, 2, 2, 8), torch.randn(1, 2, 0, 8), torch.zeros(1, 2, 2, 0)
+    for mask in (bias, bias.bool()):
+        assert ops.attention(query, none, none, bias=mask).eq(0).all()

@@ -103,7 +103,7 @@ class Scores {
   // from products to scores, -inf where i does not see the key. slopes: the softcap's derivative goes there, unless
   // nullptr.
   TW_INLINE void finish(float* row, int64_t i, int64_t key, Span span, float* slopes) const {
-    if (!plain_) modify(row, i, key, span, slopes);
+    if (!plain_ && p_.keys > 0) modify(row, i, key, span, slopes);  // of no keys there is no bias to read
     const int64_t low = band.low(i) - key, high = band.high(i) - key;
     if (low > span.begin) blank(row, span.begin, min_of(low, span.end));
     if (high < span.end) blank(row, max_of(high, span.begin), span.end);
