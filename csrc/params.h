@@ -61,7 +61,8 @@ struct LayerNormBackwardParams {
 struct OptimizerTensor {
   void* param;     // [numel]
   void* grad;      // [numel], written only when there is a grad_scale or zero_grads
-  float* master;   // [numel] what is stepped in param's place, which becomes its rounding; nullptr: param itself
+  float* master;   // [numel] what is stepped in param's place, which becomes its rounding; nullptr: param itself.
+                   // Where param is not its rounding before the step, the step starts from param
   void* state[3];  // [numel] AdamW: mean of the gradient, of its square, and its maximum (nullptr: no AMSGrad).
                    // SGD: momentum buffer (nullptr: no momentum)
   float* step;     // [] updates so far; SGD does not count them
@@ -229,9 +230,10 @@ struct CrossEntropyBackwardParams {
   void* dlogits;          // [M, V]
 };
 
-// output = input * Phi(input), Phi by its tanh approximation; E elements.
+// output = input * Phi(input); E elements.
 struct GeluForwardParams {
   int64_t numel;
+  bool exact;  // Phi itself, not its tanh approximation
   DType dtype;
   const void* input;  // [E]
   void* output;       // [E]
@@ -239,6 +241,7 @@ struct GeluForwardParams {
 
 struct GeluBackwardParams {
   int64_t numel;
+  bool exact;
   DType dtype;
   const void* doutput;  // [E]
   const void* input;    // [E]

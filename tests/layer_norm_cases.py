@@ -64,6 +64,7 @@ def inputs(
     rms: bool = False,
     dropout_p: float = 0.0,
     residual_dtype: torch.dtype | None = None,
+    mean: float = 2.0,
 ) -> Inputs:
     """Random inputs between NaN that must not be read, `offset` elements into their storage (1: not on 16 bytes)."""
     wide = residual_dtype or dtype
@@ -77,7 +78,7 @@ def inputs(
         return inside.view(shape)
 
     return Inputs(
-        tensor(rows, cols, dtype=dtype, mean=2.0),
+        tensor(rows, cols, dtype=dtype, mean=mean),
         tensor(rows, cols, dtype=wide) if add else None,
         None if weight_dtype is None else tensor(cols, dtype=weight_dtype, mean=1.0),
         None if weight_dtype is None or rms else tensor(cols, dtype=weight_dtype),

@@ -183,9 +183,9 @@ inline void check_workspace(const Arguments& args, const AttentionInputs& p, int
 }
 
 template <class Backend>
-void bind_attention(py::module_& m) {
+void bind_attention(Module& m) {
   // How many floats of workspace attention_forward wants with these arguments.
-  m.def("attention_forward_workspace",
+  m.def("attention_forward_workspace(query, key, value, cu_seqlens_q, cu_seqlens_k, statistics)",
         [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& lens_q,
            const OptionalTensor& lens_k, const OptionalTensor& statistics) {
           const Arguments args("attention", Backend::device, query);
@@ -196,7 +196,7 @@ void bind_attention(py::module_& m) {
         });
 
   // How many attention_backward wants.
-  m.def("attention_backward_workspace",
+  m.def("attention_backward_workspace(query, key, value, cu_seqlens_q, cu_seqlens_k, doutput, deterministic)",
         [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& lens_q,
            const OptionalTensor& lens_k, const TensorView& doutput, bool deterministic) {
           const Arguments args("attention_backward_workspace", Backend::device, query);
@@ -208,67 +208,70 @@ void bind_attention(py::module_& m) {
         });
 
   // output: (B, H, Nq, Dv), packed (total_q, H, Dv).
-  m.def("attention_forward", [](const TensorView& query, const TensorView& key, const TensorView& value,
-                                const Modifiers& modifiers, const Options& options, const TensorView& output,
-                                const OptionalTensor& statistics, const TensorView& workspace) {
-    const Arguments args("attention", Backend::device, query);
-    AttentionForwardParams p{};
-    fill_inputs<Backend>(args, p, query, key, value, std::get<4>(modifiers), std::get<5>(modifiers),
-                         std::get<6>(options), std::get<7>(options));
-    fill_scores(args, p, modifiers, options, workspace);
-    p.output = rows_of(args, p, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
-    fill_statistics(args, p, statistics);
-    check_workspace(args, p, Backend::kernels().attention_forward_workspace(p));
-    Backend::run(&Backend::Kernels::attention_forward, p, query.device.index);
-  });
-
-  // As above, but of one row statistics is lse. dlse: float32 (B, H, Nq), packed (H, total_q); dbias: contiguous, 4
-  // dimensions; dalibi_slopes, dsinks: (B, H).
-  m.def("attention_backward",
-        [](const TensorView& doutput, const OptionalTensor& dlse, const TensorView& query, const TensorView& key,
-           const TensorView& value, const Modifiers& modifiers, const Options& options, const TensorView& output,
-           const TensorView& statistics, const OptionalTensor& dquery, const OptionalTensor& dkey,
-           const OptionalTensor& dvalue, const OptionalTensor& dbias, const OptionalTensor& dalibi_slopes,
-           const OptionalTensor& dsinks, bool deterministic, const TensorView& workspace) {
-          const Arguments args("attention_backward", Backend::device, query);
-          AttentionBackwardParams p{};
-          p.deterministic = deterministic;
+  m.def("attention_forward(query, key, value, modifiers, options, output, statistics, workspace)",
+        [](const TensorView& query, const TensorView& key, const TensorView& value, const Modifiers& modifiers,
+           const Options& options, const TensorView& output, const OptionalTensor& statistics,
+           const TensorView& workspace) {
+          const Arguments args("attention", Backend::device, query);
+          AttentionForwardParams p{};
           fill_inputs<Backend>(args, p, query, key, value, std::get<4>(modifiers), std::get<5>(modifiers),
                                std::get<6>(options), std::get<7>(options));
           fill_scores(args, p, modifiers, options, workspace);
           p.output = rows_of(args, p, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
-          p.doutput = rows_of(args, p, doutput, "doutput", p.heads, p.total_q, p.value_dim, p.doutput_strides);
-          const Statistics rows(args, p, statistics);
-          p.max = rows.max != nullptr ? rows.max : rows.lse;
-          p.inverse = rows.inverse;
-          p.dlse = values_of(args, p, dlse, "dlse");
-          if (dquery) p.dquery = rows_of(args, p, *dquery, "dquery", p.heads, p.total_q, p.dim, p.dquery_strides);
-          if (dkey) p.dkey = rows_of(args, p, *dkey, "dkey", p.kv_heads, p.total_k, p.dim, p.dkey_strides);
-          if (dvalue)
-            p.dvalue = rows_of(args, p, *dvalue, "dvalue", p.kv_heads, p.total_k, p.value_dim, p.dvalue_strides);
-          if (dbias) {
-            const OptionalTensor& bias = std::get<0>(modifiers);
-            if (!bias || bias->dtype.code == dlpack::kBool)
-              args.fail("dbias", "an additive bias to be differentiated", "none");
-            p.dbias = args.flat(*dbias, "dbias", args.dtype(*bias, "bias"), dbias->numel());
-            for (int d = 0; d < 4; ++d) {
-              p.dbias_extents[d] = dbias->ndim == 4 ? dbias->size(d) : 0;
-              if (p.dbias_extents[d] != bias->size(d) && (p.dbias_extents[d] != 1 || bias->stride(d) != 0))
-                args.fail("dbias", "bias's extent, or 1 where it is broadcast, in dimension " + std::to_string(d),
-                          std::to_string(p.dbias_extents[d]));
-            }
-          }
-          auto by_head = [&](const OptionalTensor& t, const char* name) {
-            return t ? static_cast<float*>(args.contiguous(*t, name, DType::float32, {p.batch, p.heads})) : nullptr;
-          };
-          p.dalibi_slopes = by_head(dalibi_slopes, "dalibi_slopes");
-          if (dalibi_slopes && !std::get<1>(modifiers))
-            args.fail("dalibi_slopes", "alibi_slopes to be differentiated", "none");
-          p.dsinks = by_head(dsinks, "dsinks");
-          if (dsinks && !std::get<2>(modifiers)) args.fail("dsinks", "sinks to be differentiated", "none");
-          check_workspace(args, p, Backend::kernels().attention_backward_workspace(p));
-          Backend::run(&Backend::Kernels::attention_backward, p, query.device.index);
+          fill_statistics(args, p, statistics);
+          check_workspace(args, p, Backend::kernels().attention_forward_workspace(p));
+          Backend::run(&Backend::Kernels::attention_forward, p, query.device.index);
         });
+
+  // As above, but of one row statistics is lse. dlse: float32 (B, H, Nq), packed (H, total_q); dbias: contiguous, 4
+  // dimensions; dalibi_slopes, dsinks: (B, H).
+  m.def(
+      "attention_backward(doutput, dlse, query, key, value, modifiers, options, output, statistics, dquery, dkey, "
+      "dvalue, dbias, dalibi_slopes, dsinks, deterministic, workspace)",
+      [](const TensorView& doutput, const OptionalTensor& dlse, const TensorView& query, const TensorView& key,
+         const TensorView& value, const Modifiers& modifiers, const Options& options, const TensorView& output,
+         const TensorView& statistics, const OptionalTensor& dquery, const OptionalTensor& dkey,
+         const OptionalTensor& dvalue, const OptionalTensor& dbias, const OptionalTensor& dalibi_slopes,
+         const OptionalTensor& dsinks, bool deterministic, const TensorView& workspace) {
+        const Arguments args("attention_backward", Backend::device, query);
+        AttentionBackwardParams p{};
+        p.deterministic = deterministic;
+        fill_inputs<Backend>(args, p, query, key, value, std::get<4>(modifiers), std::get<5>(modifiers),
+                             std::get<6>(options), std::get<7>(options));
+        fill_scores(args, p, modifiers, options, workspace);
+        p.output = rows_of(args, p, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
+        p.doutput = rows_of(args, p, doutput, "doutput", p.heads, p.total_q, p.value_dim, p.doutput_strides);
+        const Statistics rows(args, p, statistics);
+        p.max = rows.max != nullptr ? rows.max : rows.lse;
+        p.inverse = rows.inverse;
+        p.dlse = values_of(args, p, dlse, "dlse");
+        if (dquery) p.dquery = rows_of(args, p, *dquery, "dquery", p.heads, p.total_q, p.dim, p.dquery_strides);
+        if (dkey) p.dkey = rows_of(args, p, *dkey, "dkey", p.kv_heads, p.total_k, p.dim, p.dkey_strides);
+        if (dvalue)
+          p.dvalue = rows_of(args, p, *dvalue, "dvalue", p.kv_heads, p.total_k, p.value_dim, p.dvalue_strides);
+        if (dbias) {
+          const OptionalTensor& bias = std::get<0>(modifiers);
+          if (!bias || bias->dtype.code == dlpack::kBool)
+            args.fail("dbias", "an additive bias to be differentiated", "none");
+          p.dbias = args.flat(*dbias, "dbias", args.dtype(*bias, "bias"), dbias->numel());
+          for (int d = 0; d < 4; ++d) {
+            p.dbias_extents[d] = dbias->ndim == 4 ? dbias->size(d) : 0;
+            if (p.dbias_extents[d] != bias->size(d) && (p.dbias_extents[d] != 1 || bias->stride(d) != 0))
+              args.fail("dbias", "bias's extent, or 1 where it is broadcast, in dimension " + std::to_string(d),
+                        std::to_string(p.dbias_extents[d]));
+          }
+        }
+        auto by_head = [&](const OptionalTensor& t, const char* name) {
+          return t ? static_cast<float*>(args.contiguous(*t, name, DType::float32, {p.batch, p.heads})) : nullptr;
+        };
+        p.dalibi_slopes = by_head(dalibi_slopes, "dalibi_slopes");
+        if (dalibi_slopes && !std::get<1>(modifiers))
+          args.fail("dalibi_slopes", "alibi_slopes to be differentiated", "none");
+        p.dsinks = by_head(dsinks, "dsinks");
+        if (dsinks && !std::get<2>(modifiers)) args.fail("dsinks", "sinks to be differentiated", "none");
+        check_workspace(args, p, Backend::kernels().attention_backward_workspace(p));
+        Backend::run(&Backend::Kernels::attention_backward, p, query.device.index);
+      });
 }
 
 }  // namespace torchweld

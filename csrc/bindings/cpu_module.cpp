@@ -6,7 +6,7 @@
 #include "bindings/layer_norm.h"
 #include "bindings/optimizer.h"
 #include "bindings/paged_attention.h"
-#include "cpu/isa.h"
+#include "cpu/isa/isa.h"
 
 namespace {
 
@@ -37,12 +37,13 @@ struct Cpu {
 
 }  // namespace
 
-PYBIND11_MODULE(_cpu, m, py::mod_gil_not_used()) {
+PYBIND11_MODULE(_cpu, python, py::mod_gil_not_used()) {
+  Module m(python);
   m.doc() = "CPU kernels of torchweld";
-  m.def("isa", [] { return cpu::kernels().isa; }, "Name of the instruction set in use.");
-  m.def("use_isa", &cpu::use_isa, py::arg("name"), "Switches to another instruction set.");
-  m.def("built_isas", &cpu::built_isas, "Instruction sets that the kernels are built for, best first.");
-  m.def("available_isas", &cpu::available_isas, "Instruction sets that this CPU has, best first.");
+  m.def("isa()", []() -> std::string { return cpu::kernels().isa; }, "Name of the instruction set in use.");
+  m.def("use_isa(name)", &cpu::use_isa, "Switches to another instruction set.");
+  m.def("built_isas()", &cpu::built_isas, "Instruction sets that the kernels are built for, best first.");
+  m.def("available_isas()", &cpu::available_isas, "Instruction sets that this CPU has, best first.");
   bind_cross_entropy<Cpu>(m);
   bind_gelu<Cpu>(m);
   bind_attention<Cpu>(m);

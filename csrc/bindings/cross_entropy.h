@@ -5,33 +5,51 @@
 
 namespace torchweld {
 
-template <class Backend>
-void bind_cross_entropy(py::module_& m) {
-  // logits: (M, V); target: int64 (M), every one in [0, V) or ignore_index; loss: float32 (M); stats: float32 (2, M),
-  // the rows' maxima and sums.
-  m.def("cross_entropy_forward", [](const TensorView& logits, const TensorView& target, int64_t ignore_index,
-                                    float smoothing, const TensorView& loss, const TensorView& stats) {
-    const Arguments args("cross_entropy_forward", Backend::device, logits);
-    if (logits.ndim != 2) args.fail("logits", "2 dimensions (rows, classes)", std::to_string(logits.ndim));
-    CrossEntropyForwardParams p{};
-    p.rows = logits.size(0);
-    p.classes = logits.size(1);
-    p.ignore_index = ignore_index;
-    p.smoothing = smoothing;
-    p.dtype = args.dtype(logits, "logits");
-    p.logits = args.contiguous(logits, "logits", p.dtype, {p.rows, p.classes});
-    p.target = args.indices(target, "target", p.rows);
-    p.loss = static_cast<float*>(args.contiguous(loss, "loss", DType::float32, {p.rows}));
-    p.max = static_cast<float*>(args.contiguous(stats, "stats", DType::float32, {2, p.rows}));
-    p.sum = p.max + p.rows;
-    Backend::run(&Backend::Kernels::cross_entropy_forward, p, logits.device.index);
-  });
+// The logits of an op that indexes them by class: (M, V), with a class where there is a row.
+inline void check_logits(const Arguments& args, const TensorView& logits) {
+  if (logits.ndim != 2) args.fail("logits", "2 dimensions (rows, classes)", std::to_string(logits.ndim));
+  if (logits.size(0) > 0 && logits.size(1) < 1) args.fail("logits", "at least one class", "none");
+}
 
-  m.def("cross_entropy_backward",
+// The forward kernels read the logit of the target: every one in [0, V), or ignore_index.
+inline void check_classes(const CrossEntropyForwardParams& p) {
+  for (int64_t m = 0; m < p.rows; ++m) {
+    const int64_t target = p.target[m];
+    if ((target < 0 || target >= p.classes) && target != p.ignore_index)
+      throw py::index_error("[cross_entropy] target: expected classes in [0, " + std::to_string(p.classes) +
+                            ") or ignore_index " + std::to_string(p.ignore_index) + ", but got " +
+                            std::to_string(target) + " in row " + std::to_string(m));
+  }
+}
+
+template <class Backend>
+void bind_cross_entropy(Module& m) {
+  // logits: (M, V); target: int64 (M); loss: float32 (M); stats: float32 (2, M), the rows' maxima and sums.
+  m.def("cross_entropy_forward(logits, target, ignore_index, smoothing, loss, stats)",
+        [](const TensorView& logits, const TensorView& target, int64_t ignore_index, float smoothing,
+           const TensorView& loss, const TensorView& stats) {
+          const Arguments args("cross_entropy_forward", Backend::device, logits);
+          check_logits(args, logits);
+          CrossEntropyForwardParams p{};
+          p.rows = logits.size(0);
+          p.classes = logits.size(1);
+          p.ignore_index = ignore_index;
+          p.smoothing = smoothing;
+          p.dtype = args.dtype(logits, "logits");
+          p.logits = args.contiguous(logits, "logits", p.dtype, {p.rows, p.classes});
+          p.target = args.indices(target, "target", p.rows);
+          if (Backend::reads_tensors) check_classes(p);
+          p.loss = static_cast<float*>(args.contiguous(loss, "loss", DType::float32, {p.rows}));
+          p.max = static_cast<float*>(args.contiguous(stats, "stats", DType::float32, {2, p.rows}));
+          p.sum = p.max + p.rows;
+          Backend::run(&Backend::Kernels::cross_entropy_forward, p, logits.device.index);
+        });
+
+  m.def("cross_entropy_backward(dloss, logits, target, ignore_index, smoothing, stats, dlogits)",
         [](const TensorView& dloss, const TensorView& logits, const TensorView& target, int64_t ignore_index,
            float smoothing, const TensorView& stats, const TensorView& dlogits) {
           const Arguments args("cross_entropy_backward", Backend::device, logits);
-          if (logits.ndim != 2) args.fail("logits", "2 dimensions (rows, classes)", std::to_string(logits.ndim));
+          check_logits(args, logits);
           CrossEntropyBackwardParams p{};
           p.rows = logits.size(0);
           p.classes = logits.size(1);

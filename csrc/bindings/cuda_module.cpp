@@ -38,12 +38,13 @@ struct Cuda {
 
 }  // namespace
 
-PYBIND11_MODULE(_cuda, m, py::mod_gil_not_used()) {
+PYBIND11_MODULE(_cuda, python, py::mod_gil_not_used()) {
+  Module m(python);
   m.doc() = "CUDA kernels of torchweld";
-  m.def("architectures", &cuda::compiled_architectures, "What the kernels were compiled for, as CMake was told.");
-  m.def("runtime_version", &cuda::runtime_version, "Version of the CUDA runtime that is linked in.");
-  m.def("driver_version", &cuda::driver_version, "Newest CUDA that the driver serves, None without a driver.");
-  m.def("unavailable", &cuda::unavailable, "Why no GPU can be used here, None if one can.");
+  m.def("architectures()", &cuda::compiled_architectures, "What the kernels were compiled for, as CMake was told.");
+  m.def("runtime_version()", &cuda::runtime_version, "Version of the CUDA runtime that is linked in.");
+  m.def("driver_version()", &cuda::driver_version, "Newest CUDA that the driver serves, None without a driver.");
+  m.def("unavailable()", &cuda::unavailable, "Why no GPU can be used here, None if one can.");
   bind_attention<Cuda>(m);
   bind_paged_attention<Cuda>(m);
   bind_optimizers<Cuda>(m);

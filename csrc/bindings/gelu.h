@@ -6,27 +6,30 @@
 namespace torchweld {
 
 template <class Backend>
-void bind_gelu(py::module_& m) {
-  m.def("gelu_forward", [](const TensorView& input, const TensorView& output) {
+void bind_gelu(Module& m) {
+  m.def("gelu_forward(input, exact, output)", [](const TensorView& input, bool exact, const TensorView& output) {
     const Arguments args("gelu_forward", Backend::device, input);
     GeluForwardParams p{};
     p.numel = input.numel();
+    p.exact = exact;
     p.dtype = args.dtype(input, "input");
     p.input = args.flat(input, "input", p.dtype, p.numel);
     p.output = args.flat(output, "output", p.dtype, p.numel);
     Backend::run(&Backend::Kernels::gelu_forward, p, input.device.index);
   });
 
-  m.def("gelu_backward", [](const TensorView& doutput, const TensorView& input, const TensorView& dinput) {
-    const Arguments args("gelu_backward", Backend::device, input);
-    GeluBackwardParams p{};
-    p.numel = input.numel();
-    p.dtype = args.dtype(input, "input");
-    p.doutput = args.flat(doutput, "doutput", p.dtype, p.numel);
-    p.input = args.flat(input, "input", p.dtype, p.numel);
-    p.dinput = args.flat(dinput, "dinput", p.dtype, p.numel);
-    Backend::run(&Backend::Kernels::gelu_backward, p, input.device.index);
-  });
+  m.def("gelu_backward(doutput, input, exact, dinput)",
+        [](const TensorView& doutput, const TensorView& input, bool exact, const TensorView& dinput) {
+          const Arguments args("gelu_backward", Backend::device, input);
+          GeluBackwardParams p{};
+          p.numel = input.numel();
+          p.exact = exact;
+          p.dtype = args.dtype(input, "input");
+          p.doutput = args.flat(doutput, "doutput", p.dtype, p.numel);
+          p.input = args.flat(input, "input", p.dtype, p.numel);
+          p.dinput = args.flat(dinput, "dinput", p.dtype, p.numel);
+          Backend::run(&Backend::Kernels::gelu_backward, p, input.device.index);
+        });
 }
 
 }  // namespace torchweld

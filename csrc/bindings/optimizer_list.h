@@ -1,13 +1,13 @@
 // Lists of tensors -> rows of an optimizer's list, for any backend. All is checked before any memory is touched.
 #pragma once
 
+#include <algorithm>
 #include <utility>
 
 #include "bindings/tensor.h"
 
 namespace torchweld {
 
-using TensorList = std::vector<TensorView>;
 using Refusals = std::vector<std::pair<int64_t, std::string>>;  // index in the list, reason
 
 inline bool same_shape(const TensorView& a, const TensorView& b) {
@@ -109,6 +109,26 @@ class OptimizerRows {
     total += (rows[i].numel + chunk - 1) / chunk * chunk;
   }
 
+  // Parameters that share memory, a parameter that is listed twice among them, are stepped one after another.
+  void refuse_shared() {
+    struct Extent {
+      const char *begin, *end;
+      size_t row;
+    };
+    std::vector<Extent> extents;
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const auto* begin = static_cast<const char*>(rows[i].param);
+      const int64_t bytes = rows[i].numel * (rows[i].dtype == DType::float32 ? 4 : 2);
+      if (bytes > 0) extents.push_back({begin, begin + bytes, i});
+    }
+    std::sort(extents.begin(), extents.end(), [](const Extent& a, const Extent& b) { return a.begin < b.begin; });
+    for (size_t last = 0, next = 1; next < extents.size(); ++next) {
+      if (extents[next].begin < extents[last].end)
+        for (const size_t each : {last, next}) refuse(extents[each].row, "params that share memory");
+      if (extents[next].end > extents[last].end) last = next;
+    }
+  }
+
   void refuse(size_t i, const std::string& reason) {
     const auto index = static_cast<int64_t>(i);
     if (refused.empty() || refused.back().first != index) refused.emplace_back(index, reason);
@@ -118,10 +138,8 @@ class OptimizerRows {
   OptimizerTensor* table(const std::optional<TensorView>& workspace) const {
     if (!Backend::optimizer_table) return nullptr;
     const int64_t needed = words * static_cast<int64_t>(rows.size());
-    if (!workspace || workspace->dtype.bits != 64 || workspace->numel() < needed)
-      args_.fail("table", std::to_string(needed) + " int64 elements", workspace ? "fewer" : "none");
-    args_.check_device(*workspace, "table");
-    return reinterpret_cast<OptimizerTensor*>(static_cast<char*>(workspace->data) + workspace->byte_offset);
+    if (!workspace) args_.fail("table", std::to_string(needed) + " int64 elements", "None");
+    return reinterpret_cast<OptimizerTensor*>(args_.indices(*workspace, "table", needed));
   }
 
   std::vector<OptimizerTensor> rows;

@@ -68,9 +68,9 @@ void fill_cache(const Arguments& args, PagedAttentionParams& p, const TensorView
 }
 
 template <class Backend>
-void bind_paged_attention(py::module_& m) {
+void bind_paged_attention(Module& m) {
   // How many floats of workspace paged_attention wants with these arguments.
-  m.def("paged_attention_workspace",
+  m.def("paged_attention_workspace(query, key_cache, value_cache, block_table, cache_seqlens)",
         [](const TensorView& query, const TensorView& key_cache, const TensorView& value_cache,
            const TensorView& block_table, const TensorView& cache_seqlens) {
           PagedAttentionParams p{};
@@ -81,22 +81,24 @@ void bind_paged_attention(py::module_& m) {
 
   // cache_seqlens: int32 (B); alibi_slopes: float32 (B, H); sinks: float32 (H); output: (B, H, Nq, Dv); lse: (B, H,
   // Nq).
-  m.def("paged_attention",
-        [](const TensorView& query, const TensorView& key_cache, const TensorView& value_cache,
-           const TensorView& block_table, const TensorView& cache_seqlens, const OptionalTensor& alibi_slopes,
-           const OptionalTensor& sinks, const PagedOptions& options, const TensorView& output,
-           const OptionalTensor& lse, const TensorView& workspace) {
-          const Arguments args("paged_attention", Backend::device, query);
-          PagedAttentionParams p{};
-          fill_cache<Backend>(args, p, query, key_cache, value_cache, block_table, cache_seqlens);
-          const auto& [scale, softcap, left, right] = options;
-          fill_scores(args, p, {std::nullopt, alibi_slopes, sinks, std::nullopt, std::nullopt, std::nullopt},
-                      {scale, softcap, left, right, true, 0.0, -1, -1}, workspace);
-          p.output = rows_of(args, p, output, "output", p.heads, p.queries, p.value_dim, p.output_strides);
-          p.lse = values_of(args, p, lse, "lse");
-          check_workspace(args, p, Backend::kernels().paged_attention_workspace(p));
-          Backend::run(&Backend::Kernels::paged_attention, p, query.device.index);
-        });
+  m.def(
+      "paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, alibi_slopes, sinks, "
+      "options, output, lse, workspace)",
+      [](const TensorView& query, const TensorView& key_cache, const TensorView& value_cache,
+         const TensorView& block_table, const TensorView& cache_seqlens, const OptionalTensor& alibi_slopes,
+         const OptionalTensor& sinks, const PagedOptions& options, const TensorView& output, const OptionalTensor& lse,
+         const TensorView& workspace) {
+        const Arguments args("paged_attention", Backend::device, query);
+        PagedAttentionParams p{};
+        fill_cache<Backend>(args, p, query, key_cache, value_cache, block_table, cache_seqlens);
+        const auto& [scale, softcap, left, right] = options;
+        fill_scores(args, p, {std::nullopt, alibi_slopes, sinks, std::nullopt, std::nullopt, std::nullopt},
+                    {scale, softcap, left, right, true, 0.0, -1, -1}, workspace);
+        p.output = rows_of(args, p, output, "output", p.heads, p.queries, p.value_dim, p.output_strides);
+        p.lse = values_of(args, p, lse, "lse");
+        check_workspace(args, p, Backend::kernels().paged_attention_workspace(p));
+        Backend::run(&Backend::Kernels::paged_attention, p, query.device.index);
+      });
 }
 
 }  // namespace torchweld

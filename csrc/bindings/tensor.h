@@ -1,10 +1,7 @@
-// torch.Tensor -> TensorView without torch's headers: a pybind11 type caster over the DLPack C exchange API, and the
-// checks that stand between Python and a kernel. Order of the checks: device, dtype, layout, shape; every message names
-// the op, the argument, what was expected and what came.
+// torch.Tensor -> TensorView without torch's headers: readers over the DLPack C exchange API, and the checks that stand
+// between Python and a kernel. Order of the checks: device, dtype, layout, shape; every message names the op, the
+// argument, what was expected and what came.
 #pragma once
-
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
 
 #include <cstdint>
 #include <initializer_list>
@@ -12,61 +9,10 @@
 #include <string>
 #include <vector>
 
-#include "bindings/dlpack.h"
+#include "bindings/function.h"
 #include "params.h"
 
 namespace torchweld {
-
-namespace py = pybind11;
-
-// Borrowed from a torch.Tensor argument: valid until the bound function returns.
-struct TensorView : dlpack::Tensor {
-  int64_t size(int dim) const { return shape[dim < 0 ? dim + ndim : dim]; }
-  int64_t stride(int dim) const { return strides[dim < 0 ? dim + ndim : dim]; }
-  int64_t numel() const {
-    int64_t n = 1;
-    for (int d = 0; d < ndim; ++d) n *= shape[d];
-    return n;
-  }
-};
-
-struct TorchApi {
-  PyTypeObject* tensor_type;
-  PyTypeObject* parameter_type;
-  PyObject* dispatch;  // torch.Tensor.__torch_dispatch__
-  const dlpack::ExchangeAPI* exchange;
-
-  static const TorchApi& get() {
-    static const TorchApi api = load();
-    return api;
-  }
-
-  // A subclass with a __torch_dispatch__ of its own (FakeTensor, DTensor, functional tensors) has no memory behind its
-  // pointer: the exchange API would hand over garbage. Such tensors belong to the registered op, never to a kernel.
-  bool has_memory(PyObject* tensor) const {
-    if (Py_TYPE(tensor) == tensor_type || Py_TYPE(tensor) == parameter_type) return true;
-    return py::type::handle_of(tensor).attr("__torch_dispatch__").ptr() == dispatch;
-  }
-
- private:
-  static TorchApi load() {
-    py::object type = py::module_::import("torch").attr("Tensor");
-    if (!py::hasattr(type, "__dlpack_c_exchange_api__"))
-      throw py::import_error("torchweld needs torch >= 2.10: torch.Tensor has no __dlpack_c_exchange_api__");
-    auto capsule = type.attr("__dlpack_c_exchange_api__").cast<py::capsule>();
-    auto* exchange =
-        static_cast<const dlpack::ExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
-    if (exchange == nullptr) throw py::error_already_set();
-    while (exchange->major != 1 && exchange->previous != nullptr) exchange = exchange->previous;
-    if (exchange->major != 1)
-      throw py::import_error("torchweld speaks DLPack 1, this torch offers only version " +
-                             std::to_string(exchange->major));
-    py::object parameter = py::module_::import("torch.nn").attr("Parameter");
-    py::object dispatch = type.attr("__torch_dispatch__");
-    return {reinterpret_cast<PyTypeObject*>(type.release().ptr()),
-            reinterpret_cast<PyTypeObject*>(parameter.release().ptr()), dispatch.release().ptr(), exchange};
-  }
-};
 
 inline const char* name_of(DType dtype) {
   switch (dtype) {
@@ -128,16 +74,16 @@ class Arguments {
 
   // Pointer to a contiguous tensor of this number of signed integers of so many bits.
   void* integers(const TensorView& t, const char* name, int bits, int64_t numel) const {
-    check_device(t, name);
-    if (t.dtype.code != dlpack::kInt || t.dtype.bits != bits)
-      fail(name, "dtype int" + std::to_string(bits), name_of(t.dtype));
-    check_contiguous(t, name);
-    if (t.numel() != numel) fail(name, std::to_string(numel) + " elements", "shape " + list(t.shape, t.ndim));
-    return static_cast<char*>(t.data) + t.byte_offset;
+    return elements(t, name, dlpack::kInt, bits, numel);
   }
 
   int64_t* indices(const TensorView& t, const char* name, int64_t numel) const {
     return static_cast<int64_t*>(integers(t, name, 64, numel));
+  }
+
+  // Pointer to a contiguous tensor of this number of float64.
+  double* doubles(const TensorView& t, const char* name, int64_t numel) const {
+    return static_cast<double*>(elements(t, name, dlpack::kFloat, 64, numel));
   }
 
   // Pointer to a tensor of this dtype and shape whose elements along the last dimension are neighbours.
@@ -149,12 +95,12 @@ class Arguments {
     return static_cast<char*>(t.data) + t.byte_offset;
   }
 
-  bool is_here(const TensorView& t) const { return on_device(t) && has_memory(t); }
+  bool is_here(const TensorView& t) const { return on_device(t) && t.has_memory(); }
 
   void check_device(const TensorView& t, const char* name) const {
     if (!on_device(t))
       fail(name, "a tensor on " + device_name(device_), device_name(t.device) + "; move it with .to()");
-    if (!has_memory(t))
+    if (!t.has_memory())
       fail(name, "a tensor with memory", "one whose storage is empty: it was freed, or is a ZeroTensor");
   }
 
@@ -181,10 +127,16 @@ class Arguments {
   }
 
  private:
-  bool on_device(const TensorView& t) const { return t.device.type == device_.type && t.device.index == device_.index; }
+  void* elements(const TensorView& t, const char* name, dlpack::TypeCode code, int bits, int64_t numel) const {
+    check_device(t, name);
+    if (t.dtype.code != code || t.dtype.bits != bits)
+      fail(name, "dtype " + name_of(dlpack::DataType{code, static_cast<uint8_t>(bits), 1}), name_of(t.dtype));
+    check_contiguous(t, name);
+    if (t.numel() != numel) fail(name, std::to_string(numel) + " elements", "shape " + list(t.shape, t.ndim));
+    return static_cast<char*>(t.data) + t.byte_offset;
+  }
 
-  // A view of an empty storage starts a little past null, where no system puts memory.
-  static bool has_memory(const TensorView& t) { return reinterpret_cast<uintptr_t>(t.data) >= 4096 || t.numel() == 0; }
+  bool on_device(const TensorView& t) const { return t.device.type == device_.type && t.device.index == device_.index; }
 
   void check_device_and_dtype(const TensorView& t, const char* name, DType dtype) const {
     check_device(t, name);
@@ -215,23 +167,60 @@ class Arguments {
   dlpack::Device device_;
 };
 
-}  // namespace torchweld
-
-namespace pybind11::detail {
-
+// A tensor is only looked at until all arguments are converted; the caller of the bound function holds it meanwhile.
+// BufferError is what DLPack has for a tensor that cannot be read: the callers of the kernels then ask the dispatcher.
 template <>
-struct type_caster<torchweld::TensorView> {
-  PYBIND11_TYPE_CASTER(torchweld::TensorView, const_name("torch.Tensor"));
+struct Reader<TensorView> {
+  static std::string expected() { return "a torch.Tensor"; }
 
-  bool load(handle source, bool) {
-    const auto& api = torchweld::TorchApi::get();
-    if (!PyObject_TypeCheck(source.ptr(), api.tensor_type)) return false;
-    if (!api.has_memory(source.ptr()))
-      throw type_error(std::string("a ") + Py_TYPE(source.ptr())->tp_name +
-                       " has no memory of its own; call the function in torchweld.ops, which dispatches it");
-    if (api.exchange->tensor_from_py_object(source.ptr(), &value) != 0) throw error_already_set();
+  bool load(PyObject* tensor) {
+    const auto& api = TorchApi::get();
+    if (!api.is_tensor(tensor)) return false;
+    if (!api.is_readable(tensor))
+      throw py::buffer_error(std::string("a ") + Py_TYPE(tensor)->tp_name +
+                             " has no memory of its own; call the function in torchweld.ops, which dispatches it");
+    source = tensor;
     return true;
   }
+
+  TensorView get() const { return TorchApi::get().view(source); }
+
+  PyObject* source = nullptr;
 };
 
-}  // namespace pybind11::detail
+// A list or tuple of tensors, all of which are held until the bound function returns: another thread may change the
+// list while a kernel runs. An iterator is refused, for it may have made its tensors for this call alone.
+struct TensorList : std::vector<TensorView> {
+  py::object held;
+};
+
+template <>
+struct Reader<TensorList> {
+  static std::string expected() { return "a list or tuple of torch.Tensor"; }
+
+  bool load(PyObject* list) {
+    if (PyTuple_Check(list))
+      held = py::reinterpret_borrow<py::object>(list);
+    else if (PyList_Check(list))
+      held = py::reinterpret_steal<py::object>(PyList_AsTuple(list));
+    else
+      return false;
+    if (!held) throw py::error_already_set();
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(held.ptr()); ++i)
+      if (!Reader<TensorView>().load(PyTuple_GET_ITEM(held.ptr(), i))) return false;
+    return true;
+  }
+
+  TensorList get() {
+    TensorList views;
+    views.reserve(PyTuple_GET_SIZE(held.ptr()));
+    for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(held.ptr()); ++i)
+      views.push_back(Reader<TensorView>{PyTuple_GET_ITEM(held.ptr(), i)}.get());
+    views.held = std::move(held);
+    return views;
+  }
+
+  py::object held;
+};
+
+}  // namespace torchweld

@@ -20,6 +20,14 @@ namespace torchweld::cuda {
 
 // ---- Launch
 
+// A grid of so many blocks, of which CUDA takes 2^31 - 1.
+inline dim3 grid_of(const char* name, int64_t blocks) {
+  if (blocks > INT32_MAX)
+    throw std::invalid_argument("[" + std::string(name) + "] grid: expected at most 2^31 - 1 blocks, but got " +
+                                std::to_string(blocks) + "; split the batch");
+  return dim3(static_cast<unsigned>(blocks));
+}
+
 // Enqueues kernel(params...) and throws what the launch itself reports; errors inside it surface at torch's next sync.
 template <class... Params>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, Stream stream,

@@ -1,5 +1,7 @@
 #include "cuda/device.h"
 
+#include <cuda.h>
+
 #include <stdexcept>
 
 namespace torchweld::cuda {
@@ -34,6 +36,40 @@ std::string advice(cudaError_t error) {
            ": update the driver or build with an older CUDA toolkit";
   }
   return "";
+}
+
+// A function of the driver, which is not linked. 12000: the version that cuda.h's own names stand for.
+template <class F>
+F* driver_function(const char* name) {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult found;
+#if CUDART_VERSION >= 12050
+  check(name, cudaGetDriverEntryPointByVersion(name, &function, 12000, cudaEnableDefault, &found));
+#else
+  check(name, cudaGetDriverEntryPoint(name, &function, cudaEnableDefault, &found));
+#endif
+  if (function == nullptr)
+    throw std::runtime_error("[" + std::string(name) + "] CUDA: the driver has no such function");
+  return reinterpret_cast<F*>(function);
+}
+
+struct Driver {
+  decltype(cuDevicePrimaryCtxRetain)* retain =
+      driver_function<decltype(cuDevicePrimaryCtxRetain)>("cuDevicePrimaryCtxRetain");
+  decltype(cuDevicePrimaryCtxRelease)* release =
+      driver_function<decltype(cuDevicePrimaryCtxRelease)>("cuDevicePrimaryCtxRelease");
+  decltype(cuCtxPushCurrent)* push = driver_function<decltype(cuCtxPushCurrent)>("cuCtxPushCurrent");
+  decltype(cuCtxPopCurrent)* pop = driver_function<decltype(cuCtxPopCurrent)>("cuCtxPopCurrent");
+};
+
+const Driver& driver() {
+  static const Driver functions;
+  return functions;
+}
+
+void check_driver(CUresult result) {
+  if (result != CUDA_SUCCESS)
+    throw std::runtime_error("[device guard] CUDA: the driver's error " + std::to_string(static_cast<int>(result)));
 }
 
 }  // namespace
@@ -78,14 +114,18 @@ std::optional<std::string> unavailable() {
   return error == cudaSuccess ? "no CUDA device" : cudaGetErrorString(error) + advice(error);
 }
 
-DeviceGuard::DeviceGuard(int device) {
-  check("device guard", cudaGetDevice(&before_));
-  changed_ = before_ != device;
-  if (changed_) check("device guard", cudaSetDevice(device));
+DeviceGuard::DeviceGuard(int device) : device_(device), pushed_(current_device() != device) {
+  if (!pushed_) return;
+  CUcontext context = nullptr;
+  check_driver(driver().retain(&context, device));
+  check_driver(driver().push(context));
 }
 
 DeviceGuard::~DeviceGuard() {
-  if (changed_) cudaSetDevice(before_);
+  if (!pushed_) return;
+  CUcontext context = nullptr;
+  driver().pop(&context);
+  driver().release(device_);
 }
 
 }  // namespace torchweld::cuda

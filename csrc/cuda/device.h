@@ -22,7 +22,8 @@ std::string runtime_version();                // of the CUDA runtime that is lin
 std::optional<std::string> driver_version();  // the newest CUDA that the driver serves, none without a driver
 std::optional<std::string> unavailable();     // why no GPU can be used here, none if one can
 
-// Makes a device current while it lives. Restores the one before it.
+// Makes a device current while it lives, by the stack of contexts: what was current before, be it none, stays below.
+// cudaSetDevice would give a thread that has no context yet one of GPU 0, and the process its memory there.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device);
@@ -31,8 +32,8 @@ class DeviceGuard {
   DeviceGuard& operator=(const DeviceGuard&) = delete;
 
  private:
-  int before_;
-  bool changed_;
+  int device_;
+  bool pushed_;
 };
 
 }  // namespace torchweld::cuda

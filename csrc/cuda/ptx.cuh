@@ -17,6 +17,13 @@ __device__ __forceinline__ uint32_t load_shared(uint32_t address) {
   return word;
 }
 
+// Four words, on 16 bytes.
+__device__ __forceinline__ float4 load_shared_floats(uint32_t address) {
+  float4 x;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(x.x), "=f"(x.y), "=f"(x.z), "=f"(x.w) : "r"(address));
+  return x;
+}
+
 __device__ __forceinline__ void store_shared(uint32_t address, uint32_t word) {
   asm volatile("st.shared.b32 [%0], %1;" ::"r"(address), "r"(word) : "memory");
 }
@@ -75,14 +82,14 @@ __device__ __forceinline__ uint32_t to_tf32(float value) {
   return bits;
 }
 
-// Copies `bytes` (0 to kBytes) from global memory, zeros after them. kBytes: 4 or 16, to which both sides are aligned.
+// Copies `bytes` (0 to kBytes) from global memory, zeros after them. kBytes: 8 or 16, to which both sides are aligned.
 template <int kBytes>
 __device__ __forceinline__ void cp_async(uint32_t to, const void* from, int bytes) {
-  static_assert(kBytes == 4 || kBytes == 16);
+  static_assert(kBytes == 8 || kBytes == 16);
   if constexpr (kBytes == 16)
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
   else
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
 }
 
 // 16 bytes, all of them there.

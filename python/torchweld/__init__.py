@@ -5,23 +5,27 @@ from typing import TYPE_CHECKING, Any
 
 import torch  # noqa: F401  (first: the kernels use the OpenMP runtime that torch loads)
 
-from torchweld import flash_attention_impl, ops, reference
+from torchweld import ops, reference
 from torchweld.backend import use_backend
+from torchweld.integrations import torch_sdpa
 
 if TYPE_CHECKING:
     from torchweld import nn, optim
+    from torchweld.integrations import hugging_face
     from torchweld.patching import patch
 
 __version__ = "0.1.0"
-__all__ = ["nn", "ops", "optim", "patch", "reference", "use_backend"]
+__all__ = ["hugging_face", "nn", "ops", "optim", "patch", "reference", "use_backend"]
 
-flash_attention_impl.register()
+torch_sdpa.register()
 
 
 def __getattr__(name: str) -> Any:
     """What an import of the package need not wait for."""
     if name in ("nn", "optim"):
         return importlib.import_module(f"torchweld.{name}")
+    if name == "hugging_face":
+        return importlib.import_module("torchweld.integrations.hugging_face")
     if name == "patch":
         return importlib.import_module("torchweld.patching").patch
     raise AttributeError(f"module 'torchweld' has no attribute {name!r}")

@@ -4,7 +4,7 @@ The inputs of each entry go through the properties that torch's test_modules.py 
 the same parameters; those of MultiheadAttention also without weights, which is what the fused attention serves.
 Beyond its tiny shapes hypothesis draws others.
 Not run, as torch does not run it for these modules either: memory formats (they know no channels_last), in-place
-arguments and error inputs (they have none). torch has no entry for TransformerDecoder; tests/test_transformer.py has.
+arguments and error inputs (they have none). torch has no entry for TransformerDecoder; test_transformer.py has.
 """
 
 from __future__ import annotations

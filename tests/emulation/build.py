@@ -58,20 +58,19 @@ MACHINE = [
 MACHINE.append(Source(CSRC / "cuda/device.cpp"))
 # As in csrc/cuda/CMakeLists.txt.
 _HEAD_SIZES = {"float": (64, 128, 256), "__nv_bfloat16": (32, 64, 128, 256), "__half": (32, 64, 128, 256)}
-_ATTENTION = CSRC / "cuda/attention_instance.cu"
-_ATTENTION_SM90 = CSRC / "cuda/attention_instance_sm90.cu"
+_INSTANCES = [CSRC / f"cuda/attention/{folder}/instance.cu" for folder in ("sm80", "sm90")]
 _SM90 = "-DTORCHWELD_SM90"
 KERNELS = [
     Source(path, (_SM90,) if path.stem == "attention" else ())
-    for path in sorted(CSRC.glob("cuda/*.cu"))
-    if path not in (_ATTENTION, _ATTENTION_SM90)
+    for path in sorted(CSRC.glob("cuda/**/*.cu"))
+    if path not in _INSTANCES
 ]
 KERNELS += [
     Source(path, (f"-DTORCHWELD_DTYPE={dtype}", f"-DTORCHWELD_HEAD_SIZE={size}", _SM90))
     for dtype, sizes in _HEAD_SIZES.items()
     for size in sizes
-    for path in (_ATTENTION, _ATTENTION_SM90)
-    if path == _ATTENTION or (dtype != "float" and size >= 64)
+    for path in _INSTANCES
+    if path == _INSTANCES[0] or (dtype != "float" and size >= 64)
 ]
 KERNELS.append(Source(HERE / "products.cu"))
 

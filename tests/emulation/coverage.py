@@ -33,9 +33,9 @@ def measure(module: ModuleType) -> dict[str, dict[int, int]]:
             command = ["gcov", "--json-format", "--stdout", counts.name]
             found = subprocess.run(command, cwd=counts.parent, capture_output=True, text=True, check=True).stdout
             for file in (file for line in found.splitlines() for file in json.loads(line)["files"]):
-                if (path := Path(file["file"])).parent == CSRC / "cuda":
+                if (path := Path(file["file"])).is_relative_to(CSRC / "cuda"):
                     for line in file["lines"]:
-                        _lines[path.name][line["line_number"]] += line["count"]
+                        _lines[str(path.relative_to(CSRC / "cuda"))][line["line_number"]] += line["count"]
         shutil.rmtree(_written)
     return _lines
 

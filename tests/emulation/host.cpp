@@ -1,9 +1,12 @@
-// The host's side of the CUDA runtime: one device, whose memory is the host's.
+// The host's side of the CUDA runtime: devices that are all the same one, whose memory is the host's.
 #include <cuda.h>
 
 #include <cstdlib>
 #include <cstring>
+#include <map>
 #include <set>
+#include <string>
+#include <vector>
 
 #include "cuda_runtime.h"
 
@@ -11,6 +14,10 @@ namespace {
 
 constexpr unsigned kWithoutAsking = 48 * 1024;
 std::set<const void*> asked_for_more;
+
+// Contexts of devices, as cudaSetDevice and the driver's functions make them, and a thread's stack of them.
+std::map<int, int> retained;
+thread_local std::vector<int> contexts;
 
 }  // namespace
 
@@ -38,18 +45,52 @@ const char* cudaGetErrorString(cudaError_t error) {
   return error == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "emulated";
 }
 cudaError_t cudaGetLastError() { return cudaSuccess; }
-cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
-cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
+cudaError_t cudaGetDevice(int* device) { return *device = contexts.empty() ? 0 : contexts.back(), cudaSuccess; }
+cudaError_t cudaSetDevice(int device) {
+  ++retained[device];
+  if (contexts.empty()) contexts.push_back(device);
+  contexts.back() = device;
+  return cudaSuccess;
+}
+cudaError_t cudaGetDeviceCount(int* count) { return *count = 2, cudaSuccess; }
 cudaError_t cudaDriverGetVersion(int* version) { return *version = 13000, cudaSuccess; }
 cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
 
-cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long,
-                                             cudaDriverEntryPointQueryResult* result) {
-  const bool known = std::strcmp(symbol, "cuTensorMapEncodeTiled") == 0;
-  *function = known ? reinterpret_cast<void*>(cuTensorMapEncodeTiled) : nullptr;
-  *result = known ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
+CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device) {
+  ++retained[device];
+  *context = reinterpret_cast<CUcontext>(static_cast<intptr_t>(device) + 1);
+  return CUDA_SUCCESS;
+}
+CUresult cuDevicePrimaryCtxRelease(CUdevice device) { return --retained[device], CUDA_SUCCESS; }
+CUresult cuCtxPushCurrent(CUcontext context) {
+  contexts.push_back(static_cast<int>(reinterpret_cast<intptr_t>(context)) - 1);
+  return CUDA_SUCCESS;
+}
+CUresult cuCtxPopCurrent(CUcontext* context) {
+  if (contexts.empty()) return CUDA_ERROR_INVALID_VALUE;
+  *context = reinterpret_cast<CUcontext>(static_cast<intptr_t>(contexts.back()) + 1);
+  contexts.pop_back();
+  return CUDA_SUCCESS;
+}
+int emulation::contexts_of(int device) { return retained[device]; }
+
+cudaError_t cudaGetDriverEntryPoint(const char* symbol, void** function, unsigned long long,
+                                    cudaDriverEntryPointQueryResult* result) {
+  static const std::map<std::string, void*> kFunctions{
+      {"cuTensorMapEncodeTiled", reinterpret_cast<void*>(cuTensorMapEncodeTiled)},
+      {"cuDevicePrimaryCtxRetain", reinterpret_cast<void*>(cuDevicePrimaryCtxRetain)},
+      {"cuDevicePrimaryCtxRelease", reinterpret_cast<void*>(cuDevicePrimaryCtxRelease)},
+      {"cuCtxPushCurrent", reinterpret_cast<void*>(cuCtxPushCurrent)},
+      {"cuCtxPopCurrent", reinterpret_cast<void*>(cuCtxPopCurrent)},
+  };
+  const auto found = kFunctions.find(symbol);
+  *function = found != kFunctions.end() ? found->second : nullptr;
+  *result = *function != nullptr ? cudaDriverEntryPointSuccess : cudaDriverEntryPointSymbolNotFound;
   return cudaSuccess;
+}
+cudaError_t cudaGetDriverEntryPointByVersion(const char* symbol, void** function, unsigned, unsigned long long flags,
+                                             cudaDriverEntryPointQueryResult* result) {
+  return cudaGetDriverEntryPoint(symbol, function, flags, result);
 }
 
 cudaError_t cudaMalloc(void** memory, size_t bytes) {

@@ -36,20 +36,22 @@ struct Emulated {
 
 extern "C" void __gcov_dump() __attribute__((weak));  // there if the kernels were compiled to count their lines
 
-PYBIND11_MODULE(emulated, m) {
+PYBIND11_MODULE(emulated, python) {
+  Module m(python);
   m.doc() = "CUDA kernels of torchweld, run on the CPU";
-  m.def(
+  python.def(
       "set_machine",
       [](int multiprocessors, int shared_bytes_per_block, int capability, unsigned seed) {
         emulation::machine() = {multiprocessors, shared_bytes_per_block, capability, seed};
       },
       py::arg("multiprocessors") = 4, py::arg("shared_bytes_per_block") = 232448, py::arg("capability") = 80,
       py::arg("seed") = 0);
-  m.def("write_coverage", [] {
+  m.def("write_coverage()", [] {
     if (__gcov_dump != nullptr) __gcov_dump();
   });
-  m.def("products", [](const TensorView& a, const TensorView& b, int rows, bool packets, int padded,
-                       const TensorView& inner, const TensorView& outer) {
+  m.def("products(a, b, rows, packets, padded, inner, outer)", [](const TensorView& a, const TensorView& b, int rows,
+                                                                  bool packets, int padded, const TensorView& inner,
+                                                                  const TensorView& outer) {
     const Arguments args("products", Emulated::device, a);
     const DType dtype = args.dtype(a, "a");
     emulation::products({args.strided(a, "a", dtype, {16, a.size(1)}), args.strided(b, "b", dtype, {16, a.size(1)}),

@@ -45,7 +45,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     last = [item for item in items if item.name == _COVERAGE_TEST]
     items[:] = [item for item in items if item not in last] + last
     tests = Path(__file__).parent.parent
-    wanted = {path for path in tests.glob("test_*.py") if "emulated" in path.read_text()}
+    wanted = {path for path in tests.rglob("test_*.py") if "emulated" in path.read_text()}
     chosen = config.option.keyword or config.option.markexpr or any("::" in argument for argument in config.args)
     if chosen or not wanted <= {item.path for item in items}:
         for item in last:

@@ -1,4 +1,4 @@
-#include "cuda/attention_products.cuh"
+#include "cuda/attention/products.cuh"
 #include "products.h"
 
 namespace emulation {

@@ -1,4 +1,4 @@
-// The building blocks of csrc/cuda/attention_products.cuh in a kernel of one warp, to be held to plain matrix products.
+// The building blocks of csrc/cuda/attention/products.cuh in a kernel of one warp, to be held to plain matrix products.
 #pragma once
 
 #include "params.h"

@@ -61,7 +61,8 @@ std::string source_lines(const Trace& trace) {
   for (size_t i = 1; i < lines.size() && shown < 4; i += 2) {
     std::string place = lines[i].substr(0, lines[i].find(" (discriminator"));
     if (place.find("/emulation/include/") != std::string::npos || place.find("??") != std::string::npos) continue;
-    const auto name = place.substr(place.rfind('/') + 1);
+    const size_t folder = place.rfind("/csrc/cuda/");
+    const auto name = place.substr(folder == std::string::npos ? place.rfind('/') + 1 : folder + 11);
     const auto file = name.substr(0, name.find(':'));
     const bool kernel_source =
         file.size() > 3 && (file.rfind(".cu") == file.size() - 3 || file.rfind(".cuh") == file.size() - 4);

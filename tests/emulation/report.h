@@ -15,6 +15,6 @@ struct Trace {
 
 std::string function_name(const void* code);  // "torchweld::cuda::(anonymous namespace)::step(...)" -> "step"
 std::string source_lines(
-    const Trace& trace);  // "layer_norm.cuh:110, called from layer_norm_forward.cu:99"; not of the machine
+    const Trace& trace);  // "norm/layer_norm.cuh:110, called from norm/forward.cu:99"; not of the machine
 
 }  // namespace emulation

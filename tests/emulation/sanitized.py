@@ -36,7 +36,7 @@ def environment() -> dict[str, str]:
 def small_cases(limit: int) -> Iterator[tuple[Case, torch.dtype]]:
     """The cases of the ops with CUDA kernels whose inputs have no more than `limit` elements, in every dtype.
 
-    Not those that clip: the norm's thousand blocks take seconds, and tests/test_adamw_host.py has one test of them.
+    Not those that clip: the norm's thousand blocks take seconds, and test_adamw_emulated.py has one of them.
     """
     launchers = re.findall(r"^void (\w+)\(", (build.CSRC / "cuda/kernels.h").read_text(), re.MULTILINE)
     for op, cases in ops().items():

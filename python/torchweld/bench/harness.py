@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from torchweld.info import device_name, versions
+from torchweld.environment import device_name, versions
 
 Call = Callable[[], object]
 

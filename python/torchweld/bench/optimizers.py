@@ -42,7 +42,7 @@ def _variants(op: str, dtype: torch.dtype) -> Iterator[_Variant]:
     if op == "adamw" and dtype == torch.bfloat16:
         yield _Variant("fp32 state", 22, wide_state=True)
         yield _Variant("fp32 state, stochastic rounding", 22, {"stochastic_rounding": True})
-        yield _Variant("fp32 state, master weights", 28, {"master_weights": True})
+        yield _Variant("fp32 state, master weights", 30, {"master_weights": True})
 
 
 def _gpt2(config: str) -> list[torch.Size]:

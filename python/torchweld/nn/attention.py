@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchweld import ops
+from torchweld.nn.stock import is_replaced
 from torchweld.nn.twins import twin
 
 
@@ -72,7 +73,9 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         is_causal: bool,
     ) -> bool:
         """Whether the arguments fit; if not, torch's own forward says what is wrong, as it always did."""
-        if query.is_nested or key.is_nested or value.is_nested or not 2 <= query.dim() == key.dim() == value.dim() <= 3:
+        if is_replaced() or query.is_nested or key.is_nested or value.is_nested:
+            return False
+        if not 2 <= query.dim() == key.dim() == value.dim() <= 3:
             return False
         lengths = [x.shape[-2] if x.dim() == 2 or self.batch_first else x.shape[0] for x in (query, key, value)]
         batches = [1 if x.dim() == 2 else x.shape[0 if self.batch_first else 1] for x in (query, key, value)]

@@ -69,9 +69,11 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         is_causal: bool = False,
     ) -> Tensor:
         norms, dropouts = (self.norm1, self.norm2), (self.dropout1, self.dropout2)
-        if src.is_nested or not _fusable(self, torch.nn.TransformerEncoderLayer, norms, dropouts):
-            return super().forward(src, src_mask, src_key_padding_mask, is_causal)
         masks = src_mask, src_key_padding_mask, is_causal
+        # torch's layer shows additive masks to whoever looks at the attention, or is it.
+        watched = masks[:2] != (None, None) and not is_plain(self.self_attn, torch.nn.MultiheadAttention)
+        if src.is_nested or watched or not _fusable(self, torch.nn.TransformerEncoderLayer, norms, dropouts):
+            return super().forward(src, *masks)
         if self.norm_first:
             x = self.norm1(src)
             x, total = _add_norm(_attend(self.self_attn, x, x, *masks), src, self.dropout1, self.norm2)

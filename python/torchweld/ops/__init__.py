@@ -1,11 +1,11 @@
 """The fused functions. Names and argument order are those of `torch.nn.functional` where a twin exists there."""
 
+from torchweld.ops._optimizer import grad_norm
 from torchweld.ops.adamw import adamw_
 from torchweld.ops.attention import attention
 from torchweld.ops.cross_entropy import cross_entropy
 from torchweld.ops.gelu import gelu
 from torchweld.ops.layer_norm import add_layer_norm, layer_norm
-from torchweld.ops.optimizer import grad_norm
 from torchweld.ops.paged_attention import paged_attention
 from torchweld.ops.rms_norm import add_rms_norm, rms_norm
 from torchweld.ops.scaled_dot_product_attention import scaled_dot_product_attention

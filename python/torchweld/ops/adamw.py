@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from torchweld import reference
-from torchweld.ops.library import register
-from torchweld.ops.optimizer import COMMON, Common, run_step, step_fake, take_step
+from torchweld.ops._optimizer import COMMON, Common, as_lists, run_step, step_fake, take_step
+from torchweld.ops._register import register
 
 # ---- Implementation
 
@@ -57,12 +57,12 @@ _adamw_op = register(
 
 
 def adamw_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
+    params: Iterable[Tensor],
+    grads: Iterable[Tensor],
+    exp_avgs: Iterable[Tensor],
+    exp_avg_sqs: Iterable[Tensor],
+    max_exp_avg_sqs: Iterable[Tensor],
+    steps: Iterable[Tensor],
     *,
     lr: float | Tensor,
     beta1: float,
@@ -76,7 +76,7 @@ def adamw_(
     grad_norm: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    masters: Sequence[Tensor] = (),
+    masters: Iterable[Tensor] = (),
     rounding_seed: int | None = None,
     zero_grads: bool = False,
 ) -> Tensor | None:
@@ -97,8 +97,9 @@ def adamw_(
         grad_norm: the norm to clip by, where it is that of more than `grads`; None: the norm of `grads`.
         grad_scale: one element that the gradients are divided by first; they are stored so, as GradScaler wants it.
         found_inf: one element; where it is not zero nothing moves, not even the steps.
-        masters: float32, one for each of params: these are stepped, and the parameters become their roundings. None
-            given: the parameters are stepped.
+        masters: float32, one for each of params: these are stepped, and the parameters become their roundings. Where an
+            element of a parameter is not a rounding of its master's, the step starts from it: somebody else has written
+            it. None given: the parameters are stepped.
         rounding_seed: rounds bfloat16 parameters up or down at random, with the exact value as the mean: small updates
             count even without masters. The bits depend on the seed, the step, and the parameter's place in the list and
             the element's in the parameter, and on nothing else. None: to nearest. Not for float16.
@@ -110,6 +111,8 @@ def adamw_(
     Raises:
         ValueError: lists of different lengths; a device, dtype or shape that does not fit, naming the tensor; a
             hyper-parameter out of range. Nothing has been changed then.
+        TypeError: an argument that is no list of tensors; a scalar that is neither a number nor a tensor.
+        RuntimeError: a tensor requires grad, outside of `torch.no_grad()`.
     """
     for name, value, fits, expected in (
         ("beta1", beta1, 0 <= beta1 < 1, "0 <= beta1 < 1"),
@@ -118,21 +121,20 @@ def adamw_(
     ):
         if not fits:
             raise ValueError(f"[adamw_] {name}: expected {expected}, but got {value}")
-    if not amsgrad:
-        max_exp_avg_sqs = []
-    elif len(max_exp_avg_sqs) == 0 and len(params) > 0:
+    lists = as_lists(
+        "adamw_",
+        params=params,
+        grads=grads,
+        exp_avgs=exp_avgs,
+        exp_avg_sqs=exp_avg_sqs,
+        max_exp_avg_sqs=max_exp_avg_sqs if amsgrad else [],
+        steps=steps,
+        masters=masters,
+    )
+    if amsgrad and len(lists["max_exp_avg_sqs"]) == 0 and len(lists["params"]) > 0:
         raise ValueError(
             "[adamw_] max_exp_avg_sqs: expected one tensor for each of params (amsgrad=True), but got none"
         )
-    lists = {
-        "params": params,
-        "grads": grads,
-        "exp_avgs": exp_avgs,
-        "exp_avg_sqs": exp_avg_sqs,
-        "max_exp_avg_sqs": max_exp_avg_sqs,
-        "steps": steps,
-        "masters": masters,
-    }
     own = {"beta1": beta1, "beta2": beta2, "eps": eps, "decoupled": decoupled}
     common = {
         "weight_decay": weight_decay,

@@ -7,20 +7,24 @@ import math
 import torch
 from torch import Tensor
 
-from torchweld.ops.attention_checks import (
+from torchweld.ops._attention import ALIGNMENTS, attend
+from torchweld.ops._attention_checks import (
     check_band,
     check_bias,
     check_by_head,
     check_common,
     check_device,
     check_heads,
+    check_length,
+    check_scale,
     check_sequences,
     check_softcap,
     fail,
 )
-from torchweld.ops.attention_op import ALIGNMENTS, attend
-from torchweld.ops.library import check_dense
+from torchweld.ops._register import check_dense, elsewhere, shown
 from torchweld.reference.philox import draw_seed
+
+_TENSORS = ("query", "key", "value", "bias", "alibi_slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k")
 
 
 def attention(
@@ -30,7 +34,7 @@ def attention(
     *,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     bias: Tensor | None = None,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
@@ -62,7 +66,7 @@ def attention(
         value: (B, Hkv, Nk, Dv). Packed: (total_k, Hkv, Dv).
         causal: query i sees keys up to i + shift.
         window: (left, right): it sees keys from i + shift - left to i + shift + right; None: no bound on that side.
-        softcap: bounds the scores to (-softcap, softcap); 0: no cap.
+        softcap: bounds the scores to (-softcap, softcap); 0 or None: no cap.
         bias: broadcasts to (B, Hq, Nq, Nk): boolean (True attends), or additive (query's dtype or float32) with a
             gradient.
         alibi_slopes: (Hq) or (B, Hq) (arXiv:2108.12409); has a gradient.
@@ -90,10 +94,18 @@ def attention(
         ValueError: window, softcap, causal_align or what cu_seqlens say is not as above.
     """
     op = "attention"
+    tensors = (query, key, value, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k)
+    if theirs := elsewhere(attention, None, _TENSORS, *tensors):
+        return theirs(
+            query, key, value, causal=causal, window=window, softcap=check_softcap(op, softcap), bias=bias,
+            alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed, scale=scale,
+            cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+            causal_align=causal_align, deterministic=deterministic, return_lse=return_lse,
+        )  # fmt: skip
     check_dense(op, query=query, key=key, value=value)
-    if causal_align not in ALIGNMENTS:
-        raise ValueError(f"[{op}] causal_align: expected 'top_left' or 'bottom_right', but got {causal_align!r}")
-    check_softcap(op, softcap)
+    if not isinstance(causal_align, str) or causal_align not in ALIGNMENTS:
+        raise ValueError(f"[{op}] causal_align: expected 'top_left' or 'bottom_right', but got {shown(causal_align)}")
+    softcap = check_softcap(op, softcap)
     left, right = check_band(op, causal, window)
     check_common(op, query, key, value, dropout_p)
     if cu_seqlens_q is None and cu_seqlens_k is None:
@@ -122,14 +134,14 @@ def attention(
         key,
         value,
         (bias, alibi_slopes, sinks, seed if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k),
-        1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale,
+        1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else check_scale(op, scale),
         softcap,
         left,
         right,
         causal_align == "bottom_right",
         dropout_p,
-        -1 if max_seqlen_q is None else max_seqlen_q,
-        -1 if max_seqlen_k is None else max_seqlen_k,
+        -1 if max_seqlen_q is None else check_length(op, "max_seqlen_q", max_seqlen_q),
+        -1 if max_seqlen_k is None else check_length(op, "max_seqlen_k", max_seqlen_k),
         deterministic=deterministic,
     )
 

@@ -8,12 +8,16 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import (
+from torchweld.ops._register import (
     applier,
     check_dense,
+    check_memory,
     double_backward,
+    elsewhere,
+    is_probability,
     register,
     settle,
+    shown,
     under_autocast,
     wants_definition,
     wants_grad,
@@ -21,27 +25,18 @@ from torchweld.ops.library import (
 
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
-# ---- Implementation. The loss of each row; reductions are left to torch.
+_twin = torch.nn.functional.cross_entropy
+_LOGITS, _TARGET = "[cross_entropy] input", "[cross_entropy] target"
 
-
-def _check_classes(target: Tensor, classes: int, ignore_index: int) -> None:
-    """The kernels index memory with the target: this look at it comes first, in a compiled caller too."""
-    outside = ((target < 0) | (target >= classes)) & (target != ignore_index)
-    if bool(outside.any()):
-        row = int(outside.nonzero()[0])
-        raise IndexError(
-            f"[cross_entropy] target: expected classes in [0, {classes}) or ignore_index {ignore_index}, "
-            f"but got {int(target[row])} in row {row}"
-        )
+# ---- Implementation. The loss of each row; reductions are left to torch. The bindings look at every target.
 
 
 def _forward(logits: Tensor, target: Tensor, ignore_index: int, smoothing: float) -> tuple[Tensor, Tensor]:
-    rows, classes = logits.shape
-    _check_classes(target, classes, ignore_index)
+    rows = logits.shape[0]
     loss = logits.new_empty(rows, dtype=torch.float32)
     stats = logits.new_empty((2, rows), dtype=torch.float32)
     backend.kernels[logits.device.type].cross_entropy_forward(
-        logits.contiguous(), target.contiguous(), ignore_index, smoothing, loss, stats
+        settle(logits, _LOGITS), settle(target, _TARGET), ignore_index, smoothing, loss, stats
     )
     return loss, stats
 
@@ -49,11 +44,10 @@ def _forward(logits: Tensor, target: Tensor, ignore_index: int, smoothing: float
 def _backward(
     dloss: Tensor, logits: Tensor, target: Tensor, ignore_index: int, smoothing: float, stats: Tensor
 ) -> Tensor:
-    x = settle(logits)
+    x, classes, stats = settle(logits, _LOGITS), settle(target, _TARGET), settle(stats, "[cross_entropy] statistics")
+    dloss = settle(dloss, "[cross_entropy] gradient of the loss")
     dlogits = torch.empty_like(x)
-    backend.kernels[x.device.type].cross_entropy_backward(
-        dloss.contiguous(), x, target.contiguous(), ignore_index, smoothing, stats, dlogits
-    )
+    backend.kernels[x.device.type].cross_entropy_backward(dloss, x, classes, ignore_index, smoothing, stats, dlogits)
     return dlogits
 
 
@@ -157,6 +151,7 @@ def cross_entropy(
 
     The probabilities are never stored: the logits are read once forward, and once backward to write their gradient.
     The loss of each row and their mean are float32, rounded to input's dtype at the end (under autocast they are not).
+    Class probabilities and weights of another dtype promote the result, as in torch.
 
     Args:
         input: logits (N, C), float32, bfloat16 or float16 (other shapes and dtypes run on the reference).
@@ -175,10 +170,15 @@ def cross_entropy(
     """
     if size_average is not None or reduce is not None:
         raise ValueError("[cross_entropy] size_average, reduce: deprecated in torch; use reduction=")
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"[cross_entropy] reduction: expected 'mean', 'sum' or 'none', but got {reduction!r}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"[cross_entropy] label_smoothing: expected a number in [0, 1], but got {label_smoothing}")
+    if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"[cross_entropy] reduction: expected 'mean', 'sum' or 'none', but got {shown(reduction)}")
+    if not is_probability("cross_entropy", "label_smoothing", label_smoothing):
+        raise ValueError(
+            f"[cross_entropy] label_smoothing: expected a number in [0, 1], but got {shown(label_smoothing)}"
+        )
+    if theirs := elsewhere(cross_entropy, _twin, ("input", "target", "weight"), input, target, weight):
+        options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
+        return theirs(input, target, weight, **options)
     check_dense("cross_entropy", input=input, target=target)
     if not input.dtype.is_floating_point:
         raise TypeError(f"[cross_entropy] input: expected a floating-point dtype, but got {input.dtype}")
@@ -187,6 +187,7 @@ def cross_entropy(
     if under_autocast(input) and dtype in _DTYPES:
         dtype = torch.float32
     if backend.choose("cross_entropy", input.device, _refusal(input, target, weight)) == "reference":
+        check_memory("cross_entropy", input=input, target=target, weight=weight)
         return reference.cross_entropy(input.to(dtype), target, weight, ignore_index, reduction, label_smoothing)
     _check(input, target)
     if wants_grad(input):

@@ -1,4 +1,4 @@
-"""gelu: the tanh approximation that GPT-2 uses, fused forward and backward."""
+"""gelu: exact or by the tanh approximation that GPT-2 uses, fused forward and backward."""
 
 from __future__ import annotations
 
@@ -8,56 +8,74 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.library import applier, check_dense, double_backward, register, settle, wants_definition, wants_grad
+from torchweld.ops._register import (
+    NotDenseError,
+    applier,
+    as_torch_does,
+    check_dense,
+    check_memory,
+    double_backward,
+    elsewhere,
+    register,
+    settle,
+    shown,
+    wants_definition,
+    wants_grad,
+)
 
+_twin = torch.nn.functional.gelu  # a program may give its name to ours
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 # ---- Implementation
 
 
-def _forward(input: Tensor) -> Tensor:
-    x = input.contiguous()
+def _forward(input: Tensor, exact: bool = False) -> Tensor:
+    x = settle(input, "[gelu] input")
     output = torch.empty_like(x)
-    backend.kernels[x.device.type].gelu_forward(x, output)
+    backend.kernels[x.device.type].gelu_forward(x, exact, output)
     return output
 
 
-def _backward(doutput: Tensor, input: Tensor) -> Tensor:
-    x = settle(input)
+def _backward(doutput: Tensor, input: Tensor, exact: bool = False) -> Tensor:
+    x = settle(input, "[gelu] input")
     dinput = torch.empty_like(x)
-    backend.kernels[x.device.type].gelu_backward(doutput.contiguous(), x, dinput)
+    backend.kernels[x.device.type].gelu_backward(settle(doutput, "[gelu] gradient of the output"), x, exact, dinput)
     return dinput
 
 
 # ---- Fake
 
 
-def _forward_fake(input: Tensor) -> Tensor:
+def _forward_fake(input: Tensor, exact: bool = False) -> Tensor:
     return torch.empty_like(input, memory_format=torch.contiguous_format)
 
 
-def _backward_fake(doutput: Tensor, input: Tensor) -> Tensor:
+def _backward_fake(doutput: Tensor, input: Tensor, exact: bool = False) -> Tensor:
     return _forward_fake(input)
 
 
-_forward_op = register("gelu_forward(Tensor input) -> Tensor", _forward, _forward_fake)
-_backward_op = register("gelu_backward(Tensor doutput, Tensor input) -> Tensor", _backward, _backward_fake)
+_forward_op = register("gelu_forward(Tensor input, bool exact=False) -> Tensor", _forward, _forward_fake)
+_backward_op = register(
+    "gelu_backward(Tensor doutput, Tensor input, bool exact=False) -> Tensor", _backward, _backward_fake
+)
 
 # ---- Autograd
 
 
 class _Gelu(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, input: Tensor) -> Tensor:
+    def forward(ctx: Any, input: Tensor, exact: bool) -> Tensor:
         ctx.save_for_backward(input)
-        return _forward_op(input)
+        ctx.exact = exact
+        return _forward_op(input, exact)
 
     @staticmethod
-    def backward(ctx: Any, doutput: Tensor) -> Tensor | None:
+    def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, None]:
         (input,) = ctx.saved_tensors
         if wants_definition(doutput):
-            return double_backward(lambda x: reference.gelu(x, "tanh"), (input,), (doutput,), (True,))[0]
-        return _backward_op(doutput, input)
+            approximate = "none" if ctx.exact else "tanh"
+            return double_backward(lambda x: reference.gelu(x, approximate), (input,), (doutput,), (True,))[0], None
+        return _backward_op(doutput, input, ctx.exact), None
 
 
 _gelu = applier(_Gelu)
@@ -77,20 +95,28 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
 
     Args:
         input: any shape; the kernels take float32, bfloat16 and float16.
-        approximate: "tanh" for 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), which the kernels compute; "none"
-            for the exact function, which torch's own kernel already does at the speed of memory and does here too.
+        approximate: "none" for x Phi(x), with Phi the normal distribution function; "tanh" for
+            0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). The kernels keep the value far from zero, where torch's
+            float32 cancels or gives NaN.
 
     Raises:
         RuntimeError: another `approximate`.
         TypeError: input is not floating point.
     """
-    if approximate not in ("none", "tanh"):
-        raise RuntimeError(f"[gelu] approximate: expected 'none' or 'tanh', but got {approximate!r}")
-    check_dense("gelu", input=input)
+    if not isinstance(approximate, str) or approximate not in ("none", "tanh"):
+        raise RuntimeError(f"[gelu] approximate: expected 'none' or 'tanh', but got {shown(approximate)}")
+    if theirs := elsewhere(gelu, _twin, ("input",), input):
+        return theirs(input, approximate=approximate)
+    try:
+        check_dense("gelu", input=input)
+    except NotDenseError as error:
+        return as_torch_does(error, _twin, input, approximate=approximate)
+    if input.is_quantized:
+        return _twin(input, approximate=approximate)
     if not input.dtype.is_floating_point:
         raise TypeError(f"[gelu] input: expected a floating-point dtype, but got {input.dtype}")
-    if approximate == "none":
-        return torch.nn.functional.gelu(input)
+    exact = approximate == "none"
     if backend.choose("gelu", input.device, _refusal(input)) == "reference":
+        check_memory("gelu", input=input)
         return reference.gelu(input, approximate)
-    return _gelu(input) if wants_grad(input) else _forward_op(input)
+    return _gelu(input, exact) if wants_grad(input) else _forward_op(input, exact)

@@ -9,24 +9,51 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.layer_norm_autograd import add_layer_norm_function, layer_norm_function
-from torchweld.ops.layer_norm_op import add_forward_op, inference_op
-from torchweld.ops.library import check_dense, float32_under_autocast, wants_grad
+from torchweld.ops._norm import add_forward_op, inference_op
+from torchweld.ops._norm_autograd import add_layer_norm_function, layer_norm_function
+from torchweld.ops._register import (
+    NotDenseError,
+    as_torch_does,
+    check_dense,
+    check_memory,
+    elsewhere,
+    float32_under_autocast,
+    is_probability,
+    shown,
+    wants_grad,
+)
 from torchweld.reference.philox import draw_seed
 
+_twin = torch.nn.functional.layer_norm
+_STRIDED = torch.strided
 _DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
+
+
+def _check_shape(op: str, shape: object) -> None:
+    if not isinstance(shape, (tuple, list)):
+        raise TypeError(f"[{op}] normalized_shape: expected a tuple of integers, but got {type(shape).__name__}")
 
 
 def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> str | None:
     """Raises on arguments that no backend takes; returns why the kernels do not take these, None if they do."""
-    if x.is_nested or x.layout is not torch.strided:
+    if x.layout is not _STRIDED:
         check_dense(op, input=x)
-    tail, dtype = x.shape[-len(shape) :] if shape else None, x.dtype
+    try:
+        tail, dtype = x.shape[-len(shape) :] if shape else None, x.dtype
+    except TypeError:
+        _check_shape(op, shape)
+        raise
+    except RuntimeError:  # a nested tensor has none
+        check_dense(op, input=x)
+        raise
     if tail is None or (tail != shape and tuple(tail) != tuple(shape)):
+        _check_shape(op, shape)
+        wanted = shown(list(shape))
         raise RuntimeError(
-            f"[{op}] input: expected a shape that ends in normalized_shape {list(shape)}, but got {list(x.shape)}"
+            f"[{op}] input: expected a shape that ends in normalized_shape {wanted}, but got {list(x.shape)}"
         )
-    if dtype not in _DTYPES and not dtype.is_floating_point:
+    rms = op.endswith("rms_norm")  # which torch composes of operators that take more dtypes
+    if dtype not in _DTYPES and not (dtype.is_floating_point or (rms and dtype.is_complex)):
         raise TypeError(f"[{op}] input: expected a floating-point dtype, but got {dtype}")
     for p in (weight, bias):
         if p is None:
@@ -35,7 +62,7 @@ def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, 
             name = "weight" if p is weight else "bias"
             raise RuntimeError(f"[{op}] {name}: expected shape {list(shape)}, but got {list(p.shape)}")
         if p.dtype is not dtype and p.dtype not in _DTYPES:
-            if not p.dtype.is_floating_point:
+            if not (p.dtype.is_floating_point or rms):
                 name = "weight" if p is weight else "bias"
                 raise TypeError(f"[{op}] {name}: expected a floating-point dtype, but got {p.dtype}")
             return f"a parameter of dtype {p.dtype}"
@@ -52,8 +79,8 @@ def residual_refusal(op: str, x: Tensor, residual: Tensor, dropout_p: float, see
             raise RuntimeError(f"[{op}] residual: expected x's {what} {expected}, but got {got}")
     if not residual.dtype.is_floating_point:
         raise TypeError(f"[{op}] residual: expected a floating-point dtype, but got {residual.dtype}")
-    if not 0.0 <= dropout_p <= 1.0:
-        raise ValueError(f"[{op}] dropout_p: expected a probability from 0 to 1, but got {dropout_p}")
+    if not is_probability(op, "dropout_p", dropout_p):
+        raise ValueError(f"[{op}] dropout_p: expected a probability from 0 to 1, but got {shown(dropout_p)}")
     if seed is not None and (seed.dtype is not torch.int64 or seed.numel() != 1 or seed.device != x.device):
         raise RuntimeError(
             f"[{op}] seed: expected one int64 element on {x.device}, but got {seed.dtype} of shape "
@@ -87,12 +114,18 @@ def layer_norm(
         TypeError: input, weight or bias is not floating point.
         ValueError: weight or bias is on another device than input.
     """
-    if not isinstance(input, Tensor):
+    if theirs := elsewhere(layer_norm, _twin, ("input", "weight", "bias"), input, weight, bias):
+        return theirs(input, normalized_shape, weight, bias, eps)
+    if input is None:
         check_dense("layer_norm", input=input)
     if input.is_cuda:  # as torch's; on the CPU its norms keep their dtype
         input, weight, bias = float32_under_autocast(input, weight, bias)
-    refusal = refusal_of("layer_norm", input, normalized_shape, weight, bias)
+    try:
+        refusal = refusal_of("layer_norm", input, normalized_shape, weight, bias)
+    except NotDenseError as error:
+        return as_torch_does(error, _twin, input, normalized_shape, weight, bias, eps)
     if backend.choose("layer_norm", input.device, refusal) == "reference":
+        check_memory("layer_norm", input=input, weight=weight, bias=bias, eps=eps)
         return reference.layer_norm(input, normalized_shape, weight, bias, eps)
     if wants_grad(input, weight, bias):
         return layer_norm_function(input, weight, bias, (normalized_shape, eps, True, 0.0))
@@ -133,10 +166,14 @@ def add_layer_norm(
         RuntimeError, TypeError: as in `layer_norm`; also when x and residual differ in shape or device.
         ValueError: dropout_p is no probability.
     """
+    names = ("x", "residual", "weight", "bias", "seed")
+    if theirs := elsewhere(add_layer_norm, None, names, x, residual, weight, bias, seed):
+        return theirs(x, residual, normalized_shape, weight, bias, eps, dropout_p, seed=seed)
     refusal = residual_refusal("add_layer_norm", x, residual, dropout_p, seed)
     refusal = refusal_of("add_layer_norm", x, normalized_shape, weight, bias) or refusal
     seed = (draw_seed(x.device) if seed is None else seed) if dropout_p > 0 else None
     if backend.choose("add_layer_norm", x.device, refusal) == "reference":
+        check_memory("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias, eps=eps, seed=seed)
         return reference.add_layer_norm(x, residual, normalized_shape, weight, bias, eps, dropout_p, seed=seed)
     if wants_grad(x, residual, weight, bias):
         return add_layer_norm_function(x, residual, normalized_shape, weight, bias, eps, True, 0.0, dropout_p, seed)

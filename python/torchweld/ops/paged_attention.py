@@ -9,16 +9,17 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops.attention_checks import (
+from torchweld.ops._attention import heads_like, operand, refusal
+from torchweld.ops._attention_checks import (
     check_band,
     check_by_head,
     check_common,
     check_device,
+    check_scale,
     check_softcap,
     fail,
 )
-from torchweld.ops.attention_op import heads_like, operand, refusal
-from torchweld.ops.library import check_dense, register, settle, wants_grad
+from torchweld.ops._register import check_dense, check_memory, elsewhere, register, settle, wants_grad
 
 # ---- Implementation
 
@@ -37,13 +38,14 @@ def _run(
     sinks: Tensor | None,
     *options: Any,
 ) -> tuple[Tensor, Tensor]:
-    q, k, v = operand(query), operand(key_cache), operand(value_cache)
-    cache = (q, k, v, block_table.contiguous(), cache_seqlens.contiguous())
+    q, k, v = operand(query, "query"), operand(key_cache, "key_cache"), operand(value_cache, "value_cache")
+    table = settle(block_table, "[paged_attention] block_table")
+    cache = (q, k, v, table, settle(cache_seqlens, "[paged_attention] cache_seqlens"))
     output, lse = heads_like(query, value_cache.shape[-1]), _lse_like(query)
     if alibi_slopes is not None:
-        alibi_slopes = settle(alibi_slopes.float()).expand(query.shape[:2])
+        alibi_slopes = settle(alibi_slopes, "[paged_attention] alibi_slopes", torch.float32).expand(query.shape[:2])
     if sinks is not None:
-        sinks = settle(sinks.float())
+        sinks = settle(sinks, "[paged_attention] sinks", torch.float32)
     kernels = backend.kernels[q.device.type]
     workspace = torch.empty(kernels.paged_attention_workspace(*cache), dtype=torch.float32, device=q.device)
     kernels.paged_attention(*cache, alibi_slopes, sinks, options, output, lse, workspace)
@@ -69,6 +71,8 @@ _op = register(
 
 # ---- Public
 
+_TENSORS = ("query", "key_cache", "value_cache", "block_table", "cache_seqlens", "alibi_slopes", "sinks")
+
 
 def paged_attention(
     query: Tensor,
@@ -79,7 +83,7 @@ def paged_attention(
     *,
     causal: bool = False,
     window: tuple[int | None, int | None] | None = None,
-    softcap: float = 0.0,
+    softcap: float | None = 0.0,
     alibi_slopes: Tensor | None = None,
     sinks: Tensor | None = None,
     scale: float | None = None,
@@ -115,8 +119,14 @@ def paged_attention(
         ValueError: window, softcap, or what is in block_table or cache_seqlens is not as above.
     """
     op = "paged_attention"
+    tensors = (query, key_cache, value_cache, block_table, cache_seqlens, alibi_slopes, sinks)
+    if theirs := elsewhere(paged_attention, None, _TENSORS, *tensors):
+        return theirs(
+            *tensors[:5], causal=causal, window=window, softcap=check_softcap(op, softcap), alibi_slopes=alibi_slopes,
+            sinks=sinks, scale=scale, return_lse=return_lse,
+        )  # fmt: skip
     check_dense(op, query=query, key_cache=key_cache, value_cache=value_cache)
-    check_softcap(op, softcap)
+    softcap = check_softcap(op, softcap)
     left, right = check_band(op, causal, window)
     check_common(op, query, key_cache, value_cache, names="key_cache, value_cache")
     _check_cache(op, query, key_cache, value_cache, block_table, cache_seqlens)
@@ -126,9 +136,9 @@ def paged_attention(
             op, "query, key_cache, value_cache", "tensors that need no gradient", "one that does",
             "it has none: use torch.no_grad(), or attention for training",
         )  # fmt: skip
-    if scale is None:
-        scale = 1.0 / math.sqrt(max(query.shape[-1], 1))
+    scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else check_scale(op, scale)
     if backend.choose(op, query.device, refusal(query, value_cache)) == "reference":
+        check_memory(op, **dict(zip(_TENSORS, tensors, strict=True)))
         return reference.paged_attention(
             query,
             key_cache,

@@ -5,15 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from torchweld import backend, reference
+from torchweld.ops._norm import add_forward_op, inference_op
+from torchweld.ops._norm_autograd import add_layer_norm_function, layer_norm_function
+from torchweld.ops._register import (
+    NotDenseError,
+    as_torch_does,
+    check_dense,
+    check_memory,
+    elsewhere,
+    float32_under_autocast,
+    wants_grad,
+)
 from torchweld.ops.layer_norm import refusal_of, residual_refusal
-from torchweld.ops.layer_norm_autograd import add_layer_norm_function, layer_norm_function
-from torchweld.ops.layer_norm_op import add_forward_op, inference_op
-from torchweld.ops.library import check_dense, float32_under_autocast, wants_grad
 from torchweld.reference.philox import draw_seed
 from torchweld.reference.rms_norm import default_eps
+
+_twin = torch.nn.functional.rms_norm
 
 
 def rms_norm(
@@ -41,14 +52,21 @@ def rms_norm(
         TypeError: input or weight is not floating point.
         ValueError: weight is on another device than input.
     """
-    if not isinstance(input, Tensor):
+    if theirs := elsewhere(rms_norm, None if zero_centered_weight else _twin, ("input", "weight"), input, weight):
+        options = {"zero_centered_weight": True} if zero_centered_weight else {}
+        return theirs(input, normalized_shape, weight, eps, **options)
+    if input is None:
         check_dense("rms_norm", input=input)
     if input.is_cuda:  # as torch's; on the CPU its norms keep their dtype
         input, weight = float32_under_autocast(input, weight)
-    refusal = refusal_of("rms_norm", input, normalized_shape, weight, None)
+    try:
+        refusal = refusal_of("rms_norm", input, normalized_shape, weight, None)
+    except NotDenseError as error:
+        return as_torch_does(error, _twin, input, normalized_shape, weight, eps)
     if eps is None:
         eps = default_eps(input.dtype)
     if backend.choose("rms_norm", input.device, refusal) == "reference":
+        check_memory("rms_norm", input=input, weight=weight, eps=eps)
         return reference.rms_norm(input, normalized_shape, weight, eps, zero_centered_weight=zero_centered_weight)
     if wants_grad(input, weight):
         return layer_norm_function(input, weight, None, (normalized_shape, eps, False, float(zero_centered_weight)))
@@ -80,12 +98,16 @@ def add_rms_norm(
     Raises:
         RuntimeError, TypeError, ValueError: as `add_layer_norm`.
     """
+    if theirs := elsewhere(add_rms_norm, None, ("x", "residual", "weight", "seed"), x, residual, weight, seed):
+        options = {"zero_centered_weight": zero_centered_weight, "seed": seed}
+        return theirs(x, residual, normalized_shape, weight, eps, dropout_p, **options)
     refusal = residual_refusal("add_rms_norm", x, residual, dropout_p, seed)
     refusal = refusal_of("add_rms_norm", x, normalized_shape, weight, None) or refusal
     seed = (draw_seed(x.device) if seed is None else seed) if dropout_p > 0 else None
     if eps is None:
         eps = default_eps(x.dtype)
     if backend.choose("add_rms_norm", x.device, refusal) == "reference":
+        check_memory("add_rms_norm", x=x, residual=residual, weight=weight, eps=eps, seed=seed)
         return reference.add_rms_norm(
             x,
             residual,

@@ -7,16 +7,27 @@ import math
 import torch
 from torch import Tensor
 
-from torchweld.ops.attention_checks import check_bias, check_common, check_heads, fail
-from torchweld.ops.attention_op import attend
-from torchweld.ops.library import check_dense, under_autocast
+from torchweld.ops._attention import attend
+from torchweld.ops._attention_checks import check_bias, check_common, check_heads, check_scale, fail
+from torchweld.ops._register import (
+    NotDenseError,
+    as_torch_does,
+    check_dense,
+    check_memory,
+    elsewhere,
+    under_autocast,
+)
 from torchweld.reference.philox import draw_seed
+
+_twin = torch.nn.functional.scaled_dot_product_attention
+_TENSORS = ("query", "key", "value", "attn_mask")
 
 
 def _fold(
     op: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
     """(B, H, N, D) of torch's (..., N, D), whose batch dimensions broadcast; and the output's batch dimensions."""
+    check_memory(op, query=query, key=key, value=value, attn_mask=mask)
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() < 2 + enable_gqa:
             fail(op, name, f"at least {2 + enable_gqa} dimensions", f"shape {list(t.shape)}")
@@ -88,15 +99,21 @@ def scaled_dot_product_attention(
         TypeError: query is not floating point.
     """
     op = "scaled_dot_product_attention"
-    check_dense(op, query=query, key=key, value=value)
+    if theirs := elsewhere(scaled_dot_product_attention, _twin, _TENSORS, query, key, value, attn_mask):
+        return theirs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+    try:
+        check_dense(op, query=query, key=key, value=value)
+    except NotDenseError as error:
+        rest = (attn_mask, dropout_p, is_causal)
+        return as_torch_does(error, _twin, query, key, value, *rest, scale=scale, enable_gqa=enable_gqa)
     if under_autocast(query):
+        check_memory(op, query=query, key=key, value=value, attn_mask=attn_mask)
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
         attn_mask = None if attn_mask is None else _autocast(attn_mask)
     check_common(op, query, key, value, dropout_p)
     if is_causal and attn_mask is not None:
         fail(op, "attn_mask", "None beside is_causal=True", "a tensor", "put the causal mask into it, or drop one")
-    if scale is None:
-        scale = 1.0 / math.sqrt(max(query.shape[-1], 1))
+    scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else check_scale(op, scale)
     options = (scale, 0.0, -1, 0 if is_causal else -1, False, dropout_p, -1, -1)
     seed = draw_seed(query.device) if dropout_p > 0 else None
 

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from torchweld import reference
-from torchweld.ops.library import register
-from torchweld.ops.optimizer import COMMON, Common, run_step, step_fake, take_step
+from torchweld.ops._optimizer import COMMON, Common, as_lists, run_step, step_fake, take_step
+from torchweld.ops._register import register
 
 # ---- Implementation
 
@@ -41,9 +41,9 @@ _sgd_op = register(
 
 
 def sgd_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
+    params: Iterable[Tensor],
+    grads: Iterable[Tensor],
+    momentum_buffers: Iterable[Tensor],
     *,
     lr: float | Tensor,
     momentum: float = 0.0,
@@ -56,7 +56,7 @@ def sgd_(
     grad_norm: Tensor | None = None,
     grad_scale: Tensor | None = None,
     found_inf: Tensor | None = None,
-    masters: Sequence[Tensor] = (),
+    masters: Iterable[Tensor] = (),
     zero_grads: bool = False,
 ) -> Tensor | None:
     """One step of SGD over lists of tensors, in place and in one pass over their memory.
@@ -77,14 +77,15 @@ def sgd_(
     Raises:
         ValueError: lists of different lengths; a device, dtype or shape that does not fit, naming the tensor; a
             hyper-parameter out of range. Nothing has been changed then.
+        TypeError: an argument that is no list of tensors; a scalar that is neither a number nor a tensor.
+        RuntimeError: a tensor requires grad, outside of `torch.no_grad()`.
     """
     if not momentum >= 0:
         raise ValueError(f"[sgd_] momentum: expected momentum >= 0, but got {momentum}")
-    if momentum == 0:
-        momentum_buffers = []
-    elif len(momentum_buffers) == 0 and len(params) > 0:
+    buffers = momentum_buffers if momentum != 0 else []
+    lists = as_lists("sgd_", params=params, grads=grads, momentum_buffers=buffers, masters=masters)
+    if momentum != 0 and len(lists["momentum_buffers"]) == 0 and len(lists["params"]) > 0:
         raise ValueError("[sgd_] momentum_buffers: expected one tensor for each of params (momentum > 0), but got none")
-    lists = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers, "masters": masters}
     own = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov, "first_step": first_step}
     common = {
         "weight_decay": weight_decay,

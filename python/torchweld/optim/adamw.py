@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused, _get_scalar_dtype
 
 from torchweld import ops
-from torchweld.optim.fused import FusedOptimizer, Work
+from torchweld.optim.fused import FusedOptimizer, Lists, Work
 from torchweld.optim.state import Group, State
 
 
@@ -22,7 +22,7 @@ class _FusedAdam(FusedOptimizer):
         for flag in ("differentiable", "foreach"):
             if group[flag]:
                 return f"{flag}=True"
-        if isinstance(group["betas"][0], Tensor):
+        if any(isinstance(beta, Tensor) for beta in group["betas"]):
             return "betas given as tensors"
         if group["capturable"] and any(p.is_cpu for p in group["params"]):
             return "capturable=True on the CPU"  # torch says what is wrong with that
@@ -37,13 +37,21 @@ class _FusedAdam(FusedOptimizer):
     def _init_state(self, group: Group, param: Tensor, state: State) -> None:
         if group["fused"]:
             _device_dtype_check_for_fused(param)
-        beside = (group["capturable"] or group["fused"]) and not group["offload"]
+        beside = (group["capturable"] or group["fused"]) and self._home is None
         dtype = _get_scalar_dtype(is_fused=group["fused"])
         # torch.tensor, as in torch: under FakeTensorMode its own step can read that, for it is known to be a constant.
         place = {"dtype": dtype, "device": param.device if beside else "cpu"}
         state["step"] = torch.zeros((), **place) if beside else torch.tensor(0.0, **place)
         for name in self._state_names(group)[1:]:
             state[name] = self._like(group, param)
+
+    def _add_state(self, group: Group, params: list[Tensor], lists: Lists) -> list[bool]:
+        fresh = super()._add_state(group, params, lists)
+        if group["amsgrad"]:  # may have been switched on later than the state was made
+            for i, largest in enumerate(lists[name := "max_exp_avg_sq"]):
+                if largest is None:
+                    lists[name][i] = self.state[params[i]][name] = self._like(group, params[i])
+        return fresh
 
     def _update(self, work: Work, **scalars: Any) -> None:
         group, lists = work.group, work.lists
@@ -66,7 +74,7 @@ class _FusedAdam(FusedOptimizer):
             amsgrad=group["amsgrad"],
             maximize=group["maximize"],
             masters=lists.get("master", ()),
-            rounding_seed=seed if group["stochastic_rounding"] else None,
+            rounding_seed=seed if self._option(group, "stochastic_rounding") else None,
             **scalars,
         )
 
@@ -97,12 +105,12 @@ class AdamW(_FusedAdam, torch.optim.AdamW):
         maximize, foreach, capturable, differentiable, fused.
         max_grad_norm: clip to this global norm; None: no clipping. May differ from group to group, and so may
         master_weights: keep a float32 master of each bfloat16 or float16 parameter, and float32 moments, in the state;
-            the master is stepped, the parameter is its rounding, written in the same pass. Where somebody else writes
-            to a parameter, its master follows at the next step; writes through `.data` go unnoticed.
+            the master is stepped, the parameter is its rounding, written in the same pass. The next step starts from
+            what somebody else has written to a parameter: an average, a checkpoint.
         stochastic_rounding: round bfloat16 parameters up or down at random so that small updates count on average,
             without masters; the moments are float32. The bits depend on the step and the position alone.
         zero_grads: leave the gradients as zeros, in the same pass, also after an overflow; for those who do not set
-            them to None.
+            them to None. As under fused=True, a GradScaler then leaves unscaling and skipping to the step.
         offload: "cpu" keeps the state, with the masters, in the CPU's memory and steps there; gradients are copied over
             while the CPU works, and are left as they are (a GradScaler's scale stays in them). A checkpoint neither
             brings nor takes away an offload.
@@ -130,8 +138,7 @@ class AdamW(_FusedAdam, torch.optim.AdamW):
         zero_grads: bool = False,
         offload: str | None = None,
     ) -> None:
-        torch.optim.AdamW.__init__(
-            self,
+        super().__init__(
             params,
             lr,
             betas,
@@ -180,8 +187,7 @@ class Adam(_FusedAdam, torch.optim.Adam):
         zero_grads: bool = False,
         offload: str | None = None,
     ) -> None:
-        torch.optim.Adam.__init__(
-            self,
+        super().__init__(
             params,
             lr,
             betas,

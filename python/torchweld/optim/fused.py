@@ -33,8 +33,6 @@ class FusedOptimizer(KeptState):
     """Mixed in before torch's optimizer `_torch`, whose constructor, state_dict and behaviour it keeps."""
 
     _torch: ClassVar[type[torch.optim.Optimizer]]
-    # GradScaler hands its scale and its verdict to step(), as `grad_scale` and `found_inf`.
-    _step_supports_amp_scaling = True
     _grad_norm: Tensor | None = None
     _mirrors: offload.Mirrors | None = None
 
@@ -84,7 +82,7 @@ class FusedOptimizer(KeptState):
                 return loss
             if beyond := self._beyond_torch():
                 raise RuntimeError(f"[{type(self).__name__}] {beyond} cannot serve {works}; torch's own step would")
-            device = self.param_groups[0]["params"][0].device
+            device = next((p.device for group in self.param_groups for p in group["params"]), torch.device("cpu"))
             backend.choose(type(self).__name__, device, f"{works} (torch's own step does)")
             serve = self._prepare_for_torch()
         if serve:
@@ -92,8 +90,8 @@ class FusedOptimizer(KeptState):
         return loss
 
     def _gather(self) -> list[Work] | str:
-        """All there is to do; or why torch's own step is to do it."""
-        works: list[Work] = []
+        """All there is to do; or why torch's own step is to do it, which then finds the state as it was."""
+        found = []
         beyond = self._beyond_torch()
         for group in self.param_groups:
             if reason := self._unserved(group):
@@ -102,30 +100,35 @@ class FusedOptimizer(KeptState):
             grads = [p.grad for p in params]
             if any(g.is_sparse for g in grads):
                 return self._sparse()
-            lists: Lists = {"param": params, "grad": grads}
-            fresh = self._add_state(group, params, lists)
-            keys = [p.device for p in params]
-            if fresh and group.get("dampening"):
-                keys = list(zip(keys, fresh, strict=True))
-            if group["master_weights"]:
-                lists["master"] = self._masters(params)
-                keys = list(zip(keys, (m is not p for m, p in zip(lists["master"], params, strict=True)), strict=True))
-            for first, chosen in _split(lists, keys):
-                device = chosen["param"][0].device
-                if not beyond:
-                    if device.type not in ("cpu", "cuda"):
-                        return f"parameters on {device.type!r}"
-                    if reason := backend.unavailable(device.type):
-                        return reason
-                if "master" in chosen and chosen["master"][0] is chosen["param"][0]:
-                    del chosen["master"]
-                owners = list(chosen["param"])
-                found = sharding.localise(chosen)
-                if isinstance(found, str):
-                    return found
-                real = {name: _real(each) for name, each in chosen.items()}
-                works.append(Work(group, owners, real, found, bool(fresh) and fresh[first]))
-        return works
+            devices = [p.device for p in params]
+            for device in set() if beyond else set(devices):
+                if device.type not in ("cpu", "cuda"):
+                    return f"parameters on {device.type!r}"
+                if reason := backend.unavailable(device.type):
+                    return reason
+            if reason := sharding.unserved(params):
+                return reason
+            found.append((group, params, grads, devices))
+        return [work for each in found for work in self._works(*each)]
+
+    def _works(
+        self, group: Group, params: list[Tensor], grads: list[Tensor], devices: list[torch.device]
+    ) -> Iterator[Work]:
+        lists: Lists = {"param": params, "grad": grads}
+        fresh = self._add_state(group, params, lists)
+        keys: list[Any] = devices
+        if fresh and group.get("dampening"):
+            keys = list(zip(keys, fresh, strict=True))
+        if self._option(group, "master_weights"):
+            lists["master"] = self._masters(params)
+            keys = list(zip(keys, (m is not p for m, p in zip(lists["master"], params, strict=True)), strict=True))
+        for first, chosen in _split(lists, keys):
+            if "master" in chosen and chosen["master"][0] is chosen["param"][0]:
+                del chosen["master"]
+            owners = list(chosen["param"])
+            shardings = sharding.localise(chosen)
+            real = {name: _real(each) for name, each in chosen.items()}
+            yield Work(group, owners, real, shardings, bool(fresh) and fresh[first])
 
     def _add_state(self, group: Group, params: list[Tensor], lists: Lists) -> list[bool]:
         """Adds the state to the lists, making what is missing; by parameter, whether it was. Nothing was: empty."""
@@ -145,7 +148,7 @@ class FusedOptimizer(KeptState):
     def _fused_step(self, works: list[Work]) -> None:
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         norm = None
-        if any(work.group["max_grad_norm"] is not None for work in works):
+        if any(self._option(work.group, "max_grad_norm") is not None for work in works):
             grads = [(g, s) for work in works for g, s in zip(work.lists["grad"], work.shardings, strict=True)]
             norm = sharding.global_norm(grads, grad_scale)
         self._grad_norm = norm
@@ -154,20 +157,18 @@ class FusedOptimizer(KeptState):
             if self.defaults["offload"] is not None and offload.is_away(work.lists["param"][0]):
                 self._mirrors = self._mirrors or offload.Mirrors()
                 here = partial(self._step_here, work)
-                self._mirrors.step(work.params, work.lists, scalars, work.group["zero_grads"], here)
+                self._mirrors.step(work.params, work.lists, scalars, self._option(work.group, "zero_grads"), here)
             else:
                 self._step_here(work, work.lists, scalars)
             # The kernels count the versions of what they write to; a DTensor is a tensor around that.
             wrapped = [p for p, s in zip(work.params, work.shardings, strict=True) if s is not None]
             torch.autograd.graph.increment_version(wrapped)
-            if "master" in work.lists:
-                self._agree(work.params)
 
     def _step_here(self, work: Work, lists: Lists, scalars: dict[str, Tensor | None]) -> None:
         """One call of a kernel, on the device where `lists` are."""
         device = lists["param"][0].device
         here = {n: None if t is None else t.to(device, non_blocking=device.type != "cpu") for n, t in scalars.items()}
-        options = {"max_grad_norm": work.group["max_grad_norm"], "zero_grads": work.group["zero_grads"]}
+        options = {name: self._option(work.group, name) for name in ("max_grad_norm", "zero_grads")}
         self._update(Work(work.group, work.params, lists, work.shardings, work.fresh), **here, **options)
 
     # ---- Where torch's own step serves
@@ -191,10 +192,11 @@ class FusedOptimizer(KeptState):
                 grad.div_(grad_scale.to(grad.device))
             self.grad_scale = None
         self._grad_norm = None
-        if grads and any(group["max_grad_norm"] is not None for group in self.param_groups):
+        limits = [self._option(group, "max_grad_norm") for group in self.param_groups]
+        if grads and any(limit is not None for limit in limits):
             self._grad_norm = norm = torch.nn.utils.get_total_norm(grads)
-            for group in self.param_groups:
-                if (limit := group["max_grad_norm"]) is not None:
+            for group, limit in zip(self.param_groups, limits, strict=True):
+                if limit is not None:
                     torch.nn.utils.clip_grads_with_norm_(group["params"], limit, norm)
         return True
 

@@ -1,8 +1,9 @@
 """offload="cpu": parameters and gradients stay on their device; state and step are the CPU's.
 
 A gradient travels when the step asks for it, not as soon as the backward has it: what happens in between (accumulation,
-unscaling, clipping) counts. The copies of all gradients are queued at once, on a stream of their own; the CPU steps a
-bucket of them while the next is under way, and each bucket's parameters travel back while it steps the next.
+unscaling, clipping) counts. So does the parameter, for somebody may have written to it. The copies of all are queued at
+once, on a stream of their own; the CPU steps a bucket of them while the next is under way, and each bucket's parameters
+travel back while it steps the next.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 _BUCKET_BYTES = 64 << 20  # of gradients: some milliseconds of copying and of stepping
 
@@ -30,14 +32,13 @@ class _Mirror:
 
     param: Tensor
     grad: Tensor
-    version: int | None = None  # of the parameter that `param` is a copy of
 
 
 class Mirrors:
     """The mirrors of an optimizer's parameters, and how they are stepped."""
 
     def __init__(self) -> None:
-        self._mirrors: dict[Tensor, _Mirror] = {}
+        self._mirrors = WeakIdKeyDictionary()  # by parameter
 
     def step(
         self,
@@ -59,8 +60,7 @@ class Mirrors:
             for bucket in _buckets(grads):
                 for i in bucket:
                     mirrors[i].grad.copy_(grads[i], non_blocking=True)
-                    if mirrors[i].version != owners[i]._version and "master" not in lists:
-                        mirrors[i].param.copy_(params[i], non_blocking=True)
+                    mirrors[i].param.copy_(params[i], non_blocking=True)
                 buckets.append((bucket, None if side is None else side.record_event()))
         here = {name: None if t is None else t.cpu() for name, t in scalars.items()}
         for bucket, arrived in buckets:
@@ -72,8 +72,6 @@ class Mirrors:
             if (found_inf := here["found_inf"]) is None or not found_inf:
                 for i in bucket:
                     params[i].copy_(mirrors[i].param, non_blocking=True)
-            for i in bucket:
-                mirrors[i].version = owners[i]._version
         if zero_grads:
             torch._foreach_zero_(grads)
 

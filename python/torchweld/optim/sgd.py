@@ -42,8 +42,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         zero_grads: bool = False,
         offload: str | None = None,
     ) -> None:
-        torch.optim.SGD.__init__(
-            self,
+        super().__init__(
             params,
             lr,
             momentum,
@@ -66,9 +65,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
         if isinstance(group["weight_decay"], Tensor):
             return "weight_decay given as a tensor"
         if group["fused"] and getattr(self, "_need_device_dtype_check_for_fused", True):
-            for p in group["params"]:
+            for p in [p for p in group["params"] if p.grad is not None][:1]:  # as torch: the first
                 _device_dtype_check_for_fused(p)
-            self._need_device_dtype_check_for_fused = False
+                self._need_device_dtype_check_for_fused = False
         return None
 
     def _state_names(self, group: Group) -> tuple[str, ...]:

@@ -23,8 +23,16 @@ def is_dtensor(t: Tensor) -> bool:
     return module is not None and isinstance(t, module.DTensor)
 
 
-def localise(lists: dict[str, list[Tensor]]) -> list[Sharding | None] | str:
-    """Puts the local shards in the DTensors' places. How each parameter was sharded; or what no kernel can take."""
+def unserved(params: list[Tensor]) -> str | None:
+    """What no kernel can take; None if there is no such parameter."""
+    if _PLAIN.issuperset(map(type, params)):
+        return None
+    odd = (type(p).__name__ for p in params if type(p) not in _PLAIN and not is_dtensor(p))
+    return next((f"parameters of type {name}" for name in odd), None)
+
+
+def localise(lists: dict[str, list[Tensor]]) -> list[Sharding | None]:
+    """Puts the local shards in the DTensors' places; how each parameter was sharded."""
     params = lists["param"]
     if _PLAIN.issuperset(map(type, params)):
         return [None] * len(params)
@@ -33,8 +41,6 @@ def localise(lists: dict[str, list[Tensor]]) -> list[Sharding | None] | str:
         if type(p) in _PLAIN:
             shardings.append(None)
             continue
-        if not is_dtensor(p):
-            return f"parameters of type {type(p).__name__}"
         mesh, placements = p.device_mesh, p.placements  # type: ignore[attr-defined]
         shardings.append((mesh, placements))
         for each in lists.values():

@@ -1,7 +1,8 @@
-"""What is kept between steps beyond torch's: options in the groups, masters, moments wider than their parameters."""
+"""What is kept between steps beyond torch's: options, masters, moments wider than their parameters."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,12 @@ State = dict[str, Tensor]
 
 MASTER = "master_param"
 _NARROW = (torch.bfloat16, torch.float16)
+_SAVED = (
+    "max_grad_norm",
+    "master_weights",
+    "stochastic_rounding",
+    "zero_grads",
+)  # what a checkpoint brings
 
 
 class _Kept:
@@ -34,91 +41,112 @@ def _keep(_: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any
     return {**state_dict, "state": state}
 
 
+def _with_options(optimizer: torch.optim.Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+    """A state_dict whose groups say which options are in use."""
+    groups = [{**saved} for saved in state_dict["param_groups"]]
+    for saved, group in zip(groups, optimizer.param_groups, strict=True):
+        for name in _SAVED:
+            if value := optimizer._option(group, name):  # type: ignore[attr-defined]
+                saved[name] = value
+    return {**state_dict, "param_groups": groups}
+
+
 class KeptState(torch.optim.Optimizer):
-    """The options in the parameter groups, so in the state_dict: `max_grad_norm`, `master_weights`,
-    `stochastic_rounding` and `zero_grads`. And `offload`, which a checkpoint does not decide.
+    """The options `max_grad_norm`, `master_weights`, `stochastic_rounding` and `zero_grads`; and `offload`.
+
+    A parameter group has an option only where it differs from the optimizer's default: any group of torch's serves, and
+    a flattened checkpoint of torch's optimizer has all keys of the groups. A state_dict says which options are in use;
+    what it does not say is as the constructor had it. A checkpoint does not decide `offload`.
 
     16-bit parameters under `master_weights` have a float32 `master_param` in their state: it is stepped, and they are
     its rounding. Their moments, and those of bfloat16 parameters under `stochastic_rounding`, are float32.
     """
 
-    # The version of each parameter that its master agrees with: what changed it since was not us.
-    _agreed: dict[Tensor, int] | None = None
-
     # ---- Options
 
     def _add_options(self, **options: Any) -> None:
-        """Adds what torch's constructor does not know to the defaults and the groups."""
+        """Adds what torch's constructor does not know to the defaults, and checks the groups."""
         if options["offload"] not in (None, "cpu"):
             raise ValueError(f"Invalid offload value: {options['offload']!r}; expected 'cpu', or None")
-        self.defaults |= {"stochastic_rounding": False, **options}
+        self.defaults |= options
         for group in self.param_groups:
-            self._complete(group)
+            self._check_options(group)
 
-    def _complete(self, group: Group) -> None:
-        """Gives a group the options that it lacks (a checkpoint of torch's optimizer does not know them); checks."""
-        for name in ("max_grad_norm", "master_weights", "stochastic_rounding", "zero_grads"):
-            group.setdefault(name, self.defaults[name])
-        group["offload"] = self.defaults["offload"]
-        if (limit := group["max_grad_norm"]) is not None and not limit > 0:
+    def _option(self, group: Group, name: str) -> Any:
+        return group.get(name, self.defaults.get(name))
+
+    def _check_options(self, group: Group) -> None:
+        """Leaves a group the options that differ from the defaults; refuses what does not go together."""
+        for name in (*_SAVED, "offload"):
+            if name in group and (name == "offload" or group[name] == self.defaults.get(name)):
+                del group[name]
+        option = partial(self._option, group)
+        if (limit := option("max_grad_norm")) is not None and not limit > 0:
             raise ValueError(f"Invalid max_grad_norm value: {limit}; expected a number above 0, or None")
-        if group["master_weights"] and group["stochastic_rounding"]:
+        if option("master_weights") and option("stochastic_rounding"):
             raise ValueError("master_weights and stochastic_rounding: expected at most one, for a master loses nothing")
-        if group["stochastic_rounding"] and any(p.dtype == torch.float16 for p in group["params"]):
+        if option("stochastic_rounding") and any(p.dtype == torch.float16 for p in group["params"]):
             raise ValueError("stochastic_rounding: expected bfloat16 parameters, or wider ones, but got float16")
         if beyond := self._beyond_torch(group):
-            for flag in ("foreach", "differentiable", *(("capturable",) if group["offload"] else ())):
+            for flag in ("foreach", "differentiable", *(("capturable",) if option("offload") else ())):
                 if group.get(flag):
                     raise ValueError(f"{beyond}: expected {flag}=False or None, but got True")
-        if group["offload"] and any(sharding.is_dtensor(p) for p in group["params"]):
+        if option("offload") and any(sharding.is_dtensor(p) for p in group["params"]):
             raise ValueError("offload: expected plain parameters, but got DTensors; FSDP2 has a CPUOffloadPolicy")
+        if option("zero_grads"):  # after an overflow too: GradScaler is to call the step then
+            self._step_supports_amp_scaling = True
 
     def _beyond_torch(self, group: Group | None = None) -> str | None:
         """What is asked for that torch's own step cannot do."""
         for each in self.param_groups if group is None else (group,):
-            for option in ("master_weights", "stochastic_rounding", "offload", "zero_grads"):
-                if each[option]:
-                    return f"{option}={each[option]!r}"
+            for name in ("master_weights", "stochastic_rounding", "offload", "zero_grads"):
+                if value := self._option(each, name):
+                    return f"{name}={value!r}"
         return None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As in torch."""
         super().add_param_group(param_group)
         if "offload" in self.defaults:  # torch's constructor comes first
-            self._complete(self.param_groups[-1])
+            self._check_options(self.param_groups[-1])
 
     # ---- State
 
+    @property
+    def _home(self) -> torch.device | None:
+        """Where the state is; None: beside each parameter."""
+        return None if self.defaults.get("offload") is None else torch.device("cpu")
+
     def _like(self, group: Group, param: Tensor) -> Tensor:
         """A moment of zeros for a parameter that has none yet."""
-        device = None if group["offload"] is None else torch.device("cpu")
-        return torch.zeros_like(param, dtype=_moment_dtype(group, param), device=device)
+        return torch.zeros_like(param, dtype=self._moment_dtype(group, param), device=self._home)
+
+    def _moment_dtype(self, group: Group, param: Tensor) -> torch.dtype:
+        wide = self._option(group, "master_weights") or self._option(group, "stochastic_rounding")
+        return torch.float32 if wide and param.dtype in _NARROW else param.dtype
 
     def _masters(self, params: list[Tensor]) -> list[Tensor]:
         """The master of each parameter; the parameter itself where none is needed."""
         masters = []
-        agreed = self._agreed or {}
         for p in params:
             if p.dtype not in _NARROW:
                 masters.append(p)
                 continue
             state = self.state[p]
-            master = state.get(MASTER)
-            if master is None:
-                home = p.device if self.defaults["offload"] is None else torch.device("cpu")
-                master = state[MASTER] = p.detach().to(home, torch.float32)
-            elif agreed.get(p) != p._version:
-                # Written to by somebody else, a checkpoint or an average: taken over where it is not the rounding.
-                found = p.detach().to(master.device)
-                master.copy_(torch.where(master.to(p.dtype) == found, master, found.float()))
-            masters.append(master)
+            if state.get(MASTER) is None:
+                state[MASTER] = p.detach().to(self._home or p.device, torch.float32)
+            masters.append(state[MASTER])
         return masters
 
-    def _agree(self, params: list[Tensor]) -> None:
-        self._agreed = self._agreed if self._agreed is not None else {}
-        self._agreed.update((p, p._version) for p in params)
-
     # ---- Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """As in torch; the groups also say which of the options are in use."""
+        handle = self.register_state_dict_post_hook(_with_options, prepend=True)  # users' hooks see what is saved
+        try:
+            return super().state_dict()
+        finally:
+            handle.remove()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As in torch; but masters stay float32, and moments get the dtype and the device that they have here."""
@@ -130,23 +158,19 @@ class KeptState(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._agreed = None
         for group in self.param_groups:
-            self._complete(group)
+            self._check_options(group)
             for p in group["params"]:
-                for name, value in self.state.get(p, {}).items():
+                for name, value in list(self.state.get(p, {}).items()):
                     if isinstance(value, _Kept):
                         self.state[p][name] = self._placed(group, p, name, value.tensor)
-                    elif name == "step" and group["offload"] and isinstance(value, Tensor):
+                    elif isinstance(value, dict) and not value:  # what a flattened checkpoint did not have
+                        del self.state[p][name]
+                    elif name == "step" and self._home is not None and isinstance(value, Tensor):
                         self.state[p][name] = value.cpu()
 
     def _placed(self, group: Group, param: Tensor, name: str, value: Tensor) -> Tensor:
-        device = param.device if group["offload"] is None else torch.device("cpu")
+        device = self._home or param.device
         if name == MASTER:
             return value.to(device, torch.float32)
-        return value.to(device, _moment_dtype(group, param)) if param.is_floating_point() else value.to(device)
-
-
-def _moment_dtype(group: Group, param: Tensor) -> torch.dtype:
-    wide = param.dtype in _NARROW and (group["master_weights"] or group["stochastic_rounding"])
-    return torch.float32 if wide else param.dtype
+        return value.to(device, self._moment_dtype(group, param)) if param.is_floating_point() else value.to(device)

@@ -1,39 +1,147 @@
-"""Modules that call torch's scaled_dot_product_attention in their forward: which they are, and how they get ours."""
+"""Modules that call torch's scaled_dot_product_attention in their methods: which they are, and how they get ours."""
 
 from __future__ import annotations
 
-import inspect
-from functools import cache
-from types import CodeType, FunctionType
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial, wraps
+from types import CellType, CodeType, FrameType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 
 from torchweld import ops
+from torchweld.nn.stock import STOCK, is_replaced
 
-_STOCK = torch.nn.functional.scaled_dot_product_attention
 _FOREIGN = ("torch.", "torchweld.", "transformers.")
+_RUN_AGAIN = ("torch.utils.checkpoint", "torch.autograd.function")
 
 
 class _Redirect(TorchFunctionMode):
     """Inside, scaled_dot_product_attention is ours: wherever it is called, and under whatever name it was imported."""
 
+    calls_torchweld = True  # for the ops: such a mode around a call is none that must see torch's function
+
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is _STOCK and not types and not any(isinstance(a, torch.Tensor) and a.is_nested for a in args):
+        if func is STOCK and not types and not torch.compiler.is_compiling() and _may_redirect(args):
             func = ops.scaled_dot_product_attention
         return func(*args, **(kwargs or {}))
 
 
-def attend(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """The forward of the module's class, on the fused attention; on torch's under torch.compile.
+def _may_redirect(args: Any) -> bool:
+    if any(isinstance(a, torch.Tensor) and a.is_nested for a in args) or is_replaced():
+        return False
+    # A mode around this one, other than a default device, is to see the call as torch's.
+    around = torch.overrides._get_current_function_mode_stack()
+    return all(isinstance(mode, (_Redirect, DeviceContext)) for mode in around) and not _runs_again()
+
+
+def _runs_again() -> bool:
+    """Whether this call is part of a checkpoint, or a function with its own backward, inside the redirected method.
+
+    The backward runs such a part again without the method around it, on torch's function. The forward must not differ.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _CALL:
+        if frame.f_globals.get("__name__") in _RUN_AGAIN:
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _redirected(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function on the fused attention; on torch's under torch.compile.
 
     Dynamo cannot follow such a mode through every method of Tensor, and a compiled model must go on to compile.
     """
-    if torch.compiler.is_compiling():
-        return type(module).forward(module, *args, **kwargs)
-    with _Redirect():
-        return type(module).forward(module, *args, **kwargs)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args, **kwargs)
+        with _Redirect():
+            return function(*args, **kwargs)
+
+    return call
+
+
+_CALL = next(c for c in _redirected.__code__.co_consts if isinstance(c, CodeType))
+
+
+def redirected_methods(cls: Any) -> dict[str, Any]:
+    """The methods of a class that get ours: `forward`, and all that reach it, since each may run again by itself.
+
+    Empty for a class of which no function reaches scaled_dot_product_attention.
+    """
+    members: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if not _is_foreign(base):
+            members = {**vars(base), **members}
+    dead: set[FunctionType] = set()
+    reaching = [name for name, member in members.items() if _reaches(member, dead)]
+    if not reaching:
+        return {}
+    forward = next(vars(base)["forward"] for base in cls.__mro__ if "forward" in vars(base))
+    chosen = {name: members[name] for name in reaching if not name.startswith("__")} | {"forward": forward}
+    methods = {}
+    for name, member in chosen.items():
+        if type(member) is FunctionType:
+            methods[name] = _redirected(member)
+        elif type(member) in (staticmethod, classmethod) and type(member.__func__) is FunctionType:
+            methods[name] = type(member)(_redirected(member.__func__))
+    return methods
+
+
+def _is_foreign(thing: Any) -> bool:
+    """Of torch, transformers or this package; code that `exec` makes has no module at all."""
+    module = thing.__module__
+    return isinstance(module, str) and module.startswith(_FOREIGN)
+
+
+def _reaches(member: Any, dead: set[FunctionType]) -> bool:
+    """Whether a member of a class, or a function that one calls by its name, names scaled_dot_product_attention.
+
+    Only what is known to be code is looked into: a global may be an object that has every attribute, or raises at any.
+    `dead`: the functions that are known not to, which grow by those met here.
+    """
+    todo, seen = [member], set(dead)
+    while todo:
+        f = todo.pop()
+        if f is STOCK:
+            return True
+        todo += _inside(f)
+        if type(f) is not FunctionType or f in seen or _is_foreign(f):
+            continue
+        seen.add(f)
+        names = _names(f.__code__)
+        if STOCK.__name__ in names:
+            return True
+        todo += [f.__globals__[name] for name in names if name in f.__globals__]
+        todo += [*(f.__defaults__ or ()), *(f.__kwdefaults__ or {}).values()]
+        todo += _contents(f.__closure__ or ())
+        todo += [f.__dict__["__wrapped__"]] if "__wrapped__" in f.__dict__ else []
+    dead |= seen
+    return False
+
+
+def _inside(thing: Any) -> list[Any]:
+    """The functions that a wrapper of Python's own is made of."""
+    kind = type(thing)
+    if kind in (staticmethod, classmethod, MethodType):
+        return [thing.__func__]
+    if kind is property:
+        return [thing.fget]
+    return [thing.func] if kind is partial else []
+
+
+def _contents(cells: tuple[CellType, ...]) -> Iterator[Any]:
+    for cell in cells:
+        try:
+            yield cell.cell_contents
+        except ValueError:  # nothing in it yet
+            continue
 
 
 def _names(code: CodeType) -> set[str]:
@@ -43,23 +151,3 @@ def _names(code: CodeType) -> set[str]:
         if isinstance(constant, CodeType):
             names |= _names(constant)
     return names
-
-
-@cache
-def calls_attention(cls: Any) -> bool:
-    """Whether a method of `cls`, or a function that one calls by its name, names scaled_dot_product_attention."""
-    todo: list[Any] = [
-        f for base in cls.__mro__ if not base.__module__.startswith(_FOREIGN) for f in vars(base).values()
-    ]
-    seen = set()
-    while todo:
-        f = inspect.unwrap(todo.pop())
-        if not isinstance(f, FunctionType) or f in seen or f.__module__.startswith(_FOREIGN):
-            continue
-        seen.add(f)
-        names = _names(f.__code__)
-        found = [f.__globals__.get(name) for name in names]
-        if _STOCK.__name__ in names or _STOCK in found:
-            return True
-        todo += [g for g in found if callable(g)]
-    return False

@@ -1,16 +1,15 @@
-"""The two ways in which a module is changed; both keep the object, its parameters, its hooks and its name."""
+"""The way in which a module is changed: it keeps its identity, its parameters, its hooks and its name."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Protocol
+from typing import Protocol
+from weakref import ref
 
 import torch
 
 
 class Change(Protocol):
-    """Something that `patch` did to a module."""
+    """Something that `patch` did to a module, which it does not keep alive."""
 
     def undo(self) -> str | None:
         """Takes it back; what stands in the way, and then nothing is done."""
@@ -20,25 +19,14 @@ class ClassChange:
     """The module becomes one of a subclass of its class: what isinstance, pickle and state_dict see stays true."""
 
     def __init__(self, module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
-        self.module, self.before, self.after = module, type(module), cls
-        module.__class__ = cls
+        self.module, self.before, self.after = ref(module), type(module), cls
+        object.__setattr__(module, "__class__", cls)  # a module may have its own idea of setting attributes
 
     def undo(self) -> str | None:
-        if type(self.module) is not self.after:
-            return f"its class was changed to {type(self.module).__name__} since"
-        self.module.__class__ = self.before
-        return None
-
-
-class ForwardChange:
-    """The module keeps its class and gets a forward of its own; a partial, since that is copied and pickled with it."""
-
-    def __init__(self, module: torch.nn.Module, forward: Callable[..., Any]) -> None:
-        self.module, self.forward = module, partial(forward, module)
-        module.forward = self.forward
-
-    def undo(self) -> str | None:
-        if self.module.__dict__.get("forward") is not self.forward:
-            return "its forward was changed since"
-        del self.module.__dict__["forward"]
+        module = self.module()
+        if module is None:
+            return "it was deleted since"
+        if type(module) is not self.after:
+            return f"its class was changed to {type(module).__name__} since"
+        object.__setattr__(module, "__class__", self.before)
         return None

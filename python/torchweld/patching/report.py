@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
+from weakref import ref
 
 import torch
 
@@ -26,13 +27,18 @@ class Entry:
 
 @dataclass
 class Report:
-    """`print(report)` shows it; `report.undo()` takes back what was swapped."""
+    """`print(report)` shows it; `report.undo()` takes back what was swapped. It keeps no module alive."""
 
-    model: torch.nn.Module
+    _model: ref[torch.nn.Module]
     swapped: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
     title: str = "torchweld.patch"
     _changes: list[tuple[Entry, Change]] = field(default_factory=list, repr=False)
+
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """The model; None once it was deleted."""
+        return self._model()
 
     def swap(self, entry: Entry, change: Change) -> None:
         """Notes a change."""
@@ -46,13 +52,19 @@ class Report:
     def undo(self) -> Report:
         """Takes everything back that is still as `patch` left it; reports what was, and what was not and why.
 
-        Modules that have left the model since are restored too: whoever holds them gets back what was theirs.
+        Modules that have left the model since are restored too: whoever holds them gets back what was theirs. What
+        could not be taken back is tried again by the next `undo`.
         """
-        report = Report(self.model, title="torchweld.patch, undone")
+        report = Report(self._model, title="torchweld.patch, undone")
         changes, self._changes = self._changes, []
         for entry, change in reversed(changes):
-            if why := change.undo():
+            try:
+                why = change.undo()
+            except Exception as e:  # one module's trouble must not keep the others swapped
+                why = f"{type(e).__name__}: {e}"
+            if why is not None:
                 report.leave(entry.name, entry.now or "", why)
+                self._changes.insert(0, (entry, change))
             else:
                 report.swapped.append(Entry(entry.name, entry.now or "", entry.was))
         return report

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchweld.reference.optimizer import clip_factor, overflowed, real, round_stochastically, take_gradient
+from torchweld.reference.optimizer import clip_factor, newest, overflowed, real, round_stochastically, take_gradient
 from torchweld.reference.optimizer import grad_norm as norm_of
 
 
@@ -40,8 +40,10 @@ def adamw_(
     The maths of `torch.optim.AdamW` (decoupled weight decay) and `torch.optim.Adam` (decay added to the gradient),
     after dividing the gradients by `grad_scale` (they are stored so) and clipping them by their global norm as
     `torch.nn.utils.clip_grad_norm_` does (they are not stored so). Where `found_inf` is not zero nothing moves.
-    With `masters` it is they that are stepped, and the parameters are their roundings. With a `rounding_seed` bfloat16
-    parameters are rounded stochastically, row 2**32 * step + i of the random bits being that of the i-th parameter.
+    With `masters` it is they that are stepped, and the parameters are their roundings; where an element of a parameter
+    is no rounding of its master's, somebody else has written it, and the step starts from it. With a `rounding_seed`
+    bfloat16 parameters are rounded stochastically, row 2**32 * step + i of the random bits being that of the i-th
+    parameter.
 
     Returns the norm before clipping: `grad_norm` if given, else that of `grads` if `max_grad_norm` is; else None.
     """
@@ -55,8 +57,9 @@ def adamw_(
         steps[i].add_(1)
         step = steps[i].item()
         stepped = real(masters[i] if masters else param)
+        start = newest(stepped, real(param), rounding_seed is not None) if masters else stepped
         compute = torch.promote_types(stepped.dtype, torch.float32)
-        p, m, v = (t.to(compute) for t in (stepped, real(exp_avgs[i]), real(exp_avg_sqs[i])))
+        p, m, v = (t.to(compute) for t in (start, real(exp_avgs[i]), real(exp_avg_sqs[i])))
 
         g = take_gradient(grads[i], compute, grad_scale, clip, maximize, zero_grads)
         if weight_decay != 0:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_STOCK = torch.nn.functional.cross_entropy  # a program may give its name to ours
+
 
 def cross_entropy(
     input: Tensor,
@@ -14,16 +16,22 @@ def cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    """-log softmax(input)[target] over the rows of `input` (N, C); computed in float32 at least, in input's dtype.
+    """-log softmax(input)[target] over the rows of `input` (N, C), or of its dimension 1.
 
-    With smoothing s the target is (1 - s) on its class and s / C on every class (Szegedy et al., arXiv:1512.00567).
+    Computed in float32 at least; the result has the dtype that torch promotes input, class probabilities as target, and
+    weight to. With smoothing s the target is (1 - s) on its class and s / C on every class (Szegedy et al.,
+    arXiv:1512.00567).
     """
-    logits = input.to(torch.promote_types(input.dtype, torch.float32))
-    return torch.nn.functional.cross_entropy(
+    soft = target.is_floating_point()
+    dtype = torch.promote_types(input.dtype, target.dtype) if soft else input.dtype
+    if weight is not None:
+        dtype = torch.promote_types(dtype, weight.dtype)
+    logits = input.to(torch.promote_types(dtype, torch.float32))
+    return _STOCK(
         logits,
-        target,
+        target.to(logits.dtype) if soft else target,
         None if weight is None else weight.to(logits.dtype),
         ignore_index=ignore_index,
         reduction=reduction,
         label_smoothing=label_smoothing,
-    ).to(input.dtype)
+    ).to(dtype)

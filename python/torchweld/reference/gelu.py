@@ -14,8 +14,9 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     Computed in float32 at least, returned in input's dtype.
     """
     x = input.to(torch.promote_types(input.dtype, torch.float32))
+    # Without the cancellation of 1 + tanh and 1 + erf far below zero.
     if approximate == "tanh":
-        phi = 0.5 * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)))
+        phi = torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
     else:
-        phi = 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+        phi = 0.5 * torch.special.erfc(-x / math.sqrt(2))
     return (x * phi).to(input.dtype)

@@ -26,6 +26,7 @@ def layer_norm(
     compute = torch.promote_types(input.dtype, torch.float32)
     x = input.to(compute)
     centred = x - x.mean(dims, keepdim=True)
+    centred = centred - centred.mean(dims, keepdim=True)  # by what the mean of large numbers was rounded
     y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
     if weight is not None:
         y = y * weight.to(compute)

@@ -65,5 +65,29 @@ def round_stochastically(x: Tensor, seed: int, row: int) -> Tensor:
     halves = torch.stack((words & 0xFFFF, words >> 16), -1).flatten()[: x.numel()]
     random = torch.empty_like(x, dtype=torch.int32, memory_format=torch.preserve_format)
     random.as_strided((x.numel(),), (1,)).copy_(halves)
+    return _carried(x, random)
+
+
+def _carried(x: Tensor, random: Tensor | int) -> Tensor:
     bits = x.view(torch.int32) + random & -0x10000
     return torch.where(x.isfinite(), bits.view(torch.float32), x).to(torch.bfloat16)
+
+
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def newest(master: Tensor, param: Tensor, at_random: bool) -> Tensor:
+    """What a step starts from: the master, or the parameter where that is not a rounding of the master.
+
+    Somebody else has written to such a parameter. Roundings are told by their bits; a step that rounds at random leaves
+    one of the master's two neighbours.
+    """
+    if at_random and param.dtype == torch.bfloat16:
+        roundings = [_carried(master, 0), _carried(master, 0xFFFF)]
+    else:
+        roundings = [master.to(param.dtype)]
+    bits = _BITS[param.element_size()]
+    ours = torch.zeros_like(param, dtype=torch.bool)
+    for rounding in roundings:
+        ours |= rounding.view(bits) == param.view(bits)
+    return torch.where(ours, master, param.to(master.dtype))

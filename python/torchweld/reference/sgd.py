@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchweld.reference.optimizer import clip_factor, overflowed, real, take_gradient
+from torchweld.reference.optimizer import clip_factor, newest, overflowed, real, take_gradient
 from torchweld.reference.optimizer import grad_norm as norm_of
 
 
@@ -42,8 +42,9 @@ def sgd_(
 
     for i, param in enumerate(params):
         stepped = real(masters[i] if masters else param)
+        start = newest(stepped, real(param), at_random=False) if masters else stepped
         compute = torch.promote_types(stepped.dtype, torch.float32)
-        p = stepped.to(compute)
+        p = start.to(compute)
         g = take_gradient(grads[i], compute, grad_scale, clip, maximize, zero_grads)
         if weight_decay != 0:
             g = g + weight_decay * p

@@ -72,7 +72,7 @@ ADAMW = (
     _narrow("strided", "non-contiguous, NaN between the elements", 64, 300, layout="strided"),
     _case("fp32 state", "moments wider than the parameters", *MIXED, **WIDE),
     _case("fp32 state and grads", "only the parameters are narrow", 64, 300, grad_dtype=torch.float32, **WIDE),
-    _case("masters", "the parameters only written", *MIXED, masters=True, **WIDE, **HALF),
+    _case("masters", "the parameters are their roundings", *MIXED, masters=True, **WIDE, **HALF),
     _case(
         "masters, unaligned",
         "no vector at an aligned address",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +12,9 @@ from torch import Tensor
 
 from torchweld import ops, reference
 from torchweld.reference.philox import dropout_factors
+from torchweld.testing import attention_rounding
 from torchweld.testing.cases import Case, Tensors
-from torchweld.testing.inputs import Random
+from torchweld.testing.inputs import Random, hidden, place, shape_values
 
 _BY_HEAD = 1 << 25  # scores above which the definition is asked head by head: all of them would not fit into memory
 
@@ -21,8 +23,11 @@ _BY_HEAD = 1 << 25  # scores above which the definition is asked head by head: a
 class AttentionCase(Case):
     """`bias`: its shape, which broadcasts to (B, H, Nq, Nk); boolean with `masks`, which leaves row 0 without a key.
 
-    `logits`: about how large the scores get. `merged`: heads lie beside each other in memory, (B, N, H, D), as a
-    projection leaves them. `unseen_nan`: the values of keys that no query sees are NaN. `dropout`: its probability.
+    `hide`: which keys a bias hides (see `inputs.HIDDEN`), an additive one by the number `hidden`; what it does not hide
+    carries normal numbers about `offset`. `logits`: about how large the scores get. `values`: see `inputs.VALUES`.
+    `layout`: see `inputs.place`, or "expanded" over the batch. `merged`: heads lie beside each other in memory,
+    (B, N, H, D), as a projection leaves them. `unseen_nan`: the values of keys that no query sees are NaN. `dropout`:
+    its probability. `slopes_by_batch`: ALiBi's slopes are (B, H).
     """
 
     batch: int = 1
@@ -38,10 +43,18 @@ class AttentionCase(Case):
     softcap: float = 0.0
     bias: tuple[int, ...] | None = None
     masks: bool = False
+    hide: str = ""
+    hidden: float = -math.inf
+    offset: float = 0.0
+    bias_dtype: torch.dtype | None = None
     alibi: bool = False
+    slopes_by_batch: bool = False
     sinks: bool = False
     lse: bool = False
     logits: float = 1.0
+    values: str = "normal"
+    scale: float | None = None
+    layout: str = "contiguous"
     merged: bool = False
     unseen_nan: bool = False
     dropout: float = 0.0
@@ -61,7 +74,9 @@ class AttentionCase(Case):
         def heads(count: int, rows: int, size: int, scale: float = 1.0) -> Tensor:
             if self.merged:
                 return random.normal(self.batch, rows, count, size, dtype=dtype, scale=scale).transpose(1, 2)
-            return random.normal(self.batch, count, rows, size, dtype=dtype, scale=scale)
+            batch, layout = (1, "contiguous") if self.layout == "expanded" else (self.batch, self.layout)
+            made = shape_values(random.normal(batch, count, rows, size, dtype=dtype, scale=scale), self.values)
+            return place(made, layout).expand(self.batch, -1, -1, -1)
 
         kv_heads, value_dim, scale = self.kv_heads or self.heads, self.value_dim or self.dim, math.sqrt(self.logits)
         x = {
@@ -76,11 +91,18 @@ class AttentionCase(Case):
             x["dlse"] = random.normal(self.batch, self.heads, self.queries)
         if self.bias is not None and self.masks:
             x["bias"] = random.chance(*self.bias, probability=0.7)
-            x["bias"][..., 0, :] = False
+            x["bias"][..., :1, :] = False
+            if self.hide:
+                x["bias"] = ~hidden(self.bias, self.hide, random)
         elif self.bias is not None:
-            x["bias"] = random.normal(*self.bias, dtype=dtype)
+            bias = random.normal(*self.bias, shift=self.offset)
+            if self.hide:
+                bias.masked_fill_(hidden(self.bias, self.hide, random), self.hidden)
+            x["bias"] = place(bias.to(self.bias_dtype or dtype), "contiguous")
         if self.alibi:
-            x["alibi_slopes"] = 0.5 ** torch.arange(1, self.heads + 1, device=device, dtype=torch.float32)
+            slopes = 0.5 ** torch.arange(1, self.heads + 1, device=device, dtype=torch.float32)
+            batches = torch.arange(1, self.batch + 1, device=device).unsqueeze(1)
+            x["alibi_slopes"] = slopes * batches if self.slopes_by_batch else slopes
         if self.sinks:
             x["sinks"] = random.normal(self.heads)
         if self.dropout:
@@ -103,6 +125,7 @@ class AttentionCase(Case):
             "sinks": x.get("sinks"),
             "dropout_p": self.dropout,
             "seed": x.get("seed"),
+            "scale": self.scale,
             "causal_align": "bottom_right" if self.bottom_right else "top_left",
             "deterministic": self.deterministic,
             "return_lse": self.lse,
@@ -142,8 +165,10 @@ class AttentionCase(Case):
         return keys - queries.unsqueeze(1) - (self.keys - self.queries if self.bottom_right else 0)
 
     def mask(self, x: Tensors) -> Tensor:
-        """Band, bias and ALiBi as one additive mask in the dtype of the query: what torch has to be given."""
+        """Band, bias and ALiBi as one additive mask in the dtype of the query or a wider bias: torch's argument."""
         dtype, away = x["query"].dtype, self._away(x)
+        if self.bias is not None and not self.masks:
+            dtype = torch.promote_types(dtype, x["bias"].dtype)
         left, right = self.window or (None, None)
         right = 0 if self.causal else right
         seen = torch.ones_like(away, dtype=torch.bool)
@@ -151,7 +176,7 @@ class AttentionCase(Case):
         seen = seen if right is None else seen & (away <= right)
         mask = torch.zeros_like(away, dtype=dtype)
         if self.alibi:
-            mask = mask - (x["alibi_slopes"].view(-1, 1, 1) * away.abs()).to(dtype)
+            mask = mask - (x["alibi_slopes"].unsqueeze(-1).unsqueeze(-1) * away.abs()).to(dtype)
         if self.bias is not None and self.masks:
             seen = seen & x["bias"]
         elif self.bias is not None:
@@ -159,7 +184,8 @@ class AttentionCase(Case):
         return mask.masked_fill(~seen, -math.inf)
 
     def torch(self, x: Tensors) -> Tensors:
-        if self.softcap == 0 and not (self.sinks or self.lse or self.unseen_nan or self.masks or self.dropout):
+        composed = self.sinks or self.lse or self.unseen_nan or self.masks or self.dropout or self._wide(x)
+        if self.softcap == 0 and not composed:
             banded = self.causal and not self.bottom_right and self.window is None and self.bias is None
             plain = not (self.causal or self.window or self.bias or self.alibi)
             out = torch.nn.functional.scaled_dot_product_attention(
@@ -168,26 +194,39 @@ class AttentionCase(Case):
                 x["value"],
                 None if plain or (banded and not self.alibi) else self.mask(x),
                 is_causal=banded and not self.alibi,
+                scale=self.scale,
                 enable_gqa=self.kv_heads is not None,
             )
             return {"output": out}
         return self._composed(x)
 
+    @property
+    def _scale(self) -> float:
+        return 1.0 / math.sqrt(max(self.dim, 1)) if self.scale is None else self.scale
+
+    def _wide(self, x: Tensors) -> bool:
+        """Whether a bias wider than the query learns: torch's own function is then in float32 from end to end, which
+        nothing is that reads 16 bits."""
+        bias = x.get("bias")
+        return bias is not None and bias.requires_grad and bias.dtype != x["query"].dtype
+
     def _weights(self, x: Tensors) -> tuple[Tensor, Tensor]:
         """Softmax weights (B, H, Nq, Nk) and lse, written out in the dtype of the inputs."""
         q, k = x["query"], self._by_query_head(x["key"])
-        scores = q @ k.mT / math.sqrt(self.dim)
+        scores = q @ k.mT * self._scale
         if self.softcap:
             scores = self.softcap * torch.tanh(scores / self.softcap)
         mask = self.mask(x)
         blind = mask.isneginf().all(-1, keepdim=True)
-        scores = (scores + mask).masked_fill(blind, 0.0)
-        if self.sinks:
+        scores = scores + mask
+        if not self.sinks:
+            scores = scores.masked_fill(blind, 0.0)
+        else:
             column = x["sinks"].to(q.dtype).view(-1, 1, 1).expand(self.batch, -1, self.queries, 1)
             scores = torch.cat([scores, column], -1)
         lse = torch.logsumexp(scores.to(torch.promote_types(q.dtype, torch.float32)), -1)
         weights = torch.softmax(scores, -1)[..., : self.keys].masked_fill(blind, 0.0)
-        return weights, lse.masked_fill(blind.squeeze(-1), -math.inf)
+        return weights, lse if self.sinks else lse.masked_fill(blind.squeeze(-1), -math.inf)
 
     def _kept(self, x: Tensors) -> Tensor:
         """What dropout multiplies the weights by: (B, H, Nq, Nk), or a single 1."""
@@ -196,7 +235,7 @@ class AttentionCase(Case):
     def _composed(self, x: Tensors) -> Tensors:
         """What torch's own function does not take."""
         weights, lse = self._weights(x)
-        weights = weights * self._kept(x).to(weights.dtype)
+        weights = weights.to(x["value"].dtype) * self._kept(x).to(x["value"].dtype)
         value = self._by_query_head(x["value"])
         if self.unseen_nan:
             value = value.masked_fill(torch.arange(self.keys, device=value.device).unsqueeze(1) >= self.queries, 0.0)
@@ -205,28 +244,22 @@ class AttentionCase(Case):
     def _by_query_head(self, t: Tensor) -> Tensor:
         return t if self.kv_heads is None else t.repeat_interleave(self.heads // self.kv_heads, 1)
 
-    def terms(self, x: Tensors) -> dict[str, float]:
-        """Sizes to first order, with P the weights, of what rounding acts on before it cancels.
-
-        An ulp of a score is one of sum|q||k|, and comes out as a relative error of P; dS = P * (dP - delta) is a
-        difference of two sums over |dO||v|, exactly 0 where there is one key.
-        """
-        if self.queries == 0 or self.batch * self.heads * self.queries * self.keys > _BY_HEAD:
+    def terms(self, x: Tensors) -> Mapping[str, Tensor | float]:
+        if self.batch * self.heads * self.queries * self.keys > _BY_HEAD:
             return {}
-        q, do = x["query"].abs(), x["doutput"].abs()
-        k, v = (self._by_query_head(x[n]).nan_to_num(0.0).abs() for n in ("key", "value"))
-        weights, kept = self._weights(x)[0], self._kept(x)
-        scale = 1.0 / math.sqrt(self.dim)
-        p = weights * (q @ k.mT) * scale
-        ds = weights * (kept * (do @ v.mT) + (do * ((kept * weights) @ v)).sum(-1, keepdim=True))
-        group = 1 if self.kv_heads is None else self.heads // self.kv_heads
-        sizes = {
-            "output": (kept * p) @ v,
-            "lse": p.sum(-1),
-            "dquery": ds @ k * scale,
-            "dkey": (ds.mT @ q * scale).unflatten(1, (-1, group)).sum(2),
-            "dvalue": ((kept * p).mT @ do).unflatten(1, (-1, group)).sum(2),
-            "dbias": ds,
-            "dalibi_slopes": (ds * self._away(x).abs()).sum((0, 2, 3)),
-        }
-        return {n: float(t.amax()) for n, t in sizes.items() if t.numel()}
+        key, value = (self._by_query_head(x[n]).nan_to_num(0.0) for n in ("key", "value"))
+        weights = self._weights(x)[0]
+        return attention_rounding.sizes(
+            x, key, value, weights, self._kept(x), self._scale, self.softcap, self._away(x), self.heads // key_heads(x)
+        )
+
+    def zeros(self, x: Tensors) -> Tensors:
+        if self.batch * self.heads * self.queries * self.keys > _BY_HEAD:
+            return {}
+        shape = (self.batch, self.heads, self.queries, self.keys)
+        seen = ~self.mask(x).isneginf().expand(shape)
+        return attention_rounding.zeros(x, seen, self._kept(x), self.sinks or self.lse, self.heads // key_heads(x))
+
+
+def key_heads(x: Tensors) -> int:
+    return max(x["key"].shape[1], 1)

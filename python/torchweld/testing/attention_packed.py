@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchweld import reference
 from torchweld.testing.attention_case import AttentionCase
@@ -62,10 +64,23 @@ class PackedAttentionCase(AttentionCase):
         outputs = {"output": torch.cat([f["output"][0].transpose(0, 1) for f in found])}
         return outputs | ({"lse": torch.cat([f["lse"][0] for f in found], 1)} if self.lse else {})
 
-    def terms(self, x: Tensors) -> dict[str, float]:
-        sizes: dict[str, float] = {}
-        for case, part in self._sequences(x):
-            for name, size in case.terms(part).items():
-                summed = name == "dalibi_slopes"
-                sizes[name] = sizes.get(name, 0.0) + size if summed else max(sizes.get(name, 0.0), size)
-        return sizes
+    def terms(self, x: Tensors) -> Mapping[str, Tensor | float]:
+        return self._joined([case.terms(part) for case, part in self._sequences(x)])
+
+    def zeros(self, x: Tensors) -> Tensors:
+        return self._joined([case.zeros(part) for case, part in self._sequences(x)])
+
+    def _joined(self, found: list[Any]) -> Any:
+        """What is known of each sequence as one; nothing where nothing is known of one of them."""
+        if not found or not all(found):
+            return {}
+        joined = {
+            n: torch.cat([f[n][0].transpose(0, 1) for f in found]) for n in ("output", "dquery", "dkey", "dvalue")
+        }
+        if "lse" in found[0] and self.lse:
+            joined["lse"] = torch.cat([f["lse"][0] for f in found], 1)
+        for n in ("dalibi_slopes", "dsinks"):
+            if n in found[0]:
+                each = torch.stack([f[n] for f in found])
+                joined[n] = each.all(0) if each.dtype is torch.bool else each.sum(0)
+        return joined

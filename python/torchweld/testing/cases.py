@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
@@ -18,6 +19,8 @@ Provider = Callable[[Tensors], Tensors]
 
 # Elements below which a case is drawn several times; elements from which torch works on it with all threads.
 _SMALL, _DRAWS, _LARGE = 1 << 17, 4, 1 << 22
+# A miss of an output with fewer elements in all draws is judged again over more draws, if those are not too large.
+_FEW, _MORE_DRAWS, _MORE = 4096, 32, 1 << 23
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +61,18 @@ class Case(ABC):
     def reference(self, x: Tensors) -> Tensors:
         """The call of `torchweld.reference`."""
 
-    def terms(self, x: Tensors) -> dict[str, float]:
+    def terms(self, x: Tensors) -> Mapping[str, Tensor | float]:
         """By output, the size of the terms that cancel in it, for `parity`; from the float64 inputs."""
         return {}
 
+    def zeros(self, x: Tensors) -> Tensors:
+        """By output, where the definition is 0 for every input, for `parity`; broadcasts to the output."""
+        return {}
 
-def evaluate(case: Case, provider: Provider, x: Tensors) -> Tensors:
-    """All outputs of `provider(x)` and, as `d<input>`, the gradients of the case's leaves."""
-    leaves = {n: x[n].detach().requires_grad_() for n in case.leaves if n in x}
+
+def evaluate(case: Case, provider: Provider, x: Tensors, inference: bool = False) -> Tensors:
+    """All outputs of `provider(x)` and, as `d<input>` but for `inference`, the gradients of the case's leaves."""
+    leaves = {} if inference else {n: x[n].detach().requires_grad_() for n in case.leaves if n in x}
     outputs = provider({**x, **leaves})
     if not leaves:
         return outputs
@@ -104,40 +111,78 @@ class Oracle:
     luck, torch's as much as ours. A tensor's first index in a verdict is then the draw.
     """
 
-    def __init__(self, case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> None:
-        self.case = case
+    def __init__(
+        self,
+        case: Case,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+        seed: int = 0,
+        inference: bool = False,
+    ) -> None:
+        self.case, self.dtype, self.device, self.seed, self.inference = case, dtype, device, seed, inference
         first = case.inputs(dtype, device, seed)
         numel = sum(t.numel() for t in first.values())
-        draws = _DRAWS if numel < _SMALL else 1
-        self.inputs = [first] + [case.inputs(dtype, device, seed + i) for i in range(1, draws)]
+        self._more = min(_MORE_DRAWS, _MORE // max(numel, 1))
         self.threads = 1 if numel < _LARGE else torch.get_num_threads()
-        wide = [{n: t.double() if t.is_floating_point() else t for n, t in x.items()} for x in self.inputs]
+        self.inputs = [first]
+        self._right: list[tuple[Tensors, Tensors, Tensors, Tensors]] = []
+        self._draw(_DRAWS if numel < _SMALL else 1)
+
+    def _draw(self, count: int) -> None:
+        """Adds draws until there are `count`, each with torch's outputs, the exact ones, their terms and zeros."""
+        case, have = self.case, len(self.inputs)
+        self.inputs += [case.inputs(self.dtype, self.device, self.seed + i) for i in range(have, count)]
         with _threads(self.threads):
-            self.torch = _stacked([evaluate(case, case.torch, x) for x in self.inputs])
-            self.exact = _stacked([evaluate(case, case.reference, x) for x in wide])
-            with torch.no_grad():
-                terms = [case.terms(x) for x in wide]
-        self.terms = {n: max(t[n] for t in terms) for n in terms[0]}
+            for x in self.inputs[len(self._right) :]:
+                wide = {n: t.double() if t.is_floating_point() else t for n, t in x.items()}
+                found = (
+                    evaluate(case, case.torch, x, self.inference),
+                    evaluate(case, case.reference, wide, self.inference),
+                )
+                with torch.no_grad():
+                    terms, zeros = (
+                        {
+                            n: torch.as_tensor(t, device=e.device).expand(e.shape)
+                            for n, e in found[1].items()
+                            if (t := of.get(n)) is not None
+                        }
+                        for of in (case.terms(wide), case.zeros(x))
+                    )
+                self._right.append((*found, terms, zeros))
+            self.torch, self.exact, self.terms, self.zeros = map(_stacked, zip(*self._right, strict=True))
 
     def judge(self, provider: Provider | None = None, poison: bool = True) -> list[Parity]:
         """The verdict on every output and gradient of `provider`, or of the case's own `ours`.
 
         `poison` takes torch's deterministic algorithms, and ours: without it, those that `provider` itself asks for.
         """
+        ours = self._evaluate(provider, poison, self.inputs)
+        verdicts = self._verdicts(ours)
+        missed = [self.exact[v.tensor].numel() for v in verdicts if 1 < v.ratio < math.inf]
+        if len(self.inputs) < self._more and any(n < _FEW for n in missed):
+            self._draw(self._more)
+            ours += self._evaluate(provider, poison, self.inputs[len(ours) :])
+            verdicts = self._verdicts(ours)
+        return verdicts
+
+    def _evaluate(self, provider: Provider | None, poison: bool, inputs: list[Tensors]) -> list[Tensors]:
         draws, threads = [], torch.get_num_threads()
-        for x in self.inputs:
+        for x in inputs:
             with poisoned() if poison else nullcontext(), _threads(threads):
-                draws.append(evaluate(self.case, provider or self.case.ours, x))
+                draws.append(evaluate(self.case, provider or self.case.ours, x, self.inference))
             threads = 1  # further draws of a small case: the other way through the kernels
+        return draws
+
+    def _verdicts(self, ours: list[Tensors]) -> list[Parity]:
         with _threads(self.threads):
-            return judge(_stacked(draws), self.torch, self.exact, self.terms)
+            return judge(_stacked(ours), self.torch, self.exact, self.terms, self.zeros)
 
     def check(self, provider: Provider | None = None) -> list[Parity]:
         """As `judge`, but raises AssertionError on a miss."""
         return confirm(self.judge(provider), self.case.op, self.case.name)
 
 
-def _stacked(draws: list[Tensors]) -> Tensors:
+def _stacked(draws: Sequence[Tensors]) -> Tensors:
     return {n: torch.stack([d[n] for d in draws]) for n in draws[0]} if len(draws) > 1 else draws[0]
 
 

@@ -9,14 +9,18 @@ from torch import Tensor
 
 from torchweld import ops, reference
 from torchweld.testing.cases import Case, Tensors
-from torchweld.testing.inputs import Random
+from torchweld.testing.inputs import Random, shape_values
 
 _IGNORE = -100
 
 
 @dataclass(frozen=True, kw_only=True)
 class CrossEntropyCase(Case):
-    """`ignored`: the share of rows without a target; `masked`: the share of logits that are -inf."""
+    """`ignored`: the share of rows without a target; `masked`: the share of logits that are -inf.
+
+    `weight` and `soft`: the dtypes of class weights and of class probabilities as target. `inner`: dimensions behind
+    the classes. `values`: see `inputs.VALUES`.
+    """
 
     rows: int
     classes: int
@@ -27,6 +31,10 @@ class CrossEntropyCase(Case):
     layout: str = "contiguous"
     scale: float = 2.0
     shift: float = 0.0
+    values: str = "normal"
+    weight: torch.dtype | None = None
+    soft: torch.dtype | None = None
+    inner: tuple[int, ...] = ()
 
     @property
     def op(self) -> str:
@@ -38,19 +46,25 @@ class CrossEntropyCase(Case):
 
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Tensors:
         random = Random(seed, device)
-        size = (self.rows, self.classes)
+        size, rows = (self.rows, self.classes, *self.inner), (self.rows, *self.inner)
         logits = random.normal(*size, dtype=dtype, scale=self.scale, shift=self.shift, layout=self.layout)
-        target = (torch.rand(self.rows, generator=random.generator, device=device) * self.classes).long()
+        logits = shape_values(logits, self.values)
+        target = (torch.rand(rows, generator=random.generator, device=device) * self.classes).long()
         target.clamp_(max=self.classes - 1)
         mask = random.chance(*size, probability=self.masked)
-        logits.masked_fill_(mask.scatter(1, target[:, None], False), float("-inf"))
-        target.masked_fill_(random.chance(self.rows, probability=self.ignored), _IGNORE)
-        target[0] = 0
-        return {
+        logits.masked_fill_(mask.scatter(1, target.unsqueeze(1), False), float("-inf"))
+        target.masked_fill_(random.chance(*rows, probability=self.ignored), _IGNORE)
+        target[:1] = 0
+        x = {
             "logits": logits,
             "target": target,
-            "doutput": random.normal(*(() if self.reduction != "none" else (self.rows,)), dtype=dtype),
+            "doutput": random.normal(*(() if self.reduction != "none" else rows), dtype=dtype),
         }
+        if self.soft is not None:
+            x["target"] = random.normal(*size).softmax(1).to(self.soft)
+        if self.weight is not None:
+            x["weight"] = random.normal(self.classes).abs().add(0.1).to(self.weight)
+        return x
 
     def ours(self, x: Tensors) -> Tensors:
         return {"output": self._call(ops.cross_entropy, x)}
@@ -61,9 +75,17 @@ class CrossEntropyCase(Case):
     def reference(self, x: Tensors) -> Tensors:
         return {"output": self._call(reference.cross_entropy, x)}
 
+    def zeros(self, x: Tensors) -> Tensors:
+        """A row without a target has no loss and no gradient; nor has one of a single class, whose probability is 1."""
+        if self.soft is not None:
+            return {}
+        blank = x["target"] == _IGNORE if self.classes > 1 else torch.ones_like(x["target"], dtype=torch.bool)
+        found = {"dlogits": blank.unsqueeze(1)}
+        return found | ({"output": blank} if self.reduction == "none" else {})
+
     def _call(self, function, x: Tensors) -> Tensor:  # type: ignore[no-untyped-def]
         options = {"ignore_index": _IGNORE, "reduction": self.reduction, "label_smoothing": self.smoothing}
-        return function(x["logits"], x["target"], **options)
+        return function(x["logits"], x["target"], x.get("weight"), **options)
 
 
 def _case(name: str, regime: str, rows: int, classes: int, **flags: object) -> Case:

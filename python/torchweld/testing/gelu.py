@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from torchweld import ops, reference
 from torchweld.testing.cases import Case, Tensors
-from torchweld.testing.inputs import Random
+from torchweld.testing.inputs import Random, shape_values
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +16,8 @@ class GeluCase(Case):
     shape: tuple[int, ...]
     layout: str = "contiguous"
     scale: float = 2.0
+    values: str = "normal"
+    approximate: str = "tanh"
 
     @property
     def op(self) -> str:
@@ -28,25 +30,27 @@ class GeluCase(Case):
     def inputs(self, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Tensors:
         random = Random(seed, device)
         return {
-            "x": random.normal(*self.shape, dtype=dtype, scale=self.scale, layout=self.layout),
+            "x": shape_values(
+                random.normal(*self.shape, dtype=dtype, scale=self.scale, layout=self.layout), self.values
+            ),
             "doutput": random.normal(*self.shape, dtype=dtype, layout=self.layout),
         }
 
     def ours(self, x: Tensors) -> Tensors:
-        return {"output": ops.gelu(x["x"], approximate="tanh")}
+        return {"output": ops.gelu(x["x"], approximate=self.approximate)}
 
     def torch(self, x: Tensors) -> Tensors:
-        return {"output": torch.nn.functional.gelu(x["x"], approximate="tanh")}
+        return {"output": torch.nn.functional.gelu(x["x"], approximate=self.approximate)}
 
     def reference(self, x: Tensors) -> Tensors:
-        return {"output": reference.gelu(x["x"], approximate="tanh")}
+        return {"output": reference.gelu(x["x"], approximate=self.approximate)}
 
 
-def _case(name: str, regime: str, *shape: int, **flags: object) -> Case:
+def _case(name: str, regime: str, *shape: int, **flags: object) -> GeluCase:
     return GeluCase(name=name, regime=regime, shape=shape, **flags)  # type: ignore[arg-type]
 
 
-GELU = (
+_TANH = (
     _case("8 x 64", "whole vectors", 8, 64),
     _case("1", "one element", 1),
     _case("0 x 3", "nothing", 0, 3),
@@ -59,3 +63,4 @@ GELU = (
     _case("500 of 30", "saturated on both sides", 500, scale=30.0),
     _case("500 of 1e4", "whose cubes leave float16", 500, scale=1e4),
 )
+GELU: tuple[Case, ...] = (*_TANH, *(replace(c, name=f"{c.name} exact", approximate="none") for c in _TANH))

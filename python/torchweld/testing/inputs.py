@@ -49,3 +49,50 @@ class Random:
     def chance(self, *shape: int, probability: float) -> Tensor:
         """Booleans, True with this probability."""
         return torch.rand(shape, generator=self.generator, device=self.device) < probability
+
+
+# Rows of values: as drawn, or such that a sum, a mean or a maximum is at its worst.
+VALUES = ("normal", "zeros", "constant", "constant rows", "shifted", "one outlier", "one huge row", "integers")
+
+
+def shape_values(t: Tensor, kind: str) -> Tensor:
+    """Changes normal numbers (..., rows, columns) in place to one of `VALUES`, of the same magnitude or above."""
+    if t.numel() == 0 or kind == "normal":
+        return t
+    if kind == "zeros":
+        t.zero_()
+    elif kind == "constant":
+        t.fill_(t.flatten()[0].clone())
+    elif kind == "constant rows":
+        t.copy_(t[..., :1].clone().expand_as(t))
+    elif kind == "shifted":
+        t.add_(30 * t.abs().max())
+    elif kind == "one outlier":
+        t[tuple(n // 2 for n in t.shape)] *= 1000
+    elif kind == "one huge row":
+        (t[..., -1, :] if t.dim() > 1 else t[-1:]).mul_(1000)
+    else:
+        t.round_()
+    return t
+
+
+# Which keys a mask hides: at random with a row that has none, padding on the left or right as long as the row but one,
+# sequences beside each other, every second row wholly, and everything.
+HIDDEN = ("scattered", "left", "right", "blocks", "rows", "all")
+
+
+def hidden(shape: tuple[int, ...], kind: str, random: Random) -> Tensor:
+    """Boolean (..., Nq, Nk), True where a key is hidden; the same in a shape that broadcasts."""
+    rows, keys = (torch.arange(n, device=random.device) for n in shape[-2:])
+    if kind == "scattered":
+        return random.chance(*shape, probability=0.4) | (rows == 0).unsqueeze(1)
+    lengths = (torch.rand(shape[:-2], generator=random.generator, device=random.device) * shape[-1]).long()
+    if kind == "left":
+        found = keys < lengths[..., None, None]
+    elif kind == "right":
+        found = keys >= 1 + lengths[..., None, None]
+    elif kind == "blocks":
+        found = (rows * 3 // max(shape[-2], 1)).unsqueeze(1) != keys * 3 // max(shape[-1], 1)
+    else:
+        found = ((rows % 2 == 1) | (kind == "all")).unsqueeze(1)
+    return found.expand(shape)

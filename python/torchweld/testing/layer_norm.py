@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from types import ModuleType
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torchweld import ops, reference
 from torchweld.reference.philox import dropout_factors
 from torchweld.testing.cases import Case, Tensors
-from torchweld.testing.inputs import Random
+from torchweld.testing.inputs import Random, shape_values
 
 EPS = 1e-5
 _WIDE = torch.float32
@@ -20,7 +21,10 @@ _WIDE = torch.float32
 
 @dataclass(frozen=True, kw_only=True)
 class LayerNormCase(Case):
-    """`rows` rows of `shape` elements. `add`: with a residual in front; `rms`: rms_norm, without a bias."""
+    """`rows` rows of `shape` elements, `values` of `inputs.VALUES`.
+
+    `add`: with a residual in front; `rms`: rms_norm, without a bias.
+    """
 
     rows: tuple[int, ...]
     shape: tuple[int, ...]
@@ -30,6 +34,8 @@ class LayerNormCase(Case):
     layout: str = "contiguous"
     scale: float = 1.0
     shift: float = 0.0
+    values: str = "normal"
+    eps: float = EPS
     huge_row: bool = False
     add: bool = False
     rms: bool = False
@@ -51,9 +57,9 @@ class LayerNormCase(Case):
         def activations(scale: float = 1.0, shift: float = 0.0, dtype: torch.dtype = dtype) -> Tensor:
             return random.normal(*full, dtype=dtype, scale=scale, shift=shift, layout=self.layout)
 
-        x = {"x": activations(self.scale, self.shift), "doutput": activations()}
+        x = {"x": shape_values(activations(self.scale, self.shift), self.values), "doutput": activations()}
         if self.huge_row:
-            x["x"][-1] *= 1e4
+            x["x"][-1:] *= 1e4
         if self.add:
             wide = self.residual_dtype or dtype
             x |= {"residual": activations(self.scale, dtype=wide), "dsum": activations(dtype=wide)}
@@ -81,7 +87,7 @@ class LayerNormCase(Case):
         options = {"dropout_p": self.dropout_p, "seed": x.get("seed")} if self.add else {}
         if self.rms:
             options["zero_centered_weight"] = self.zero_centered
-        found = getattr(module, self.op)(*inputs, self.shape, *parameters, EPS, **options)
+        found = getattr(module, self.op)(*inputs, self.shape, *parameters, self.eps, **options)
         return {"output": found[0], "sum": found[1]} if self.add else {"output": found}
 
     def _normalised(self, x: Tensors) -> Tensor:
@@ -90,7 +96,7 @@ class LayerNormCase(Case):
         if self.dropout_p == 0:
             return x["residual"] + x["x"]
         # torch has no dropout by a seed: the mask is given to it, the arithmetic is its own.
-        cols = math.prod(self.shape)
+        cols = max(math.prod(self.shape), 1)
         factors = dropout_factors(x["seed"], x["x"].numel() // cols, cols, self.dropout_p)
         return x["residual"] + x["x"] * factors.view(x["x"].shape).to(x["x"].dtype)
 
@@ -103,13 +109,13 @@ class LayerNormCase(Case):
         if weight is not None and self.zero_centered:
             weight = weight + 1
         if self.rms:
-            output = torch.nn.functional.rms_norm(total.to(compute), list(self.shape), weight, EPS)
+            output = torch.nn.functional.rms_norm(total.to(compute), list(self.shape), weight, self.eps)
         else:
-            output = torch.nn.functional.layer_norm(total.to(compute), list(self.shape), weight, bias, EPS)
+            output = torch.nn.functional.layer_norm(total.to(compute), list(self.shape), weight, bias, self.eps)
         output = output.to(x["x"].dtype)
         return {"output": output, "sum": total} if self.add else {"output": output}
 
-    def terms(self, x: Tensors) -> dict[str, float]:
+    def terms(self, x: Tensors) -> Mapping[str, Tensor | float]:
         """With g = doutput * weight: of dx = rstd * (g - mean(g) - xhat * mean(g * xhat)) the size of the first term,
         and of the last, which is nothing where a single column is centred.
 
@@ -121,7 +127,7 @@ class LayerNormCase(Case):
             return {}
         dims = tuple(range(-len(self.shape), 0))
         centred = total if self.rms else total - total.mean(dims, keepdim=True)
-        rstd = torch.rsqrt(centred.square().mean(dims, keepdim=True) + EPS)
+        rstd = torch.rsqrt(centred.square().mean(dims, keepdim=True) + self.eps)
 
         def walk(steps: Tensor) -> float:
             return float(steps.flatten(0, len(self.rows) - 1).norm(dim=0).amax())
@@ -135,6 +141,11 @@ class LayerNormCase(Case):
             "dweight": walk(x["doutput"] * centred * rstd),
             "dbias": walk(x["doutput"]),
         }
+
+    def zeros(self, x: Tensors) -> Tensors:
+        """The only column of a row is its mean, whatever it is: it has no gradient."""
+        only = math.prod(self.shape) == 1 and not self.rms
+        return {"dx": torch.ones((), dtype=torch.bool, device=x["x"].device)} if only else {}
 
 
 def _case(
@@ -168,6 +179,9 @@ LAYER_NORM = (
     _case("64 x 136 bf16 weight", "parameters narrower than the activations", 64, 136, weight_dtype=torch.bfloat16),
     _case("12 x 64 of 3", "no variance at all", 12, 64, scale=0.0, shift=3.0),
     _case("16 x 200 + 100", "mean far above the deviation", 16, 200, shift=100.0),
+    _case("9 x 6000 + 3000", "mean 3000 deviations from zero, of many columns", 9, 6000, shift=3000.0),
+    _case("5 x 9001 + 5000", "the same in rows too long for a buffer", 5, 9001, shift=5000.0),
+    _case("5 x 777 of 0.1", "equal numbers whose mean has to be rounded", 5, 777, scale=0.0, shift=0.1),
     _case("16 x 200, one huge", "one row of 1e4", 16, 200, huge_row=True),
     _case("16 x 200 of 1e-6", "variance below eps", 16, 200, scale=1e-6),
 )

@@ -60,6 +60,7 @@ class OptimizerCase(Case):
                 x[f"{name}{i}"] = moment.square_() if square else moment
             if self.masters:
                 x[f"master{i}"] = random.normal(size, dtype=torch.float32, layout=self.layout)
+                x[f"param{i}"].copy_(x[f"master{i}"])
         return x
 
     def _lists(self, x: Tensors) -> dict[str, list[Tensor]]:

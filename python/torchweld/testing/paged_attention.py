@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from torchweld import ops, reference
 from torchweld.testing.attention_case import AttentionCase
@@ -84,9 +86,14 @@ class PagedAttentionCase(AttentionCase):
         found = [case.torch(part) if case.keys else case._composed(part) for case, part in self._batches(x)]
         return {n: torch.cat([f[n] for f in found]) for n in found[0]}
 
-    def terms(self, x: Tensors) -> dict[str, float]:
-        sizes = [case.terms(part) for case, part in self._batches(x)]
-        return {n: max(s.get(n, 0.0) for s in sizes) for n in ("output", "lse")}
+    def terms(self, x: Tensors) -> Mapping[str, Tensor | float]:
+        return self._joined([case.terms(part) for case, part in self._batches(x)])
+
+    def zeros(self, x: Tensors) -> Tensors:
+        return self._joined([case.zeros(part) for case, part in self._batches(x)])
+
+    def _joined(self, found: list[Any]) -> Any:
+        return {n: torch.cat([f[n] for f in found]) for n in ("output", "lse") if n in found[0]} if all(found) else {}
 
 
 def _case(name: str, regime: str, queries: int, *lengths: int, **flags: object) -> PagedAttentionCase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,7 +40,7 @@ class SgdCase(OptimizerCase):
             **options,
         )
 
-    def terms(self, x: Tensors) -> dict[str, float]:
+    def terms(self, x: Tensors) -> Mapping[str, Tensor | float]:
         """A buffer that a gradient nearly cancels keeps the rounding errors of both."""
         return {n: float(t.abs().max()) for n, t in x.items() if n.startswith("momentum_buffer") and t.numel()}
 
@@ -67,6 +68,6 @@ SGD = (
     _case("unaligned", "no vector at an aligned address", *MIXED, layout="unaligned", dampening=0.5),
     _case("no momentum", "parameter and gradient alone", *MIXED, momentum=0.0, maximize=True),
     _case("fp32 state and grads", "only the parameters are narrow", *MIXED, grad_dtype=torch.float32, **WIDE),
-    _case("masters", "the parameters only written", *MIXED, masters=True, nesterov=True, **WIDE, **HALF),
+    _case("masters", "the parameters are their roundings", *MIXED, masters=True, nesterov=True, **WIDE, **HALF),
     _case("clipped", "global norm far above the bound", *MIXED, max_grad_norm=0.5),
 )

@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name: tensor maps.
+// Stands in for CUDA's header of this name: contexts and tensor maps.
 #pragma once
 
 #include <cstdint>
@@ -7,6 +7,15 @@ using cuuint32_t = uint32_t;
 using cuuint64_t = uint64_t;
 
 enum CUresult { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1 };
+
+// A context is that of a device, the device's primary one.
+using CUdevice = int;
+using CUcontext = struct CUctx_st*;
+CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device);
+CUresult cuDevicePrimaryCtxRelease(CUdevice device);
+CUresult cuCtxPushCurrent(CUcontext context);
+CUresult cuCtxPopCurrent(CUcontext* context);
+
 struct alignas(128) CUtensorMap {
   cuuint64_t opaque[16];
 };

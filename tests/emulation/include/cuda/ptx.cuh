@@ -14,6 +14,10 @@ T& shared(uint32_t address) {
 }
 
 inline uint32_t load_shared(uint32_t address) { return shared<uint32_t>(address); }
+inline float4 load_shared_floats(uint32_t address) {
+  emulation::check_read(emulation::shared_pointer(address), sizeof(float4), sizeof(float4));
+  return shared<float4>(address);
+}
 
 // Said to the machine, since an ldmatrix may read it and not every variant watches plain accesses.
 template <class T>

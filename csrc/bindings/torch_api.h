@@ -1,0 +1,74 @@
+// What of torch the bindings use, without its headers: its tensor classes, and its DLPack C exchange API.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <string>
+
+#include "bindings/dlpack.h"
+
+namespace torchweld {
+
+namespace py = pybind11;
+
+// Borrowed from a torch.Tensor argument: valid until the bound function returns.
+struct TensorView : dlpack::Tensor {
+  int64_t size(int dim) const { return shape[dim < 0 ? dim + ndim : dim]; }
+  int64_t stride(int dim) const { return strides[dim < 0 ? dim + ndim : dim]; }
+  int64_t numel() const {
+    int64_t n = 1;
+    for (int d = 0; d < ndim; ++d) n *= shape[d];
+    return n;
+  }
+  // A view of an empty storage starts a little past null, where no system puts memory.
+  bool has_memory() const { return reinterpret_cast<uintptr_t>(data) >= 4096 || numel() == 0; }
+};
+
+struct TorchApi {
+  PyTypeObject* tensor_type;
+  PyTypeObject* parameter_type;
+  PyObject* dispatch;  // torch.Tensor.__torch_dispatch__
+  const dlpack::ExchangeAPI* exchange;
+
+  static const TorchApi& get() {
+    static const TorchApi api = load();
+    return api;
+  }
+
+  bool is_tensor(PyObject* object) const { return PyObject_TypeCheck(object, tensor_type); }
+
+  // A subclass with a __torch_dispatch__ of its own (FakeTensor, DTensor, functional tensors) has no memory behind its
+  // pointer: the exchange API would hand over garbage. Such tensors belong to the registered op, never to a kernel.
+  bool is_readable(PyObject* tensor) const {
+    if (Py_TYPE(tensor) == tensor_type || Py_TYPE(tensor) == parameter_type) return true;
+    return py::type::handle_of(tensor).attr("__torch_dispatch__").ptr() == dispatch;
+  }
+
+  TensorView view(PyObject* tensor) const {
+    TensorView view;
+    if (exchange->tensor_from_py_object(tensor, &view) != 0) throw py::error_already_set();
+    return view;
+  }
+
+ private:
+  static TorchApi load() {
+    py::object type = py::module_::import("torch").attr("Tensor");
+    if (!py::hasattr(type, "__dlpack_c_exchange_api__"))
+      throw py::import_error("torchweld needs torch >= 2.10: torch.Tensor has no __dlpack_c_exchange_api__");
+    auto capsule = type.attr("__dlpack_c_exchange_api__").cast<py::capsule>();
+    auto* exchange =
+        static_cast<const dlpack::ExchangeAPI*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+    if (exchange == nullptr) throw py::error_already_set();
+    while (exchange->major != 1 && exchange->previous != nullptr) exchange = exchange->previous;
+    if (exchange->major != 1)
+      throw py::import_error("torchweld speaks DLPack 1, this torch offers only version " +
+                             std::to_string(exchange->major));
+    py::object parameter = py::module_::import("torch.nn").attr("Parameter");
+    py::object dispatch = type.attr("__torch_dispatch__");
+    return {reinterpret_cast<PyTypeObject*>(type.release().ptr()),
+            reinterpret_cast<PyTypeObject*>(parameter.release().ptr()), dispatch.release().ptr(), exchange};
+  }
+};
+
+}  // namespace torchweld

@@ -1,0 +1,369 @@
+// Attention, backward. With P = exp(scores - max) * inverse, recomputed tile by tile from the forward's statistics:
+//
+//   delta = rowsum(P * dP) - dlse = rowsum(doutput * output) - dlse        dscores = P * (doutput @ value^T - delta)
+//   dvalue = P^T @ doutput     dquery = scale * dscores @ key     dkey = scale * dscores^T @ query
+//
+// Prepare: every head's delta, and query and doutput packed. Main: a task owns a chunk of the keys of one key head, all
+// of its query heads and all queries that see the chunk; dkey and dvalue of a tile of keys stay in its cache, dquery
+// goes to a partial sum of its own. Finish: the chunks' partials are added first to last. How many chunks there are
+// depends on the shape alone, so the sums have one order at any number of threads. 2 Nq Nk (3 D + 2 Dv) FLOPs per head;
+// memory is O(N) per chunk. Every gradient is accumulated in float32. Dao: FlashAttention-2, arXiv:2307.08691.
+
+#include "cpu/attention/backward_tile.h"
+#include "cpu/attention/sequences.h"
+#include "cpu/isa/kernels.h"
+
+namespace torchweld::cpu {
+namespace {
+
+constexpr int64_t kTasks = 16;       // chunks of keys are made until there are so many tasks
+constexpr int64_t kChunkKeys = 256;  // but none shorter than this
+constexpr int64_t kTileKeys = 192;
+constexpr int64_t kPrepareRows = 192;  // of queries, per task of the first and the last pass
+
+// Sizes of a sequence, in words. share: of the work of all sequences.
+template <class T, class Compute>
+struct BackwardPlan {
+  using Tile = GradientTile<T, Compute>;
+
+  int64_t tile_keys, chunks, chunk;  // chunk: keys, a multiple of tile_keys
+  int64_t key_width, value_width;    // of a row of dquery and dkey, of dvalue
+  int64_t packed, partial;           // of each query head: packed rows; of each query head and chunk: dquery
+
+  BackwardPlan(const AttentionBackwardParams& p, double share) {
+    const int64_t tiles = max_of(ceil_div(p.keys, kTileKeys), 1);
+    tile_keys = round_up(ceil_div(max_of(p.keys, 1), tiles), kPanel);
+    const int64_t tasks = max_of(static_cast<int64_t>(kTasks * share), 1);
+    const int64_t wanted = ceil_div(tasks, max_of(p.batch * p.kv_heads, 1)), most = max_of(p.keys / kChunkKeys, 1);
+    chunk = round_up(ceil_div(max_of(p.keys, 1), min_of(wanted, most)), tile_keys);
+    chunks = max_of(ceil_div(p.keys, chunk), 1);
+    key_width = round_up(p.dim, W);
+    value_width = round_up(p.value_dim, W);
+    packed = Tile::Queries::words(p);
+    partial = round_up(p.queries, 16) * key_width;  // tiles add zeros to rows past the last
+  }
+
+  int64_t tile_words(const AttentionBackwardParams& p) const {
+    return Tile::scratch_words(p, tile_keys) +
+           max_of(tile_keys * (key_width + value_width), Tile::kQueries * tile_keys);
+  }
+  // dalibi_slopes has a sum of its own for every query head and block of its queries.
+  int64_t own_words(const AttentionBackwardParams& p) const {
+    return p.batch * p.heads * (packed + chunks * partial) +
+           round_up(p.batch * p.heads * ceil_div(p.queries, Tile::kQueries) * 2, 16);
+  }
+};
+
+template <class T, class Compute>
+class Backward {
+  using Plan = BackwardPlan<T, Compute>;
+  using Tile = typename Plan::Tile;
+  using Params = AttentionBackwardParams;
+
+  // The workspace: each thread's scratch, the table of the sequences, what belongs to each of them.
+  struct Layout {
+    int64_t threads, pairs, scratch = 0, own = 0;
+
+    explicit Layout(const Params& p) : threads(threads_for(p, 5)), pairs(Pairs(p).total) {
+      for_each_sequence(p, [&](const Params& one) {
+        scratch = max_of(scratch, plan(one).tile_words(one));
+        own += plan(one).own_words(one);
+      });
+    }
+
+    Plan plan(const Params& one) const {
+      return {one,
+              pairs == 0 ? 1.0 : static_cast<double>(one.batch * one.queries * one.keys) / static_cast<double>(pairs)};
+    }
+  };
+
+ public:
+  static int64_t workspace(const Params& p) {
+    const Layout layout(p);
+    return layout.threads * layout.scratch + Sequences<Params>::table_words(p) + layout.own;
+  }
+
+  static void run(const Params& p) {
+    const Layout layout(p);
+    auto scratch = [&](int64_t thread) { return p.workspace + thread * layout.scratch; };
+    Sequences<Params> sequences(p, scratch(layout.threads),
+                                [&](const Params& one) { return layout.plan(one).own_words(one); });
+    // body(call, unit, thread) for units(call) units.
+    auto for_each_unit = [&](auto units, auto body) {
+      sequences.for_each_unit(
+          layout.threads, [&](const Params& one) { return units(Backward(one, layout, nullptr)); },
+          [&](const Params& one, int64_t unit, int64_t thread, float* own) {
+            body(Backward(one, layout, own), unit, thread);
+          });
+    };
+    auto heads = [](const Backward& call) { return call.p_.batch * call.p_.heads; };
+    auto blocks = [](const Backward& call) { return call.p_.batch * call.p_.heads * call.blocks(); };
+    auto chunks = [](const Backward& call) { return call.p_.batch * call.p_.kv_heads * call.plan_.chunks; };
+
+    for_each_unit(blocks, [](const Backward& call, int64_t unit, int64_t) {
+      const Span rows = call.block(unit % call.blocks());
+      const int64_t head = unit / call.blocks(), heads = call.p_.heads;
+      call.queries(head).pack(call.p_, head / heads, head % heads, rows.begin, rows.end, call.plan_.tile_keys);
+    });
+    const bool broadcast = p.dbias != nullptr && !Backward(p, layout, scratch(layout.threads)).dense_dbias();
+    if (p.dbias != nullptr && !broadcast)
+      for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.clear_dbias(head); });
+    // First chunks first: under a causal mask they are the longest.
+    for_each_unit(chunks, [&](const Backward& call, int64_t unit, int64_t thread) {
+      const int64_t kv_heads = call.p_.batch * call.p_.kv_heads;
+      call.differentiate(unit % kv_heads, unit / kv_heads, scratch(thread));
+    });
+    if (p.dsinks != nullptr)
+      for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.sink_gradient(head); });
+    if (broadcast) Backward(p, layout, scratch(layout.threads)).bias_gradient(layout.threads, layout.scratch);
+    if (p.dalibi_slopes != nullptr) {
+      auto slope_blocks = [](const Backward& call) { return call.p_.batch * call.p_.heads * call.slope_blocks(); };
+      for_each_unit(slope_blocks, [&](const Backward& call, int64_t unit, int64_t thread) {
+        call.slope_gradient(unit / call.slope_blocks(), unit % call.slope_blocks(), scratch(thread));
+      });
+      for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.store_dslope(head); });
+    }
+    if (p.dquery != nullptr)
+      for_each_unit(blocks, [](const Backward& call, int64_t unit, int64_t) {
+        const Span rows = call.block(unit % call.blocks());
+        call.store_dquery(unit / call.blocks(), rows.begin, rows.end);
+      });
+  }
+
+ private:
+  Backward(const Params& p, const Layout& layout, float* own)
+      : p_(p),
+        plan_(layout.plan(p)),
+        group_(p.heads / p.kv_heads),
+        own_(own),
+        partials_(own + p.batch * p.heads * plan_.packed) {}
+
+  // Of queries, for the first and the last pass.
+  int64_t blocks() const { return ceil_div(p_.queries, kPrepareRows); }
+  Span block(int64_t n) const { return {n * kPrepareRows, min_of((n + 1) * kPrepareRows, p_.queries)}; }
+
+  typename Tile::Queries queries(int64_t head) const {
+    return {p_, head / p_.heads, head % p_.heads, own_ + head * plan_.packed};
+  }
+
+  float* partial(int64_t head, int64_t chunk) const {
+    return partials_ + (chunk * p_.batch * p_.heads + head) * plan_.partial;
+  }
+
+  // The sink's own probability is exp(sink - max) * inverse, its value zero. Where it is so far above the maximum that
+  // this would overflow, it is 1, as in a row that sees nothing.
+  void sink_gradient(int64_t head) const {
+    const typename Tile::Queries rows = queries(head);
+    const float sink = p_.sinks[head % p_.heads], unit = score_unit(p_);
+    double total = 0;
+    for (int64_t i = 0; i < p_.queries; ++i) {
+      const float distance = above_sink(splat(rows.max[i]), unit, sink)[0];
+      const double inverse = rows.inverse[i];
+      const double probability =
+          distance < -80.0f || inverse == 0 ? 1 : __builtin_exp(-static_cast<double>(distance)) * inverse;
+      total -= probability * static_cast<double>(rows.delta[i]);
+    }
+    p_.dsinks[head] = sink == -kInfinity ? 0.0f : static_cast<float>(total);
+  }
+
+  // One chunk of keys of one key head, against all query heads that share it.
+  void differentiate(int64_t kv_head, int64_t chunk, float* scratch) const {
+    const TileScope tiles;
+    const int64_t b = kv_head / p_.kv_heads, hk = kv_head % p_.kv_heads, first_head = b * p_.heads + hk * group_;
+    const int64_t begin = chunk * plan_.chunk, end = min_of(begin + plan_.chunk, p_.keys);
+    float* dk = scratch + Tile::scratch_words(p_, plan_.tile_keys);
+    float* dv = dk + plan_.tile_keys * plan_.key_width;
+    const int64_t partial_words = p_.dquery != nullptr ? plan_.partial : 0;
+    for (int64_t g = 0; g < group_; ++g) std::memset(partial(first_head + g, chunk), 0, sizeof(float) * partial_words);
+
+    for (int64_t j0 = begin; j0 < end; j0 += plan_.tile_keys) {
+      const int64_t keys = min_of(plan_.tile_keys, end - j0);
+      std::memset(dk, 0, sizeof(float) * plan_.tile_keys * plan_.key_width);
+      std::memset(dv, 0, sizeof(float) * plan_.tile_keys * plan_.value_width);
+      Tile tile(p_, b, hk, j0, keys, plan_.tile_keys, scratch);
+      for (int64_t g = 0; g < group_; ++g) {
+        const Scores scores(p_, b, hk * group_ + g);
+        const typename Tile::Queries rows = queries(first_head + g);
+        float* dq = partial(first_head + g, chunk);
+        const int64_t last = scores.band.last(j0 + keys);
+        for (int64_t i0 = round_down(scores.band.first(j0), 2 * Compute::step_unit); i0 < last; i0 += Tile::kQueries) {
+          const Span span{i0, min_of(i0 + Tile::kQueries, last)};
+          tile.dbias = dense_dbias() ? dbias_of(first_head + g) : nullptr;
+          tile.score(scores, rows, span);
+          if (p_.dvalue != nullptr) tile.add_dvalue(rows, span, dv);
+          if (p_.dkey != nullptr) tile.add_dkey(rows, span, dk);
+          if (p_.dquery != nullptr) tile.add_dquery(span, dq);
+        }
+      }
+      if (p_.dkey != nullptr)
+        store_keys(dk, plan_.key_width, keys, p_.dim, p_.scale,
+                   head_of<T>(p_.dkey, p_.dkey_strides, b, hk) + j0 * p_.dkey_strides.row, p_.dkey_strides.row);
+      if (p_.dvalue != nullptr)
+        store_keys(dv, plan_.value_width, keys, p_.value_dim, 1.0f,
+                   head_of<T>(p_.dvalue, p_.dvalue_strides, b, hk) + j0 * p_.dvalue_strides.row, p_.dvalue_strides.row);
+    }
+  }
+
+  // Whether every score has a bias of its own: its gradient is then stored as it is made.
+  bool dense_dbias() const {
+    const int64_t* extent = p_.dbias_extents;
+    return p_.dbias != nullptr && extent[0] == p_.batch && extent[1] == p_.heads && extent[2] == p_.queries &&
+           extent[3] == p_.keys;
+  }
+  int64_t dbias_bytes() const { return p_.queries * p_.keys * (p_.bias_type == MaskType::float32 ? 4 : 2); }
+  void* dbias_of(int64_t head) const { return static_cast<char*>(p_.dbias) + head * dbias_bytes(); }
+  void clear_dbias(int64_t head) const {
+    if (p_.left < kUnbounded || p_.right < kUnbounded) std::memset(dbias_of(head), 0, dbias_bytes());
+  }
+
+  // Of a bias that is broadcast. A task owns a tile of dbias and sums over whatever bias is broadcast to, in one order.
+  // It makes the products again, which costs 2 Nq Nk (D + Dv) FLOPs per head but no memory, and needs no sum over tasks
+  // whatever the broadcast is.
+  void bias_gradient(int64_t threads, int64_t scratch_words) const {
+    const int64_t* extent = p_.dbias_extents;
+    const int64_t row_tiles = extent[2] > 1 ? ceil_div(p_.queries, Tile::kQueries) : 1;
+    const int64_t key_tiles = extent[3] > 1 ? ceil_div(p_.keys, plan_.tile_keys) : 1;
+    parallel_queue(extent[0] * extent[1] * row_tiles * key_tiles, threads, [&](int64_t task, int64_t thread) {
+      const int64_t kt = task % key_tiles, qt = task / key_tiles % row_tiles, outer = task / key_tiles / row_tiles;
+      const Span batches = slice(outer / extent[1], extent[0], 1, p_.batch),
+                 heads = slice(outer % extent[1], extent[1], 1, p_.heads);
+      const Span rows = slice(qt, extent[2], Tile::kQueries, p_.queries),
+                 keys = slice(kt, extent[3], plan_.tile_keys, p_.keys);
+      const TileScope tiles;
+      float* scratch = p_.workspace + thread * scratch_words;
+      float* sums = scratch + Tile::scratch_words(p_, plan_.tile_keys);
+      std::memset(sums, 0, sizeof(float) * Tile::kQueries * plan_.tile_keys);
+      for (int64_t b = batches.begin; b < batches.end; ++b)
+        for (int64_t h = heads.begin; h < heads.end; ++h) {
+          const Scores scores(p_, b, h);
+          for (int64_t j0 = keys.begin; j0 < keys.end; j0 += plan_.tile_keys) {
+            const int64_t width = min_of(plan_.tile_keys, keys.end - j0);
+            Tile tile(p_, b, h / group_, j0, width, plan_.tile_keys, scratch);
+            for (int64_t i0 = rows.begin; i0 < rows.end; i0 += Tile::kQueries)
+              tile.add_dbias(scores, queries(b * p_.heads + h), {i0, min_of(i0 + Tile::kQueries, rows.end)}, sums,
+                             plan_.tile_keys);
+          }
+        }
+      store_dbias(sums, outer, rows, keys);
+    });
+  }
+
+  int64_t slope_blocks() const { return ceil_div(p_.queries, Tile::kQueries); }
+
+  double* slope_sums(int64_t head) const {
+    return reinterpret_cast<double*>(partials_ + p_.batch * p_.heads * plan_.chunks * plan_.partial) +
+           head * slope_blocks();
+  }
+
+  // The part of a block of queries in the gradient of their head's slope: the sum of dscores * -|i + shift - j|. Makes
+  // the products again, as that of the bias does. delta is summed up again too, for one from an output that was rounded
+  // to 16 bits is off by the same for all keys of a row, which the distances would make much of.
+  void slope_gradient(int64_t head, int64_t block, float* scratch) const {
+    const TileScope tiles;
+    const int64_t b = head / p_.heads, h = head % p_.heads;
+    const Span span{block * Tile::kQueries, min_of((block + 1) * Tile::kQueries, p_.queries)};
+    const Scores scores(p_, b, h);
+    double sums[Tile::kQueries * 3] = {}, total = 0;
+    const int64_t end = scores.band.high(span.end - 1);
+    for (int64_t j0 = round_down(scores.band.low(span.begin), kPanel); j0 < end; j0 += plan_.tile_keys)
+      Tile(p_, b, h / group_, j0, min_of(plan_.tile_keys, p_.keys - j0), plan_.tile_keys, scratch)
+          .add_distances(scores, queries(head), span, sums);
+    for (int64_t i = span.begin; i < span.end; ++i) {
+      const double* row = sums + (i - span.begin) * 3;
+      const double dlse = p_.dlse != nullptr ? p_.dlse[p_.row(b, h) + i] : 0.0f;
+      total -= row[0] - (row[2] - dlse) * row[1];
+    }
+    slope_sums(head)[block] = total;
+  }
+
+  void store_dslope(int64_t head) const {
+    double total = 0;
+    for (int64_t n = 0; n < slope_blocks(); ++n) total += slope_sums(head)[n];
+    p_.dalibi_slopes[head] = static_cast<float>(total);
+  }
+
+  // Tile `index` of an axis of `size`; all of it where bias is broadcast.
+  static Span slice(int64_t index, int64_t extent, int64_t tile, int64_t size) {
+    return extent > 1 ? Span{index * tile, min_of((index + 1) * tile, size)} : Span{0, size};
+  }
+
+  // Rows of tile_keys sums; what bias is broadcast to is added up first.
+  void store_dbias(float* sums, int64_t outer, Span rows, Span keys) const {
+    const int64_t *extent = p_.dbias_extents, stride = plan_.tile_keys, width = min_of(keys.end - keys.begin, stride);
+    int64_t count = min_of(rows.end - rows.begin, Tile::kQueries), row = outer * extent[2] + rows.begin;
+    if (extent[2] == 1) {
+      for (int64_t r = 1; r < count; ++r)
+        for (int64_t j = 0; j < width; j += W) store(sums + j, load(sums + j) + load(sums + r * stride + j));
+      count = 1;
+    }
+    dispatch(p_.bias_dtype(), [&](auto t) {
+      auto* out =
+          static_cast<typename decltype(t)::type*>(p_.dbias) + row * extent[3] + (extent[3] == 1 ? 0 : keys.begin);
+      for (int64_t r = 0; r < count; ++r, out += extent[3], sums += stride) {
+        if (extent[3] == 1)
+          store(out, splat(sum_over(width, [&](int64_t j, auto lanes) { return load(sums + j, lanes); })), First{1});
+        else
+          for_each_vector(width, [&](int64_t j, auto lanes) { store(out + j, load(sums + j), lanes); });
+      }
+    });
+  }
+
+  // Rows of dkey or dvalue, as the tile left them.
+  void store_keys(const float* from, int64_t width, int64_t rows, int64_t dim, float factor, T* to,
+                  int64_t stride) const {
+    if constexpr (Compute::tiles) {
+      for (int64_t r = 0; r < rows; r += W)
+        for_each_vector(dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+          Vec v[W];
+          for (int n = 0; n < W; ++n) v[n] = load(from + (i + n) * plan_.tile_keys + r);
+          transpose(v);
+          for (int64_t n = 0; n < min_of(W, rows - r); ++n) store(to + (r + n) * stride + i, v[n] * factor, lanes);
+        });
+    } else {
+      for (int64_t r = 0; r < rows; ++r)
+        for_each_vector(dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+          store(to + r * stride + i, load(from + r * width + i) * factor, lanes);
+        });
+    }
+  }
+
+  void store_dquery(int64_t head, int64_t begin, int64_t end) const {
+    T* dq = head_of<T>(p_.dquery, p_.dquery_strides, head / p_.heads, head % p_.heads);
+    const int64_t next = p_.batch * p_.heads * plan_.partial;
+    for (int64_t i = begin; i < end; ++i) {
+      const float* row = partial(head, 0) + i * plan_.key_width;
+      for_each_vector(p_.dim, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
+        Vec total{};
+        for (int64_t c = 0; c < plan_.chunks; ++c) total += load(row + c * next + d);
+        store(dq + i * p_.dquery_strides.row + d, total * p_.scale, lanes);
+      });
+    }
+  }
+
+  const Params& p_;
+  const Plan plan_;
+  const int64_t group_;
+  float* const own_;
+  float* const partials_;
+};
+
+}  // namespace
+
+namespace TORCHWELD_ISA {
+
+int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
+  int64_t size = 0;
+  dispatch_products(p, [&](auto t, auto words) {
+    size = Backward<typename decltype(t)::type, typename decltype(words)::type>::workspace(p);
+  });
+  return size;
+}
+
+void attention_backward(const AttentionBackwardParams& p) {
+  if (p.kv_heads == 0) return;
+  dispatch_products(
+      p, [&](auto t, auto words) { Backward<typename decltype(t)::type, typename decltype(words)::type>::run(p); });
+}
+
+}  // namespace TORCHWELD_ISA
+}  // namespace torchweld::cpu

@@ -1,0 +1,345 @@
+// One tile of the attention backward: some queries against some keys. From the packed operands it makes P and dscores,
+// and from those the three gradients, each a product of matmul/matmul.h. Nothing is transposed on the way: as left
+// operands, P and dscores are read by columns for dkey and dvalue and by rows for dquery. In bf16 a word holds
+// neighbours along the summed dimension, so both are kept with pairs of queries, and dscores with pairs of keys as
+// well. Tiles read left operands by rows alone: there P and dscores are right operands, and dkey and dvalue come out
+// transposed.
+#pragma once
+
+#include "cpu/attention/queries.h"
+
+namespace torchweld::cpu {
+namespace {
+
+template <class T, class Compute>
+class GradientTile {
+  static constexpr bool kPairs = Compute::per_word == 2;
+  static constexpr int64_t kScoreRows =
+      Compute::tiles ? (Compute::parts == 1 ? 16 : 32) : 48;  // so many rows of products at a time: they stay in L1
+  static constexpr int64_t kBlockRows = Compute::block_rows;
+
+ public:
+  static constexpr int64_t kQueries = Compute::per_word / Compute::parts == 2 ? 192 : 96;
+
+  using Queries = GradientQueries<T, Compute>;
+
+  static int64_t scratch_words(const AttentionInputs& p, int64_t tile_keys) {
+    const int64_t stride = tile_keys + 32;
+    return tile_keys * (words_of<Compute>(p.dim) + words_of<Compute>(p.value_dim)) +  // key^T, value^T
+           words_of<Compute>(tile_keys) * round_up(p.dim, W) +                        // key
+           3 * kScoreRows * stride + (kPairs ? 3 : 4) * kQueries * stride / 2 * Compute::parts;
+  }
+
+  // Packs keys [j0, j0 + keys) of key head (b, hk).
+  GradientTile(const AttentionInputs& p, int64_t b, int64_t hk, int64_t j0, int64_t keys, int64_t tile_keys,
+               float* scratch)
+      : p_(p),
+        j0_(j0),
+        keys_(keys),
+        width_(round_up(keys, Compute::column_unit)),
+        tile_keys_(tile_keys),
+        stride_(tile_keys + 32) {
+    auto take = [&](int64_t words) {
+      float* part = scratch;
+      scratch += words;
+      return part;
+    };
+    const int64_t key_steps = words_of<Compute>(p.dim), value_steps = words_of<Compute>(p.value_dim);
+    const T* k = head_of<T>(p.key, p.key_strides, b, hk) + j0 * p.key_strides.row;
+    const T* v = head_of<T>(p.value, p.value_strides, b, hk) + j0 * p.value_strides.row;
+    float* key = take(tile_keys * key_steps);
+    float* value = take(tile_keys * value_steps);
+    float* steps = take(words_of<Compute>(tile_keys) * round_up(p.dim, W));
+    // Blocks reach past the keys that queries see: what no query sees may be NaN, and zeros stand for it.
+    const int64_t seen = max_of(min_of(keys, Band(p).high(p.queries - 1) - j0), 0);
+    pack_transposed<T, Compute>(k, p.key_strides.row, seen, p.dim, key);
+    pack_transposed<T, Compute>(v, p.value_strides.row, seen, p.value_dim, value);
+    key_ = {key, Compute::panel, Compute::panel * key_steps};
+    value_ = {value, Compute::panel, Compute::panel * value_steps};
+    if (right_in_place<T, Compute>(p.dim)) {
+      key_steps_ = {reinterpret_cast<const float*>(k), p.key_strides.row, kPanel};
+    } else {
+      const int64_t panel = Compute::tiles ? 16 * words_of<Compute>(keys) : kPanel;
+      pack_rows<T, Compute>(k, p.key_strides.row, seen, p.dim, steps, panel);
+      key_steps_ = {steps, Compute::tiles ? 16 : round_up(p.dim, W), panel};
+    }
+    products_ = take(kScoreRows * stride_);
+    dprobability_ = take(kScoreRows * stride_);
+    slopes_ = take(kScoreRows * stride_);
+    probability_ = take(words_of<Compute>(kQueries) * stride_);
+    dscore_ = take(words_of<Compute>(kQueries) * stride_);
+    dscore_rows_ = kPairs ? take(kQueries * words_of<Compute>(stride_)) : dscore_;
+  }
+
+  // Where score() leaves the gradient of the bias of this head, [Nq, Nk]; nullptr: nowhere.
+  void* dbias = nullptr;
+
+  // P and dscores of queries [queries.begin, queries.end), begin even.
+  void score(const Scores& scores, const Queries& rows, Span queries) {
+    products(scores, rows, queries, [&](int64_t i, int64_t count, int64_t r, Span span) __attribute__((always_inline)) {
+      differentiate(scores, rows, i, count, i - queries.begin, r, span);
+    });
+    if constexpr (Compute::tiles) {
+      // Up to whole blocks there is nothing.
+      const int64_t count = queries.end - queries.begin;
+      const Score nothing[2] = {};
+      for (int64_t t = round_up(count, 2); t < round_up(count, 32); t += 2)
+        for (int64_t j = 0; j < width_; j += W) write(t, j, nothing);
+    }
+  }
+
+  // Of each query the sums of P * dP * |i + shift - j|, P * |i + shift - j| and P * dP, added to [kQueries, 3].
+  void add_distances(const Scores& scores, const Queries& rows, Span queries, double* sums) {
+    products(scores, rows, queries, [&](int64_t i, int64_t count, int64_t r, Span span) __attribute__((always_inline)) {
+      float factors[kTileKeysMost];
+      for (int64_t n = 0; n < count; ++n) {
+        scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, nullptr);
+        if (scores.dropout.active()) drop(scores, i + n, r + n, span, factors);
+        const Row row(rows, i + n, scores.unit());
+        Vec signed_distance = scores.distance(i + n, j0_ + span.begin), total[3] = {};
+        for (int64_t j = span.begin; j < span.end; j += W, signed_distance += static_cast<float>(W)) {
+          const int64_t at = (r + n) * stride_ + j;
+          const Vec p = probability(at, row), distance = from_bits(bits(signed_distance) & 0x7fffffffu);
+          const Vec gradient = p == zero() ? zero() : p * load(dprobability_ + at);
+          total[0] += gradient * distance;
+          total[1] += p * distance;
+          total[2] += gradient;
+        }
+        for (int k = 0; k < 3; ++k) sums[(i + n - queries.begin) * 3 + k] += static_cast<double>(sum(total[k]));
+      }
+    });
+  }
+
+  // The gradient of the scores after the softcap, added to [kQueries, tile_keys]: what an additive bias receives.
+  void add_dbias(const Scores& scores, const Queries& rows, Span queries, float* dbias, int64_t stride) {
+    products(scores, rows, queries, [&](int64_t i, int64_t count, int64_t r, Span span) __attribute__((always_inline)) {
+      float factors[kTileKeysMost];
+      for (int64_t n = 0; n < count; ++n) {
+        scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, nullptr);
+        if (scores.dropout.active()) drop(scores, i + n, r + n, span, factors);
+        float* out = dbias + (i + n - queries.begin) * stride;
+        const Row row(rows, i + n, scores.unit());
+        for (int64_t j = span.begin; j < span.end; j += W) {
+          const int64_t at = (r + n) * stride_ + j;
+          store(out + j, load(out + j) + dscore(at, row, probability(at, row)).gradient);
+        }
+      }
+    });
+  }
+
+  // dv: [keys, round_up(Dv, W)]; with tiles [round_up(Dv, W), tile_keys]. So dk.
+  void add_dvalue(const Queries& rows, Span queries, float* dv) const {
+    add_by_key(probability_, rows.doutput_steps, rows.doutput_columns, queries, round_up(p_.value_dim, W), dv);
+  }
+  void add_dkey(const Queries& rows, Span queries, float* dk) const {
+    add_by_key(dscore_, rows.query_steps, rows.query_columns, queries, round_up(p_.dim, W), dk);
+  }
+
+  // dq: the whole head's, [Nq, round_up(D, W)].
+  void add_dquery(Span queries, float* dq) const {
+    const Band band(p_);
+    Span steps[kQueries / kBlockRows];
+    for (int64_t i = queries.begin; i < queries.end; i += kBlockRows) {
+      const int64_t low = max_of(band.low(i) - j0_, 0);
+      const int64_t high = min_of(band.high(min_of(i + kBlockRows, queries.end) - 1) - j0_, keys_);
+      steps[(i - queries.begin) / kBlockRows] = steps_between<Compute>(low, high);
+    }
+    const int64_t width = round_up(p_.dim, W);
+    gemm_accumulate<Compute>(queries.end - queries.begin, width, {dscore_rows_, words_of<Compute>(stride_), 1},
+                             key_steps_, steps, dq + queries.begin * width, width);
+  }
+
+ private:
+  // Keys: each block of them sums over the queries that see one of it. by_query: P or dscores.
+  void add_by_key(const float* by_query, const Right& right, const Left& columns, Span queries, int64_t width,
+                  float* out) const {
+    const Band band(p_);
+    Span steps[kTileKeysMost / kBlockRows];
+    for (int64_t r = 0; r < keys_; r += kBlockRows) {
+      const int64_t first = max_of(band.first(j0_ + r), queries.begin) - queries.begin;
+      const int64_t last = min_of(band.last(j0_ + min_of(r + kBlockRows, keys_)), queries.end) - queries.begin;
+      steps[r / kBlockRows] = steps_between<Compute>(first, last);
+    }
+    const int64_t first = words_of<Compute>(queries.begin);
+    if constexpr (Compute::tiles) {
+      for (int64_t r = 0; r < keys_; r += kBlockRows)
+        for (int64_t m = 0; m < width; m += kBlockRows)
+          gemm_accumulate<Compute>(
+              min_of(kBlockRows, width - m), kBlockRows, {columns.data + m * columns.row + first * 16, columns.row, 1},
+              {by_query + r * kPairRows, 16, kPairPanel}, &steps[r / kBlockRows], out + m * tile_keys_ + r, tile_keys_);
+    } else {
+      gemm_accumulate<Compute>(keys_, width, {by_query, 1, stride_},
+                               {right.data + first * right.step, right.step, right.panel}, steps, out, width);
+    }
+  }
+
+  // Products of so many rows at a time, then body(i, count, r, span) for every per_word rows: queries [i, i + count)
+  // are rows r and on of the products, which are there for columns span.
+  template <class Body>
+  TW_INLINE void products(const Scores& scores, const Queries& rows, Span queries, Body&& body) {
+    for (int64_t i0 = queries.begin; i0 < queries.end; i0 += kScoreRows) {
+      const int64_t count = min_of(kScoreRows, queries.end - i0);
+      Span columns[ceil_div(kScoreRows, kBlockRows)];
+      for (int64_t m = 0; m < count; m += kBlockRows) {
+        const int64_t low = max_of(scores.band.low(i0 + m) - j0_, 0);
+        const int64_t high = min_of(scores.band.high(i0 + min_of(m + kBlockRows, count) - 1) - j0_, keys_);
+        columns[m / kBlockRows] =
+            low < high ? Span{round_down(low, Compute::column_unit), round_up(high, Compute::column_unit)} : Span{0, 0};
+      }
+      gemm_store<Compute>(count, words_of<Compute>(p_.dim), rows_from(rows.query, i0), key_, columns, products_,
+                          stride_);
+      gemm_store<Compute>(count, words_of<Compute>(p_.value_dim), rows_from(rows.doutput, i0), value_, columns,
+                          dprobability_, stride_);
+      for (int64_t r = 0; r < count; r += Compute::per_word)
+        body(i0 + r, min_of(Compute::per_word, count - r), r, columns[r / kBlockRows]);
+    }
+  }
+
+  // Dropout's factors in the row of query i, and dP of row r multiplied by them.
+  void drop(const Scores& scores, int64_t i, int64_t r, Span span, float* factors) const {
+    scores.dropout.factors(factors, i, j0_, span);
+    float* row = dprobability_ + r * stride_;
+    for (int64_t j = span.begin; j < span.end; j += W) store(row + j, load(row + j) * load(factors + j));
+  }
+
+  struct Score {
+    Vec probability, gradient;
+  };
+
+  // What probabilities and gradients of a row's scores are made of.
+  struct Row {
+    Vec max, inverse, unit, delta, dlse;
+
+    Row() = default;
+    Row(const Queries& rows, int64_t i, float score_unit)
+        : max(splat(rows.max[i])),
+          inverse(splat(rows.inverse[i])),
+          unit(splat(score_unit)),
+          delta(splat(rows.delta[i])),
+          dlse(splat(rows.dlse != nullptr ? rows.dlse[i] : 0.0f)) {}
+  };
+
+  TW_INLINE Vec probability(int64_t at, const Row& row) const {
+    return weight<Compute::exp_degree>(load(products_ + at), row.max, row.unit) * row.inverse;
+  }
+
+  // P * (dP - delta). Where P is 1, but for less than a rounding of the output, delta is dP - dlse: of the difference
+  // nothing else than the roundings of two sums would be left, and of an output in 16 bits.
+  TW_INLINE Score dscore(int64_t at, const Row& row, Vec p) const {
+    constexpr float kWhole = sizeof(T) == 4 ? 1 - 0x1p-22f : 1 - 0x1p-12f;
+    const Vec gradient = p * (load(dprobability_ + at) - row.delta);
+    // Where nothing is seen, value may hold a NaN.
+    return {p, p == zero() ? zero() : p >= splat(kWhole) ? row.dlse : gradient};
+  }
+
+  // Whether the tile holds all that query i sees.
+  bool holds_all(const Band& band, int64_t i) const {
+    const int64_t low = band.low(i), high = band.high(i);
+    return low < high && j0_ <= low && high <= j0_ + keys_;
+  }
+
+  // P in the place of the scores of row r. Returns the sum of P * dP.
+  __attribute__((noinline)) float sum_gradients(const Row& row, int64_t r, Span span) const {
+    Vec total{};
+    for (int64_t j = span.begin; j < span.end; j += W) {
+      const int64_t at = r * stride_ + j;
+      const Vec p = probability(at, row);
+      store(products_ + at, p);
+      total += p == zero() ? zero() : p * load(dprobability_ + at);
+    }
+    return sum(total);
+  }
+
+  // P and dscores of `count` neighbouring rows (a pair, or one) from query i on, row t of the tile.
+  TW_INLINE void differentiate(const Scores& scores, const Queries& rows, int64_t i, int64_t count, int64_t t,
+                               int64_t r, Span span) {
+    constexpr int kCount = Compute::per_word;
+    const bool capped = p_.softcap != 0, dropping = scores.dropout.active();
+    float factors[kCount][kTileKeysMost];
+    Row row[kCount];
+    bool summed = false;  // P is there already
+    for (int n = 0; n < kCount; ++n) {
+      if (n >= count) continue;
+      row[n] = Row(rows, i + n, scores.unit());
+      scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, capped ? slopes_ + (r + n) * stride_ : nullptr);
+      if (dropping) drop(scores, i + n, r + n, span, factors[n]);
+      summed |= rows.summed && holds_all(scores.band, i + n);
+    }
+    for (int n = 0; n < count && summed; ++n) {
+      const float total = sum_gradients(row[n], r + n, span);
+      if (!holds_all(scores.band, i + n)) continue;
+      rows.delta[i + n] += total;
+      row[n].delta = splat(rows.delta[i + n]);
+    }
+    const Score nothing[kCount] = {};
+    for (int64_t j = 0; j < span.begin; j += W) write(t, j, nothing);
+    auto write_scores = [&](auto&& probability_of) __attribute__((always_inline)) {
+      for (int64_t j = span.begin; j < span.end; j += W) {
+        Score score[kCount] = {};
+        for (int n = 0; n < kCount; ++n) {
+          if (n >= count) continue;
+          const int64_t at = (r + n) * stride_ + j;
+          score[n] = dscore(at, row[n], probability_of(at, row[n]));
+          if (dbias != nullptr) store(dprobability_ + at, score[n].gradient);
+          if (capped) score[n].gradient = score[n].gradient * load(slopes_ + at);
+          if (dropping) score[n].probability = score[n].probability * load(factors[n] + j);
+        }
+        write(t, j, score);
+      }
+    };
+    if (summed)
+      write_scores([&](int64_t at, const Row&) { return load(products_ + at); });
+    else
+      write_scores([&](int64_t at, const Row& one) { return probability(at, one); });
+    for (int64_t j = span.end; j < width_; j += W) write(t, j, nothing);
+    if (dbias != nullptr)
+      for (int64_t n = 0; n < count; ++n) store_dbias(dprobability_ + (r + n) * stride_, i + n, span);
+  }
+
+  // The row of query i of a bias that is not broadcast.
+  __attribute__((noinline)) void store_dbias(const float* gradient, int64_t i, Span span) const {
+    dispatch(p_.bias_dtype(), [&](auto t) {
+      auto* out = static_cast<typename decltype(t)::type*>(dbias) + i * p_.keys + j0_;
+      const bool streaming = past_cache<typename decltype(t)::type>(dbias, p_.batch * p_.heads * p_.queries, p_.keys);
+      for_each_vector(keys_, [&](int64_t j, auto lanes) {
+        store_output(out + j, j >= span.begin && j < span.end ? load(gradient + j) : zero(), lanes, streaming);
+      });
+    });
+  }
+
+  // Row t of the tile, and its neighbour where rows go in pairs, columns [j, j + W).
+  TW_INLINE void write(int64_t t, int64_t j, const Score (&score)[Compute::per_word]) {
+    if constexpr (kPairs) {
+      const int64_t at =
+          Compute::tiles ? j / 16 * kPairPanel + t / 32 * 256 * Compute::parts + t / 2 % 16 * 16 : t / 2 * stride_ + j;
+      store_pairs(probability_ + at, score[0].probability, score[1].probability);
+      store_pairs(dscore_ + at, score[0].gradient, score[1].gradient);
+      for (int n = 0; n < 2; ++n)
+        Compute::store_row(Compute::row_of(dscore_rows_, words_of<Compute>(stride_), t + n), j, score[n].gradient);
+    } else {
+      store(probability_ + t * stride_ + j, score[0].probability);
+      store(dscore_ + t * stride_ + j, score[0].gradient);
+    }
+  }
+
+  TW_INLINE static void store_pairs(float* to, Vec even, Vec odd) {
+    VecU part[2][Compute::parts];
+    split(even, part[0]);
+    split(odd, part[1]);
+    for (int n = 0; n < Compute::parts; ++n) store(to + n * 256, pairs(part[0][n], part[1][n]));
+  }
+
+  static constexpr int64_t kTileKeysMost = 192;
+  // With tiles, P and dscores by pairs of queries are right operands: columns of blocks of keys.
+  static constexpr int64_t kPairRows = kQueries / 2 * Compute::parts, kPairPanel = 16 * kPairRows;
+
+  const AttentionInputs& p_;
+  const int64_t j0_, keys_, width_, tile_keys_, stride_;
+  Right key_, value_, key_steps_;              // key^T, value^T, key
+  float *products_, *dprobability_, *slopes_;  // [kScoreRows, stride]
+  float *probability_, *dscore_;               // [words_of(kQueries), stride] words along the queries
+  float* dscore_rows_;                         // [kQueries, words_of(stride)] words along the keys
+};
+
+}  // namespace
+}  // namespace torchweld::cpu

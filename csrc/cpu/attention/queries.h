@@ -1,0 +1,121 @@
+// The query side of the attention backward: of one query head, what all tiles of keys share.
+#pragma once
+
+#include "cpu/attention/scores.h"
+
+namespace torchweld::cpu {
+namespace {
+
+template <class T, class Compute>
+struct GradientQueries {
+  float *max, *inverse, *delta;         // [Nq]; max is 0 where nothing is seen
+  const float* dlse;                    // [Nq], nullptr: none
+  bool summed;                          // sums_gradients()
+  Left query, doutput;                  // as left operands, rows of words
+  Right query_steps, doutput_steps;     // as right operands, steps of queries
+  Left query_columns, doutput_columns;  // in their place with tiles: transposed, rows of words along the queries
+
+  static int64_t words(const AttentionBackwardParams& p) {
+    return 3 * round_up(p.queries, 16) + left_words(p.queries, p.query_strides.row, p.dim) +
+           left_words(p.queries, p.doutput_strides.row, p.value_dim) + right_words(p.queries, p.dim) +
+           right_words(p.queries, p.value_dim);
+  }
+
+  GradientQueries(const AttentionBackwardParams& p, int64_t b, int64_t h, float* memory) {
+    const int64_t rows = p.queries, qs = p.query_strides.row, ds = p.doutput_strides.row;
+    auto take = [&](int64_t words) {
+      float* part = memory;
+      memory += words;
+      return part;
+    };
+    max = take(round_up(rows, 16));
+    inverse = take(round_up(rows, 16));
+    delta = take(round_up(rows, 16));
+    dlse = p.dlse != nullptr ? p.dlse + p.row(b, h) : nullptr;
+    summed = sums_gradients(p);
+    const T* q = head_of<T>(p.query, p.query_strides, b, h);
+    const T* dout = head_of<T>(p.doutput, p.doutput_strides, b, h);
+    query = left(q, qs, p.dim, take(left_words(rows, qs, p.dim)));
+    doutput = left(dout, ds, p.value_dim, take(left_words(rows, ds, p.value_dim)));
+    float* q_steps = take(right_words(rows, p.dim));
+    float* dout_steps = take(right_words(rows, p.value_dim));
+    query_steps = right(q, qs, p.dim, q_steps);
+    doutput_steps = right(dout, ds, p.value_dim, dout_steps);
+    query_columns = {q_steps, words_of<Compute>(rows), 1};
+    doutput_columns = {dout_steps, words_of<Compute>(rows), 1};
+  }
+
+  // Whether delta is rowsum(P * dP) - dlse where one tile holds all keys of a row, and not rowsum(doutput * output) -
+  // dlse: then it is of the very numbers that dscores are made of, and not rounded to 16 bits as the output is. Calls
+  // in 16 bits of nothing but query, key and value do without: 8 % of their time with 128 keys.
+  static bool sums_gradients(const AttentionBackwardParams& p) {
+    return sizeof(T) == 4 || !plain(p) || p.sinks != nullptr || p.dropout.seed != nullptr || p.dlse != nullptr;
+  }
+
+  // Fills rows [begin, end), begin even.
+  void pack(const AttentionBackwardParams& p, int64_t b, int64_t h, int64_t begin, int64_t end,
+            int64_t tile_keys) const {
+    const T* q = head_of<T>(p.query, p.query_strides, b, h) + begin * p.query_strides.row;
+    const T* dout = head_of<T>(p.doutput, p.doutput_strides, b, h) + begin * p.doutput_strides.row;
+    const T* out = head_of<T>(p.output, p.output_strides, b, h) + begin * p.output_strides.row;
+    const Band band(p);
+    for (int64_t i = begin; i < end; ++i, dout += p.doutput_strides.row, out += p.output_strides.row) {
+      float total = 0.0f;
+      if (!summed || !band.in_one_tile(i, tile_keys))
+        total =
+            sum_over(p.value_dim, [&](int64_t d, auto lanes) { return load(dout + d, lanes) * load(out + d, lanes); });
+      fill_statistics(p, p.row(b, h), i);
+      delta[i] = dlse != nullptr ? total - dlse[i] : total;
+    }
+    dout -= (end - begin) * p.doutput_strides.row;
+    pack_side(q, p.query_strides.row, begin, end, p.dim, query, query_steps, query_columns);
+    pack_side(dout, p.doutput_strides.row, begin, end, p.value_dim, doutput, doutput_steps, doutput_columns);
+  }
+
+ private:
+  void fill_statistics(const AttentionBackwardParams& p, int64_t first, int64_t i) const {
+    const float m = p.max[first + i];
+    if (m == -kInfinity) {
+      max[i] = inverse[i] = 0.0f;
+    } else if (p.inverse != nullptr) {
+      max[i] = m;
+      inverse[i] = p.inverse[first + i];
+    } else {  // lse
+      max[i] = m / score_unit(p);
+      inverse[i] = __builtin_expf(__builtin_fmaf(max[i], score_unit(p), -m));
+    }
+  }
+
+  // Room for operands that cannot be read where they lie.
+  static int64_t left_words(int64_t rows, int64_t stride, int64_t dim) {
+    return left_in_place<T, Compute>(stride, dim) ? 0 : round_up(rows, 16) * words_of<Compute>(dim);
+  }
+  static int64_t right_words(int64_t rows, int64_t dim) {
+    if (Compute::tiles) return round_up(dim, W) * words_of<Compute>(rows);
+    return right_in_place<T, Compute>(dim) ? 0 : round_up(ceil_div(rows, Compute::per_word) * round_up(dim, W), 16);
+  }
+
+  static Left left(const T* rows, int64_t stride, int64_t dim, const float* packed) {
+    if (left_in_place<T, Compute>(stride, dim))
+      return {reinterpret_cast<const float*>(rows), stride / Compute::per_word, 1};
+    return {packed, words_of<Compute>(dim), 1};
+  }
+  static Right right(const T* rows, int64_t stride, int64_t dim, const float* packed) {
+    if (right_in_place<T, Compute>(dim)) return {reinterpret_cast<const float*>(rows), stride, kPanel};
+    return {packed, round_up(dim, W), kPanel};
+  }
+  static void pack_side(const T* rows, int64_t stride, int64_t begin, int64_t end, int64_t dim, const Left& l,
+                        const Right& r, const Left& columns) {
+    if (!left_in_place<T, Compute>(stride, dim))
+      pack_left<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(l.data) + begin * l.row);
+    const int64_t first = words_of<Compute>(begin);
+    if constexpr (Compute::tiles)
+      pack_columns<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(columns.data) + first * 16,
+                               columns.row);
+    else if (!right_in_place<T, Compute>(dim))
+      pack_rows<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(r.data) + first * r.step, 0);
+  }
+};
+
+}  // namespace
+}  // namespace torchweld::cpu

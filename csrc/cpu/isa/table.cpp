@@ -1,0 +1,38 @@
+// The table of this instruction set. Its name comes from what the compiler was really told to use.
+#include "cpu/isa/kernels.h"
+
+namespace torchweld::cpu::TORCHWELD_ISA {
+
+#if defined(__AMX_BF16__)
+constexpr char compiled_for[] = "amx";
+#elif defined(__AVX512BF16__) && defined(__AVX512F__)
+constexpr char compiled_for[] = "avx512_bf16";
+#elif defined(__AVX512F__)
+constexpr char compiled_for[] = "avx512";
+#elif defined(__AVX2__)
+constexpr char compiled_for[] = "avx2";
+#else
+constexpr char compiled_for[] = "baseline";
+#endif
+
+extern const Kernels table;
+const Kernels table = {
+    compiled_for,
+    layer_norm_forward,
+    layer_norm_backward,
+    adamw,
+    grad_norm,
+    sgd,
+    cross_entropy_forward,
+    cross_entropy_backward,
+    gelu_forward,
+    gelu_backward,
+    attention_forward_workspace,
+    attention_forward,
+    attention_backward_workspace,
+    attention_backward,
+    paged_attention_workspace,
+    paged_attention,
+};
+
+}  // namespace torchweld::cpu::TORCHWELD_ISA

@@ -1,0 +1,103 @@
+// Cross-entropy of class indices, by row of V logits:
+//
+//   z = logits - max        loss = (1 - s) * (log(sum(exp(z))) - z[target]) + s * (log(sum(exp(z))) - mean(z))
+//   dlogits = dloss * (exp(z) / sum(exp(z)) - s / V), and dloss * (1 - s) less at the target
+//
+// with s the label smoothing. A thread owns whole rows; a row stays in cache between the pass for its maximum and the
+// pass for its sum. Memory: the logits are read once forward; read once and written once backward. The probabilities
+// are never stored, unlike in log_softmax followed by nll_loss, which moves the matrix through memory eight times.
+
+#include "cpu/isa/kernels.h"
+#include "cpu/parallel.h"
+#include "cpu/simd/exp.h"
+#include "cpu/simd/vec.h"
+
+namespace torchweld::cpu {
+namespace {
+
+constexpr int64_t kLogitsPerThread = 8192;
+
+int64_t rows_per_thread(int64_t classes) { return classes < kLogitsPerThread ? kLogitsPerThread / classes : 1; }
+
+template <class T>
+void forward_row(const CrossEntropyForwardParams& p, int64_t m) {
+  const int64_t V = p.classes, target = p.target[m];
+  const T* x = static_cast<const T*>(p.logits) + m * V;
+
+  // Maximum. A NaN need not win here: the sum meets it.
+  Vec largest = splat(-__builtin_inff());
+  for_each_vector(V, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    largest = vmax(keep(load(x + i, lanes), lanes, -__builtin_inff()), largest);
+  });
+  const float max = max_of(largest);
+
+  // Sum.
+  const float sum = sum_over(V, [&](int64_t i, auto lanes) { return exp2<6>((load(x + i, lanes) - max) * kLog2e); });
+  p.max[m] = max;
+  p.sum[m] = sum;
+
+  // Loss.
+  if (target == p.ignore_index) {
+    p.loss[m] = 0.0f;
+    return;
+  }
+  const float log_sum = __builtin_logf(sum);
+  float picked;
+  store(&picked, load(x + target, First{1}), First{1});
+  float loss = log_sum - (picked - max);
+  if (p.smoothing > 0.0f) {
+    const float share = 1.0f / static_cast<float>(V);  // of each term, for the sum of all may be no float
+    const float mean = sum_over(V, [&](int64_t i, auto lanes) { return (load(x + i, lanes) - max) * share; });
+    loss = (1.0f - p.smoothing) * loss + p.smoothing * (log_sum - mean);
+  }
+  p.loss[m] = loss;
+}
+
+template <class T>
+void backward_row(const CrossEntropyBackwardParams& p, int64_t m, bool streaming) {
+  const int64_t V = p.classes, target = p.target[m];
+  const T* x = static_cast<const T*>(p.logits) + m * V;
+  T* dx = static_cast<T*>(p.dlogits) + m * V;
+  if (target == p.ignore_index) {
+    const Vec nothing = splat(p.sum[m] * 0.0f);  // NaN where the row has no probabilities, as in torch
+    for_each_vector(V, [&](int64_t i, auto lanes) { store_output(dx + i, nothing, lanes, streaming); });
+    return;
+  }
+  // What each class and the target's own should have got; with one class that is 1, and the gradient exactly 0.
+  const double smoothing = p.smoothing, other = smoothing / static_cast<double>(V);
+  const float others = static_cast<float>(other), own = static_cast<float>(1.0 - smoothing + other);
+  const float max = p.max[m], dloss = p.dloss[m], inverse = 1.0f / p.sum[m];
+  for_each_vector(V, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    const Vec probability = exp2<6>((load(x + i, lanes) - max) * kLog2e) * inverse;
+    Vec v = probability - others;
+    if (static_cast<uint64_t>(target - i) < static_cast<uint64_t>(W)) v[target - i] = probability[target - i] - own;
+    v = v * dloss;
+    store_output(dx + i, v, lanes, streaming);
+  });
+}
+
+}  // namespace
+
+namespace TORCHWELD_ISA {
+
+void cross_entropy_forward(const CrossEntropyForwardParams& p) {
+  dispatch(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    parallel_for(p.rows, rows_per_thread(p.classes), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) forward_row<T>(p, m);
+    });
+  });
+}
+
+void cross_entropy_backward(const CrossEntropyBackwardParams& p) {
+  dispatch(p.dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    const bool streaming = past_cache<T>(p.dlogits, p.rows, p.classes);
+    parallel_for(p.rows, rows_per_thread(p.classes), [&](int64_t begin, int64_t end) {
+      for (int64_t m = begin; m < end; ++m) backward_row<T>(p, m, streaming);
+    });
+  });
+}
+
+}  // namespace TORCHWELD_ISA
+}  // namespace torchweld::cpu

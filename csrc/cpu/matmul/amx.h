@@ -1,0 +1,197 @@
+// Blocks of a matrix product on Intel's AMX tiles: eight registers of 16 rows x 16 words. One instruction multiplies 16
+// x 32 by 32 x 16 bf16 into 16 x 16 float32, eight times what the vector units do in the same cycles. So memory is what
+// counts: operands are made of blocks of the size of a tile, one after the other, which the prefetchers follow. Intel:
+// Architecture Instruction Set Extensions Programming Reference, chapter 3.
+#pragma once
+
+#include "cpu/matmul/operands.h"
+
+namespace torchweld::cpu {
+namespace {
+
+// While it lives, the thread's tiles are all 16 x 16 words. What another library had set up is put back: some do so
+// once per thread and rely on it.
+class TileScope {
+  struct alignas(64) Config {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+
+ public:
+  TileScope() {
+    _tile_storeconfig(&before_);
+    Config ours{};
+    ours.palette = 1;
+    for (int t = 0; t < 8; ++t) {
+      ours.row_bytes[t] = 64;
+      ours.rows[t] = 16;
+    }
+    _tile_loadconfig(&ours);
+  }
+  ~TileScope() {
+    if (before_.palette != 0)
+      _tile_loadconfig(&before_);
+    else
+      _tile_release();
+  }
+  TileScope(const TileScope&) = delete;
+
+ private:
+  Config before_;
+};
+
+constexpr int64_t kBlock = 256;  // words
+
+// The compiler does not know what tile loads read: stores before them must not sink below.
+TW_INLINE void fence() { asm volatile("" ::: "memory"); }
+
+// C[16, 16 N] = A[16, steps] B[steps, 16 N]. b_panel: from one column of blocks of B to the next.
+template <int N>
+TW_INLINE void tile_row(int64_t steps, const float* a, const float* b, int64_t b_panel, float* c, int64_t ldc) {
+  fence();
+  _tile_zero(0);
+  if constexpr (N > 1) _tile_zero(1);
+  if constexpr (N > 2) _tile_zero(2);
+  if constexpr (N > 3) _tile_zero(3);
+  for (int64_t k = 0; k < steps; k += 16, a += kBlock, b += kBlock) {
+    _tile_loadd(4, a, 64);
+    _tile_loadd(5, b, 64);
+    _tile_dpbf16ps(0, 4, 5);
+    if constexpr (N > 1) {
+      _tile_loadd(6, b + b_panel, 64);
+      _tile_dpbf16ps(1, 4, 6);
+    }
+    if constexpr (N > 2) {
+      _tile_loadd(7, b + 2 * b_panel, 64);
+      _tile_dpbf16ps(2, 4, 7);
+    }
+    if constexpr (N > 3) {
+      _tile_loadd(5, b + 3 * b_panel, 64);
+      _tile_dpbf16ps(3, 4, 5);
+    }
+  }
+  _tile_stored(0, c, ldc * 4);
+  if constexpr (N > 1) _tile_stored(1, c + 16, ldc * 4);
+  if constexpr (N > 2) _tile_stored(2, c + 32, ldc * 4);
+  if constexpr (N > 3) _tile_stored(3, c + 48, ldc * 4);
+  fence();
+}
+
+template <int M>
+TW_INLINE void load_left(const float* a, int64_t a_rows) {
+  _tile_loadd(4, a, 64);
+  if constexpr (M > 1) _tile_loadd(5, a + a_rows, 64);
+}
+
+template <int N>
+TW_INLINE void load_right(const float* b, int64_t b_panel) {
+  _tile_loadd(6, b, 64);
+  if constexpr (N > 1) _tile_loadd(7, b + b_panel, 64);
+}
+
+template <int M, int N>
+TW_INLINE void multiply_tiles() {
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (N > 1) _tile_dpbf16ps(1, 4, 7);
+  if constexpr (M > 1) _tile_dpbf16ps(2, 5, 6);
+  if constexpr (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
+}
+
+// C[16 M, 16 N] (+)= A[16 M, steps] B[steps, 16 N]. a_rows: from one row of blocks of A to the next. Of the products of
+// parts those are left out that are no more than a rounding of the first.
+template <int kParts, int M, int N, bool kAccumulate, class Between>
+TW_INLINE void tile_block(int64_t steps, const float* a, int64_t a_rows, const float* b, int64_t b_panel, float* c,
+                          int64_t ldc, Between& between) {
+  fence();
+  if constexpr (kAccumulate) {
+    _tile_loadd(0, c, ldc * 4);
+    if constexpr (N > 1) _tile_loadd(1, c + 16, ldc * 4);
+    if constexpr (M > 1) _tile_loadd(2, c + 16 * ldc, ldc * 4);
+    if constexpr (M > 1 && N > 1) _tile_loadd(3, c + 16 * ldc + 16, ldc * 4);
+  } else {
+    _tile_zero(0);
+    if constexpr (N > 1) _tile_zero(1);
+    if constexpr (M > 1) _tile_zero(2);
+    if constexpr (M > 1 && N > 1) _tile_zero(3);
+  }
+  for (int64_t k = 0; k < steps; k += 16 * kParts, a += kBlock * kParts, b += kBlock * kParts) {
+    // Each line loads one operand anew: third by first, second by first, second by second, first by second and so on.
+    auto multiply = [&]() __attribute__((always_inline)) {
+      multiply_tiles<M, N>();
+      between();
+    };
+    if constexpr (kParts == 3) load_left<M>(a + 2 * kBlock, a_rows), load_right<N>(b, b_panel), multiply();
+    if constexpr (kParts == 3) load_left<M>(a + kBlock, a_rows), multiply();
+    if constexpr (kParts == 2) load_left<M>(a + kBlock, a_rows), load_right<N>(b, b_panel), multiply();
+    if constexpr (kParts >= 2) load_right<N>(b + kBlock, b_panel), multiply();
+    if constexpr (kParts >= 2) load_left<M>(a, a_rows), multiply();
+    if constexpr (kParts == 3) load_right<N>(b + 2 * kBlock, b_panel), multiply();
+    if constexpr (kParts == 1) load_left<M>(a, a_rows);
+    load_right<N>(b, b_panel), multiply();
+  }
+  _tile_stored(0, c, ldc * 4);
+  if constexpr (N > 1) _tile_stored(1, c + 16, ldc * 4);
+  if constexpr (M > 1) _tile_stored(2, c + 16 * ldc, ldc * 4);
+  if constexpr (M > 1 && N > 1) _tile_stored(3, c + 16 * ldc + 16, ldc * 4);
+  fence();
+}
+
+// A block of at most 32 x 32.
+template <int kParts, bool kAccumulate, class Between>
+TW_INLINE void tile_square(int64_t rows, int64_t columns, int64_t steps, const float* a, int64_t a_rows, const float* b,
+                           int64_t b_panel, float* c, int64_t ldc, Between&& between) {
+  const bool tall = rows > 16, wide = columns > 16;
+  if (tall && wide)
+    tile_block<kParts, 2, 2, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc, between);
+  else if (tall)
+    tile_block<kParts, 2, 1, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc, between);
+  else if (wide)
+    tile_block<kParts, 1, 2, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc, between);
+  else
+    tile_block<kParts, 1, 1, kAccumulate>(steps, a, a_rows, b, b_panel, c, ldc, between);
+}
+
+// gemm_store.
+template <class Compute, class Between>
+void tile_store(int64_t rows, int64_t steps, const Left& a, const Right& b, const Span* columns_of, float* c,
+                int64_t ldc, Between&& between) {
+  constexpr int64_t kRowsAtOnce = Compute::parts == 1 ? 16 : 32;
+  for (int64_t m = 0; m < rows; m += kRowsAtOnce) {
+    const Span& columns = columns_of[m / Compute::block_rows];
+    const float* left = a.data + m * a.row;
+    int64_t n = columns.begin;
+    if constexpr (Compute::parts == 1) {
+      for (; n + 64 <= columns.end; n += 64)
+        tile_row<4>(steps, left, b.data + n / 16 * b.panel, b.panel, c + m * ldc + n, ldc);
+      if (n < columns.end) tile_row<2>(steps, left, b.data + n / 16 * b.panel, b.panel, c + m * ldc + n, ldc);
+    } else {
+      for (; n < columns.end; n += 32)
+        tile_square<Compute::parts, false>(rows - m, 32, steps, left, 16 * a.row, b.data + n / 16 * b.panel, b.panel,
+                                           c + m * ldc + n, ldc, between);
+    }
+  }
+}
+
+// gemm_accumulate. So many steps at a time that a column of B's tiles stays in L1 for all rows.
+template <class Compute>
+void tile_accumulate(int64_t rows, int64_t columns, const Left& a, const Right& b, const Span* steps_of, float* c,
+                     int64_t ldc) {
+  constexpr int64_t kUnit = 16 * Compute::parts, kSteps = 256 / kUnit * kUnit, kBlockRows = Compute::block_rows;
+  int64_t last = 0;
+  for (int64_t m = 0; m < rows; m += kBlockRows) last = max_of(last, steps_of[m / kBlockRows].end);
+  for (int64_t k = 0; k < last; k += kSteps)
+    for (int64_t n = 0; n < columns; n += 32) {
+      const float* right = b.data + n / 16 * b.panel;
+      for (int64_t m = 0; m < rows; m += kBlockRows) {
+        const int64_t begin = max_of(steps_of[m / kBlockRows].begin, k),
+                      end = min_of(steps_of[m / kBlockRows].end, k + kSteps);
+        if (begin < end)
+          tile_square<Compute::parts, true>(rows - m, columns - n, end - begin, a.data + m * a.row + begin * 16,
+                                            16 * a.row, right + begin * 16, b.panel, c + m * ldc + n, ldc, Nothing{});
+      }
+    }
+}
+
+}  // namespace
+}  // namespace torchweld::cpu

@@ -1,0 +1,177 @@
+// Layer norm and RMS norm backward.
+//
+//   xhat = (input - mean) * rstd   g = doutput * weight   dinput = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum
+//   dx = dropout(dinput)           dweight = sum over rows of doutput * xhat        dbias = sum over rows of doutput
+//
+// RMS norm is the same with mean = mean(g) = 0. weight stands for weight + weight_offset. Where the mean is far above
+// the deviation, its rounding gives xhat a mean of its own, which is taken off before dinput.
+//
+// A row block owns its rows' dinput and one fp32 partial of the weight gradients; blocks are fixed by the shape, so the
+// sums have one order at any number of threads. Of a row of up to kBufferedColumns, g and xhat stay in cache as floats
+// between the two passes. Memory is read and written once: 3 values per element, 4 with dsum.
+// Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450. Zhang, Sennrich: Root Mean Square Layer Normalization,
+// arXiv:1910.07467.
+
+#include <type_traits>
+
+#include "cpu/norm/layer_norm.h"
+
+namespace torchweld::cpu {
+namespace {
+
+constexpr int64_t kChain = 4096;  // columns added up in one chain of roundings
+
+// The weight gradients that a block adds up.
+enum class Gradients { none, weight, both };
+
+// Passes over g(i, lanes) and xhat(i, lanes), whose sums are known: the input gradient.
+template <class T, class R, class G, class X>
+TW_INLINE void input_gradient(const LayerNormBackwardParams& p, int64_t m, float mean_g, float mean_gx, G&& g,
+                              X&& xhat) {
+  const int64_t N = p.cols;
+  const float rstd = p.rstd[m];
+  const bool streaming = past_cache<R>(p.dinput, p.rows, N), dx_streaming = past_cache<T>(p.dx, p.rows, N);
+  const R* ds = p.dsum != nullptr ? row<R>(p.dsum, m, N) : nullptr;
+  R* dinput = p.dinput != nullptr ? row<R>(p.dinput, m, N) : nullptr;
+  T* dx = p.dx != nullptr ? row<T>(p.dx, m, N) : nullptr;
+
+  auto pass = [&](auto&& dsum, auto&& store_dx) __attribute__((always_inline)) {
+    for_each_vector(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      const Vec v = (g(i, lanes) - mean_g - xhat(i, lanes) * mean_gx) * rstd + dsum(i, lanes);
+      if (dinput != nullptr) store_output(dinput + i, v, lanes, streaming);
+      store_dx(i, v, lanes);
+    });
+  };
+  auto with_dsum = [&](auto&& store_dx) __attribute__((always_inline)) {
+    if (ds == nullptr) return pass([](int64_t, auto) __attribute__((always_inline)) { return Vec{}; }, store_dx);
+    pass([&](int64_t i, auto lanes) __attribute__((always_inline)) { return load(ds + i, lanes); }, store_dx);
+  };
+  if (dx == nullptr) return with_dsum([](int64_t, Vec, auto) __attribute__((always_inline)) {});
+  if (p.dropout.seed == nullptr)
+    return with_dsum([&](int64_t i, Vec v, auto lanes)
+                         __attribute__((always_inline)) { store_output(dx + i, v, lanes, dx_streaming); });
+  MaskRow mask(p.dropout, static_cast<uint64_t>(m));
+  with_dsum([&](int64_t i, Vec v, auto lanes)
+                __attribute__((always_inline)) { store_output(dx + i, v * mask.factors(i), lanes, dx_streaming); });
+}
+
+// One row; dweight and dbias: where its weight gradients are added. buffer: room for two rows as floats.
+template <class T, class R, Gradients kGradients, class Weights>
+void backward_row(const LayerNormBackwardParams& p, int64_t m, const Weights& weights, float* dweight, float* dbias,
+                  float* buffer) {
+  constexpr bool kBuffered = std::is_same_v<Weights, BufferedWeights>;
+  const int64_t N = p.cols;
+  const T* doutput = row<T>(p.doutput, m, N);
+  const R* input = row<R>(p.input, m, N);
+  const float mean = p.mean != nullptr ? p.mean[m] : 0.0f, rstd = p.rstd[m];
+
+  // Row sums and weight gradients. Lanes that are not there have doutput = 0.
+  Vec sum_g{}, sum_x{}, sum_gx{};
+  for (int64_t begin = 0; begin < N; begin += kChain) {
+    Vec chain_g{}, chain_x{}, chain_gx{};
+    for_each_vector(N - begin < kChain ? N - begin : kChain, [&](int64_t k, auto lanes) __attribute__((always_inline)) {
+      const int64_t i = begin + k;
+      const Vec d = load(doutput + i, lanes), xhat = (load(input + i, lanes) - mean) * rstd;
+      const Vec g = d * weights.weight(i, lanes);
+      chain_g += g;
+      chain_x += keep(xhat, lanes, 0.0f);
+      chain_gx += g * xhat;
+      if constexpr (kGradients != Gradients::none) store(dweight + i, load(dweight + i, lanes) + d * xhat, lanes);
+      if constexpr (kGradients == Gradients::both) store(dbias + i, load(dbias + i, lanes) + d, lanes);
+      if constexpr (kBuffered) {
+        store(buffer + i, g, lanes);
+        store(buffer + kBufferedColumns + i, xhat, lanes);
+      }
+    });
+    sum_g += chain_g;
+    sum_x += chain_x;
+    sum_gx += chain_gx;
+  }
+  if (p.dinput == nullptr && p.dx == nullptr) return;
+
+  // Input gradient.
+  const float count = static_cast<float>(N);
+  const float mean_x = p.mean != nullptr ? sum(sum_x) / count : 0.0f;
+  float mean_g = p.mean != nullptr ? sum(sum_g) / count : 0.0f;
+  const float mean_gx = sum(sum_gx) / count - mean_x * mean_g;
+  mean_g -= mean_x * mean_gx;
+  if constexpr (kBuffered) {
+    input_gradient<T, R>(
+        p, m, mean_g, mean_gx,
+        [&](int64_t i, auto lanes) __attribute__((always_inline)) { return load(buffer + i, lanes); },
+        [&](int64_t i, auto lanes)
+            __attribute__((always_inline)) { return load(buffer + kBufferedColumns + i, lanes); });
+  } else {
+    input_gradient<T, R>(
+        p, m, mean_g, mean_gx,
+        [&](int64_t i, auto lanes)
+            __attribute__((always_inline)) { return load(doutput + i, lanes) * weights.weight(i, lanes); },
+        [&](int64_t i, auto lanes) __attribute__((always_inline)) { return (load(input + i, lanes) - mean) * rstd; });
+  }
+}
+
+// Rows [begin, end) of one block; partial: its dweight and dbias, nullptr when none are wanted.
+template <class T, class R, Gradients kGradients, class Weights>
+void backward_rows(const LayerNormBackwardParams& p, int64_t begin, int64_t end, const Weights& weights,
+                   float* partial) {
+  alignas(64) float buffer[std::is_same_v<Weights, BufferedWeights> ? 2 * kBufferedColumns : 1];
+  if constexpr (kGradients != Gradients::none) std::memset(partial, 0, 2 * p.cols * sizeof(float));
+  for (int64_t m = begin; m < end; ++m)
+    backward_row<T, R, kGradients>(p, m, weights, partial, partial + p.cols, buffer);
+}
+
+// dweight and dbias: the sum of the blocks' partials, first to last.
+template <class WT>
+void reduce_partials(const LayerNormBackwardParams& p) {
+  const int64_t N = p.cols;
+  auto reduce = [&](const float* partial, void* out, int64_t begin, int64_t end) {
+    if (out == nullptr) return;
+    for_each_vector(end - begin, [&](int64_t i, auto lanes) {
+      Vec total{};
+      for (int64_t b = 0; b < p.blocks; ++b) total += load(partial + b * 2 * N + begin + i, lanes);
+      store(static_cast<WT*>(out) + begin + i, total, lanes);
+    });
+  };
+  const int64_t groups = (N + 63) / 64;
+  parallel_for(groups, row_grain(64 * p.blocks), [&](int64_t first, int64_t last) {
+    const int64_t begin = first * 64, end = last * 64 < N ? last * 64 : N;
+    reduce(p.partial, p.dweight, begin, end);
+    reduce(p.partial + N, p.dbias, begin, end);
+  });
+}
+
+// The blocks of rows, and their partials if there are any.
+template <class T, class R, Gradients kGradients, class Weights>
+void backward_blocks(const LayerNormBackwardParams& p) {
+  constexpr bool partials = kGradients != Gradients::none;
+  const int64_t blocks = partials ? p.blocks : p.rows,
+                rows_per_block = partials && p.rows > p.blocks ? p.rows / p.blocks : 1;
+  parallel_for(blocks, row_grain(p.cols * rows_per_block), [&](int64_t begin, int64_t end) {
+    const Weights weights(p.weight, nullptr, p.weight_dtype, p.weight_offset, p.cols);
+    if constexpr (!partials) return backward_rows<T, R, kGradients>(p, begin, end, weights, nullptr);
+    for (int64_t b = begin; b < end; ++b)
+      backward_rows<T, R, kGradients>(p, p.rows * b / p.blocks, p.rows * (b + 1) / p.blocks, weights,
+                                      p.partial + b * 2 * p.cols);
+  });
+}
+
+}  // namespace
+
+namespace TORCHWELD_ISA {
+
+void layer_norm_backward(const LayerNormBackwardParams& p) {
+  dispatch_sum(p.dtype, p.sum_dtype, [&](auto t, auto r) {
+    using T = typename decltype(t)::type;
+    using R = typename decltype(r)::type;
+    dispatch_weights<T>(p.cols, p.dtype, p.weight_dtype, [&](auto w) {
+      using Weights = typename decltype(w)::type;
+      p.partial == nullptr ? backward_blocks<T, R, Gradients::none, Weights>(p)
+      : p.dbias == nullptr ? backward_blocks<T, R, Gradients::weight, Weights>(p)
+                           : backward_blocks<T, R, Gradients::both, Weights>(p);
+    });
+  });
+  if (p.partial != nullptr) dispatch(p.weight_dtype, [&](auto wt) { reduce_partials<typename decltype(wt)::type>(p); });
+}
+
+}  // namespace TORCHWELD_ISA
+}  // namespace torchweld::cpu

@@ -1,0 +1,194 @@
+// What the steps of all optimizers share. A list of tensors is one range of work: a thread owns one stretch of its
+// concatenation, whatever tensors lie in it. Every element is computed on its own, so the bits do not depend on where
+// the threads part. An optimizer adds a rule: from parameter and gradient to the new parameter, one vector at a time.
+#pragma once
+
+#include "cpu/parallel.h"
+#include "cpu/simd/random.h"
+#include "cpu/simd/vec.h"
+
+namespace torchweld::cpu {
+namespace {
+
+// A list below the first runs on one thread: beside other programs a parallel region may wait for milliseconds, where
+// the work takes a fraction of one. A longer list gives each thread the second at least.
+constexpr int64_t kElementsAlone = 1 << 18, kElementsPerThread = 32768;
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// How many of the `units` that a list of so many elements is cut into a thread takes at least.
+inline int64_t grain(int64_t elements, int64_t units) {
+  return (elements < kElementsAlone ? units : units * kElementsPerThread / elements) + 1;
+}
+
+template <class T>
+T* at(void* base, int64_t index) {
+  return static_cast<T*>(base) + index;
+}
+
+// The line that a stream reaches 2 KB later. The step has up to ten streams, in pages of 4 KB: more than a core's own
+// prefetching keeps ahead of.
+TW_INLINE void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + 2048); }
+
+// f(i, begin, end) for the elements of each tensor i that lie in chunks [first, last) of the concatenation.
+template <class F>
+TW_INLINE void for_each_stretch(const OptimizerTensor* tensors, int64_t count, int64_t first, int64_t last, F&& f) {
+  const int64_t begin = first * kOptimizerChunkCpu, end = last * kOptimizerChunkCpu;
+  int64_t i = 0;
+  for (int64_t above = count; above - i > 1;) {
+    const int64_t middle = (i + above) / 2;
+    (tensors[middle].begin <= begin ? i : above) = middle;
+  }
+  for (; i < count && tensors[i].begin < end; ++i) {
+    const OptimizerTensor& t = tensors[i];
+    const int64_t from = begin > t.begin ? begin - t.begin : 0, to = smaller(end - t.begin, t.numel);
+    if (from < to) f(i, from, to);
+  }
+}
+
+// ---- Rounding at random
+
+// 16 random bits for each element of a tensor, in the low halves of the lanes.
+class RandomHalves {
+ public:
+  TW_INLINE RandomHalves(uint64_t seed, uint64_t row) : seed_(seed), row_(row) {}
+
+  // For elements [i, i + W); i is a multiple of W.
+  TW_INLINE VecU at(int64_t i) {
+    const int64_t batch = i / (8 * W);
+    if (batch != batch_) philox_words(seed_, row_, batch_ = batch, words_);
+    return widen(load_bits(reinterpret_cast<const char*>(words_) + i % (8 * W) * 2, All{}));
+  }
+
+ private:
+  const uint64_t seed_, row_;
+  int64_t batch_ = -1;
+  alignas(64) uint32_t words_[4 * W];
+};
+
+// A random half of 0 rounds towards zero, 0xffff away from it. Infinities and NaNs stay: the NaNs of arithmetic have
+// the highest bit of their mantissa set.
+TW_INLINE VecH narrow_bf16_at_random(Vec v, VecU random) {
+  const VecU added = (bits(v) & 0x7f800000u) != VecU{} + 0x7f800000u ? random : VecU{};
+  return narrow((bits(v) + added) >> 16);
+}
+
+// ---- Masters
+
+TW_INLINE VecH rounding_of(Vec master, const bf16*) { return narrow_bf16(master); }
+TW_INLINE VecH rounding_of(Vec master, const f16*) { return narrow_f16(master); }
+
+// What a step starts from: the master, or the parameter where that is not a rounding of the master, for then somebody
+// else has written to it. A step at random leaves one of the master's two neighbours.
+template <class T, class Lanes>
+TW_INLINE Vec newest(const float* master, const T* param, bool stochastic, Lanes lanes) {
+  const Vec m = load(master, lanes);
+  const VecU found = widen(load_bits(param, lanes));
+  if (stochastic) {
+    const VecU down = widen(narrow_bf16_at_random(m, VecU{})), up = widen(narrow_bf16_at_random(m, VecU{} + 0xffffu));
+    return found == down ? m : found == up ? m : load(param, lanes);
+  }
+  return found == widen(rounding_of(m, param)) ? m : load(param, lanes);
+}
+
+template <class Lanes>
+TW_INLINE Vec newest(const float*, const float* param, bool, Lanes lanes) {
+  return load(param, lanes);  // of 32 bits the master is a copy
+}
+
+// ---- Step
+
+// What all tensors of a call share.
+struct Call {
+  float unscale, clip;  // clip has the sign of `maximize`
+  bool write_grad, zero_grads, stochastic;
+  uint64_t seed;
+};
+
+inline Call call_of(const OptimizerParams& p) {
+  double clip = 1;
+  if (p.grad_norm != nullptr) {
+    const double ratio = p.max_grad_norm / (*p.grad_norm + 1e-6);
+    clip = ratio >= 1 ? 1 : ratio;  // NaN stays NaN, as in clip_grad_norm_
+  }
+  return {p.grad_scale != nullptr ? 1.0f / *p.grad_scale : 1.0f,
+          static_cast<float>(p.maximize ? -clip : clip),
+          p.grad_scale != nullptr || p.zero_grads,
+          p.zero_grads,
+          p.stochastic,
+          p.rounding_seed};
+}
+
+inline double learning_rate(const OptimizerParams& p) { return p.lr_tensor != nullptr ? *p.lr_tensor : p.lr; }
+
+// T: parameter, GT: gradient, ST: state.
+template <class T, class GT, class ST, class Rule>
+void update(const OptimizerTensor t, int64_t index, const Call call, const Rule rule, int64_t begin, int64_t end) {
+  T* param = at<T>(t.param, begin);
+  GT* grad = at<GT>(t.grad, begin);
+  float* master = t.master != nullptr ? t.master + begin : nullptr;
+  RandomHalves random(call.seed,
+                      (t.step != nullptr ? static_cast<uint64_t>(*t.step) << 32 : 0) | static_cast<uint64_t>(index));
+
+  for_each_vector(end - begin, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    // Load.
+    prefetch(master != nullptr ? static_cast<const void*>(master + i) : param + i);
+    prefetch(grad + i);
+    Vec p = master != nullptr ? newest(master + i, param + i, call.stochastic, lanes) : load(param + i, lanes);
+    Vec g = load(grad + i, lanes) * call.unscale;
+    if (call.write_grad) store(grad + i, call.zero_grads ? zero() : g, lanes);
+
+    // Update.
+    p = rule.template operator()<ST>(t, p, g * call.clip, begin + i, lanes);
+
+    // Store.
+    if (master != nullptr) store(master + i, p, lanes);
+    if constexpr (sizeof(T) == 2) {
+      if (call.stochastic) {
+        store_bits(param + i, narrow_bf16_at_random(p, random.at(begin + i)), lanes);
+        return;
+      }
+    }
+    store(param + i, p, lanes);
+  });
+}
+
+// One step of the whole list.
+template <class Rule>
+void step(const OptimizerParams& p, const Rule& rule) {
+  const Call call = call_of(p);
+  const int64_t chunks = p.total / kOptimizerChunkCpu;
+  parallel_for(chunks, grain(p.total, chunks), [&](int64_t first, int64_t last) {
+    for_each_stretch(p.tensors, p.count, first, last, [&](int64_t index, int64_t begin, int64_t end) {
+      const OptimizerTensor& t = p.tensors[index];
+      dispatch(t.dtype, [&](auto own) {
+        auto of = [&](DType dtype, auto&& f) { dtype == t.dtype ? f(own) : f(Tag<float>{}); };
+        of(t.grad_dtype, [&](auto grad) {
+          of(t.state_dtype, [&](auto state) {
+            using T = typename decltype(own)::type;
+            update<T, typename decltype(grad)::type, typename decltype(state)::type>(t, index, call, rule, begin, end);
+          });
+        });
+      });
+    });
+  });
+}
+
+// Whether nothing is to move. The gradients are zeroed all the same where they are to be.
+inline bool overflowed(const OptimizerParams& p) {
+  if (p.found_inf == nullptr || *p.found_inf == 0) return false;
+  if (p.zero_grads) {
+    const int64_t chunks = p.total / kOptimizerChunkCpu;
+    parallel_for(chunks, grain(p.total, chunks), [&](int64_t first, int64_t last) {
+      for_each_stretch(p.tensors, p.count, first, last, [&](int64_t index, int64_t begin, int64_t end) {
+        const OptimizerTensor& t = p.tensors[index];
+        const int64_t bytes = t.grad_dtype == DType::float32 ? 4 : 2;
+        std::memset(at<char>(t.grad, begin * bytes), 0, (end - begin) * bytes);
+      });
+    });
+  }
+  return true;
+}
+
+}  // namespace
+}  // namespace torchweld::cpu

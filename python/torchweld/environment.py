@@ -1,0 +1,41 @@
+"""What a measurement depends on: the device by its own name, and the versions of what ran."""
+
+from __future__ import annotations
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import torchweld
+from torchweld import backend
+
+
+def cpu_name() -> str:
+    """The CPU's own name, as the operating system gives it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def device_name(device: str) -> str:
+    """The chip's own name."""
+    return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
+
+
+def versions() -> dict[str, Any]:
+    """What a measurement depends on."""
+    found: dict[str, Any] = {
+        "torchweld": torchweld.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+    }
+    if "cpu" in backend.kernels:
+        found["cpu_isa"] = backend.kernels["cpu"].isa()
+    if torch.cuda.is_available():
+        found["cuda"] = torch.version.cuda
+    return found

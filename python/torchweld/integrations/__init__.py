@@ -1,0 +1,1 @@
+"""Where other libraries look for attention: torch's own SDPA registry, and Hugging Face transformers."""

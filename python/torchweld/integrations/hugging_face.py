@@ -1,0 +1,206 @@
+"""Hugging Face transformers on the kernels: `attn_implementation="torchweld"`, and the norms and GELU of its models."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import CodeType
+from typing import Any
+from weakref import ref
+
+import torch
+from torch import Tensor
+
+from torchweld import ops
+from torchweld.nn.stock import is_replaced
+from torchweld.ops._register import under_autocast
+
+NAME = "torchweld"
+
+
+# ---- Attention
+
+
+def register() -> None:
+    """Makes `attn_implementation="torchweld"` known to transformers, with its mask; `patch` does it by itself."""
+    from transformers import AttentionInterface, AttentionMaskInterface  # noqa: PLC0415
+    from transformers.masking_utils import sdpa_mask  # noqa: PLC0415
+
+    AttentionInterface.register(NAME, attention_forward)
+    # Without a mask function of its name, padding and causality would be dropped in silence.
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    position_bias: Tensor | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """transformers' attention interface: (B, H, N, D) to (B, N, H, D); a key's heads serve groups of the query's.
+
+    The weights come with it where `output_attentions` asks for them. Keywords that speak of the mask alone
+    (sliding_window, position_ids) have done so when the mask was made.
+    """
+    if is_replaced() and not softcap and s_aux is None:  # the call is somebody else's to make
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: PLC0415
+
+        rest = (attention_mask, dropout, scaling, is_causal, position_bias)
+        found: tuple[Tensor, None] = sdpa_attention_forward(module, query, key, value, *rest, **kwargs)
+        return found
+    if under_autocast(query):
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(query.shape[2] > 1 and attention_mask is None and causal)
+    bias = attention_mask
+    if position_bias is not None:
+        if bias is None:
+            bias = position_bias
+        elif bias.dtype == torch.bool:
+            bias = torch.where(bias, position_bias, torch.finfo(position_bias.dtype).min)
+        else:
+            bias = position_bias + bias
+    if bias is not None and bias.dtype not in (torch.bool, torch.float32):
+        bias = bias.to(query.dtype)
+    if query.shape[0] != key.shape[0]:  # learned queries are one for all of the batch
+        query = query.expand(key.shape[0], -1, -1, -1)
+    softcap = softcap or 0.0
+
+    def attend(value: Tensor, dropout: float) -> Any:
+        return ops.attention(
+            query,
+            key,
+            value,
+            causal=causal,
+            softcap=softcap,
+            bias=bias,
+            sinks=s_aux,
+            dropout_p=dropout,
+            scale=scaling,
+        )
+
+    weights = None
+    if kwargs.get("output_attentions"):
+        weights = attend(torch.eye(key.shape[2]).to(value).expand(*value.shape[:2], -1, -1), 0.0)
+    return attend(value, dropout).transpose(1, 2).contiguous(), weights
+
+
+class AttentionChange:
+    """`set_attn_implementation`, back to what each of the model's configs had."""
+
+    def __init__(self, model: Any) -> None:
+        register()
+        self.model, self.before = ref(model), _implementations(model.config)
+        try:
+            model.set_attn_implementation(_Name(NAME))
+        except Exception:
+            model.set_attn_implementation(self.before)
+            raise
+
+    def undo(self) -> str | None:
+        model = self.model()
+        if model is None:
+            return "it was deleted since"
+        now = model.config._attn_implementation
+        if now != NAME:
+            return f"its attention was set to {now!r} since"
+        model.set_attn_implementation(self.before)
+        return None
+
+
+class _Name(str):
+    """The name in a model's config: a process that unpickles it knows what it stands for."""
+
+    __slots__ = ()
+
+    def __reduce__(self) -> Any:
+        return _registered_name, ()
+
+
+def _registered_name() -> str:
+    register()
+    return _Name(NAME)
+
+
+def _implementations(config: Any) -> Any:
+    """What `set_attn_implementation` takes to give a config, and those inside of it, what they have now.
+
+    Not those that have ours already: they are another patch's to take back.
+    """
+    now = config._attn_implementation
+    found = {"": now} if now != NAME else {}
+    for key in config.sub_configs:
+        sub = getattr(config, key, None)
+        if sub is not None and (inner := _implementations(sub)):
+            found[key] = inner
+    return now if list(found) == [""] else found
+
+
+def attention_of(model: torch.nn.Module) -> tuple[str, str | None] | None:
+    """What a model's attention is, and why it cannot be changed, if so; None if it is none of transformers' models."""
+    from transformers.modeling_utils import PreTrainedModel  # noqa: PLC0415
+
+    if not isinstance(model, PreTrainedModel):
+        return None
+    now = model.config._attn_implementation
+    if now == NAME:
+        return f"{now} attention", "already torchweld's"
+    if not model._can_set_attn_implementation():
+        return f"{now} attention", "its attention does not go through AttentionInterface"
+    if not (model._supports_sdpa or model._supports_attention_backend):
+        return f"{now} attention", "it does not say that its attention may be replaced"
+    return f"{now} attention", None
+
+
+# ---- Norms and activations. What a class computes is told by its code: most models carry copies of the same few.
+
+
+def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
+    if hidden_states.dtype != module.weight.dtype:  # each model mixes dtypes in its own way
+        stock: Tensor = super(type(module), module).forward(hidden_states)
+        return stock
+    return ops.rms_norm(hidden_states, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def _gemma_norm(module: Any, x: Tensor) -> Tensor:
+    return ops.rms_norm(x, module.weight.shape, module.weight, module.eps, zero_centered_weight=True)
+
+
+def _gelu_tanh(module: Any, input: Tensor) -> Tensor:
+    return ops.gelu(input, "tanh")
+
+
+def _body(cls: type, *methods: str) -> tuple[Any, ...] | None:
+    """What the methods do: their instructions, and the names and constants in them."""
+    codes = [getattr(getattr(cls, method, None), "__code__", None) for method in methods]
+    if not all(isinstance(code, CodeType) for code in codes):
+        return None
+    return tuple((c.co_code, c.co_names, tuple(map(repr, c.co_consts))) for c in codes if c is not None)
+
+
+def recognise(cls: Any) -> tuple[str, Callable[..., Tensor], str] | None:
+    """Norm or activation, the forward that does the same as that of `cls`, its name; None for a class not known."""
+    if not cls.__module__.startswith("transformers."):
+        return None
+    if cls.__module__ == "transformers.activations":
+        known = cls.__name__ in ("NewGELUActivation", "GELUTanh")
+        return ("activations", _gelu_tanh, "torchweld.ops.gelu") if known else None
+    if "Norm" not in cls.__name__:
+        return None
+    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm  # noqa: PLC0415
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: PLC0415
+    from transformers.models.t5.modeling_t5 import T5LayerNorm  # noqa: PLC0415
+
+    if _body(cls, "forward") in (_body(LlamaRMSNorm, "forward"), _body(T5LayerNorm, "forward")):
+        return "norms", _rms_norm, "torchweld.ops.rms_norm"
+    if _body(cls, "forward", "_norm") == _body(Gemma2RMSNorm, "forward", "_norm"):
+        return "norms", _gemma_norm, "torchweld.ops.rms_norm"
+    return None

@@ -1,0 +1,61 @@
+"""Which class of modules has a drop-in, and what that is."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from torchweld import ops
+from torchweld.nn.twins import TWINS
+from torchweld.patching.attention import redirected_methods
+from torchweld.patching.subclasses import Class, subclass
+
+_NEEDS: dict[Any, tuple[str, ...]] = {
+    torch.nn.LayerNorm: ("norms",),
+    torch.nn.RMSNorm: ("norms",),
+    torch.nn.MultiheadAttention: ("attention",),
+}
+
+
+@dataclass(frozen=True)
+class DropIn:
+    """`needs`: the kinds of swap that it takes; `make`: gives the class; `now`: what that runs on."""
+
+    needs: tuple[str, ...]
+    make: Callable[[], Class]
+    now: str
+
+
+def _gelu(self: Any, input: torch.Tensor) -> torch.Tensor:
+    if input.is_nested:
+        return torch.nn.functional.gelu(input, approximate=self.approximate)
+    return ops.gelu(input, self.approximate)
+
+
+def hugging_face() -> Any:
+    """integrations.hugging_face; None while nobody has imported transformers, so that no model can be one of its."""
+    if "transformers.modeling_utils" not in sys.modules:
+        return None
+    from torchweld.integrations import hugging_face  # noqa: PLC0415
+
+    return hugging_face
+
+
+def find(cls: Any) -> DropIn | None:
+    """The drop-in for modules that are exactly of a class; None if it has none."""
+    if twin := TWINS.get(cls):
+        return DropIn(_NEEDS.get(cls, ("norms", "attention")), lambda: twin, f"torchweld.nn.{twin.__name__}")
+    if cls is torch.nn.GELU:
+        return DropIn(("activations",), partial(subclass, cls, {"forward": _gelu}), "torchweld.ops.gelu")
+    if (library := hugging_face()) is not None and (known := library.recognise(cls)):
+        kind, forward, now = known
+        return DropIn((kind,), partial(subclass, cls, {"forward": forward}), now)
+    if methods := redirected_methods(cls):
+        now = "its attention: torchweld.ops.scaled_dot_product_attention"
+        return DropIn(("attention",), partial(subclass, cls, methods), now)
+    return None

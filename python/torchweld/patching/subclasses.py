@@ -1,0 +1,74 @@
+"""Subclasses of other people's modules that change some methods and nothing else that anybody can see."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+
+Class = type[torch.nn.Module]
+
+
+class Swapped(torch.nn.Module):
+    """The mark of such a subclass. A module of it is copied, pickled and replicated as one of the class it stands for.
+
+    What differs stands in the class and works from `self`: nothing is bound to one module.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Classes that register their subclasses must not register this one in the place of the original."""
+        if Swapped not in cls.__bases__:
+            super().__init_subclass__(**kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """By the original class, since nobody can import this one."""
+        found, cls = super().__reduce_ex__(protocol), type(self)
+        if not isinstance(found, tuple) or not is_swapped(cls):
+            return found
+        (function, args, *rest), original = found, original_of(cls)
+        return _rebuild, (function, *(original if a is cls else a for a in args)), *rest
+
+
+def _rebuild(function: Callable[..., Any], *args: Any) -> Any:
+    """What pickle calls: a module of the original class, swapped if that class still is one that is."""
+    from torchweld.patching.drop_ins import find  # noqa: PLC0415  (which makes its classes here)
+
+    module = function(*args)
+    cls = _alive(type(module))
+    if cls is None and (found := find(type(module))):
+        cls = found.make()
+    if cls is not None:
+        object.__setattr__(module, "__class__", cls)
+    return module
+
+
+def is_swapped(cls: type) -> bool:
+    """Whether `subclass` made it."""
+    return Swapped in cls.__bases__
+
+
+def original_of(cls: type) -> Any:
+    """The class that a swapped one stands for."""
+    return cls.__bases__[1]
+
+
+# Weak on both sides: a class goes with the last of its modules.
+_made: WeakKeyDictionary[type, ref[Class]] = WeakKeyDictionary()
+
+
+def _alive(cls: type) -> Class | None:
+    made = _made.get(cls)
+    return None if made is None else made()
+
+
+def subclass(cls: Class, methods: Mapping[str, Any]) -> Class:
+    """The subclass of `cls` with these methods; the same one as long as a module of it lives."""
+    found = _alive(cls)
+    if found is None:
+        body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, **methods}
+        metaclass: Any = type(cls)
+        found = metaclass(cls.__name__, (Swapped, cls), body)
+        _made[cls] = ref(found)
+    return found

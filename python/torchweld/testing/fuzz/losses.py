@@ -1,0 +1,48 @@
+"""Draws cases of cross_entropy and gelu."""
+
+from __future__ import annotations
+
+import torch
+
+from torchweld.testing.cross_entropy import CrossEntropyCase
+from torchweld.testing.fuzz.draw import FEW, FLOATS, LONG, MANY, TILES, VECTORS, Draw
+from torchweld.testing.fuzz.trial import Judged
+from torchweld.testing.gelu import GeluCase
+from torchweld.testing.inputs import LAYOUTS, VALUES
+
+
+def cross_entropy(draw: Draw) -> Judged:
+    dtype = draw.one(*FLOATS)
+    half = dtype is torch.float16
+    classes = draw.size(FEW, VECTORS, TILES, MANY, LONG, (50257,), empty=0.0)
+    rows = draw.size(FEW, *((VECTORS, TILES) if classes < 1000 else ()))
+    pool = {
+        "reduction": lambda: {"reduction": draw.one("sum", "none")},
+        "smoothing": lambda: {"smoothing": draw.one(0.1, 0.5, 1.0)},
+        "ignored": lambda: {"ignored": draw.one(0.1, 0.5, 1.0)},
+        "masked": lambda: {"masked": draw.one(0.1, 0.9), "smoothing": 0.0},
+        "layout": lambda: {"layout": draw.one(*LAYOUTS)},
+        "scale": lambda: {"scale": draw.one(0.0, 1e-3, 100.0, *(() if half else (1e4, 1e9)))},
+        "shift": lambda: {"shift": draw.one(100.0, -1e3, *(() if half else (1e4, -1e6)))},
+        "values": lambda: {
+            "values": draw.one(*(v for v in VALUES if not half or v in ("normal", "zeros", "constant")))
+        },
+        "weight": lambda: {"weight": draw.one(*FLOATS)},
+        "soft": lambda: {"soft": draw.one(*FLOATS), "ignored": 0.0, "masked": 0.0},
+        "inner": lambda: {"inner": draw.one((1,), (3,), (2, 2)), "layout": "contiguous"},
+    }
+    case = CrossEntropyCase(name=f"number {draw.number}", regime="", rows=rows, classes=classes, **draw.options(pool))  # type: ignore[arg-type]
+    return Judged(case=case, dtype=dtype, seed=draw.seed(), inference=draw.chance(0.2))
+
+
+def gelu(draw: Draw) -> Judged:
+    dtype = draw.one(*FLOATS)
+    sizes = draw.size(FEW, VECTORS, TILES, MANY, LONG, (16385,)), draw.one(1, 2, 3, 9)
+    pool = {
+        "rows": lambda: {"shape": sizes[::-1]},
+        "layout": lambda: {"layout": draw.one(*LAYOUTS), "shape": sizes},
+        "scale": lambda: {"scale": draw.one(1e-30, 1e-3, 30.0, 1e4, *(() if dtype is torch.float16 else (1e19, 1e38)))},
+        "values": lambda: {"values": draw.one(*VALUES)},
+    }
+    case = GeluCase(name=f"number {draw.number}", regime="", **({"shape": sizes[:1]} | draw.options(pool)))  # type: ignore[arg-type]
+    return Judged(case=case, dtype=dtype, seed=draw.seed(), inference=draw.chance(0.2))

@@ -1,0 +1,122 @@
+"""The options of `torchweld train` and `torchweld generate`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torchweld.errors import UserError
+from torchweld.training import generate, train_gpt2
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def add_train_parser(subparsers: Subparsers) -> None:
+    """Adds `torchweld train NAME`; its `func` takes the parsed arguments and returns the exit code."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model on text, here and now",
+        description="Trains a model with torchweld's kernels, validates it, saves a checkpoint and shows a sample. "
+        "Without --data it learns the text of Python's standard library, which is on every machine. Several processes "
+        "share each batch: torchrun --nproc-per-node 2 -m torchweld train gpt2.",
+        epilog="Ctrl-C saves a checkpoint after the step it falls in and ends with exit code 130; a second one ends at "
+        "once. Other exit codes: 0 done, 1 --compare found loss curves that differ, 2 bad input.",
+    )
+    parser.add_argument("name", metavar="NAME", help="what to train: gpt2")
+    parser.add_argument("--data", nargs="+", metavar="FILE", help="UTF-8 text files (default: the standard library)")
+    parser.add_argument("--config", help="tiny, small (default), medium, gpt2, gpt2-medium, gpt2-large or gpt2-xl")
+    parser.add_argument(
+        "--out", default=train_gpt2.DEFAULT_OUT, metavar="DIR", help="where it all goes (default: %(default)s)"
+    )
+    parser.add_argument("--steps", type=whole(1), metavar="N", help="updates in all (default: the config's)")
+    parser.add_argument(
+        "--batch-size", type=whole(1), metavar="N", help="sequences per step, of all processes (default: the config's)"
+    )
+    parser.add_argument("--learning-rate", type=number(0.0, above=True), metavar="X", help="at its peak")
+    parser.add_argument("--seed", type=whole(0), metavar="N", help="of weights, data order and sample (default: 0)")
+    parser.add_argument(
+        "--resume", nargs="?", const="", metavar="DIR", help="continue the run in DIR (default: --out), bit for bit"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the run that is in --out")
+    parser.add_argument(
+        "--compare",
+        nargs="*",
+        metavar="WITH",
+        help="train stock PyTorch beside it, step by step: speed and losses; torch, torch.compile (default: both)",
+    )
+    parser.add_argument("--dtype", default="float32", help="float32 (default), or bfloat16 by autocast")
+    _add_machine_options(parser)
+    parser.set_defaults(func=_train)
+
+
+def add_generate_parser(subparsers: Subparsers) -> None:
+    """Adds `torchweld generate`; its `func` takes the parsed arguments and returns the exit code."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="continue a text with a trained model",
+        description="Continues a text with a checkpoint of `torchweld train`, or with a local Hugging Face GPT-2.",
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or the --out of a run")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="the text to continue (default: none)")
+    parser.add_argument("--tokens", type=whole(1), default=200, metavar="N", help="at most (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=number(0.0), default=0.8, metavar="X", help="0: the likeliest (default: %(default)s)"
+    )
+    parser.add_argument("--top-k", type=whole(1), metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=number(0.0, 1.0, above=True), metavar="P", help="draw from the likeliest that together reach P"
+    )
+    parser.add_argument("--seed", type=whole(0), metavar="N", help="the same text each time (default: another one)")
+    _add_machine_options(parser)
+    parser.set_defaults(func=_generate)
+
+
+def _add_machine_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
+    parser.add_argument("--backend", help="force cuda, cpu or reference (default: the best one for the device)")
+
+
+def _train(args: argparse.Namespace) -> int:
+    if args.name != "gpt2":
+        raise UserError(f"train: expected the name of a training program, gpt2, but got {args.name!r}")
+    return train_gpt2.run(args)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    return generate.run(args)
+
+
+def whole(least: int) -> Callable[[str], int]:
+    """Reads a whole number >= `least`."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = None
+        # Seeds and sizes end up in torch's 64 bits.
+        if value is None or not least <= value < 2**63:
+            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, but got {text!r}")
+        return value
+
+    return read
+
+
+def number(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
+    """Reads a finite number from `least` (or, with `above`, from just above it) to `most`."""
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (math.isfinite(value) and least <= value <= most) or (above and value == least):
+            lower = f"above {least:g}" if above else f"of at least {least:g}"
+            upper = f" and at most {most:g}" if most < math.inf else ""
+            raise argparse.ArgumentTypeError(f"expected a number {lower}{upper}, but got {text!r}")
+        return value
+
+    return read

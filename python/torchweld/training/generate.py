@@ -1,0 +1,57 @@
+"""Text from a checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from torchweld.errors import UserError
+from torchweld.models.gpt2 import GPT2
+from torchweld.training import checkpoint
+from torchweld.training.corpus import end_of_text
+from torchweld.training.machine import forced_backend, pick_device
+
+
+def continuation(model: GPT2, tokenizer: Tokenizer, prompt: str, count: int, **sampling: Any) -> Iterator[str]:
+    """Pieces of text that follow `prompt`: at most `count` tokens, fewer if the model ends the document.
+
+    A piece is whole characters, so it can be of several tokens. `sampling`: as in `GPT2.stream`.
+    """
+    end = end_of_text(tokenizer)
+    ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end]
+    tokens = torch.tensor([ids], device=model.wte.weight.device)
+    decoder = DecodeStream(skip_special_tokens=True)
+    for token in islice(model.stream(tokens, **sampling), count):
+        if (drawn := int(token)) == end:
+            return
+        if piece := decoder.step(tokenizer, drawn):
+            yield piece
+
+
+def run(args: argparse.Namespace) -> int:
+    """`torchweld generate`."""
+    device = pick_device(args.device)
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError:  # bytes of the command line that were no text
+        raise UserError("--prompt: expected text in the terminal's encoding (UTF-8), but got other bytes") from None
+    config, weights, tokenizer = checkpoint.load_model(checkpoint.locate(Path(args.checkpoint)))
+    with forced_backend(args.backend, device):
+        model = GPT2(config).eval()
+        model.load_hugging_face(weights)
+        model.to(device)
+        sys.stdout.write(args.prompt)
+        sampling = {"temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+        for piece in continuation(model, tokenizer, args.prompt, args.tokens, **sampling):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        sys.stdout.write("\n")
+    return 0

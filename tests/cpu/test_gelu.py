@@ -1,0 +1,109 @@
+"""gelu: exact by the one rule, the same bits always, and an op like any other to torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from by_exponent import by_exponent, hold_by_row
+from torchweld import _cpu, ops, reference
+from torchweld.testing import Case, Oracle, cases
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", cases("gelu"), ids=lambda c: c.name)
+def test_parity(case: Case, dtype: torch.dtype) -> None:
+    """Output and gradient, on every instruction set of this CPU."""
+    oracle, before = Oracle(case, dtype), _cpu.isa()
+    try:
+        for isa in _cpu.available_isas():
+            _cpu.use_isa(isa)
+            oracle.check()
+    finally:
+        _cpu.use_isa(before)
+
+
+def test_bits_do_not_depend_on_threads(threads: None) -> None:
+    x, dy = torch.randn(7, 10007, requires_grad=True), torch.randn(7, 10007)
+    results = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        y = ops.gelu(x, "tanh")
+        results.append((y.detach(), *torch.autograd.grad(y, x, dy)))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_exponent(dtype: torch.dtype, approximate: str) -> None:
+    """Every number of 16 bits, and of float32 every exponent: subnormals, zeros, infinities and NaN among them."""
+    x, before = by_exponent(dtype), _cpu.isa()
+
+    def run(function: Callable[..., torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaf = x.detach().requires_grad_()
+        y = function(leaf, approximate=approximate)
+        return y.detach(), *torch.autograd.grad(y.sum(), leaf)
+
+    theirs, exact = run(torch.nn.functional.gelu, x), run(reference.gelu, x.double())
+    try:
+        for isa in _cpu.available_isas():
+            _cpu.use_isa(isa)
+            for name, *values in zip(("y", "dx"), run(ops.gelu, x), theirs, exact, strict=True):
+                hold_by_row(*values, f"{name} on {isa}")
+    finally:
+        _cpu.use_isa(before)
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_zeros_keep_their_sign(approximate: str) -> None:
+    assert ops.gelu(torch.tensor([0.0, -0.0, -1e30]), approximate).signbit().tolist() == [False, True, True]
+
+
+def test_the_definition_does_not_cancel_far_below_zero() -> None:
+    x = torch.tensor([-7.0, -20.0], dtype=torch.float64)
+    exact = [-8.958687807e-12, -5.507248237e-88]  # both computed with 40 digits
+    assert reference.gelu(x).tolist() == pytest.approx(exact, rel=1e-9, abs=0)
+    assert reference.gelu(x[:1], "tanh").tolist() == pytest.approx([-2.315442262e-15], rel=1e-9, abs=0)
+
+
+def test_an_op_like_any_other() -> None:
+    x, dy = torch.randn(4, 33), torch.randn(4, 33)
+    torch.library.opcheck(torch.ops.torchweld.gelu_forward.default, (x,))
+    torch.library.opcheck(torch.ops.torchweld.gelu_forward.default, (x, True))
+    torch.library.opcheck(torch.ops.torchweld.gelu_backward.default, (dy, x.mT.contiguous().mT))
+    torch.library.opcheck(torch.ops.torchweld.gelu_backward.default, (dy, x, True))
+    wide = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    for approximate in ("tanh", "none"):
+        assert torch.autograd.gradcheck(lambda t, form=approximate: ops.gelu(t, form), wide)
+    leaf = torch.randn(4, 33, requires_grad=True)
+    compiled = torch.compile(lambda t: ops.gelu(t.sin(), "tanh").cos(), fullgraph=True, backend="aot_eager")
+    expected = ops.gelu(leaf.sin(), "tanh").cos()
+    torch.testing.assert_close(compiled(leaf), expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(compiled(leaf).sum(), leaf), torch.autograd.grad(expected.sum(), leaf)
+    )
+
+
+@pytest.mark.parametrize("approximate", ["tanh", "none"])
+def test_double_backward(approximate: str) -> None:
+    x = torch.randn(40, requires_grad=True)
+    (first,) = torch.autograd.grad(ops.gelu(x, approximate).square().sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    exact = x.detach().double().requires_grad_()
+    (first,) = torch.autograd.grad(reference.gelu(exact, approximate).square().sum(), exact, create_graph=True)
+    (expected,) = torch.autograd.grad(first.sum(), exact)
+    torch.testing.assert_close(second.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bad_input_is_named() -> None:
+    with pytest.raises(RuntimeError, match="approximate: expected 'none' or 'tanh', but got 'erf'"):
+        ops.gelu(torch.ones(3), "erf")
+    with pytest.raises(TypeError, match=r"input: expected a floating-point dtype, but got torch\.int64"):
+        ops.gelu(torch.ones(3, dtype=torch.int64), "tanh")
+    with pytest.raises(ValueError, match="output: expected 3 elements, but got shape"):
+        _cpu.gelu_forward(torch.ones(3), False, torch.ones(4))

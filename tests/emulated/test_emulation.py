@@ -1,0 +1,82 @@
+"""The machine that runs the CUDA kernels on the CPU (tests/emulation): it must find every mistake planted for it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+
+import pytest
+
+from emulation import build
+
+_REASON = build.unavailable()
+pytestmark = pytest.mark.skipif(_REASON is not None, reason=f"the CUDA kernels cannot be built for the CPU: {_REASON}")
+
+# What is said of each planted mistake: block and thread, the line, and what is wrong with it.
+PLANTED = {
+    "missing_barrier": "read of poison: nobody has written byte 128 of shared memory",
+    "missing_syncwarp": "read of poison: nobody has written byte 4 of shared memory",
+    "race_of_two_writers": "race: writes byte 0 of shared memory, which thread 0 writes too, and nothing orders",
+    "missing_second_barrier": "race: reads byte 252 of shared memory, which thread 63 writes, and nothing orders",
+    "divergent_barrier": "waits for ever at __syncthreads: of the 64 threads of the block 63 wait and 1 have ended",
+    "divergent_shuffle": "waits for ever at __shfl_xor_sync: of the 64 threads of the block 32 wait and 32 have ended",
+    "different_collectives": "lanes of one warp are at different collectives: __syncwarp with mask 0xffffffff here, "
+    "__shfl_xor_sync with mask 0xffffffff there",
+    "shuffle_beyond_the_mask": "__shfl_xor_sync: lane 0 asks lane 16, which the mask 0x0000ffff leaves out",
+    "mask_without_the_caller": "__shfl_xor_sync: mask 0x0000ffff leaves out lane 16, which calls it",
+    "endless_wait": "waits for ever: nothing happens any more in the block but threads that look for a change",
+    "out_of_bounds_store": "out of range: 4 bytes at byte 256 of shared memory, of which the launch asked for 256",
+    "out_of_bounds_load": "out of range: 4 bytes at byte 256 of shared memory, of which the launch asked for 256",
+    "read_of_poison": "read of poison: nobody has written byte 28 of shared memory",
+    "read_of_static_poison": "read of poison: nobody has written static shared memory",
+    "misaligned_load": "misaligned address: 16 bytes at 0x",
+    "null_pointer": "invalid address (nil)",
+    "phase_error": "read of poison: nobody has written byte 1276 of shared memory",
+    "too_few_bytes_expected": "waits for ever at mbarrier.try_wait: of the 64 threads of the block 64 wait",
+    "too_many_arrive": "mbarrier.arrive: more threads than the 63 that the mbarrier counts",
+    "mbarrier_without_init": "read of poison: nobody has written byte 8 of shared memory",
+    "slot_reused_too_early": "byte 1028 of shared memory is touched before the asynchronous copy of thread 0 to it has",
+    "missing_proxy_fence": "an asynchronous instruction reads byte 1024 of shared memory, which thread 0 has written: "
+    "fence.proxy.async belongs between",
+    "missing_fence_of_a_copy": "an asynchronous instruction reads byte 1024 of shared memory, which thread 0 has "
+    "written: fence.proxy.async belongs between",
+    "store_reused_too_early": "byte 1024 of shared memory is written while an asynchronous instruction may still",
+    "store_not_waited_for": "the block has ended while a bulk store of thread 0 still reads its shared memory",
+    "wrong_named_barrier": "waits for ever at bar.sync: of the 64 threads of the block 64 wait and 0 have ended",
+    "missing_wgmma_fence": "wgmma.mma_async: wgmma.fence belongs between the use of its registers and this",
+    "missing_wgmma_wait": "the block has ended while products of warp 0 are not waited for",
+    "matrix_overwritten_too_early": "byte 1024 of shared memory is written while an asynchronous instruction may still",
+    "wrong_swizzle": "read of poison: nobody has written byte 5120 of shared memory",
+}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, str]:
+    """What the machine says of each kernel of programs/planted.cu."""
+    run = subprocess.run([build.program("planted")], capture_output=True, text=True, check=True)
+    return dict(line.split(": ", 1) for line in run.stdout.splitlines())
+
+
+def test_every_planted_mistake_is_expected(found: dict[str, str]) -> None:
+    assert found.keys() == PLANTED.keys()
+
+
+@pytest.mark.parametrize("name", PLANTED)
+def test_planted_mistake_is_found(name: str, found: dict[str, str]) -> None:
+    source = (build.HERE / "programs/planted.cu").read_text().splitlines()
+    place = r"\[(\w+)\] block \(0, 0, 0\)(?: thread \(\d+, 0, 0\), (?:.*called from )?planted.cu:(\d+))?: (.*)"
+    match = re.match(place, found[name])
+    assert match, found[name]
+    kernel, line, message = match.groups()
+    assert kernel == name and message.startswith(PLANTED[name])
+    if "the block has ended" in message:  # what no thread has done is at no line
+        return
+    first = next(i for i, text in enumerate(source, 1) if f" {name}(" in text)
+    assert first <= int(line) <= first + 15
+
+
+def test_device_guard() -> None:
+    """No context of a device that a thread does not use is made, and none is current that was not before."""
+    run = subprocess.run([build.program("device_guard")], capture_output=True, text=True, check=False)
+    lines = run.stdout.splitlines()
+    assert len(lines) == 6 and all(line.endswith(": right") for line in lines), run

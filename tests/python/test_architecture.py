@@ -1,0 +1,134 @@
+"""Data flows one way: nn -> ops -> backend -> bindings -> {cpu, cuda}; reference and csrc know nothing above them."""
+
+from __future__ import annotations
+
+import ast
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "python" / "torchweld"
+CSRC = ROOT / "csrc"
+
+# What the files of each part of the package may import from torchweld.
+ALLOWED = {
+    "reference": {"reference"},
+    "backend": set(),
+    "errors": set(),
+    "console": set(),
+    "environment": {"backend"},
+    "ops": {"ops", "backend", "reference"},
+    "nn": {"nn", "ops"},
+    "integrations": {"integrations", "nn", "ops", "backend", "reference"},
+    "patching": {"patching", "nn", "ops", "integrations", "backend"},
+    "optim": {"optim", "ops", "backend"},
+    "models": {"models", "nn", "ops", "optim", "errors"},
+    "testing": {"testing", "ops", "nn", "optim", "reference", "backend", "_cpu", "console"},
+    "training": {"training", "models", "nn", "ops", "optim", "backend", "errors", "console", "environment"},
+    "bench": {"bench", "testing", "patching", "models", "nn", "optim", "ops", "reference", "backend"}
+    | {"errors", "console", "environment"},
+    "cli": {"cli", "testing", "ops", "backend", "errors", "console", "environment"},
+}
+# What the files of each folder of csrc may include besides their own folder and the system's headers.
+SIMD = {"params.h", "philox.h"}
+KERNELS = SIMD | {"cpu/isa", "cpu/simd", "cpu/parallel.h"}
+DEVICE = {"params.h", "philox.h", "cuda"}
+INCLUDES = {
+    "": {"params.h", "philox.h"},
+    "bindings": {"params.h", "philox.h", "cpu/isa", "cuda"},
+    "cpu": set(),
+    "cpu/isa": {"params.h"},
+    "cpu/simd": SIMD,
+    "cpu/matmul": {"cpu/simd"},
+    "cpu/attention": KERNELS | {"cpu/matmul"},
+    "cpu/norm": KERNELS | {"moments.h"},
+    "cpu/activation": KERNELS,
+    "cpu/loss": KERNELS,
+    "cpu/optimizer": KERNELS,
+    "cuda": {"params.h", "philox.h"},
+    "cuda/attention": DEVICE,
+    "cuda/attention/sm80": DEVICE | {"cuda/attention"},
+    "cuda/attention/sm90": DEVICE | {"cuda/attention", "cuda/attention/sm80"},
+    "cuda/norm": DEVICE | {"moments.h"},
+    "cuda/activation": DEVICE,
+    "cuda/loss": DEVICE,
+    "cuda/optimizer": DEVICE,
+}
+SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
+
+
+def imported(path: Path) -> set[str]:
+    """Parts of torchweld that a module imports: {"ops", "backend", ...}."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("torchweld.")}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            if node.module == "torchweld":
+                found |= {a.name for a in node.names} - {"__version__"}
+            elif node.module.startswith("torchweld."):
+                found.add(node.module.split(".")[1])
+    return found
+
+
+@pytest.mark.parametrize("part", ALLOWED)
+def test_python_imports_flow_one_way(part: str) -> None:
+    files = sorted((PACKAGE / part).glob("**/*.py")) or [PACKAGE / f"{part}.py"]
+    assert files
+    for path in files:
+        assert imported(path) <= ALLOWED[part], path
+
+
+def sources(folder: str) -> list[Path]:
+    return sorted(p for p in (CSRC / folder).glob("*") if p.suffix in SUFFIXES)
+
+
+def included(path: Path) -> list[str]:
+    return re.findall(r'#\s*include\s*"([^"]+)"', path.read_text())
+
+
+@pytest.mark.parametrize("folder", INCLUDES)
+def test_cpp_includes_flow_one_way(folder: str) -> None:
+    for path in sources(folder):
+        text = path.read_text()
+        assert not re.search(r'#\s*include\s*[<"](torch|ATen|c10)/', text), path
+        for name in included(path):
+            assert {name, str(Path(name).parent)} & (INCLUDES[folder] | {folder}), f"{path} includes {name}"
+        if folder != "bindings":
+            assert "pybind11" not in text and "Python.h" not in text, path
+
+
+def test_every_folder_of_csrc_has_its_rule() -> None:
+    folders = {str(p.parent.relative_to(CSRC)) for p in CSRC.rglob("*") if p.suffix in SUFFIXES}
+    assert {"" if f == "." else f for f in folders} <= INCLUDES.keys()
+
+
+def cycle(edges: dict[str, set[str]]) -> list[str]:
+    """A way along the edges from a node back to it; empty if there is none."""
+    done: set[str] = set()
+
+    def walk(node: str, way: list[str]) -> list[str]:
+        if node in way:
+            return [*way[way.index(node) :], node]
+        if node not in done:
+            for other in sorted(edges.get(node, ())):
+                if found := walk(other, [*way, node]):
+                    return found
+            done.add(node)
+        return []
+
+    return next((found for node in sorted(edges) if (found := walk(node, []))), [])
+
+
+def test_no_file_of_csrc_includes_itself() -> None:
+    edges = {str(p.relative_to(CSRC)): set(included(p)) for p in CSRC.rglob("*") if p.suffix in SUFFIXES}
+    assert not cycle(edges)
+    assert cycle({**edges, "params.h": {"cpu/simd/vec.h"}})  # the search finds one that is made
+
+
+def test_every_op_has_a_reference_of_its_name() -> None:
+    from torchweld import ops, reference  # noqa: PLC0415
+
+    assert set(ops.__all__) <= set(reference.__all__)

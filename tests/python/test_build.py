@@ -1,0 +1,134 @@
+"""What the compiled modules are made of: what they link, what they export, and which instruction set runs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchweld
+from torchweld import _cpu, backend
+
+ROOT = Path(__file__).resolve().parents[2]
+ISA_FLAGS = {
+    "baseline": [],
+    "avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"],
+}
+ISA_FLAGS["amx"] = [*ISA_FLAGS["avx512"], "-mavx512bf16", "-mamx-tile", "-mamx-bf16"]
+MODULES = [m.__file__ for m in backend.kernels.values()]
+linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads ELF files")
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert importlib.metadata.version("torchweld") == torchweld.__version__
+    assert f'"{torchweld.__version__}"' not in (ROOT / "pyproject.toml").read_text()
+
+
+@linux
+@pytest.mark.parametrize("path", MODULES, ids=[Path(str(m)).name.split(".")[0] for m in MODULES])
+def test_links_neither_torch_nor_openmp_nor_cuda(path: str) -> None:
+    libraries = run("readelf", "-d", path).stdout
+    assert "(NEEDED)" in libraries
+    for forbidden in ("libtorch", "libc10", "libgomp", "libomp", "libcuda"):
+        assert forbidden not in libraries
+
+
+@linux
+def test_openmp_is_left_to_torch() -> None:
+    symbols = run("nm", "-D", "--undefined-only", str(_cpu.__file__)).stdout
+    assert "GOMP_parallel" in symbols  # used, and found at run time in what torch loaded
+    assert "_ZN5torch" not in symbols
+    assert "_ZN2at" not in symbols
+
+
+@linux
+@pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+@pytest.mark.parametrize("isa", ISA_FLAGS)
+def test_no_weak_symbol_leaks_from_an_instruction_set(isa: str, tmp_path: Path) -> None:
+    """A weak symbol compiled for AVX-512 could be the one that the linker keeps for everybody."""
+
+    def symbols(source: Path) -> list[list[str]]:
+        target = tmp_path / f"{source.parent.name}_{source.stem}.o"
+        # Line by line is all that is asked of the code here, so the smallest optimisation that still inlines will do.
+        flags = ["-std=gnu++17", "-Og", "-fno-exceptions", "-fopenmp", "-w", f"-DTORCHWELD_ISA={isa}", *ISA_FLAGS[isa]]
+        compiled = run("g++", *flags, f"-I{ROOT / 'csrc'}", "-c", str(source), "-o", str(target))
+        assert compiled.returncode == 0, compiled.stderr
+        return [line.split() for line in run("nm", str(target)).stdout.splitlines()]
+
+    # isa.cpp is compiled once, for the baseline.
+    sources = [path for path in sorted((ROOT / "csrc" / "cpu").rglob("*.cpp")) if path.name != "isa.cpp"]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for found in pool.map(symbols, sources):
+            assert not [s[-1] for s in found if s[-2] in "WVu"]
+            exported = [s[-1] for s in found if s[-2] in "TDRB"]
+            assert exported
+            assert all(isa in name for name in exported)
+
+
+def test_the_forced_instruction_set_is_what_runs() -> None:
+    script = (
+        "import torch, torchweld; from torchweld import _cpu; torch.manual_seed(0); "
+        "x = torch.randn(64, 1000); y = torchweld.ops.layer_norm(x, (1000,)); "
+        "print(_cpu.isa(), hash(y.numpy().tobytes()))"
+    )
+    seen = {}
+    for isa in _cpu.available_isas():
+        result = run(sys.executable, "-c", script, TORCHWELD_CPU_ISA=isa, PYTHONHASHSEED="0")
+        assert result.returncode == 0, result.stderr
+        name, digest = result.stdout.split()
+        assert name == isa  # a name that each table takes from its own compiler flags
+        seen[isa] = digest
+    # Vectors of another width add in another order: the last bits tell them apart.
+    widths = [isa for isa in seen if isa not in ("avx512_bf16", "amx")]
+    assert len({seen[isa] for isa in widths}) == len(widths)
+
+
+@pytest.mark.parametrize("isa", ["sse9", "AVX2"])
+def test_an_unknown_instruction_set_is_named(isa: str) -> None:
+    script = "import torch, torchweld; torchweld.ops.layer_norm(torch.ones(2, 2), (2,))"
+    result = run(sys.executable, "-c", script, TORCHWELD_CPU_ISA=isa)
+    assert result.returncode != 0
+    assert f"TORCHWELD_CPU_ISA: unknown instruction set '{isa}'; this machine can use" in result.stderr
+    with pytest.raises(ValueError, match="unknown instruction set"):
+        _cpu.use_isa(isa)
+
+
+def test_threads_are_those_of_torch(threads: None) -> None:
+    """One pool: the process runs no more threads after our kernels than torch had started."""
+    torch.set_num_threads(2)
+    torch.ones(1 << 22).add_(1).sum()
+    before = len(os.listdir("/proc/self/task")) if sys.platform.startswith("linux") else 0
+    _ = torch.nn.functional.layer_norm(torch.randn(4096, 768), (768,))
+    from torchweld import ops  # noqa: PLC0415
+
+    ops.layer_norm(torch.randn(4096, 768), (768,))
+    after = len(os.listdir("/proc/self/task")) if sys.platform.startswith("linux") else 0
+    assert after == before
+
+
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+def test_asking_for_cuda_without_a_compiler_says_what_to_do(tmp_path: Path) -> None:
+    defines = ("TORCHWELD_CUDA=ON", f"pybind11_DIR={_pybind11_dir()}", f"Python_EXECUTABLE={sys.executable}")
+    arguments = ["-S", str(ROOT), "-B", str(tmp_path), *(f"-D{d}" for d in defines)]
+    result = run("cmake", *arguments, CUDACXX="/nonexistent/nvcc", PATH="/usr/bin:/bin")
+    assert result.returncode != 0
+    assert "TORCHWELD_CUDA=ON, but no CUDA compiler was found. Set CUDACXX=/path/to/nvcc" in " ".join(
+        result.stderr.split()
+    )
+
+
+def _pybind11_dir() -> str:
+    pybind11 = pytest.importorskip("pybind11")
+    return str(pybind11.get_cmake_dir())

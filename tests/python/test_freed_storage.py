@@ -1,0 +1,118 @@
+"""Tensors whose storage was freed (as FSDP frees it), in any argument and dtype: an error, never the interpreter's end.
+
+torch's own operators read them without asking, so each program runs in a child.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+CALLS = """
+import torch
+from torchweld import ops
+
+q, rows, vector = torch.ones(1, 2, 5, 8), torch.ones(5, 8), torch.ones(8)
+classes, lengths = torch.arange(5), torch.tensor([0, 5], dtype=torch.int32)
+packed, table = torch.ones(5, 2, 8), torch.zeros(1, 1, dtype=torch.int32)
+cache, room = torch.ones(1, 5, 2, 8), torch.full((1,), 5, dtype=torch.int32)
+leaf, seed = torch.ones(5, 8, requires_grad=True), torch.zeros(1, dtype=torch.int64)
+# As stock: a list of what stands in each argument, and a call of all of them.
+CALLS = {
+    "layer_norm": ((rows, vector, vector), lambda x, w, b: ops.layer_norm(x, (8,), w, b)),
+    "rms_norm": ((rows, vector), lambda x, w: ops.rms_norm(x, (8,), w)),
+    "add_layer_norm": (
+        (rows, rows, vector, vector, seed),
+        lambda x, r, w, b, s: ops.add_layer_norm(x, r, (8,), w, b, dropout_p=0.5, seed=s),
+    ),
+    "add_rms_norm": ((rows, rows, vector), lambda x, r, w: ops.add_rms_norm(x, r, (8,), w)),
+    "gelu": ((rows,), lambda x: ops.gelu(x)),
+    "gelu tanh": ((rows,), lambda x: ops.gelu(x, "tanh")),
+    "cross_entropy": ((rows, classes), ops.cross_entropy),
+    "cross_entropy weight": ((rows, classes, vector), ops.cross_entropy),
+    "cross_entropy soft": ((rows, rows), ops.cross_entropy),
+    "sdpa": ((q, q, q, torch.ones(5, 5)), ops.scaled_dot_product_attention),
+    "sdpa broadcast": ((q, q[0], q[0], torch.ones(5, 5)), ops.scaled_dot_product_attention),
+    "attention": (
+        (q, q, q, torch.ones(5, 5), vector[:2].clone(), vector[:2].clone(), seed),
+        lambda q, k, v, b, a, s, seed: ops.attention(
+            q, k, v, bias=b, alibi_slopes=a, sinks=s, dropout_p=0.5, seed=seed
+        ),
+    ),
+    "packed": (
+        (packed, packed, packed, lengths, lengths),
+        lambda q, k, v, a, b: ops.attention(q, k, v, cu_seqlens_q=a, cu_seqlens_k=b),
+    ),
+    "paged_attention": ((q, cache, cache, table, room), ops.paged_attention),
+    "backward": ((rows,), lambda g: torch.autograd.grad(ops.layer_norm(leaf, (8,)), leaf, g)),
+    "double backward": ((rows,), lambda g: torch.autograd.grad(ops.gelu(leaf, "tanh"), leaf, g, create_graph=True)),
+}
+VIEWS = {
+    "itself": lambda t: t,
+    "shifted": lambda t: torch.cat([t, t], -1)[..., t.shape[-1]:],
+    "expanded": lambda t: t[:1].expand(t.shape) if t.dim() > 1 else t[:1].expand(t.shape),
+    "negated": lambda t: torch._neg_view(t),
+}
+"""
+PROGRAM = (
+    CALLS
+    + """
+import sys
+
+def freed(t, view, dtype):
+    t = VIEWS[view](t.to(dtype).clone())
+    t.untyped_storage().resize_(0)
+    return t
+
+survived, wrong = 0, []
+for name, (tensors, call) in CALLS.items():
+    for i, t in enumerate(tensors):
+        for view in VIEWS:
+            dtypes = (torch.float32, torch.float64, torch.bfloat16) if t.is_floating_point() else (t.dtype, torch.uint8)
+            for dtype in dtypes:
+                if name.endswith("backward") and dtype is not torch.float32:
+                    continue  # torch itself converts the gradient, before ours is called
+                for backend in ("cpu",) if name.endswith("backward") else ("cpu", "reference"):
+                    with __import__("torchweld").use_backend(backend):
+                        print(name, i, view, dtype, backend, file=sys.stderr, flush=True)
+                        try:
+                            call(*tensors[:i], freed(t, view, dtype), *tensors[i + 1:])
+                        except (ValueError, RuntimeError, TypeError, IndexError):
+                            survived += 1
+                        else:
+                            wrong.append((name, i, view, str(dtype), backend))
+assert not wrong, wrong
+print(survived)
+"""
+)
+
+
+def test_every_argument_of_every_op_is_asked_before_it_is_read() -> None:
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, check=False)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 0, f"after {last}: exit code {done.returncode}"
+    assert int(done.stdout) > 500
+
+
+NUMBERS = """
+import torch
+from torchweld import ops
+
+number = torch.ones(1)
+number.untyped_storage().resize_(0)
+for call in (
+    lambda: ops.layer_norm(torch.ones(5, 8), (8,), None, None, number),
+    lambda: ops.attention(*[torch.ones(1, 2, 5, 8)] * 3, scale=number),
+    lambda: ops.attention(*[torch.ones(1, 2, 5, 8)] * 3, softcap=number),
+    lambda: ops.attention(*[torch.ones(1, 2, 5, 8)] * 3, dropout_p=number),
+):
+    try:
+        call()
+    except (ValueError, TypeError):
+        continue
+    raise SystemExit(1)
+"""
+
+
+def test_numbers_that_are_freed_tensors_are_refused() -> None:
+    assert subprocess.run([sys.executable, "-W", "ignore", "-c", NUMBERS], check=False).returncode == 0

@@ -1,0 +1,103 @@
+"""Hooks on saved tensors (checkpoints, offloading): a backward unpacks each once, and derivatives are right."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from torchweld import ops
+
+SEED, CLASSES = torch.zeros(1, dtype=torch.int64), torch.arange(5)
+FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "layer_norm": lambda x, w: ops.layer_norm(x, (8,), w, w),
+    "rms_norm": lambda x, w: ops.rms_norm(x, (8,), w, zero_centered_weight=True),
+    "add_layer_norm": lambda x, w: sum(ops.add_layer_norm(x, x.sin(), (8,), w, w)),  # type: ignore[arg-type, return-value]
+    "add_rms_norm": lambda x, w: ops.add_rms_norm(x, x.sin(), (8,), w, dropout_p=0.3, seed=SEED)[0],
+    "new_residual": lambda x, w: ops.add_layer_norm(x, x.sin(), (8,), w)[1] * w,
+    "gelu": lambda x, w: ops.gelu(x * w, "tanh"),
+    "cross_entropy": lambda x, w: ops.cross_entropy((x * w)[0, 0], CLASSES, reduction="none"),
+    "attention": lambda x, w: ops.attention(x, x * w, x.sin(), bias=x[..., :5], sinks=w[:2], alibi_slopes=w[2:4]),
+    "lse": lambda x, w: ops.attention(x, x * w, x, return_lse=True)[1],
+    "sdpa": lambda x, w: ops.scaled_dot_product_attention(x, x * w, x, is_causal=True),
+}
+
+
+def leaves(dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x, w = torch.randn(1, 2, 5, 8, generator=generator), torch.rand(8, generator=generator) + 0.5
+    return x.to(dtype).requires_grad_(), w.to(dtype).requires_grad_()
+
+
+def derivatives(call: Callable[[Tensor, Tensor], Tensor], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """First and second ones, of x and w."""
+    x, w = leaves(dtype)
+    first = torch.autograd.grad(call(x, w).sin().sum(), (x, w), create_graph=True)
+    second = torch.autograd.grad(sum(g.square().sum() for g in first), (x, w))  # type: ignore[arg-type]
+    return [g.detach() for g in (*first, *second)]
+
+
+def close(ours: list[Tensor], exact: list[Tensor]) -> None:
+    for got, expected in zip(ours, exact, strict=True):
+        torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-3 * max(1.0, expected.abs().max().item()))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_second_derivatives_through_a_checkpoint(name: str) -> None:
+    function = FUNCTIONS[name]
+    through = lambda x, w: checkpoint(function, x, w, use_reentrant=False)  # noqa: E731
+    close(derivatives(through), derivatives(function, torch.float64))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_reentrant_checkpoint_is_differentiated(name: str) -> None:
+    grads = []
+    for reentrant, dtype in ((True, torch.float32), (None, torch.float64)):
+        x, w = leaves(dtype)
+        out = FUNCTIONS[name](x, w) if reentrant is None else checkpoint(FUNCTIONS[name], x, w, use_reentrant=True)
+        out.sin().sum().backward()
+        assert x.grad is not None and w.grad is not None
+        grads.append([x.grad, w.grad])
+    close(*grads)
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["backward", "double backward"])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_a_saved_tensor_is_unpacked_once(name: str, again: bool) -> None:
+    unpacked: list[int] = []
+    packed: list[Tensor] = []
+
+    def pack(t: Tensor) -> int:
+        packed.append(t)
+        return len(packed) - 1
+
+    def unpack(index: int) -> Tensor:
+        unpacked.append(index)
+        return packed[index]
+
+    x, w = leaves()
+    with saved_tensors_hooks(pack, unpack):
+        out = FUNCTIONS[name](x, w)
+    torch.autograd.grad(out.sum(), (x, w), create_graph=again)
+    assert unpacked and len(unpacked) == len(set(unpacked))
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_hooks_may_give_back_other_strides_and_memory(name: str) -> None:
+    def transposed(t: Tensor) -> Any:
+        return t.transpose(0, -1).contiguous() if t.dim() > 1 else t.clone()
+
+    def unpack(t: Tensor) -> Tensor:
+        return t.transpose(0, -1) if t.dim() > 1 else t
+
+    x, w = leaves()
+    expected = torch.autograd.grad(FUNCTIONS[name](x, w).sin().sum(), (x, w))
+    for hooks in (saved_tensors_hooks(transposed, unpack), save_on_cpu()):
+        with hooks:
+            out = FUNCTIONS[name](x, w)
+        torch.testing.assert_close(torch.autograd.grad(out.sin().sum(), (x, w)), expected)

@@ -1,0 +1,203 @@
+"""`torchweld train` and `torchweld generate`: learning, resuming to the bit, Ctrl-C, --compare, schedule and report."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+import signal
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+
+from torchweld.models import CONFIGS, GPT2
+from torchweld.training import checkpoint, report, settings, train_gpt2, trainer
+from torchweld.training.processes import Processes
+
+FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json", "training.json")
+
+
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
+    """Sends SIGINT to this process from within that step."""
+    advance = trainer.Trainer.advance
+
+    def interrupted(self: trainer.Trainer, *batch: torch.Tensor) -> None:
+        advance(self, *batch)
+        if self.step == step:
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(trainer.Trainer, "advance", interrupted)
+
+
+# ---- Training
+
+
+def test_learns_saves_and_generates(train: Callable, command: Callable) -> None:
+    code, out, _ = train("--steps", 150, "--out", "run")
+    assert code == 0
+    found = re.search(
+        r"validation loss ([\d.]+) nats per token \(perplexity ([\d.]+)\); unigram entropy.* ([\d.]+) \(", out
+    )
+    loss, perplexity, unigram = map(float, found.groups())
+    assert loss < unigram - 0.5
+    assert perplexity == pytest.approx(math.exp(loss), rel=0.01)
+    assert "class Reader" not in out.split("sample")[0] and "tokens/s" in out and "\x1b" not in out
+    assert sorted(p.name for p in Path("run").iterdir()) == ["checkpoint-150", "loss.png"]
+    assert sorted(p.name for p in Path("run/checkpoint-150").iterdir()) == sorted(FILES)
+    assert Path("run/loss.png").read_bytes().startswith(b"\x89PNG")
+
+    training = json.loads(Path("run/checkpoint-150/training.json").read_text())
+    assert len(training["losses"]) == 150 and [step for step, _ in training["validation"]] == [100, 150]
+    assert training["validation"][-1][1] == pytest.approx(loss, abs=1e-3)
+
+    say = ("generate", "--checkpoint", "run", "--prompt", "def f(", "--tokens", 40)
+    code, first, _ = command(*say, "--seed", 3)
+    assert code == 0 and first.startswith("def f(") and len(first) > 40
+    assert command(*say, "--seed", 3)[1] == first
+    assert command(*say, "--seed", 4)[1] != first
+    greedy = command(*say, "--temperature", 0)[1]
+    assert command(*say, "--top-k", 1)[1] == greedy == command(*say, "--top-p", 1e-6)[1]
+
+
+def test_checkpoint_is_a_hugging_face_model(train: Callable) -> None:
+    transformers = pytest.importorskip("transformers", reason="loads the checkpoint with transformers, a test extra")
+    train("--steps", 3, "--out", "run")
+    theirs = transformers.GPT2LMHeadModel.from_pretrained("run/checkpoint-3").eval()
+    config, weights, tokenizer = checkpoint.load_model(Path("run/checkpoint-3"))
+    ours = GPT2(config).eval()
+    ours.load_hugging_face(weights)
+    ids = torch.tensor([tokenizer.encode("import argparse as _argparse\n").ids])
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_resume_continues_bit_for_bit(train: Callable, monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+    monkeypatch.setitem(CONFIGS, "tiny", replace(CONFIGS["tiny"], dropout=dropout))
+    monkeypatch.setattr(train_gpt2, "VALIDATE_EVERY", 5)
+    assert train("--steps", 12, "--out", "straight")[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 7)
+        code, out, _ = train("--steps", 12, "--out", "broken")
+    assert code == 130
+    assert "interrupted after step 7 of 12" in out and "--resume broken" in out
+    assert [p.name for p in Path("broken").iterdir()] == ["checkpoint-7"]
+    torch.rand(3)  # resuming must not depend on what the process drew before
+    code, out, _ = train("--resume", "broken")
+    assert code == 0 and "resuming after step 7" in out
+    for name in FILES:
+        straight, broken = (Path(out, "checkpoint-12", name).read_bytes() for out in ("straight", "broken"))
+        assert straight == broken, name
+
+
+def test_a_second_interrupt_ends_at_once(train: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    interrupt_after(monkeypatch, 3, times=2)
+    code, out, _ = train("--steps", 5, "--out", "run")
+    assert code == 130 and "nothing is saved" in out
+    assert list(Path("run").iterdir()) == []
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_resume_goes_on_past_the_end(train: Callable) -> None:
+    train("--steps", 3, "--out", "run")
+    code, out, _ = train("--resume", "run")
+    assert code == 0 and "resuming after step 3" in out
+    code, out, _ = train("--resume", "run/checkpoint-3", "--steps", 5)
+    assert code == 0
+    assert sorted(p.name for p in Path("run").iterdir()) == ["checkpoint-5", "loss.png"]
+
+
+def test_an_earlier_run_is_replaced_only_when_asked(train: Callable) -> None:
+    train("--steps", 4, "--out", "run")
+    code, _, error = train("--steps", 3, "--out", "run")
+    assert code == 2 and "checkpoint-4" in error and "--overwrite" in error
+    assert train("--steps", 3, "--out", "run", "--overwrite")[0] == 0
+    assert [p.name for p in checkpoint.checkpoints(Path("run"))] == ["checkpoint-3"]
+
+
+def test_seed_decides_weights_and_order(train: Callable) -> None:
+    for seed, out in ((1, "a"), (1, "b"), (2, "c")):
+        train("--steps", 2, "--seed", seed, "--out", out)
+    a, b, c = (Path(out, "checkpoint-2/model.safetensors").read_bytes() for out in "abc")
+    assert a == b != c
+
+
+def test_bfloat16_keeps_float32_weights(train: Callable) -> None:
+    code, _, _ = train("--steps", 30, "--dtype", "bfloat16", "--out", "run")
+    assert code == 0
+    tensors = load_file("run/checkpoint-30/model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    losses = json.loads(Path("run/checkpoint-30/training.json").read_text())["losses"]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_every_backend_trains_alike(train: Callable) -> None:
+    for name in ("cpu", "reference"):
+        assert train("--steps", 3, "--backend", name, "--out", name)[0] == 0
+    a, b = (json.loads(Path(out, "checkpoint-3/training.json").read_text())["losses"] for out in ("cpu", "reference"))
+    assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_divergence_is_reported(train: Callable) -> None:
+    code, _, error = train("--steps", 50, "--learning-rate", 1e30, "--out", "run")
+    assert code == 2 and "training diverged" in error and "lower --learning-rate" in error
+
+
+# ---- Beside stock PyTorch
+
+
+def test_compare_agrees(train: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Inductor would take a minute for what this is about.
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    code, out, _ = train("--steps", 10, "--compare", "--out", "run")
+    assert code == 0
+    for rival in ("torch", "torch.compile"):
+        (difference,) = re.findall(rf"and {rival}: they agree; largest relative difference (\S+) in the first 1 ", out)
+        assert float(difference) < 1e-4
+        assert float(re.search(rf"torchweld / {rival} = ([\d.]+)", out)[1]) > 0
+        assert re.search(rf"\b{rival} .*\d,\d{{3}}", out)
+
+
+def test_compare_notices_a_difference(train: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainer.stock, "layer_norm", lambda x, *rest: x)
+    code, out, _ = train("--steps", 3, "--compare", "torch", "--out", "run")
+    assert code == 1 and "they DIFFER" in out
+
+
+# ---- Schedule and report
+
+
+def test_schedule() -> None:
+    recipe = settings.Recipe(steps=100, batch_size=1, learning_rate=1.0)
+    rates = [recipe.rate(step) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert rates[10] == 1.0 and rates == sorted(rates[:10]) + sorted(rates[10:], reverse=True)
+    assert rates[55] == pytest.approx(0.05 + 0.95 / 2)
+    assert 0.05 < rates[-1] < 0.051
+    assert settings.Recipe(steps=1, batch_size=1, learning_rate=1.0).rate(0) == 1.0
+
+
+def test_a_terminal_gets_a_live_bar() -> None:
+    recipe = settings.Settings(**asdict(settings.RECIPES["tiny"]), config="tiny", seed=0, data=None)
+    runner = trainer.Trainer(CONFIGS["tiny"], recipe, Processes(), "float32")
+    runner.losses, runner.seconds = [5.0, 4.0], [0.5, 0.5]
+    shown = io.StringIO()
+    with report.Reporter(Console(file=shown, force_terminal=True, width=120), 0, 10) as reporter:
+        reporter.step([runner], 1000)
+    assert "2/10" in shown.getvalue() and "loss 4.500, 2,000 tokens/s" in shown.getvalue()
+    assert "step 2/10" not in shown.getvalue()
+
+
+def test_a_missing_matplotlib_is_said(train: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    code, out, _ = train("--steps", 2, "--out", "run")
+    assert code == 0 and "pip install torchweld[plot]" in out
+    assert not Path("run/loss.png").exists()
