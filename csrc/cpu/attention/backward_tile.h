@@ -223,13 +223,12 @@ class GradientTile {
     return weight<Compute::exp_degree>(load(products_ + at), row.max, row.unit) * row.inverse;
   }
 
-  // P * (dP - delta). Where P is 1, but for less than a rounding of the output, delta is dP - dlse: of the difference
-  // nothing else than the roundings of two sums would be left, and of an output in 16 bits.
+  // P * (dP - delta). Where P is 1 but for roundings, delta is dP - dlse: of the difference nothing else than the
+  // roundings of two sums would be left, and of an output in 16 bits.
   TW_INLINE Score dscore(int64_t at, const Row& row, Vec p) const {
-    constexpr float kWhole = sizeof(T) == 4 ? 1 - 0x1p-22f : 1 - 0x1p-12f;
     const Vec gradient = p * (load(dprobability_ + at) - row.delta);
     // Where nothing is seen, value may hold a NaN.
-    return {p, p == zero() ? zero() : p >= splat(kWhole) ? row.dlse : gradient};
+    return {p, p == zero() ? zero() : p >= splat(1 - 0x1p-22f) ? row.dlse : gradient};
   }
 
   // Whether the tile holds all that query i sees.

@@ -6,6 +6,7 @@
 namespace torchweld::cpu {
 namespace {
 
+// The query side of one query head, shared by all tiles of keys: statistics and operands.
 template <class T, class Compute>
 struct GradientQueries {
   float *max, *inverse, *delta;         // [Nq]; max is 0 where nothing is seen
