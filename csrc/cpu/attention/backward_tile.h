@@ -237,8 +237,10 @@ class GradientTile {
     return low < high && j0_ <= low && high <= j0_ + keys_;
   }
 
-  // P in the place of the scores of row r. Returns the sum of P * dP.
-  __attribute__((noinline)) float sum_gradients(const Row& row, int64_t r, Span span) const {
+  // P of query i in the place of its scores, row r. Returns the sum of P * dP.
+  __attribute__((noinline)) float sum_gradients(const Queries& rows, int64_t i, float unit, int64_t r,
+                                                Span span) const {
+    const Row row(rows, i, unit);
     Vec total{};
     for (int64_t j = span.begin; j < span.end; j += W) {
       const int64_t at = r * stride_ + j;
@@ -264,8 +266,9 @@ class GradientTile {
       if (dropping) drop(scores, i + n, r + n, span, factors[n]);
       summed |= rows.summed && holds_all(scores.band, i + n);
     }
-    for (int n = 0; n < count && summed; ++n) {
-      const float total = sum_gradients(row[n], r + n, span);
+    for (int n = 0; n < kCount; ++n) {
+      if (n >= count || !summed) continue;
+      const float total = sum_gradients(rows, i + n, scores.unit(), r + n, span);
       if (!holds_all(scores.band, i + n)) continue;
       rows.delta[i + n] += total;
       row[n].delta = splat(rows.delta[i + n]);
