@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 _STRIDED = torch.strided
+KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 FREED = "expected a tensor with memory, but got one whose storage is empty: it was freed, or is a ZeroTensor"
 
 # ---- How a value is shown
@@ -74,8 +75,9 @@ def is_freed(t: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return False
     try:
-        # A view of an empty storage starts a little past null.
-        return t.device.type in ("cpu", "cuda") and t.data_ptr() < 4096 and t.numel() > 0 and not t._is_zerotensor()
+        with torch._C.DisableTorchFunction():  # nobody's business
+            # A view of an empty storage starts a little past null.
+            return t.device.type in ("cpu", "cuda") and t.data_ptr() < 4096 and t.numel() > 0 and not t._is_zerotensor()
     except RuntimeError:  # of a tracer or a transform: it has no pointer
         return False
 
@@ -143,9 +145,12 @@ def explain(op: str, error: Exception, arguments: Mapping[str, Any]) -> NoReturn
 
     As it is where it does so itself, and where it is of a kind of its own (memory that is used up, a tracer's).
     """
-    if type(error) not in _BARE or _GRAMMAR.match(str(error)):
+    named = _GRAMMAR.match(str(error)) is not None
+    if type(error) not in _BARE or (named and not isinstance(error, TypeError)):
         raise error
-    _check_plain(op, arguments, error)
+    _check_plain(op, arguments, error)  # of a list the bindings name no element
+    if named:
+        raise error
     kind = type(error) if isinstance(error, _KEPT) else RuntimeError
     raise kind(f"[{op}] expected arguments that torch's operators take, but got {error}") from error
 
