@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -22,7 +21,7 @@ _is_neg = Tensor.is_neg
 # those tensors go to the reference, the others to the kernels.
 
 
-def _workspace(module: ModuleType, count: int, device: torch.device) -> Tensor | None:
+def _workspace(module: backend.Kernels, count: int, device: torch.device) -> Tensor | None:
     """Room for the kernels' table of `count` tensors; None where they read it as it was made."""
     words = module.OPTIMIZER_TABLE_WORDS * count
     return torch.empty(words, dtype=torch.int64, device=device) if words else None
@@ -35,7 +34,7 @@ def _scalar(op: str, name: str, t: Tensor | None, device: torch.device) -> Tenso
     return t.to(device, torch.float32, non_blocking=True)
 
 
-def _grad_norm(grads: Sequence[Tensor], grad_scale: Tensor | None) -> Tensor:
+def _grad_norm(grads: list[Tensor] | tuple[Tensor, ...], grad_scale: Tensor | None) -> Tensor:
     device = grads[0].device
     module = backend.module(device)
     if any(map(_is_neg, grads)):
