@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 
 import torchweld
-from torchweld import ops, optim, reference
+from torchweld import nn, ops, optim, reference
 
 COLS = 24
 CLASSES = torch.arange(5) * 4
@@ -279,6 +279,28 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: adamw(max_grad_norm=[1]), TypeError, "[adamw_] max_grad_norm: expected a number or None, but got [1]"),
     (lambda: adamw(amsgrad=1.0), TypeError, "[adamw_] amsgrad: expected a bool, but got 1.0"),
     (lambda: adamw(rounding_seed=0.5), TypeError, "[adamw_] rounding_seed: expected an integer or None, but got 0.5"),
+    (lambda: nn.LayerNorm(8)(None), TypeError, "[layer_norm] input: expected a torch.Tensor, but got NoneType"),
+    (lambda: nn.RMSNorm(8)([1.0]), TypeError, "[rms_norm] input: expected a torch.Tensor, but got list"),
+    (
+        lambda: nn.MultiheadAttention(8, 2)(Q[0], Q[0], Q[0], need_weights=False, attn_mask="x"),
+        TypeError,
+        "is_floating_point(): argument 'input' (position 1) must be Tensor, not str",  # torch's own
+    ),
+    (
+        lambda: optim.AdamW([torch.nn.Parameter(Q)], max_grad_norm="x"),
+        TypeError,
+        "[AdamW] max_grad_norm: expected a number above 0, or None, but got 'x'",
+    ),
+    (
+        lambda: optim.SGD([{"params": [torch.nn.Parameter(Q)], "zero_grads": 0.5}]),
+        TypeError,
+        "[SGD] zero_grads: expected a bool, but got 0.5",
+    ),
+    (
+        lambda: torchweld.patch(torch.nn.LayerNorm(8), norms="all"),
+        TypeError,
+        "[patch] norms: expected a bool, but got 'all'",
+    ),
     (lambda: ops.sgd_([Q], [Q], [], lr=1j), TypeError, "[sgd_] lr: expected a number or a torch.Tensor"),
     (
         lambda: ops.sgd_([torch.ones(2, requires_grad=True)], [torch.ones(2)], [], lr=1.0),
