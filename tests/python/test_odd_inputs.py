@@ -55,15 +55,15 @@ def test_a_lazily_negated_tensor_is_negated(name: str) -> None:
 
 
 def test_a_lazily_negated_gradient_steps_a_parameter_as_its_value_does() -> None:
-    gradient = x(5)
-    for negated in (True, False):  # the parameter too
-        param = x(5) * 2
-        lazy, expected = torch._neg_view(-param) if negated else param.clone(), param - gradient
-        grads = [torch._neg_view(-gradient)]
-        torch.testing.assert_close(ops.grad_norm(grads), gradient.norm())
-        ops.sgd_([lazy], grads, [], lr=1.0, zero_grads=True)
-        torch.testing.assert_close(lazy, expected)
-        assert not grads[0].any()
+    for shape in ((5,), (1,), ()):
+        gradient, param = x(5)[: math.prod(shape)].view(shape), x(5)[: math.prod(shape)].view(shape) * 2
+        for start in (param.clone(), torch.complex(param, -param).conj().imag):
+            lazy, grads = start, [torch.complex(gradient, -gradient).conj().imag]
+            assert grads[0].is_neg()
+            torch.testing.assert_close(ops.grad_norm(grads), gradient.norm())
+            ops.sgd_([lazy], grads, [], lr=1.0, zero_grads=True)
+            torch.testing.assert_close(lazy, param - gradient)
+            assert not grads[0].any()
 
 
 @pytest.mark.parametrize("name", ["AdamW", "SGD"])
