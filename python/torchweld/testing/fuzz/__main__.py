@@ -17,7 +17,8 @@ from torchweld import _cpu
 from torchweld.testing.fuzz.families import FAMILIES
 from torchweld.testing.fuzz.report import Finding, Report
 
-_HANGS = 60.0  # seconds without a word from a child, after which it is ended
+_STARTS = 600.0  # seconds that a child has for its first word: to start takes long on a busy machine
+_HANGS = 60.0  # seconds without another word from it, after which it is ended
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,7 +75,7 @@ def _child(options: dict[str, Any], report: Report) -> tuple[str, int] | None:
     ):
         assert child.stdout is not None
         op, number, isa, program, hung = "", 0, "", "", threading.Event()
-        watchdog = _watchdog(child, hung, 10 * _HANGS)  # to start takes long on a busy machine
+        watchdog = _watchdog(child, hung, _STARTS)
         for line in child.stdout:
             watchdog.cancel()
             watchdog = _watchdog(child, hung, _HANGS)
