@@ -169,8 +169,9 @@ struct AttentionInputs {
 constexpr int64_t kUnbounded = int64_t{1} << 40;
 
 struct AttentionForwardParams : AttentionInputs {
-  void* output;  // [B, H, Nq, Dv]
-  Strides output_strides;
+  void* output;      // [B, H, Nq, Dv]
+  void* output_low;  // as output: what its rounding to 16 bits left out, for the backward's delta; nullptr: not wanted
+  Strides output_strides, output_low_strides;
   float* lse;  // [B, H, Nq] log of the softmax's denominator, -inf where a query sees nothing; nullptr: not wanted
   // [B, H, Nq] of what the backward makes the softmax again; nullptr: none will follow. lse would not do: its rounding
   // is one of exp(lse), and all that is left of it where scores are large.
@@ -188,9 +189,10 @@ struct PagedAttentionParams : AttentionForwardParams {
 };
 
 struct AttentionBackwardParams : AttentionInputs {
-  const void* output;   // [B, H, Nq, Dv]
-  const void* doutput;  // [B, H, Nq, Dv]
-  Strides output_strides, doutput_strides;
+  const void* output;      // [B, H, Nq, Dv]
+  const void* output_low;  // as the forward left it; nullptr: none
+  const void* doutput;     // [B, H, Nq, Dv]
+  Strides output_strides, output_low_strides, doutput_strides;
   bool deterministic;    // the same bits on every run; else sums may be added up in any order
   const float* max;      // [B, H, Nq] as the forward left it; lse where there is no inverse
   const float* inverse;  // [B, H, Nq], nullptr: none

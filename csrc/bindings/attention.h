@@ -207,17 +207,20 @@ void bind_attention(Module& m) {
           return Backend::kernels().attention_backward_workspace(p);
         });
 
-  // output: (B, H, Nq, Dv), packed (total_q, H, Dv).
-  m.def("attention_forward(query, key, value, modifiers, options, output, statistics, workspace)",
+  // output, output_low: (B, H, Nq, Dv), packed (total_q, H, Dv).
+  m.def("attention_forward(query, key, value, modifiers, options, output, output_low, statistics, workspace)",
         [](const TensorView& query, const TensorView& key, const TensorView& value, const Modifiers& modifiers,
-           const Options& options, const TensorView& output, const OptionalTensor& statistics,
-           const TensorView& workspace) {
+           const Options& options, const TensorView& output, const OptionalTensor& output_low,
+           const OptionalTensor& statistics, const TensorView& workspace) {
           const Arguments args("attention", Backend::device, query);
           AttentionForwardParams p{};
           fill_inputs<Backend>(args, p, query, key, value, std::get<4>(modifiers), std::get<5>(modifiers),
                                std::get<6>(options), std::get<7>(options));
           fill_scores(args, p, modifiers, options, workspace);
           p.output = rows_of(args, p, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
+          if (output_low)
+            p.output_low =
+                rows_of(args, p, *output_low, "output_low", p.heads, p.total_q, p.value_dim, p.output_low_strides);
           fill_statistics(args, p, statistics);
           check_workspace(args, p, Backend::kernels().attention_forward_workspace(p));
           Backend::run(&Backend::Kernels::attention_forward, p, query.device.index);
@@ -226,12 +229,12 @@ void bind_attention(Module& m) {
   // As above, but of one row statistics is lse. dlse: float32 (B, H, Nq), packed (H, total_q); dbias: contiguous, 4
   // dimensions; dalibi_slopes, dsinks: (B, H).
   m.def(
-      "attention_backward(doutput, dlse, query, key, value, modifiers, options, output, statistics, dquery, dkey, "
-      "dvalue, dbias, dalibi_slopes, dsinks, deterministic, workspace)",
+      "attention_backward(doutput, dlse, query, key, value, modifiers, options, output, output_low, statistics, dquery, "
+      "dkey, dvalue, dbias, dalibi_slopes, dsinks, deterministic, workspace)",
       [](const TensorView& doutput, const OptionalTensor& dlse, const TensorView& query, const TensorView& key,
          const TensorView& value, const Modifiers& modifiers, const Options& options, const TensorView& output,
-         const TensorView& statistics, const OptionalTensor& dquery, const OptionalTensor& dkey,
-         const OptionalTensor& dvalue, const OptionalTensor& dbias, const OptionalTensor& dalibi_slopes,
+         const OptionalTensor& output_low, const TensorView& statistics, const OptionalTensor& dquery,
+         const OptionalTensor& dkey, const OptionalTensor& dvalue, const OptionalTensor& dbias, const OptionalTensor& dalibi_slopes,
          const OptionalTensor& dsinks, bool deterministic, const TensorView& workspace) {
         const Arguments args("attention_backward", Backend::device, query);
         AttentionBackwardParams p{};
@@ -240,6 +243,9 @@ void bind_attention(Module& m) {
                              std::get<6>(options), std::get<7>(options));
         fill_scores(args, p, modifiers, options, workspace);
         p.output = rows_of(args, p, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
+        if (output_low)
+          p.output_low =
+              rows_of(args, p, *output_low, "output_low", p.heads, p.total_q, p.value_dim, p.output_low_strides);
         p.doutput = rows_of(args, p, doutput, "doutput", p.heads, p.total_q, p.value_dim, p.doutput_strides);
         const Statistics rows(args, p, statistics);
         p.max = rows.max != nullptr ? rows.max : rows.lse;

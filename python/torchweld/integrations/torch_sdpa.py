@@ -20,7 +20,7 @@ import torch.nn.attention
 from torch import Tensor
 
 from torchweld import backend
-from torchweld.ops._attention import Modifiers, Options, refusal, row_statistics, run_backward, run_forward
+from torchweld.ops._attention import Modifiers, Options, output_low, refusal, row_statistics, run_backward, run_forward
 from torchweld.reference.philox import draw_seed
 
 NAME = "torchweld"
@@ -109,7 +109,7 @@ def cpu_forward(
         return None
     statistics = row_statistics(query, 1)
     rest = _arguments(query, attn_mask, None, 0.0, is_causal, scale)
-    output = run_forward(query, key, value, torch.empty_like(query), statistics, rest)
+    output = run_forward(query, key, value, torch.empty_like(query), None, statistics, rest)
     lse = statistics[0]
     if attn_mask is not None:  # torch's backward, should it follow, wants a number for a row that sees nothing
         lse.masked_fill_(lse == -math.inf, 0.0)
@@ -134,11 +134,11 @@ def cpu_backward(
         return None
     grads = [torch.empty_permuted(t.shape, (0, 2, 1, 3), dtype=t.dtype, device=t.device) for t in (query, key, value)]
     rest = _arguments(query, attn_mask, None, 0.0, is_causal, scale)
-    statistics = logsumexp.contiguous().unsqueeze(0)
+    statistics, low = logsumexp.contiguous().unsqueeze(0), None
     if logsumexp.numel() > 0 and bool(logsumexp.abs().amax() > _LARGE):
-        statistics = row_statistics(query, 2)
-        run_forward(query, key, value, torch.empty_like(query), statistics, rest)
-    run_backward(grad_out, None, out, statistics, query, key, value, grads, (*rest, _MASK, True))
+        statistics, low = row_statistics(query, 2), output_low(out)
+        run_forward(query, key, value, torch.empty_like(query), low, statistics, rest)
+    run_backward(grad_out, None, out, low, statistics, query, key, value, grads, (*rest, _MASK, True))
     return tuple(grads)
 
 
@@ -168,7 +168,7 @@ def cuda_forward(
         state[:1] = seed
     statistics = row_statistics(query, 1)
     rest = _arguments(query, None, seed, dropout_p, is_causal, scale)
-    output = run_forward(query, key, value, torch.empty_like(query), statistics, rest)
+    output = run_forward(query, key, value, torch.empty_like(query), None, statistics, rest)
     unused = torch.zeros((), dtype=torch.uint64, device=query.device)
     return (
         output,
@@ -208,5 +208,5 @@ def cuda_backward(
     grads = [torch.empty_like(t) for t in (query, key, value)]
     rest = _arguments(query, None, seed, dropout_p, is_causal, scale)
     statistics = logsumexp.contiguous().unsqueeze(0)
-    run_backward(grad_out, None, out, statistics, query, key, value, grads, (*rest, _MASK, True))
+    run_backward(grad_out, None, out, None, statistics, query, key, value, grads, (*rest, _MASK, True))
     return tuple(grads)

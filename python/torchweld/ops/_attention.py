@@ -84,6 +84,15 @@ def row_statistics(query: Tensor, rows: int) -> Tensor:
     return query.new_empty((rows, *shape), dtype=torch.float32)
 
 
+def output_low(output: Tensor) -> Tensor | None:
+    """Of output's shape and dtype, for what its rounding leaves out. None: the kernels do without.
+
+    Without it, the backward's delta is off by that rounding: by more than the scores' gradients where one key has
+    nearly all the weight, or where values are far from zero.
+    """
+    return torch.empty_like(output) if output.element_size() == 2 and output.device.type == "cpu" else None
+
+
 def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
     """As the kernels want them: (B, H, Nq, Nk), float32 (B, H), float32 (H); broadcast by stride 0, without copies."""
     bias, alibi_slopes, sinks, seed, lens_q, lens_k = modifiers
@@ -106,9 +115,10 @@ def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
 
 
 def run_forward(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, statistics: Tensor | None, rest: tuple[Any, ...]
-) -> Tensor:
-    """`output`, filled. `rest`: modifiers and options."""
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, low: Tensor | None, statistics: Tensor | None,
+    rest: tuple[Any, ...],
+) -> Tensor:  # fmt: skip
+    """`output`, filled, as are `low` (see `output_low`) and `statistics`. `rest`: modifiers and options."""
     q, k, v = operand(query, "query"), operand(key, "key"), operand(value, "value")
     modifiers, options = rest[:_COUNT], rest[_COUNT:]
     if modifiers != PLAIN:  # None is compared by identity: cheap
@@ -116,34 +126,36 @@ def run_forward(
     kernels = backend.kernels[q.device.type]
     size = kernels.attention_forward_workspace(q, k, v, modifiers[-2], modifiers[-1], statistics)
     workspace = torch.empty(size, dtype=torch.float32, device=q.device)
-    kernels.attention_forward(q, k, v, modifiers, options, output, statistics, workspace)
+    kernels.attention_forward(q, k, v, modifiers, options, output, low, statistics, workspace)
     return output
 
 
 def _inference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    return run_forward(query, key, value, heads_like(query, value.shape[-1]), None, rest)
+    return run_forward(query, key, value, heads_like(query, value.shape[-1]), None, None, rest)
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    statistics = row_statistics(query, rest[-1])
-    return run_forward(query, key, value, heads_like(query, value.shape[-1]), statistics, rest[:-1]), statistics
+def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    output, low, statistics = found = _forward_fake(query, key, value, *rest)
+    run_forward(query, key, value, output, low if low.dim() > 1 else None, statistics, rest[:-1])
+    return found
 
 
 def _backward(
-    doutput: Tensor, dlse: Tensor | None, output: Tensor, statistics: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    *rest: Any,
+    doutput: Tensor, dlse: Tensor | None, output: Tensor, low: Tensor, statistics: Tensor, query: Tensor, key: Tensor,
+    value: Tensor, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     mask = rest[-2]
     grads = [
         heads_like(t, t.shape[-1]) if wanted else None for t, wanted in zip((query, key, value), mask, strict=False)
     ]
-    others = run_backward(doutput, dlse, output, statistics, query, key, value, grads, rest)
+    low_or_none = low if low.dim() > 1 else None
+    others = run_backward(doutput, dlse, output, low_or_none, statistics, query, key, value, grads, rest)
     return tuple(query.new_empty(0) if g is None else g for g in (*grads, *others))
 
 
 def run_backward(
-    doutput: Tensor, dlse: Tensor | None, output: Tensor, statistics: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    grads: Sequence[Tensor | None], rest: tuple[Any, ...],
+    doutput: Tensor, dlse: Tensor | None, output: Tensor, low: Tensor | None, statistics: Tensor, query: Tensor,
+    key: Tensor, value: Tensor, grads: Sequence[Tensor | None], rest: tuple[Any, ...],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Fills `grads` of query, key and value; returns those of bias, alibi_slopes and sinks. `rest`: see `_backward`."""
     q, k, v = operand(query, "query"), operand(key, "key"), operand(value, "value")
@@ -164,10 +176,12 @@ def run_backward(
     kernels = backend.kernels[q.device.type]
     size = kernels.attention_backward_workspace(q, k, v, *modifiers[-2:], doutput, deterministic)
     workspace = torch.empty(size, dtype=torch.float32, device=q.device)
+    if low is not None:
+        low = operand(low, "low part of the output")
     if dlse is not None:
         dlse = settle(dlse, "[attention] gradient of lse")
     kernels.attention_backward(
-        doutput, dlse, q, k, v, modifiers, options, output, settle(statistics, "[attention] statistics"),
+        doutput, dlse, q, k, v, modifiers, options, output, low, settle(statistics, "[attention] statistics"),
         *grads, dbias, dalibi, dsinks, deterministic, workspace,
     )  # fmt: skip
     if bias is not None and dbias is not None:
@@ -186,13 +200,15 @@ def _inference_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tenso
     return heads_like(query, value.shape[-1])
 
 
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return heads_like(query, value.shape[-1]), row_statistics(query, rest[-1])
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    output, rows = heads_like(query, value.shape[-1]), rest[-1]
+    low = output_low(output) if rows > 1 else None  # of one row: no backward will follow
+    return output, query.new_empty(0) if low is None else low, row_statistics(query, rows)
 
 
 def _backward_fake(
-    doutput: Tensor, dlse: Tensor | None, output: Tensor, statistics: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    *rest: Any,
+    doutput: Tensor, dlse: Tensor | None, output: Tensor, low: Tensor, statistics: Tensor, query: Tensor, key: Tensor,
+    value: Tensor, *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     mask = rest[-2]
     heads = (heads_like(t, t.shape[-1]) if m else query.new_empty(0) for t, m in zip((query, key, value), mask))  # noqa: B905
@@ -209,11 +225,13 @@ _INPUTS = (
 )
 inference_op = register(f"attention({_INPUTS}) -> Tensor", _inference, _inference_fake)
 forward_op = register(
-    f"attention_forward({_INPUTS}, int rows) -> (Tensor output, Tensor statistics)", _forward, _forward_fake
+    f"attention_forward({_INPUTS}, int rows) -> (Tensor output, Tensor output_low, Tensor statistics)",
+    _forward,
+    _forward_fake,
 )
 _backward_op = register(
-    f"attention_backward(Tensor doutput, Tensor? dlse, Tensor output, Tensor statistics, {_INPUTS}, bool[6] mask, "
-    "bool deterministic) -> "
+    f"attention_backward(Tensor doutput, Tensor? dlse, Tensor output, Tensor output_low, Tensor statistics, {_INPUTS}, "
+    "bool[6] mask, bool deterministic) -> "
     "(Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dbias, Tensor dalibi_slopes, Tensor dsinks)",
     _backward,
     _backward_fake,
@@ -247,14 +265,14 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, options: tuple[Any, ...], *inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
         # One argument, the last of them `deterministic` and `return_lse`: each costs a call as much as a tensor.
         ctx.options, (ctx.deterministic, return_lse) = options[:-2], options[-2:]
-        output, statistics = forward_op(*inputs, *ctx.options, 3 if return_lse else 2)
-        ctx.save_for_backward(output, statistics, *inputs)
+        output, low, statistics = forward_op(*inputs, *ctx.options, 3 if return_lse else 2)
+        ctx.save_for_backward(output, low, statistics, *inputs)
         ctx.set_materialize_grads(False)
         return (output, statistics[2]) if return_lse else output
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        output, statistics, *inputs = ctx.saved_tensors
+        output, low, statistics, *inputs = ctx.saved_tensors
         mask = ctx.needs_input_grad[1 : 1 + _GRADS]
         if wants_definition(doutput, dlse):
 
@@ -265,7 +283,7 @@ class _Attention(torch.autograd.Function):
         else:
             if doutput is None:  # only lse was used
                 doutput = torch.zeros_like(output)
-            grads = _backward_op(doutput, dlse, output, statistics, *inputs, *ctx.options, mask, ctx.deterministic)
+            grads = _backward_op(doutput, dlse, output, low, statistics, *inputs, *ctx.options, mask, ctx.deterministic)
         found = [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
         return None, *found, None, None, None
 
@@ -305,6 +323,6 @@ def attend(
     if wants_grad(query, key, value, *modifiers[: _GRADS - 3]):
         return _attention_with_grad((*options, deterministic, return_lse), query, key, value, *modifiers)
     if return_lse:
-        output, statistics = forward_op(query, key, value, *modifiers, *options, 1)
+        output, _, statistics = forward_op(query, key, value, *modifiers, *options, 1)
         return output, statistics[0]
     return inference_op(query, key, value, *modifiers, *options)
