@@ -229,13 +229,14 @@ void bind_attention(Module& m) {
   // As above, but of one row statistics is lse. dlse: float32 (B, H, Nq), packed (H, total_q); dbias: contiguous, 4
   // dimensions; dalibi_slopes, dsinks: (B, H).
   m.def(
-      "attention_backward(doutput, dlse, query, key, value, modifiers, options, output, output_low, statistics, dquery, "
-      "dkey, dvalue, dbias, dalibi_slopes, dsinks, deterministic, workspace)",
+      "attention_backward(doutput, dlse, query, key, value, modifiers, options, output, output_low, statistics, "
+      "dquery, dkey, dvalue, dbias, dalibi_slopes, dsinks, deterministic, workspace)",
       [](const TensorView& doutput, const OptionalTensor& dlse, const TensorView& query, const TensorView& key,
          const TensorView& value, const Modifiers& modifiers, const Options& options, const TensorView& output,
          const OptionalTensor& output_low, const TensorView& statistics, const OptionalTensor& dquery,
-         const OptionalTensor& dkey, const OptionalTensor& dvalue, const OptionalTensor& dbias, const OptionalTensor& dalibi_slopes,
-         const OptionalTensor& dsinks, bool deterministic, const TensorView& workspace) {
+         const OptionalTensor& dkey, const OptionalTensor& dvalue, const OptionalTensor& dbias,
+         const OptionalTensor& dalibi_slopes, const OptionalTensor& dsinks, bool deterministic,
+         const TensorView& workspace) {
         const Arguments args("attention_backward", Backend::device, query);
         AttentionBackwardParams p{};
         p.deterministic = deterministic;
