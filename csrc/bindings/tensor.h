@@ -89,7 +89,7 @@ class Arguments {
   // Pointer to a tensor of this dtype and shape whose elements along the last dimension are neighbours.
   void* strided(const TensorView& t, const char* name, DType dtype, std::initializer_list<int64_t> shape) const {
     check_device_and_dtype(t, name, dtype);
-    if (t.ndim > 0 && t.size(-1) > 1 && t.stride(-1) != 1)
+    if (t.ndim > 0 && t.size(-1) > 1 && t.stride(-1) != 1 && t.numel() > 0)
       fail(name, "stride 1 in the last dimension", "strides " + list(t.strides, t.ndim));
     check_shape(t, name, shape);
     return static_cast<char*>(t.data) + t.byte_offset;

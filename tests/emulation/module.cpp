@@ -16,6 +16,7 @@ struct Emulated {
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
   static constexpr bool reads_tensors = false;  // as on a GPU
   static Kernels kernels() { return {}; }
+  static constexpr bool leaves_wide_output = false;
   static constexpr bool optimizer_table = true;
 
   static int64_t layer_norm_forward_workspace(int64_t rows, int64_t cols, int32_t) {

@@ -46,7 +46,7 @@ struct GradientQueries {
 
   // Whether delta is rowsum(P * dP) - dlse where one tile holds all keys of a row, and not rowsum(doutput * output) -
   // dlse: then it is of the very numbers that dscores are made of. In 16 bits P and dscores are rounded by more than
-  // that is worth.
+  // that is worth, and the output is in float32.
   static constexpr bool summed = sizeof(T) == 4;
 
   // Fills rows [begin, end), begin even.
@@ -54,19 +54,11 @@ struct GradientQueries {
             int64_t tile_keys) const {
     const T* q = head_of<T>(p.query, p.query_strides, b, h) + begin * p.query_strides.row;
     const T* dout = head_of<T>(p.doutput, p.doutput_strides, b, h) + begin * p.doutput_strides.row;
-    const T* out = head_of<T>(p.output, p.output_strides, b, h) + begin * p.output_strides.row;
-    const T* low = head_of<T>(p.output_low, p.output_low_strides, b, h) + begin * p.output_low_strides.row;
     const Band band(p);
-    for (int64_t i = begin; i < end; ++i, dout += p.doutput_strides.row, out += p.output_strides.row) {
-      float total = 0.0f;
-      if (p.output_low != nullptr)
-        total = sum_over(p.value_dim, [&](int64_t d, auto lanes) {
-          return load(dout + d, lanes) * (load(out + d, lanes) + load(low + d, lanes));
-        });
-      else if (!summed || !band.in_one_tile(i, tile_keys))
-        total =
-            sum_over(p.value_dim, [&](int64_t d, auto lanes) { return load(dout + d, lanes) * load(out + d, lanes); });
-      low += p.output_low_strides.row;
+    for (int64_t i = begin; i < end; ++i, dout += p.doutput_strides.row) {
+      const float total = summed && band.in_one_tile(i, tile_keys) ? 0.0f
+                          : p.output_dtype == DType::float32       ? dot<float>(p, b, h, i, dout)
+                                                                   : dot<T>(p, b, h, i, dout);
       fill_statistics(p, p.row(b, h), i);
       delta[i] = dlse != nullptr ? total - dlse[i] : total;
     }
@@ -76,6 +68,14 @@ struct GradientQueries {
   }
 
  private:
+  // The sum of doutput * output of query i.
+  template <class Output>
+  static float dot(const AttentionBackwardParams& p, int64_t b, int64_t h, int64_t i, const T* doutput) {
+    const Output* output = head_of<Output>(p.output, p.output_strides, b, h) + i * p.output_strides.row;
+    return sum_over(p.value_dim,
+                    [&](int64_t d, auto lanes) { return load(doutput + d, lanes) * load(output + d, lanes); });
+  }
+
   void fill_statistics(const AttentionBackwardParams& p, int64_t first, int64_t i) const {
     const float m = p.max[first + i];
     if (m == -kInfinity) {

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchweld.ops._attention import ALIGNMENTS, attend
+from torchweld.ops._attention import ALIGNMENTS, Modifiers, Options, attend
 from torchweld.ops._attention_checks import (
     check_band,
     check_bias,
@@ -127,23 +127,18 @@ def attention(
             fail(op, "seed", "int64 of one element", f"{seed.dtype} of shape {list(seed.shape)}")
     elif dropout_p > 0:
         seed = draw_seed(query.device)
-    return attend(
-        op,
-        return_lse,
-        query,
-        key,
-        value,
-        (bias, alibi_slopes, sinks, seed if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k),
-        1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else check_scale(op, scale),
-        softcap,
-        left,
-        right,
-        causal_align == "bottom_right",
-        dropout_p,
-        -1 if max_seqlen_q is None else check_length(op, "max_seqlen_q", max_seqlen_q),
-        -1 if max_seqlen_k is None else check_length(op, "max_seqlen_k", max_seqlen_k),
-        deterministic=deterministic,
+    modifiers = Modifiers(bias, alibi_slopes, sinks, seed if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k)
+    options = Options(
+        scale=1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else check_scale(op, scale),
+        softcap=softcap,
+        left=left,
+        right=right,
+        bottom_right=causal_align == "bottom_right",
+        dropout_p=dropout_p,
+        max_seqlen_q=-1 if max_seqlen_q is None else check_length(op, "max_seqlen_q", max_seqlen_q),
+        max_seqlen_k=-1 if max_seqlen_k is None else check_length(op, "max_seqlen_k", max_seqlen_k),
     )
+    return attend(op, return_lse, query, key, value, modifiers, options, deterministic)
 
 
 def _check_layout(op: str, tensors: tuple[Tensor, Tensor, Tensor], shape: str, dims: int) -> None:
