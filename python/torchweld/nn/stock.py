@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 
-STOCK = torch._C._nn.scaled_dot_product_attention
+from torchweld._torch import scaled_dot_product_attention as STOCK
 
 
 def is_replaced() -> bool:

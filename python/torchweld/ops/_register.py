@@ -8,21 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._device import DeviceContext
 
-from torchweld import backend, reference
+from torchweld import _torch, reference
 from torchweld.ops._flops import inform_counters
 
 _library = torch.library.Library("torchweld", "DEF")
 
 
 _compiling = torch.compiler.is_dynamo_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._is_torch_function_mode_enabled
-_profiling = torch._C._autograd._profiler_enabled
-_batched = torch._C._functorch.is_legacy_batchedtensor
+_dispatch_modes = _torch.dispatch_modes
+_function_modes = _torch.function_modes
+_profiling = _torch.profiling
 _STRIDED = torch.strided
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
@@ -95,10 +91,10 @@ def _elsewhere(
     if torch.overrides.has_torch_function(tensors):
         # torch.device as a context, and a subclass that only keeps its type, do the same for every function.
         # So do the modes of torch.export, which record what is called; and those of patch(), which call `ours`.
-        modes = () if torch.compiler.is_compiling() else torch.overrides._get_current_function_mode_stack()
+        modes = () if torch.compiler.is_compiling() else _torch.function_mode_stack()
         keeps = all(getattr(c.__torch_function__, "__func__", None) in _KEEP_TYPE for c in classes)
         if twin is None or (
-            keeps and all(isinstance(mode, DeviceContext) or hasattr(mode, "calls_torchweld") for mode in modes)
+            keeps and all(isinstance(mode, _torch.DeviceContext) or hasattr(mode, "calls_torchweld") for mode in modes)
         ):
             return partial(torch.overrides.handle_torch_function, ours, tensors)
         return twin
@@ -108,7 +104,7 @@ def _elsewhere(
 
 
 _KEEP_TYPE = (Tensor.__torch_function__.__func__, None)  # type: ignore[attr-defined]  # None: of Parameter
-_TRACERS = (FakeTensor, FunctionalTensor)  # they ask for shapes, or record the op: they know ours as well
+_TRACERS = (_torch.FakeTensor, _torch.FunctionalTensor)  # they ask for shapes, or record the op: they know ours as well
 
 
 def settle(t: Tensor, at: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -132,7 +128,8 @@ def is_freed(t: Tensor) -> bool:
         return False
     try:
         # A view of an empty storage starts a little past null.
-        return t.device.type in ("cpu", "cuda") and t.data_ptr() < 4096 and t.numel() > 0 and not t._is_zerotensor()
+        null = t.device.type in ("cpu", "cuda") and t.data_ptr() < 4096 and t.numel() > 0
+        return null and not _torch.is_zero_tensor(t)
     except RuntimeError:  # of a tracer or a transform: it has no pointer
         return False
 
@@ -239,7 +236,9 @@ def wants_definition(*grads: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return torch.is_grad_enabled() or backend.transforms_active() or any(g is not None and _batched(g) for g in grads)
+    if torch.is_grad_enabled() or _torch.transforms_active():
+        return True
+    return any(g is not None and _torch.is_batched(g) for g in grads)
 
 
 def double_backward(

@@ -17,9 +17,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchweld import backend, ops
+from torchweld._torch import TorchDispatchMode
 from torchweld.testing import cases
 from torchweld.testing import ops as cases_by_op
 from torchweld.testing.cases import Case, evaluate
