@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+# Before torch is imported, here and in the processes of pytest-xdist: workers share the cores, so a thread that waits
+# must not spin, nor inductor start compilers of its own.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings
-
-# Some suites compile; neither they nor the CPU kernels gain from more threads than the machine has cores.
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-
 
 from torchweld import _cpu, backend
 
@@ -22,6 +23,12 @@ pytest_plugins = ["emulation.plugin"]
 settings.register_profile("same", derandomize=True, database=None, deadline=None)
 if os.environ.get("CI"):
     settings.load_profile("same")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a process holds half a gigabyte, and beyond a few of them the longest test decides."""
+    return min(os.cpu_count() or 1, 8)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

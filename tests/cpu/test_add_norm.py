@@ -49,7 +49,8 @@ def test_gradients_of_x_and_residual_apart(wanted: tuple[bool, bool], dropout_p:
 
     def gradients(wanted: tuple[bool, bool], **again: bool) -> list[torch.Tensor]:
         leaves = [t.clone().requires_grad_(w) for t, w in zip((x, r), wanted, strict=True)]
-        outputs = ops.add_layer_norm(*leaves, (50,), dropout_p=dropout_p, seed=seed)
+        first, second = leaves
+        outputs = ops.add_layer_norm(first, second, (50,), dropout_p=dropout_p, seed=seed)
         assert outputs[0].dtype == x.dtype and outputs[1].dtype == r.dtype
         return list(torch.autograd.grad(outputs, [t for t in leaves if t.requires_grad], (dy, ds), **again))
 

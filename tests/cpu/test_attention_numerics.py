@@ -132,8 +132,9 @@ def test_one_visible_key_has_no_gradient(
     q, k, v = (torch.randn(1, 2, n, 40).to(dtype).requires_grad_() for n in (70, keys, keys))
     modifiers = visible(kind, 70, keys)
     leaves = [q, k, v]
-    if isinstance(modifiers.get("bias"), Tensor) and modifiers["bias"].dtype.is_floating_point:  # type: ignore[union-attr]
-        leaves.append(modifiers["bias"].requires_grad_())  # type: ignore[union-attr]
+    bias = modifiers.get("bias")
+    if isinstance(bias, Tensor) and bias.dtype.is_floating_point:
+        leaves.append(bias.requires_grad_())
     seed = torch.tensor([5])
     out = ops.attention(q, k, v, softcap=softcap, dropout_p=dropout_p, seed=seed, **modifiers)  # type: ignore[arg-type]
     assert isinstance(out, Tensor)
@@ -151,8 +152,7 @@ def test_few_queries(keys: int, dtype: torch.dtype) -> None:
     for hidden in (-100.0, -1e9, LEAST[dtype]):
         mask = torch.zeros(2, 1, 1, keys, dtype=dtype)
         mask[0, ..., : keys // 2], mask[1] = max(hidden, LEAST[dtype]), max(hidden, LEAST[dtype])
-        wide = [t.double() for t in (q, k, v, mask)]
-        exact = F.scaled_dot_product_attention(*wide[:3], wide[3])
+        exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask.double())
         theirs = F.scaled_dot_product_attention(q, k, v, mask)
         ours = ops.scaled_dot_product_attention(q, k, v, mask)
         allowed = 2 * (theirs.double() - exact).abs().max() + torch.finfo(dtype).eps

@@ -53,8 +53,8 @@ def test_every_exponent(dtype: torch.dtype, approximate: str) -> None:
     try:
         for isa in _cpu.available_isas():
             _cpu.use_isa(isa)
-            for name, *values in zip(("y", "dx"), run(ops.gelu, x), theirs, exact, strict=True):
-                hold_by_row(*values, f"{name} on {isa}")
+            for name, ours, its, right in zip(("y", "dx"), run(ops.gelu, x), theirs, exact, strict=True):
+                hold_by_row(ours, its, right, f"{name} on {isa}")
     finally:
         _cpu.use_isa(before)
 

@@ -98,9 +98,9 @@ def _headers() -> bytes:
     return digest.digest()
 
 
-def _run(command: list[str], **options: Path) -> None:
+def _run(command: list[str], cwd: Path | None = None) -> None:
     # A library that is loaded first to watch this process (sanitized.py) need not watch the compiler.
-    subprocess.run(command, check=True, env={n: v for n, v in os.environ.items() if n != "LD_PRELOAD"}, **options)
+    subprocess.run(command, check=True, env={n: v for n, v in os.environ.items() if n != "LD_PRELOAD"}, cwd=cwd)
 
 
 def _compile(source: Source, variant: Variant, includes: tuple[str, ...]) -> Path:

@@ -60,7 +60,7 @@ def test_bad_input_is_one_line_and_2(arguments: list[str], capsys: pytest.Captur
     try:
         code = main(arguments)
     except SystemExit as exit:  # argparse's own way out
-        code = exit.code
+        code = int(exit.code or 0)
     out, err = capsys.readouterr()
     assert code == 2
     assert not out and err.startswith("torchweld: error: ") and err.count("\n") == 1

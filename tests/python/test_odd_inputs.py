@@ -24,7 +24,7 @@ def x(*shape: int) -> Tensor:
 
 # ---- z.conj().imag is a view whose sign is a flag of the tensor, of which DLPack says nothing.
 
-NEGATED: dict[str, Callable[[Tensor], Tensor]] = {
+NEGATED: dict[str, Callable[[Tensor], Any]] = {
     "layer_norm": lambda t: ops.layer_norm(t, (COLS,)),
     "layer_norm weight": lambda t: ops.layer_norm(x(2, 5, COLS), (COLS,), t[0, 0]),
     "layer_norm bias": lambda t: ops.layer_norm(x(2, 5, COLS), (COLS,), None, t[0, 0]),
@@ -139,21 +139,36 @@ def test_a_tensor_without_memory_is_refused(make: Callable[..., Tensor]) -> None
 # ---- Arguments that do not fit, or only nearly
 
 Q, LENGTHS = torch.ones(1, 2, 5, 8), torch.tensor([0, 1], dtype=torch.int32)
+
+
+def odd(value: Any) -> Any:
+    """`value`, which no type checker would let pass as an argument."""
+    return value
+
+
 WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
-    (lambda: ops.layer_norm(None, (8,)), TypeError, "[layer_norm] input: expected a torch.Tensor, but got NoneType"),
-    (lambda: ops.rms_norm([1.0], (1,)), TypeError, "[rms_norm] input: expected a torch.Tensor, but got list"),
-    (lambda: ops.gelu(Q.numpy(), "tanh"), TypeError, "[gelu] input: expected a torch.Tensor, but got ndarray"),
-    (lambda: ops.cross_entropy(Q[0, 0], [0] * 5), TypeError, "[cross_entropy] target: expected a torch.Tensor"),
-    (lambda: ops.attention(Q, None, Q), TypeError, "[attention] key: expected a torch.Tensor, but got NoneType"),
-    (lambda: ops.attention(Q, Q, Q, sinks=[0.0, 0.0]), TypeError, "[attention] sinks: expected a torch.Tensor"),
-    (lambda: ops.attention(Q, Q, Q, dropout_p=0.5, seed=1), TypeError, "[attention] seed: expected a torch.Tensor"),
-    (lambda: ops.attention(Q, Q, Q, window=3), ValueError, "[attention] window: expected (left, right)"),
+    (
+        lambda: ops.layer_norm(odd(None), (8,)),
+        TypeError,
+        "[layer_norm] input: expected a torch.Tensor, but got NoneType",
+    ),
+    (lambda: ops.rms_norm(odd([1.0]), (1,)), TypeError, "[rms_norm] input: expected a torch.Tensor, but got list"),
+    (lambda: ops.gelu(odd(Q.numpy()), "tanh"), TypeError, "[gelu] input: expected a torch.Tensor, but got ndarray"),
+    (lambda: ops.cross_entropy(Q[0, 0], odd([0] * 5)), TypeError, "[cross_entropy] target: expected a torch.Tensor"),
+    (lambda: ops.attention(Q, odd(None), Q), TypeError, "[attention] key: expected a torch.Tensor, but got NoneType"),
+    (lambda: ops.attention(Q, Q, Q, sinks=odd([0.0, 0.0])), TypeError, "[attention] sinks: expected a torch.Tensor"),
+    (
+        lambda: ops.attention(Q, Q, Q, dropout_p=0.5, seed=odd(1)),
+        TypeError,
+        "[attention] seed: expected a torch.Tensor",
+    ),
+    (lambda: ops.attention(Q, Q, Q, window=odd(3)), ValueError, "[attention] window: expected (left, right)"),
     (
         lambda: ops.attention(Q[0], Q[0], Q[0], cu_seqlens_q=LENGTHS, cu_seqlens_k=LENGTHS),
         ValueError,
         "[attention] cu_seqlens_q: expected the number of rows, 2, as its last element, but got 1",
     ),
-    (lambda: ops.add_rms_norm(Q, None, (8,)), TypeError, "[add_rms_norm] residual: expected a torch.Tensor"),
+    (lambda: ops.add_rms_norm(Q, odd(None), (8,)), TypeError, "[add_rms_norm] residual: expected a torch.Tensor"),
     (
         lambda: ops.layer_norm(Q, (8,), None, torch.ones(8, dtype=torch.int32)),
         TypeError,
@@ -190,7 +205,7 @@ def test_classes_of_one_byte_are_classes() -> None:
 
 def test_a_bias_without_dimensions_is_added_everywhere() -> None:
     q, bias = x(1, 2, 5, 8), torch.tensor(3.0, requires_grad=True)
-    out = ops.attention(q, q, q, bias=bias)
+    out: Any = ops.attention(q, q, q, bias=bias)
     torch.testing.assert_close(out, ops.attention(q, q, q))  # softmax does not see a constant
     out.sum().backward()
     assert bias.grad is not None and bias.grad.shape == () and abs(bias.grad) < 1e-5

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import torch.nn.functional as F
 
-from torchweld._torch import scaled_dot_product_attention as STOCK
+from torchweld import _torch
+
+STOCK = _torch.scaled_dot_product_attention
 
 
 def is_replaced() -> bool:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchweld import _torch, ops
+from torchweld import ops
+from torchweld._torch import check_once_for_fused
 from torchweld.optim.fused import FusedOptimizer, Work
 from torchweld.optim.state import Group, State
 
@@ -66,7 +67,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
             return "weight_decay given as a tensor"
         first = next((p for p in group["params"] if p.grad is not None), None) if group["fused"] else None
         if first is not None:
-            _torch.check_once_for_fused(self, first)
+            check_once_for_fused(self, first)
         return None
 
     def _state_names(self, group: Group) -> tuple[str, ...]:
