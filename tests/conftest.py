@@ -49,6 +49,20 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 @pytest.fixture
+def each_isa() -> Iterator[Iterator[str]]:
+    """The instruction sets one after another, for a test that works out for all of them what is right."""
+    before = _cpu.isa()
+
+    def each() -> Iterator[str]:
+        for name in _cpu.available_isas():
+            _cpu.use_isa(name)
+            yield name
+
+    yield each()
+    _cpu.use_isa(before)
+
+
+@pytest.fixture
 def threads() -> Iterator[None]:
     """Restores torch's number of threads after a test that changes it."""
     before = torch.get_num_threads()

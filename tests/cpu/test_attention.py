@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import product
 from typing import Any
 
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchweld import _cpu, backend, ops
+from torchweld import backend, ops
 from torchweld.testing import Case, Oracle, cases
 from torchweld.testing.attention import AttentionCase
 
@@ -74,16 +74,11 @@ def one_thread(threads: None) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ident)
 @pytest.mark.parametrize("case", cases("attention"), ids=ident)
-def test_parity(case: Case, dtype: torch.dtype, one_thread: None) -> None:
+def test_parity(case: Case, dtype: torch.dtype, one_thread: None, each_isa: Iterator[str]) -> None:
     """Every output and every gradient, on every instruction set of this CPU."""
     oracle = Oracle(case, dtype)
-    before = _cpu.isa()
-    try:
-        for isa in _cpu.available_isas():
-            _cpu.use_isa(isa)
-            oracle.check()
-    finally:
-        _cpu.use_isa(before)
+    for _ in each_isa:
+        oracle.check()
 
 
 @pytest.mark.parametrize(("case", "dtype"), [(c, d) for c in WIDE for d in c.dtypes], ids=ident)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchweld import _cpu, ops, reference
+from torchweld import ops, reference
 from torchweld.testing import Oracle
 from torchweld.testing.attention import AttentionCase
 from torchweld.testing.cases import Tensors
@@ -20,14 +19,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST = {dtype: torch.finfo(dtype).min for dtype in DTYPES}
 
 
-@pytest.fixture(autouse=True, params=_cpu.available_isas())
-def isa(request: pytest.FixtureRequest, threads: None) -> Iterator[str]:
+@pytest.fixture(autouse=True)
+def one_thread(isa: str, threads: None) -> None:
     """Every instruction set of this CPU, on one thread: the calls are small."""
-    before = _cpu.isa()
     torch.set_num_threads(1)
-    _cpu.use_isa(request.param)
-    yield request.param
-    _cpu.use_isa(before)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchweld import _cpu, backend, ops, reference
+from torchweld import backend, ops, reference
 from torchweld.testing import Oracle
 from torchweld.testing.paged_attention import PAGED_ATTENTION, PagedAttentionCase
 
@@ -33,21 +34,17 @@ ARGUMENTS: dict[str, Any] = {
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", PAGED_ATTENTION, ids=lambda case: case.name)
-def test_parity(case: PagedAttentionCase, dtype: torch.dtype, threads: None) -> None:
+def test_parity(case: PagedAttentionCase, dtype: torch.dtype, threads: None, each_isa: Iterator[str]) -> None:
     """What lies past a batch's keys, and in blocks of nobody, is NaN. The same bits at any number of threads."""
-    oracle, before = Oracle(case, dtype), _cpu.isa()
-    try:
-        for isa in _cpu.available_isas():
-            _cpu.use_isa(isa)
-            with backend.strict():
-                oracle.check()
-            found = []
-            for count in (1, 3):
-                torch.set_num_threads(count)
-                found.append(case.ours(oracle.inputs[0])["output"])
-            assert torch.equal(*found)
-    finally:
-        _cpu.use_isa(before)
+    oracle = Oracle(case, dtype)
+    for _ in each_isa:
+        with backend.strict():
+            oracle.check()
+        found = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(case.ours(oracle.inputs[0])["output"])
+        assert torch.equal(*found)
 
 
 def test_gathers_the_rows_that_the_table_lists() -> None:
