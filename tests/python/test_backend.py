@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
-import sys
 
 import pytest
 import torch
 
+import fresh
 import torchweld
 from torchweld import backend, ops, reference
 
@@ -19,13 +18,7 @@ def call(**environment: str) -> subprocess.CompletedProcess[str]:
         "import torch, torchweld; x = torch.ones(2, 4, dtype=torch.{}); torchweld.ops.layer_norm(x, (4,)); print('ran')"
     )
     dtype = environment.pop("dtype", "float32")
-    return subprocess.run(
-        [sys.executable, "-c", script.format(dtype)],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
+    return fresh.python(script.format(dtype), **environment)
 
 
 def test_the_cpu_kernels_serve_the_cpu() -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import fresh
 import torchweld
 from torchweld import _cpu, backend
 
@@ -105,11 +106,11 @@ def test_the_forced_instruction_set_is_what_runs() -> None:
     script = (
         "import torch, torchweld; from torchweld import _cpu; torch.manual_seed(0); "
         "x = torch.randn(64, 1000); y = torchweld.ops.layer_norm(x, (1000,)); "
-        "print(_cpu.isa(), hash(y.numpy().tobytes()))"
+        "import hashlib; print(_cpu.isa(), hashlib.sha256(y.numpy().tobytes()).hexdigest())"
     )
     seen = {}
     for isa in _cpu.available_isas():
-        result = run(sys.executable, "-c", script, TORCHWELD_CPU_ISA=isa, PYTHONHASHSEED="0")
+        result = fresh.python(script, TORCHWELD_CPU_ISA=isa)
         assert result.returncode == 0, result.stderr
         name, digest = result.stdout.split()
         assert name == isa  # a name that each table takes from its own compiler flags
@@ -122,7 +123,7 @@ def test_the_forced_instruction_set_is_what_runs() -> None:
 @pytest.mark.parametrize("isa", ["sse9", "AVX2"])
 def test_an_unknown_instruction_set_is_named(isa: str) -> None:
     script = "import torch, torchweld; torchweld.ops.layer_norm(torch.ones(2, 2), (2,))"
-    result = run(sys.executable, "-c", script, TORCHWELD_CPU_ISA=isa)
+    result = fresh.python(script, TORCHWELD_CPU_ISA=isa)
     assert result.returncode != 0
     assert f"TORCHWELD_CPU_ISA: unknown instruction set '{isa}'; this machine can use" in result.stderr
     with pytest.raises(ValueError, match="unknown instruction set"):

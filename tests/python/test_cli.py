@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import fresh
 from torchweld import _cpu, backend, ops, testing
 from torchweld.bench import command, harness, report
 from torchweld.bench.functional import works
@@ -25,13 +25,8 @@ KEYS = {
 
 
 def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "torchweld", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
+    program = f"import sys; from torchweld.cli import command; sys.argv = ['torchweld', *{arguments}]; command()"
+    return fresh.python(program, **environment)
 
 
 # ---- Bad input: exit code 2, one line, no traceback.
