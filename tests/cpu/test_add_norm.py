@@ -69,6 +69,7 @@ def test_a_residual_narrower_than_x_goes_to_the_reference() -> None:
     torch.testing.assert_close(normed, torch.nn.functional.layer_norm(total.float(), (20,)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["add_layer_norm", "add_rms_norm"])
 def test_dropout_compiles_without_a_break(name: str) -> None:
     """The seed is drawn inside the graph, and the backward makes the forward's mask again."""

@@ -166,6 +166,7 @@ def test_memory_layout_follows_the_query() -> None:
     assert torch.equal(out, dense)
 
 
+@pytest.mark.slow
 def test_registered_ops_pass_opcheck() -> None:
     library = torch.ops.torchweld
     q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 5)
@@ -198,6 +199,7 @@ def leaves(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
 
 
+@pytest.mark.slow
 def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(rich, leaves(torch.float64))
     assert torch.autograd.gradgradcheck(rich, leaves(torch.float64))
@@ -218,6 +220,7 @@ def test_double_backward_of_the_kernels() -> None:
         torch.testing.assert_close(got.double(), want, rtol=2e-4, atol=2e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "compiler"), [("contiguous", "aot_eager"), ("merged", "inductor")])
 def test_compiles_to_one_graph(layout: str, compiler: str) -> None:
     q, k, v = (torch.randn(2, 20, 4, 16).transpose(1, 2) for _ in range(3))

@@ -91,6 +91,7 @@ def test_checkpointing_replays_the_mask() -> None:
     assert torch.equal(grad(True), grad(False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles_to_one_graph(compiler: str) -> None:
     """A graph of its own draws the seed: with no dropout the same numbers, with some other ones at every call."""

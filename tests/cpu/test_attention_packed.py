@@ -153,6 +153,7 @@ def leaves(dtype: torch.dtype) -> list[Tensor]:
     return [torch.randn(s, dtype=dtype, requires_grad=True) for s in shapes]
 
 
+@pytest.mark.slow
 def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(rich, leaves(torch.float64))
     assert torch.autograd.gradgradcheck(rich, leaves(torch.float64))
@@ -183,6 +184,7 @@ def test_compiles_to_one_graph() -> None:
         torch.testing.assert_close(got, want)
 
 
+@pytest.mark.slow
 def test_registered_ops_pass_opcheck() -> None:
     library = torch.ops.torchweld
     q, k, v, slopes, sinks = (t.detach() for t in leaves(torch.float32))

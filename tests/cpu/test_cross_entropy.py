@@ -151,6 +151,7 @@ def test_a_lazily_negated_target() -> None:
     assert torch.equal(*(torch.autograd.grad(t, x)[0] for t in (found, expected)))
 
 
+@pytest.mark.slow
 def test_an_op_like_any_other() -> None:
     x, target = torch.randn(5, 33), torch.tensor([0, 32, -100, 7, 1])
     library = torch.ops.torchweld

@@ -63,6 +63,7 @@ def test_the_definition_does_not_cancel_far_below_zero() -> None:
     assert reference.gelu(x[:1], "tanh").tolist() == pytest.approx([-2.315442262e-15], rel=1e-9, abs=0)
 
 
+@pytest.mark.slow
 def test_an_op_like_any_other() -> None:
     x, dy = torch.randn(4, 33), torch.randn(4, 33)
     torch.library.opcheck(torch.ops.torchweld.gelu_forward.default, (x,))

@@ -58,6 +58,7 @@ def test_rows_far_apart_in_memory() -> None:
     torch.testing.assert_close(ops.layer_norm(x, (32,)), torch.nn.functional.layer_norm(x.clone(), (32,)))
 
 
+@pytest.mark.slow
 def test_registered_ops_pass_opcheck() -> None:
     x, r, w, b = torch.randn(5, 4, 33), torch.randn(5, 4, 33), torch.randn(33), torch.randn(33)
     library = torch.ops.torchweld
@@ -81,6 +82,7 @@ def test_registered_ops_pass_opcheck() -> None:
         torch.library.opcheck(backward, (r, x, total, 33, w, b, stats, mask))
 
 
+@pytest.mark.slow
 def test_gradcheck() -> None:
     x, r = (torch.randn(3, 2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
     w, b = (torch.randn(2, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
@@ -127,6 +129,7 @@ def test_only_what_is_asked_for_is_differentiated() -> None:
     assert w.grad is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_compiles_without_a_break(name: str) -> None:
     function, fused = getattr(ops, name), name.startswith("add")

@@ -15,7 +15,7 @@ from gloo_processes import WORLD, in_two_processes, needs_gloo
 from torchweld import optim
 from torchweld.models import CONFIGS, GPT2
 
-pytestmark = needs_gloo
+pytestmark = [needs_gloo, pytest.mark.slow]
 CONFIG = replace(CONFIGS["tiny"], n_positions=24, vocab_size=97)
 
 

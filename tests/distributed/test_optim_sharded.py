@@ -12,7 +12,7 @@ from torch import Tensor
 from gloo_processes import WORLD, in_two_processes, needs_gloo
 from torchweld import optim
 
-pytestmark = needs_gloo
+pytestmark = [needs_gloo, pytest.mark.slow]
 LIMIT = 0.5
 
 

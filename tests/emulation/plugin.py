@@ -48,6 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "emulated_module" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.xdist_group("emulated"))
+            item.add_marker(pytest.mark.slow)
     tests = Path(__file__).parent.parent
     wanted = {path for path in tests.rglob("test_*.py") if "emulated" in path.read_text()}
     chosen = config.option.keyword or config.option.markexpr or any("::" in argument for argument in config.args)

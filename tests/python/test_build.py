@@ -143,6 +143,7 @@ def test_threads_are_those_of_torch(threads: None) -> None:
     assert after == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
 def test_asking_for_cuda_without_a_compiler_says_what_to_do(tmp_path: Path) -> None:
     defines = ("TORCHWELD_CUDA=ON", f"pybind11_DIR={_pybind11_dir()}", f"Python_EXECUTABLE={sys.executable}")

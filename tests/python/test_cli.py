@@ -131,6 +131,7 @@ def test_info_says_what_runs_and_why_not(monkeypatch: pytest.MonkeyPatch, capsys
 # ---- check
 
 
+@pytest.mark.slow
 def test_check_holds_every_instruction_set_to_the_rule(capsys: pytest.CaptureFixture[str]) -> None:
     before = _cpu.isa()
     assert main(["check", "--op", "layer_norm"]) == 0
@@ -163,6 +164,7 @@ def test_check_reports_a_kernel_that_raises(monkeypatch: pytest.MonkeyPatch) -> 
 # ---- bench
 
 
+@pytest.mark.slow
 def test_bench_writes_rows_with_the_promised_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, picture = tmp_path / "rows.json", tmp_path / "rows.svg"
     arguments = ["bench", "layer_norm", "--quick", "--dtype", "float32", "--json", str(file)]
@@ -230,6 +232,7 @@ def test_rates_follow_from_the_amount_and_the_median(monkeypatch: pytest.MonkeyP
     assert (theirs["gbytes_per_s"], theirs["share_of_limit"]) == (0.5, 0.25)
 
 
+@pytest.mark.slow
 def test_every_source_has_works(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(dtypes=(torch.float32,), quick=True)
     for name, source in command.sources().items():

@@ -15,6 +15,8 @@ from leaves import gradient
 from torchweld import nn, ops
 from torchweld.models import CONFIGS, GPT2
 
+pytestmark = pytest.mark.slow
+
 W, B = torch.randn(24), torch.randn(24)
 OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "layer_norm": lambda x, y: ops.layer_norm(x, (24,), W, B),

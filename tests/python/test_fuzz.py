@@ -60,6 +60,7 @@ CLEAN = [
 ]
 
 
+@pytest.mark.slow
 def test_nothing_is_found(capsys: pytest.CaptureFixture[str]) -> None:
     code = command.main([*CLEAN, "edges", "--cases", "25", "--seed", "1"])
     found = capsys.readouterr().out
@@ -73,6 +74,7 @@ def plain(trial: Trial) -> bool:
     return isinstance(case, GeluCase) and case.shape[0] > 20 and (case.scale, case.values) == (2.0, "normal")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("planted")
 @pytest.mark.parametrize(
     ("fault", "kind"), [("wrong", "output misses the rule"), ("abort", "SIGABRT"), ("hang", "no end in 2 s")]

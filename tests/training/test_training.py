@@ -21,6 +21,8 @@ from torchweld.models import CONFIGS, GPT2, stock
 from torchweld.training import checkpoint, report, settings, train_gpt2, trainer
 from torchweld.training.processes import Processes
 
+pytestmark = pytest.mark.slow
+
 FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json", "training.json")
 
 
