@@ -27,13 +27,15 @@ inline const char* name_of(DType dtype) {
 }
 
 inline std::string name_of(dlpack::DataType t) {
-  const char* kind = t.code == dlpack::kInt      ? "int"
-                     : t.code == dlpack::kUInt   ? "uint"
-                     : t.code == dlpack::kFloat  ? "float"
-                     : t.code == dlpack::kBfloat ? "bfloat"
-                     : t.code == dlpack::kBool   ? "bool"
-                                                 : "type";
-  return kind + std::to_string(t.bits);
+  const char* kind = t.code == dlpack::kInt       ? "int"
+                     : t.code == dlpack::kUInt    ? "uint"
+                     : t.code == dlpack::kFloat   ? "float"
+                     : t.code == dlpack::kBfloat  ? "bfloat"
+                     : t.code == dlpack::kBool    ? "bool"
+                     : t.code == dlpack::kComplex ? "complex"
+                     : t.bits == 8                ? "float"
+                                                  : "type";
+  return t.code == dlpack::kBool ? kind : kind + std::to_string(t.bits);
 }
 
 inline std::optional<DType> dtype_of(dlpack::DataType t) {
@@ -89,7 +91,7 @@ class Arguments {
   // Pointer to a tensor of this dtype and shape whose elements along the last dimension are neighbours.
   void* strided(const TensorView& t, const char* name, DType dtype, std::initializer_list<int64_t> shape) const {
     check_device_and_dtype(t, name, dtype);
-    if (t.ndim > 0 && t.size(-1) > 1 && t.stride(-1) != 1)
+    if (t.ndim > 0 && t.size(-1) > 1 && t.stride(-1) != 1 && t.numel() > 0)
       fail(name, "stride 1 in the last dimension", "strides " + list(t.strides, t.ndim));
     check_shape(t, name, shape);
     return static_cast<char*>(t.data) + t.byte_offset;
@@ -121,9 +123,9 @@ class Arguments {
   }
 
   static std::string list(const int64_t* values, int n) {
-    std::string text = "(";
+    std::string text = "[";
     for (int i = 0; i < n; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
-    return text + ")";
+    return text + "]";
   }
 
  private:

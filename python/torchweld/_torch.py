@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
@@ -23,12 +23,13 @@ __all__ = [
     "FLASH_BACKWARD",
     "FLASH_CPU",
     "FLASH_CPU_BACKWARD",
+    "DataDependentOutputException",
     "DeviceContext",
     "FakeTensor",
     "FakeTensorMode",
     "FunctionalTensor",
     "TorchDispatchMode",
-    "argument_names",
+    "arguments_of",
     "check_device_and_dtype_for_fused",
     "check_graph_capture",
     "check_once_for_fused",
@@ -55,8 +56,8 @@ __all__ = [
     "zero_all",
 ]
 
-# ---- Questions asked in front of every call, each one call into C++. The classes FakeTensor, FunctionalTensor and
-# DeviceContext above are in no public module; TorchDispatchMode is public by torch's own documentation alone.
+# ---- Questions asked in front of every call, each one call into C++. The classes of FakeTensor, FunctionalTensor
+# and DeviceContext above are in no public module; TorchDispatchMode is public by torch's own documentation alone.
 
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active  # nothing public asks this
 tracing: Callable[[], object] = torch._C._get_tracing_state  # torch.jit.is_tracing() asks the same; Dynamo refuses it
@@ -92,9 +93,9 @@ def dispatch_mode_stack() -> list[Any]:
 scaled_dot_product_attention: Callable[..., Tensor] = torch._C._nn.scaled_dot_product_attention
 
 
-def argument_names(operator: Any) -> list[str]:
-    """The names of an operator's arguments. Publicly they stand in its text alone."""
-    return [argument.name for argument in operator._schema.arguments]
+def arguments_of(operator: Any) -> list[Any]:
+    """The arguments of an operator, each with its name and its type. Publicly they stand in its text alone."""
+    return list(operator._schema.arguments)
 
 
 def zero_all(tensors: list[Tensor]) -> None:

@@ -192,7 +192,7 @@ CLASSES = torch.zeros(3, dtype=torch.int64)
 @pytest.mark.parametrize(
     ("target", "options", "error", "message"),
     [
-        (CLASSES.new_zeros(4), {}, ValueError, r"target: expected shape \(3,\), but got \(4,\)"),
+        (CLASSES.new_zeros(4), {}, ValueError, r"target: expected shape \[3\], but got \[4\]"),
         (CLASSES.int(), {}, RuntimeError, r"target: expected dtype torch\.int64"),
         (CLASSES.to("meta"), {}, RuntimeError, r"target: expected device cpu, but got meta"),
         (CLASSES, {"reduction": "max"}, ValueError, r"reduction: expected 'mean', 'sum' or 'none'"),

@@ -205,7 +205,7 @@ X = torch.ones(3, 4)
     ("arguments", "error", "message"),
     [
         ((X, (5,)), RuntimeError, r"\[layer_norm\] input: expected a shape that ends in .*\[5\], but got"),
-        ((X, ()), RuntimeError, r"\[layer_norm\] input: expected a shape that ends in .*\[\], but got"),
+        ((X, ()), RuntimeError, r"\[layer_norm\] normalized_shape: expected at least one dimension, but got \(\)"),
         ((X, (4,), torch.ones(3)), RuntimeError, r"weight: expected shape \[4\], but got \[3\]"),
         ((X, (4,), None, X[:1]), RuntimeError, r"bias: expected shape \[4\], but got \[1, 4\]"),
         ((X.int(), (4,)), TypeError, r"input: expected a floating-point dtype, but got torch\.int32"),
@@ -240,7 +240,7 @@ def test_rms_norms_own_eps_is_torchs(dtype: torch.dtype) -> None:
 def test_bad_residual_is_named() -> None:
     x = torch.ones(3, 4)
     for residual, error, message in (
-        (x.new_ones(3, 5), RuntimeError, r"residual: expected x's shape torch.Size\(\[3, 4\]\)"),
+        (x.new_ones(3, 5), RuntimeError, r"residual: expected x's shape \[3, 4\]"),
         (x.int(), TypeError, r"residual: expected a floating-point dtype, but got torch\.int32"),
         (x.to("meta"), RuntimeError, "residual: expected x's device cpu, but got meta"),
     ):

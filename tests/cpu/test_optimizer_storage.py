@@ -111,7 +111,7 @@ def test_masters_that_do_not_fit() -> None:
     wide = make([(4, 3), (5,)])[PARAM]
     for masters, message in (
         (wide[:1], r"masters: expected 2 tensors, as many as params, but got 1"),
-        ([wide[0], torch.zeros(4)], r"masters\[1\]: expected shape \(5\), but got \(4\)"),
+        ([wide[0], torch.zeros(4)], r"masters\[1\]: expected shape \[5\], but got \[4\]"),
     ):
         with pytest.raises(ValueError, match=rf"^\[adamw_\] {message}"):
             ops.adamw_(*lists, **HYPER, masters=masters)
@@ -178,7 +178,7 @@ def test_bad_arguments_of_sgd_are_named() -> None:
             {"momentum": 0.9, "buffers": lists[2][:1]},
             "momentum_buffers: expected 2 tensors, as many as params, but got 1",
         ),
-        ({"masters": [torch.zeros(4, 3)] * 2}, r"masters\[1\]: expected shape \(5\), but got \(4, 3\)"),
+        ({"masters": [torch.zeros(4, 3)] * 2}, r"masters\[1\]: expected shape \[5\], but got \[4, 3\]"),
     ):
         options: dict[str, Any] = {**change}
         buffers = options.pop("buffers", lists[2])

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
+from torchweld.ops._arguments import defined
 from torchweld.ops._register import (
     applier,
-    check_memory,
     double_backward,
     register,
     settle,
@@ -299,8 +299,8 @@ def attend(
 ) -> Any:
     """output or (output, lse) of checked arguments, by whichever backend serves them. `options`: those of `Options`."""
     if backend.choose(op, query.device, refusal(query, value)) == "reference":
-        check_memory(op, query=query, key=key, value=value, **Modifiers(*modifiers)._asdict())
-        both = _on_reference(query, key, value, *modifiers, *options)
+        tensors = {"query": query, "key": key, "value": value, **Modifiers(*modifiers)._asdict()}
+        both = defined(_on_reference, op, tensors, query, key, value, *modifiers, *options)
         return both if return_lse else both[0]
     if wants_grad(query, key, value, *modifiers[: _GRADS - 3]):
         return _attention_with_grad((*options, deterministic, return_lse), query, key, value, *modifiers)

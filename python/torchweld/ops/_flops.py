@@ -29,7 +29,7 @@ def _formula(op: str, by_key: int, by_value: int) -> Callable[..., int]:
     """Of an op that makes so many products with the size of a key, or of a value, for each score."""
 
     def flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        names = _torch.argument_names(getattr(torch.ops.torchweld, op).default)
+        names = [a.name for a in _torch.arguments_of(getattr(torch.ops.torchweld, op).default)]
         a = dict(zip(names, args, strict=False)) | kwargs
         scores = _scores(a["query"], a["key"], a.get("cu_seqlens_q"), a.get("cu_seqlens_k"))
         return 2 * scores * (by_key * a["key"].shape[-1] + by_value * a["value"].shape[-1])

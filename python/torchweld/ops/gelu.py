@@ -8,17 +8,13 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
+from torchweld.ops._arguments import NotDenseError, as_torch_does, check_dense, check_float, defined, shown
 from torchweld.ops._register import (
-    NotDenseError,
     applier,
-    as_torch_does,
-    check_dense,
-    check_memory,
     double_backward,
     elsewhere,
     register,
     settle,
-    shown,
     wants_definition,
     wants_grad,
 )
@@ -113,10 +109,9 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         return as_torch_does(error, _twin, input, approximate=approximate)
     if input.is_quantized:
         return _twin(input, approximate=approximate)
-    if not input.dtype.is_floating_point:
-        raise TypeError(f"[gelu] input: expected a floating-point dtype, but got {input.dtype}")
+    if input.dtype not in _DTYPES:
+        check_float("gelu", "input", input.dtype)
     exact = approximate == "none"
     if backend.choose("gelu", input.device, _refusal(input)) == "reference":
-        check_memory("gelu", input=input)
-        return reference.gelu(input, approximate)
+        return defined(reference.gelu, "gelu", {"input": input}, input, approximate)
     return _gelu(input, exact) if wants_grad(input) else _forward_op(input, exact)
