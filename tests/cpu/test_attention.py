@@ -81,6 +81,7 @@ def test_parity(case: Case, dtype: torch.dtype, one_thread: None, each_isa: Iter
         oracle.check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("case", "dtype"), [(c, d) for c in WIDE for d in c.dtypes], ids=ident)
 def test_parity_on_the_best_instruction_set(case: Case, dtype: torch.dtype, one_thread: None) -> None:
     Oracle(case, dtype).check()

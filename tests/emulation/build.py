@@ -162,7 +162,8 @@ def program(name: str) -> Path:
 @cache
 def load(variant: Variant = COUNTED) -> ModuleType:
     """The module of all CUDA kernels, `emulated`."""
-    library = build([BINDINGS, *KERNELS, *MACHINE], variant, module="emulated")
+    # The longest first, then what programs wait for too.
+    library = build([BINDINGS, *MACHINE, *KERNELS], variant, module="emulated")
     spec = importlib.util.spec_from_file_location("emulated", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
