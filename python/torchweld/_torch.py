@@ -46,6 +46,7 @@ __all__ = [
     "keep_donated_buffers",
     "lazily_negated",
     "lazily_zero",
+    "no_torch_function",
     "profiling",
     "scalar_dtype",
     "scaled_dot_product_attention",
@@ -75,6 +76,9 @@ def forward_mode_is_on() -> bool:
 def is_zero_tensor(t: Tensor) -> bool:
     """Whether `t` is a zero without memory, as autograd makes them. Nothing public asks this."""
     return t._is_zerotensor()
+
+
+no_torch_function: Any = torch._C.DisableTorchFunction  # a context without such modes; nothing public is
 
 
 def function_mode_stack() -> list[Any]:

@@ -121,7 +121,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "one missing": ({"cu_seqlens_k": None}, RuntimeError, ["cu_seqlens_k", "both", "None"]),
     "longer than said": ({"max_seqlen_q": 3}, ValueError, ["cu_seqlens_q", "max_seqlen of 3", "4"]),
     "bias": ({"bias": torch.randn(7, 9)}, RuntimeError, ["bias", "None beside cu_seqlens_q"]),
-    "4 dimensions": ({"query": Q[None]}, RuntimeError, ["query", "(total, heads, head size)"]),
+    "4 dimensions": ({"query": Q[None]}, RuntimeError, ["query", "[total, heads, head size]"]),
     "slopes": ({"alibi_slopes": torch.rand(3, 4)}, RuntimeError, ["alibi_slopes", "[4] or [2, 4]", "[3, 4]"]),
     "seed": ({"seed": torch.zeros(2).long(), "dropout_p": 0.1}, RuntimeError, ["seed", "int64 of one element", "[2]"]),
 }

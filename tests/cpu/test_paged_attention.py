@@ -101,7 +101,7 @@ def test_float64_runs_on_the_definition() -> None:
 
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "query of three dimensions": ({"query": Q[0]}, RuntimeError, ["query", "[4, 1, 8]"]),
-    "cache of three": ({"key_cache": K[0]}, RuntimeError, ["key_cache", "(blocks, block size, heads, head size)"]),
+    "cache of three": ({"key_cache": K[0]}, RuntimeError, ["key_cache", "[blocks, block size, heads, head size]"]),
     "head size": ({"key_cache": K[..., :7]}, RuntimeError, ["key_cache", "head size 8", "7"]),
     "value": ({"value_cache": V[:4]}, RuntimeError, ["value_cache", "[5, 3, 2]", "[4, 3, 2, 6]"]),
     "heads": ({"query": Q[:, :3]}, RuntimeError, ["key_cache", "divides query's 3", "2"]),

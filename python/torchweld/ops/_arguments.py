@@ -11,9 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from torchweld._torch import is_zero_tensor
+from torchweld._torch import is_zero_tensor, no_torch_function
 
 _STRIDED = torch.strided
+KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 FREED = "expected a tensor with memory, but got one whose storage is empty: it was freed, or is a ZeroTensor"
 
 # ---- How a value is shown
@@ -76,9 +77,10 @@ def is_freed(t: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return False
     try:
-        # A view of an empty storage starts a little past null.
-        null = t.device.type in ("cpu", "cuda") and t.data_ptr() < 4096 and t.numel() > 0
-        return null and not is_zero_tensor(t)
+        with no_torch_function():  # nobody's business
+            # A view of an empty storage starts a little past null.
+            null = t.device.type in ("cpu", "cuda") and t.data_ptr() < 4096 and t.numel() > 0
+            return null and not is_zero_tensor(t)
     except RuntimeError:  # of a tracer or a transform: it has no pointer
         return False
 
@@ -146,9 +148,12 @@ def explain(op: str, error: Exception, arguments: Mapping[str, Any]) -> NoReturn
 
     As it is where it does so itself, and where it is of a kind of its own (memory that is used up, a tracer's).
     """
-    if type(error) not in _BARE or _GRAMMAR.match(str(error)):
+    named = _GRAMMAR.match(str(error)) is not None
+    if type(error) not in _BARE or (named and not isinstance(error, TypeError)):
         raise error
-    _check_plain(op, arguments, error)
+    _check_plain(op, arguments, error)  # of a list the bindings name no element
+    if named:
+        raise error
     kind = type(error) if isinstance(error, _KEPT) else RuntimeError
     raise kind(f"[{op}] expected arguments that torch's operators take, but got {error}") from error
 

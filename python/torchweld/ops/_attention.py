@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops._arguments import defined
+from torchweld.ops._arguments import KERNEL_DTYPES, defined
 from torchweld.ops._register import (
     applier,
     double_backward,
@@ -274,13 +274,12 @@ _attention_with_grad = applier(_Attention)
 
 # ---- Backend
 
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 CUDA_HEAD_SIZE = 256
 
 
 def refusal(query: Tensor, value: Tensor) -> str | None:
     """Why the kernels do not take these arguments, None if they do."""
-    if query.dtype not in _DTYPES:
+    if query.dtype not in KERNEL_DTYPES:
         return f"query of dtype {query.dtype}"
     if query.device.type == "cuda" and max(query.shape[-1], value.shape[-1]) > CUDA_HEAD_SIZE:
         return f"a head size above {CUDA_HEAD_SIZE}"

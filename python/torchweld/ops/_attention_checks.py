@@ -9,7 +9,7 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from torchweld.ops._arguments import check_dense, check_float, integer, number, shown
+from torchweld.ops._arguments import KERNEL_DTYPES, check_dense, check_float, integer, number, shown
 
 
 def fail(op: str, name: str, expected: str, got: object, remedy: str = "") -> NoReturn:
@@ -20,7 +20,8 @@ def check_common(op: str, query: Tensor, key: Tensor, value: Tensor, names: str 
     device, dtype = query.device, query.dtype
     if key.device != device or value.device != device:
         fail(op, names, f"device {device} as query", f"{key.device} and {value.device}", "move them with .to()")
-    check_float(op, "query", dtype)
+    if dtype not in KERNEL_DTYPES:
+        check_float(op, "query", dtype)
     if key.dtype is not dtype or value.dtype is not dtype:
         fail(op, names, f"query's dtype {dtype}", f"{key.dtype} and {value.dtype}", "convert them with .to()")
 
@@ -41,14 +42,16 @@ def check_softcap(op: str, softcap: float | None) -> float:
     """0 for None."""
     if softcap is None:
         return 0.0
-    softcap = number(op, "softcap", softcap, "a number or None")
+    if type(softcap) is not float:
+        softcap = number(op, "softcap", softcap, "a number or None")
     if not 0.0 <= softcap < math.inf:
         raise ValueError(f"[{op}] softcap: expected 0 (none) or a positive number, but got {softcap}")
     return softcap
 
 
 def check_dropout(op: str, dropout_p: float) -> float:
-    dropout_p = number(op, "dropout_p", dropout_p)
+    if type(dropout_p) is not float:
+        dropout_p = number(op, "dropout_p", dropout_p)
     if not 0.0 <= dropout_p <= 1.0:
         fail(op, "dropout_p", "a probability between 0 and 1", dropout_p)
     return dropout_p

@@ -98,13 +98,12 @@ def attention(
     if not isinstance(causal_align, str) or causal_align not in ALIGNMENTS:
         raise ValueError(f"[{op}] causal_align: expected 'top_left' or 'bottom_right', but got {shown(causal_align)}")
     softcap, dropout_p = check_softcap(op, softcap), check_dropout(op, dropout_p)
-    left, right = check_band(op, flag(op, "causal", causal), window)
+    causal = flag(op, "causal", causal)
     deterministic, return_lse = flag(op, "deterministic", deterministic), flag(op, "return_lse", return_lse)
+    left, right = check_band(op, causal, window)
     scale = None if scale is None else number(op, "scale", scale, "a number or None")
-    longest_q, longest_k = (
-        -1 if n is None else integer(op, name, n, "an integer or None")
-        for name, n in (("max_seqlen_q", max_seqlen_q), ("max_seqlen_k", max_seqlen_k))
-    )
+    longest_q = -1 if max_seqlen_q is None else integer(op, "max_seqlen_q", max_seqlen_q, "an integer or None")
+    longest_k = -1 if max_seqlen_k is None else integer(op, "max_seqlen_k", max_seqlen_k, "an integer or None")
     if theirs := elsewhere(attention, None, _TENSORS, *tensors):
         return theirs(
             query, key, value, causal=causal, window=window, softcap=softcap, bias=bias,

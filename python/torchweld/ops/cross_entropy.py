@@ -8,7 +8,16 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops._arguments import check_dense, check_float, check_memory, defined, integer, number, shown
+from torchweld.ops._arguments import (
+    KERNEL_DTYPES,
+    check_dense,
+    check_float,
+    check_memory,
+    defined,
+    integer,
+    number,
+    shown,
+)
 from torchweld.ops._register import (
     applier,
     double_backward,
@@ -19,8 +28,6 @@ from torchweld.ops._register import (
     wants_definition,
     wants_grad,
 )
-
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 _twin = torch.nn.functional.cross_entropy
 _LOGITS, _TARGET = "[cross_entropy] input", "[cross_entropy] target"
@@ -108,7 +115,7 @@ _row_losses = applier(_CrossEntropy)
 
 def _refusal(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
     """Why the kernels do not take this call; None if they do."""
-    if input.dtype not in _DTYPES:
+    if input.dtype not in KERNEL_DTYPES:
         return f"input of dtype {input.dtype}"
     if input.is_cuda:
         return "no CUDA kernel for it yet"
@@ -136,7 +143,8 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
         expected = f"shape {list(rows)}{other}"
         raise ValueError(f"[cross_entropy] target: expected {expected}, but got {list(target.shape)}")
     elif dtype not in (torch.int64, torch.uint8):
-        raise RuntimeError(f"[cross_entropy] target: expected dtype torch.int64, but got {dtype}")
+        remedy = "convert classes with .long()"
+        raise RuntimeError(f"[cross_entropy] target: expected dtype torch.int64, but got {dtype}; {remedy}")
     for name, t in (("target", target), ("weight", weight)):
         if t is not None and t.device != input.device:
             raise RuntimeError(f"[cross_entropy] {name}: expected device {input.device}, but got {t.device}")
@@ -189,12 +197,12 @@ def cross_entropy(
         options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
         return theirs(input, target, weight, **options)
     check_dense("cross_entropy", input=input, target=target, **({} if weight is None else {"weight": weight}))
-    if input.dtype not in _DTYPES:
+    if input.dtype not in KERNEL_DTYPES:
         check_float("cross_entropy", "input", input.dtype)
     _check(input, target, weight)
     # The kernels read 16 bits as they are; what they make is float32 until the end.
     dtype = input.dtype
-    if under_autocast(input) and dtype in _DTYPES:
+    if under_autocast(input) and dtype in KERNEL_DTYPES:
         dtype = torch.float32
     if backend.choose("cross_entropy", input.device, _refusal(input, target, weight)) == "reference":
         tensors = {"input": input, "target": target, "weight": weight}

@@ -8,7 +8,15 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops._arguments import NotDenseError, as_torch_does, check_dense, check_float, defined, shown
+from torchweld.ops._arguments import (
+    KERNEL_DTYPES,
+    NotDenseError,
+    as_torch_does,
+    check_dense,
+    check_float,
+    defined,
+    shown,
+)
 from torchweld.ops._register import (
     applier,
     double_backward,
@@ -20,7 +28,6 @@ from torchweld.ops._register import (
 )
 
 _twin = torch.nn.functional.gelu  # a program may give its name to ours
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 # ---- Implementation
 
@@ -81,7 +88,7 @@ _gelu = applier(_Gelu)
 
 def _refusal(input: Tensor) -> str | None:
     """Why the kernels do not take this call; None if they do."""
-    if input.dtype not in _DTYPES:
+    if input.dtype not in KERNEL_DTYPES:
         return f"input of dtype {input.dtype}"
     return "no CUDA kernel for it yet" if input.is_cuda else None
 
@@ -109,7 +116,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         return as_torch_does(error, _twin, input, approximate=approximate)
     if input.is_quantized:
         return _twin(input, approximate=approximate)
-    if input.dtype not in _DTYPES:
+    if input.dtype not in KERNEL_DTYPES:
         check_float("gelu", "input", input.dtype)
     exact = approximate == "none"
     if backend.choose("gelu", input.device, _refusal(input)) == "reference":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from torchweld import backend, reference
 from torchweld.ops._arguments import (
+    KERNEL_DTYPES,
     NotDenseError,
     as_torch_does,
     check_dense,
@@ -26,7 +27,6 @@ from torchweld.reference.philox import draw_seed
 
 _twin = torch.nn.functional.layer_norm
 _STRIDED = torch.strided
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
 def sizes(op: str, shape: Sequence[int]) -> Sequence[int]:
@@ -42,39 +42,41 @@ def sizes(op: str, shape: Sequence[int]) -> Sequence[int]:
     return [integer(op, "normalized_shape", n, expected) for n in shape]
 
 
+def _first(op: str) -> str:
+    return "x" if op.startswith("add_") else "input"
+
+
 def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> str | None:
     """Raises on arguments that no backend takes; returns why the kernels do not take these, None if they do."""
-    first = "x" if op.startswith("add_") else "input"
     if x.layout is not _STRIDED:
-        check_dense(op, **{first: x})
+        check_dense(op, **{_first(op): x})
     try:
         tail, dtype = x.shape[-len(shape) :], x.dtype
     except RuntimeError:  # a nested tensor has none
-        check_dense(op, **{first: x})
+        check_dense(op, **{_first(op): x})
         raise
     if tail != shape and tuple(tail) != tuple(shape):
-        raise RuntimeError(
-            f"[{op}] {first}: expected a shape that ends in normalized_shape {list(shape)}, but got {list(x.shape)}"
-        )
-    rms = op.endswith("rms_norm")  # which torch composes of operators that take more dtypes
-    if dtype not in _DTYPES and not (rms and dtype.is_complex):
-        check_float(op, first, dtype)
+        expected = f"a shape that ends in normalized_shape {list(shape)}"
+        raise RuntimeError(f"[{op}] {_first(op)}: expected {expected}, but got {list(x.shape)}")
+    # torch composes rms_norm of operators that take more dtypes.
+    if dtype not in KERNEL_DTYPES and not (op.endswith("rms_norm") and dtype.is_complex):
+        check_float(op, _first(op), dtype)
     for p in (weight, bias):
         if p is None:
             continue
-        name = "weight" if p is weight else "bias"
         try:
             fits = p.shape == tail
         except RuntimeError:
-            check_dense(op, **{name: p})
+            check_dense(op, **{"weight" if p is weight else "bias": p})
             raise
         if not fits:
+            name = "weight" if p is weight else "bias"
             raise RuntimeError(f"[{op}] {name}: expected shape {list(shape)}, but got {list(p.shape)}")
-        if p.dtype is not dtype and p.dtype not in _DTYPES:
-            if not rms:
-                check_float(op, name, p.dtype)
+        if p.dtype is not dtype and p.dtype not in KERNEL_DTYPES:
+            if not op.endswith("rms_norm"):
+                check_float(op, "weight" if p is weight else "bias", p.dtype)
             return f"a parameter of dtype {p.dtype}"
-    if dtype not in _DTYPES:
+    if dtype not in KERNEL_DTYPES:
         return f"input of dtype {dtype}"
     return "rows without elements" if 0 in tail else None
 

@@ -96,6 +96,10 @@ class FusedOptimizer(KeptState):
             if reason := self._unserved(group):
                 return reason
             params = [p for p in group["params"] if p.grad is not None]
+            if _any_complex(params):  # of a lazily conjugated gradient there is no view of real numbers
+                for p in params:
+                    if p.grad.is_conj():
+                        p.grad = p.grad.resolve_conj()
             grads = [p.grad for p in params]
             if any(g.is_sparse for g in grads):
                 return self._sparse()
@@ -126,7 +130,7 @@ class FusedOptimizer(KeptState):
                 del chosen["master"]
             owners = list(chosen["param"])
             shardings = sharding.localise(chosen)
-            real = {name: _real(each) for name, each in chosen.items()}
+            real = {name: _real(each) for name, each in chosen.items()} if _any_complex(chosen["param"]) else chosen
             yield Work(group, owners, real, shardings, bool(fresh) and fresh[first])
 
     def _add_state(self, group: Group, params: list[Tensor], lists: Lists) -> list[bool]:
@@ -208,6 +212,10 @@ def _split(lists: Lists, keys: list[Any]) -> Iterator[tuple[int, Lists]]:
     for chosen in indices.values():
         whole = len(indices) == 1
         yield chosen[0], lists if whole else {n: [each[i] for i in chosen] for n, each in lists.items()}
+
+
+def _any_complex(tensors: list[Tensor]) -> bool:
+    return any(map(Tensor.is_complex, tensors))
 
 
 def _real(tensors: list[Tensor]) -> list[Tensor]:
