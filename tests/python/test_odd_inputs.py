@@ -171,7 +171,7 @@ untyped: Any = ops  # for calls that are wrong on purpose, as a type checker wou
 
 
 def adamw(**options: Any) -> None:
-    lists = ([torch.ones(2)], [torch.ones(2)], [torch.zeros(2)], [torch.zeros(2)], [], [torch.zeros(())])
+    lists: Any = ([torch.ones(2)], [torch.ones(2)], [torch.zeros(2)], [torch.zeros(2)], [], [torch.zeros(())])
     usual: dict[str, Any] = {"lr": 0.1, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.0}
     ops.adamw_(*lists, **{**usual, **options})
 
@@ -336,8 +336,8 @@ def test_heads_of_nothing_weigh_all_values_alike() -> None:
 
 def test_a_strided_key_without_rows_is_served() -> None:
     q, key = x(1, 2, 5, 8), torch.ones(1, 2, 0, 16)[..., ::2]
-    for call in (ops.attention, ops.scaled_dot_product_attention):
-        assert not call(q, key, key).any()
+    for out in (ops.attention(q, key, key), ops.scaled_dot_product_attention(q, key, key)):
+        assert isinstance(out, Tensor) and not out.any()
 
 
 def test_what_the_reference_says_of_another_class_names_op_and_argument() -> None:
