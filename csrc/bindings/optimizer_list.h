@@ -74,6 +74,7 @@ class OptimizerRows {
     if (!same_shape(t, twin))
       args_.fail(label(name, i).c_str(), "shape " + Arguments::list(twin.shape, twin.ndim),
                  Arguments::list(t.shape, t.ndim));
+    if (list.is_negated(i)) refuse(i, std::string(name) + " that are lazily negated");
     if (!same_strides(t, twin)) refuse(i, std::string(name) + " with other strides than the parameter");
     return static_cast<char*>(t.data) + t.byte_offset;
   }

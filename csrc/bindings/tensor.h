@@ -193,6 +193,12 @@ struct Reader<TensorView> {
 // A list or tuple of tensors, all of which are held until the bound function returns: another thread may change the
 // list while a kernel runs. An iterator is refused, for it may have made its tensors for this call alone.
 struct TensorList : std::vector<TensorView> {
+  // A lazily negated tensor is the imaginary part of a conjugate, so its elements are no neighbours: only of a single
+  // element is there anything to ask.
+  bool is_negated(size_t i) const {
+    return (*this)[i].numel() == 1 && py::handle(PyTuple_GET_ITEM(held.ptr(), i)).attr("is_neg")().cast<bool>();
+  }
+
   py::object held;
 };
 

@@ -20,7 +20,7 @@ CSRC = ROOT / "csrc"
 ALLOWED = {
     "_torch": set(),
     "reference": {"reference"},
-    "backend": set(),
+    "backend": {"_cpu"},
     "errors": set(),
     "console": set(),
     "environment": {"backend"},

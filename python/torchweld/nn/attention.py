@@ -11,8 +11,8 @@ from torchweld.nn.stock import is_replaced
 from torchweld.nn.twins import twin
 
 
-def _is_mask(t: Tensor) -> bool:
-    return t.dtype == torch.bool or t.is_floating_point()
+def _is_mask(t: object) -> bool:
+    return isinstance(t, Tensor) and (t.dtype == torch.bool or t.is_floating_point())
 
 
 @twin
@@ -86,8 +86,8 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             and batches[0] == batches[1] == batches[2]
             and (query.shape[-1], key.shape[-1], value.shape[-1]) == (self.embed_dim, self.kdim, self.vdim)
             and (attn_mask is not None or not is_causal)
-            and (attn_mask is None or (tuple(attn_mask.shape) in shapes and _is_mask(attn_mask)))
-            and (key_padding_mask is None or (key_padding_mask.shape == padding and _is_mask(key_padding_mask)))
+            and (attn_mask is None or (_is_mask(attn_mask) and tuple(attn_mask.shape) in shapes))
+            and (key_padding_mask is None or (_is_mask(key_padding_mask) and key_padding_mask.shape == padding))
         )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -162,13 +162,16 @@ def run_backward(
         if sinks is not None and mask[5]:
             dsinks = torch.empty((batch, q.shape[1]), dtype=torch.float32, device=q.device)
     kernels = backend.kernels[q.device.type]
-    size = kernels.attention_backward_workspace(q, k, v, *modifiers[-2:], doutput, deterministic)
+    size = kernels.attention_backward_workspace(
+        q, k, v, modifiers.cu_seqlens_q, modifiers.cu_seqlens_k, doutput, deterministic
+    )
     workspace = torch.empty(size, dtype=torch.float32, device=q.device)
+    dquery, dkey, dvalue = grads
     if dlse is not None:
         dlse = settle(dlse, "[attention] gradient of lse")
     kernels.attention_backward(
         doutput, dlse, q, k, v, modifiers, options, output, settle(statistics, "[attention] statistics"),
-        *grads, dbias, dalibi, dsinks, deterministic, workspace,
+        dquery, dkey, dvalue, dbias, dalibi, dsinks, deterministic, workspace,
     )  # fmt: skip
     if bias is not None and dbias is not None:
         dbias = dbias.view(bias.shape)

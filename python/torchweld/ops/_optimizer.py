@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, cast
 
 import torch
@@ -16,13 +15,11 @@ from torchweld.ops._register import register
 
 Lists = dict[str, Sequence[Tensor]]
 
-_is_neg = Tensor.is_neg
-
 # ---- Implementation. The bindings check everything before they touch memory, and name what the kernels do not take:
 # those tensors go to the reference, the others to the kernels.
 
 
-def _workspace(module: ModuleType, count: int, device: torch.device) -> Tensor | None:
+def _workspace(module: backend.Kernels, count: int, device: torch.device) -> Tensor | None:
     """Room for the kernels' table of `count` tensors; None where they read it as it was made."""
     words = module.OPTIMIZER_TABLE_WORDS * count
     return torch.empty(words, dtype=torch.int64, device=device) if words else None
@@ -35,11 +32,9 @@ def _scalar(op: str, name: str, t: Tensor | None, device: torch.device) -> Tenso
     return t.to(device, torch.float32, non_blocking=True)
 
 
-def _grad_norm(grads: Sequence[Tensor], grad_scale: Tensor | None) -> Tensor:
+def _grad_norm(grads: list[Tensor] | tuple[Tensor, ...], grad_scale: Tensor | None) -> Tensor:
     device = grads[0].device
     module = backend.module(device)
-    if any(map(_is_neg, grads)):
-        grads = [g.resolve_neg() for g in grads]
     norm = torch.empty((), dtype=torch.float32, device=device)
     partial = torch.empty(module.GRAD_NORM_BLOCKS, dtype=torch.float64, device=device)
     table = _workspace(module, len(grads), device)
@@ -76,8 +71,6 @@ COMMON = (
 
 def run_step(op: str, lists: Lists, own: dict[str, Any], common: Common, definition: Callable[..., Any]) -> None:
     """One step by the kernels, of what they do not take by `definition`; `own` are the op's own hyper-parameters."""
-    if any(map(_is_neg, lists["params"])) or any(map(_is_neg, lists["grads"])):
-        return _run_negated(op, lists, own, common, definition)
     device = lists["params"][0].device
     module = backend.module(device)
     if common.lr_tensor is not None and common.lr_tensor.is_cpu:
@@ -123,17 +116,6 @@ def run_step(op: str, lists: Lists, own: dict[str, Any], common: Common, definit
     stored = common.zero_grads or common.grad_scale is not None
     mutated = [t for name, each in lists.items() if stored or name != "grads" for t in each]
     torch.autograd.graph.increment_version(mutated)
-
-
-def _run_negated(op: str, lists: Lists, *rest: Any) -> None:
-    """`run_step` on copies of the lazily negated tensors, of which the kernels would see only the memory."""
-    check_memory(op, **lists)
-    copies: Lists = {name: [t.resolve_neg() for t in each] for name, each in lists.items()}
-    run_step(op, copies, *rest)
-    for name, each in lists.items():
-        for t, copy in zip(each, copies[name], strict=True):
-            if t is not copy:
-                t.copy_(copy)
 
 
 # ---- Fake

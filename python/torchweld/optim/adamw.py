@@ -71,9 +71,9 @@ class _FusedAdam(FusedOptimizer):
             beta2=group["betas"][1],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            decoupled=group["decoupled_weight_decay"],
-            amsgrad=group["amsgrad"],
-            maximize=group["maximize"],
+            decoupled=bool(group["decoupled_weight_decay"]),  # torch's take what is true, or not
+            amsgrad=bool(group["amsgrad"]),
+            maximize=bool(group["maximize"]),
             masters=lists.get("master", ()),
             rounding_seed=seed if self._option(group, "stochastic_rounding") else None,
             **scalars,

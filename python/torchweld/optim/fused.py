@@ -96,10 +96,6 @@ class FusedOptimizer(KeptState):
             if reason := self._unserved(group):
                 return reason
             params = [p for p in group["params"] if p.grad is not None]
-            if _any_complex(params):  # of a lazily conjugated gradient there is no view of real numbers
-                for p in params:
-                    if p.grad.is_conj():
-                        p.grad = p.grad.resolve_conj()
             grads = [p.grad for p in params]
             if any(g.is_sparse for g in grads):
                 return self._sparse()
@@ -117,6 +113,8 @@ class FusedOptimizer(KeptState):
     def _works(
         self, group: Group, params: list[Tensor], grads: list[Tensor], devices: list[torch.device]
     ) -> Iterator[Work]:
+        if any_complex := any(map(Tensor.is_complex, params)):
+            grads = [_settled_gradient(p) for p in params]
         lists: Lists = {"param": params, "grad": grads}
         fresh = self._add_state(group, params, lists)
         keys: list[Any] = devices
@@ -130,7 +128,7 @@ class FusedOptimizer(KeptState):
                 del chosen["master"]
             owners = list(chosen["param"])
             shardings = sharding.localise(chosen)
-            real = {name: _real(each) for name, each in chosen.items()} if _any_complex(chosen["param"]) else chosen
+            real = {name: _real(each) for name, each in chosen.items()} if any_complex else chosen
             yield Work(group, owners, real, shardings, bool(fresh) and fresh[first])
 
     def _add_state(self, group: Group, params: list[Tensor], lists: Lists) -> list[bool]:
@@ -214,8 +212,12 @@ def _split(lists: Lists, keys: list[Any]) -> Iterator[tuple[int, Lists]]:
         yield chosen[0], lists if whole else {n: [each[i] for i in chosen] for n, each in lists.items()}
 
 
-def _any_complex(tensors: list[Tensor]) -> bool:
-    return any(map(Tensor.is_complex, tensors))
+def _settled_gradient(param: Tensor) -> Tensor:
+    """The gradient, conjugated in memory if it was so lazily: of that there is no view of real numbers."""
+    assert param.grad is not None
+    if param.grad.is_conj():
+        param.grad = param.grad.resolve_conj()
+    return param.grad
 
 
 def _real(tensors: list[Tensor]) -> list[Tensor]:
