@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import subprocess
+from typing import Any
 
 import pytest
 import torch
@@ -112,7 +113,8 @@ def test_a_tensor_without_memory_never_reaches_a_kernel() -> None:
     with pytest.raises(BufferError, match="FakeTensor has no memory of its own"):
         _cpu.layer_norm_forward(fake, *rest, torch.empty(4, 8), None, 0.0, None, None)
     with pytest.raises(TypeError, match=r"\[layer_norm_forward\] input: expected a torch.Tensor, but got list"):
-        _cpu.layer_norm_forward([1.0], *rest, torch.empty(4, 8), None, 0.0, None, None)
+        wrong: Any = [1.0]
+        _cpu.layer_norm_forward(wrong, *rest, torch.empty(4, 8), None, 0.0, None, None)
 
 
 def test_a_subclass_of_tensor_is_served() -> None:
