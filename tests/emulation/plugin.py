@@ -46,7 +46,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     last = [item for item in items if item.name == _COVERAGE_TEST]
     items[:] = [item for item in items if item not in last] + last
     for item in items:
-        if "emulated_module" in getattr(item, "fixturenames", ()):
+        # A test with one case here and one on the CPU asks for the fixture itself.
+        if "emulated_module" in getattr(item, "fixturenames", ()) or "emulated" in item.name.partition("[")[2]:
             item.add_marker(pytest.mark.xdist_group("emulated"))
             item.add_marker(pytest.mark.slow)
     tests = Path(__file__).parent.parent

@@ -76,6 +76,7 @@ def object_of(source: Path, isa: str) -> Path | None:
     return next((path for path in found if path.stat().st_mtime > changed()), None)
 
 
+@pytest.mark.slow
 @linux
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 @pytest.mark.parametrize("isa", ISA_FLAGS)
