@@ -255,7 +255,7 @@ def test_bad_residual_is_named() -> None:
 def test_the_kernels_check_again() -> None:
     """What reaches the module past the public function is still refused before memory is touched."""
     x, out = torch.ones(3, 4), torch.empty(3, 4)
-    for arguments, message in (
+    calls: list[tuple[tuple[Any, ...], str]] = [
         (
             (x, None, 4, None, None, 1e-5, True, 0.0, None, torch.empty(2, 4), None),
             "output: expected 12 elements, but got shape",
@@ -274,6 +274,7 @@ def test_the_kernels_check_again() -> None:
             (x.double(), None, 4, None, None, 1e-5, True, 0.0, None, out, None),
             "input: expected dtype float32, bfloat16 or float16",
         ),
-    ):
+    ]
+    for arguments, message in calls:
         with pytest.raises(ValueError, match=message):
             _cpu.layer_norm_forward(*arguments, 0.0, None, None)
