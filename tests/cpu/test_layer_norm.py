@@ -277,4 +277,4 @@ def test_the_kernels_check_again() -> None:
     ]
     for arguments, message in calls:
         with pytest.raises(ValueError, match=message):
-            _cpu.layer_norm_forward(*arguments, 0.0, None, None)
+            _cpu.layer_norm_forward(*(*arguments, 0.0, None, None))
