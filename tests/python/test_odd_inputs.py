@@ -298,6 +298,12 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
         TypeError,
         "[cross_entropy] ignore_index: expected an integer, but got 1.5",
     ),
+    (
+        lambda: untyped.ops.add_rms_norm(Q, Q, (8,), dropout_p=0.5, seed=torch.ones(1).to_sparse()),
+        TypeError,
+        "[add_rms_norm] seed: expected a dense tensor, but got a sparse_coo one",
+    ),
+    (lambda: adamw(found_inf=torch.ones(1).to_sparse()), TypeError, "[adamw_] found_inf: expected a dense tensor, but"),
     (lambda: untyped.ops.grad_norm(["x"]), TypeError, "[grad_norm] grads[0]: expected a torch.Tensor, but got str"),
     (lambda: untyped.ops.grad_norm("x"), TypeError, "[grad_norm] grads: expected a list of tensors, but got str"),
     (lambda: adamw(beta2="x"), TypeError, "[adamw_] beta2: expected a number, but got 'x'"),

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops._arguments import check_memory, defined, flag, number
+from torchweld.ops._arguments import check_dense, check_memory, defined, flag, number
 from torchweld.ops._register import register
 
 Lists = dict[str, Sequence[Tensor]]
@@ -187,6 +187,7 @@ def _check_autograd(op: str, lists: Lists) -> None:
 def _check_scalar(op: str, name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"[{op}] {name}: expected a torch.Tensor of one element, but got {type(t).__name__}")
+    check_dense(op, **{name: t})
     if t.numel() != 1:
         raise ValueError(f"[{op}] {name}: expected one element, but got shape {list(t.shape)}")
 

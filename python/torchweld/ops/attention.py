@@ -90,7 +90,7 @@ def attention(
 
     Raises:
         RuntimeError: a device, dtype or shape does not fit, or dropout_p is out of range.
-        TypeError: query is not floating point.
+        TypeError: query is not floating point of 16 bits or more, or an argument is of another type.
         ValueError: window, softcap, causal_align or what cu_seqlens say is not as above.
     """
     op = "attention"

@@ -182,7 +182,7 @@ def cross_entropy(
 
     Raises:
         IndexError: a target that is no class.
-        TypeError: input is not floating point.
+        TypeError: input is not floating point of 16 bits or more, or an argument is of another type.
         ValueError, RuntimeError: an argument, shape, dtype or device that does not fit.
     """
     if size_average is not None or reduce is not None:

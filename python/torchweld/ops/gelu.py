@@ -104,7 +104,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
 
     Raises:
         RuntimeError: another `approximate`.
-        TypeError: input is not floating point.
+        TypeError: input is not floating point of 16 bits or more, or no dense tensor.
     """
     if not isinstance(approximate, str) or approximate not in ("none", "tanh"):
         raise RuntimeError(f"[gelu] approximate: expected 'none' or 'tanh', but got {shown(approximate)}")

@@ -83,7 +83,7 @@ def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, 
 
 def residual_refusal(op: str, x: Tensor, residual: Tensor, dropout_p: float, seed: Tensor | None) -> str | None:
     """As `refusal_of`, for what an add_ form has in front of its norm."""
-    check_dense(op, x=x, residual=residual)
+    check_dense(op, x=x, residual=residual, **({} if seed is None else {"seed": seed}))
     if residual.shape != x.shape:
         raise RuntimeError(f"[{op}] residual: expected x's shape {list(x.shape)}, but got {list(residual.shape)}")
     if residual.device != x.device:
@@ -121,7 +121,7 @@ def layer_norm(
 
     Raises:
         RuntimeError: a shape does not fit.
-        TypeError: input, weight or bias is not floating point.
+        TypeError: input, weight or bias is not floating point of 16 bits or more, or an argument is of another type.
         ValueError: weight or bias is on another device than input.
     """
     shape = sizes("layer_norm", normalized_shape)

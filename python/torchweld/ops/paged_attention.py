@@ -115,7 +115,7 @@ def paged_attention(
 
     Raises:
         RuntimeError: a device, dtype or shape does not fit, or a gradient would be needed.
-        TypeError: query is not floating point.
+        TypeError: query is not floating point of 16 bits or more, or an argument is of another type.
         ValueError: window, softcap, or what is in block_table or cache_seqlens is not as above.
     """
     op = "paged_attention"

@@ -43,7 +43,7 @@ def rms_norm(
 
     Raises:
         RuntimeError: a shape does not fit.
-        TypeError: input or weight is not floating point.
+        TypeError: input is not floating point of 16 bits or more, or an argument is of another type.
         ValueError: weight is on another device than input.
     """
     shape, zero_centered_weight = sizes("rms_norm", normalized_shape), flag("rms_norm", _FLAG, zero_centered_weight)

@@ -91,7 +91,7 @@ def scaled_dot_product_attention(
 
     Raises:
         RuntimeError: a device, dtype or shape does not fit, both masks are given, or dropout_p is out of range.
-        TypeError: query is not floating point.
+        TypeError: query is not floating point of 16 bits or more, or an argument is of another type.
     """
     op = "scaled_dot_product_attention"
     dropout_p, is_causal, enable_gqa = (
