@@ -120,7 +120,7 @@ void fill_inputs(const Arguments& args, AttentionInputs& p, const TensorView& qu
   for (const auto& [t, name] : {std::pair{&query, "query"}, {&key, "key"}, {&value, "value"}})
     if (t->ndim != (packed ? 3 : 4))
       args.fail(name,
-                packed ? "3 dimensions (total, heads, head size)" : "4 dimensions (batch, heads, rows, head size)",
+                packed ? "3 dimensions [total, heads, head size]" : "4 dimensions [batch, heads, rows, head size]",
                 std::to_string(t->ndim));
   const int heads = 1, rows = packed ? 0 : 2;
   p.heads = query.size(heads);

@@ -7,7 +7,7 @@ namespace torchweld {
 
 // The logits of an op that indexes them by class: (M, V), with a class where there is a row.
 inline void check_logits(const Arguments& args, const TensorView& logits) {
-  if (logits.ndim != 2) args.fail("logits", "2 dimensions (rows, classes)", std::to_string(logits.ndim));
+  if (logits.ndim != 2) args.fail("logits", "2 dimensions [rows, classes]", std::to_string(logits.ndim));
   if (logits.size(0) > 0 && logits.size(1) < 1) args.fail("logits", "at least one class", "none");
 }
 

@@ -103,7 +103,7 @@ void bind_layer_norm(Module& m) {
         const Arguments args("layer_norm_backward", Backend::device, doutput);
         if (cols < 1) args.fail("cols", "at least 1", std::to_string(cols));
         if ((dweight || dbias) && !(partial && partial->ndim == 3 && partial->size(0) > 0))
-          args.fail("partial", "a workspace (blocks, 2, columns) for the weight gradients", "none");
+          args.fail("partial", "a workspace [blocks, 2, columns] for the weight gradients", "none");
         const int64_t numel = input.numel(), rows = numel / cols;
         LayerNormBackwardParams p{};
         p.rows = rows;

@@ -37,6 +37,13 @@ inline bool is_dense(const TensorView& t) {
   return true;
 }
 
+inline bool is_complex(const TensorView& t) { return t.dtype.code == dlpack::kComplex; }
+
+// Whether the reference computes in this dtype, if not the kernels.
+inline bool is_number(dlpack::DataType t) {
+  return (t.code == dlpack::kFloat || t.code == dlpack::kBfloat || t.code == dlpack::kComplex) && t.bits >= 16;
+}
+
 // The rows of a list, and which of its tensors the kernels do not take.
 template <class Backend>
 class OptimizerRows {
@@ -56,15 +63,18 @@ class OptimizerRows {
   void* memory(const TensorList& list, size_t i, const char* name, DType* dtype) {
     const TensorView &t = list[i], &twin = first_[i];
     if (!args_.is_here(t)) args_.check_device(t, label(name, i).c_str());
+    if (!is_number(t.dtype))
+      args_.fail(label(name, i).c_str(), "a floating-point dtype of 16 bits or more", name_of(t.dtype));
+    if (is_complex(t) != is_complex(twin))
+      args_.fail(label(name, i).c_str(), "a dtype that goes with " + name_of(twin.dtype), name_of(t.dtype));
     if (const auto found = dtype_of(t.dtype))
       *dtype = *found;
-    else if (t.dtype.code == dlpack::kInt || t.dtype.code == dlpack::kUInt || t.dtype.code == dlpack::kBool)
-      args_.fail(label(name, i).c_str(), "a floating-point dtype", name_of(t.dtype));
     else
       refuse(i, std::string(name) + " of dtype " + name_of(t.dtype));
     if (!same_shape(t, twin))
       args_.fail(label(name, i).c_str(), "shape " + Arguments::list(twin.shape, twin.ndim),
                  Arguments::list(t.shape, t.ndim));
+    if (list.is_negated(i)) refuse(i, std::string(name) + " that are lazily negated");
     if (!same_strides(t, twin)) refuse(i, std::string(name) + " with other strides than the parameter");
     return static_cast<char*>(t.data) + t.byte_offset;
   }
@@ -98,6 +108,7 @@ class OptimizerRows {
     if (!args_.is_here(t)) args_.check_device(t, label("steps", i).c_str());
     if (t.numel() != 1)
       args_.fail(label("steps", i).c_str(), "one element", "shape " + Arguments::list(t.shape, t.ndim));
+    if (is_complex(t) || t.dtype.bits < 16) args_.fail(label("steps", i).c_str(), "dtype float32", name_of(t.dtype));
     if (dtype_of(t.dtype) != DType::float32) refuse(i, "steps of dtype " + name_of(t.dtype));
     rows[i].step = reinterpret_cast<float*>(static_cast<char*>(t.data) + t.byte_offset);
   }

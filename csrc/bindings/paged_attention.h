@@ -44,7 +44,7 @@ void fill_cache(const Arguments& args, PagedAttentionParams& p, const TensorView
                 const TensorView& value_cache, const TensorView& block_table, const TensorView& cache_seqlens) {
   for (const auto& [t, name] : {std::pair{&query, "query"}, {&key_cache, "key_cache"}, {&value_cache, "value_cache"}})
     if (t->ndim != 4) args.fail(name, "4 dimensions", std::to_string(t->ndim));
-  if (block_table.ndim != 2) args.fail("block_table", "2 dimensions (batch, blocks)", std::to_string(block_table.ndim));
+  if (block_table.ndim != 2) args.fail("block_table", "2 dimensions [batch, blocks]", std::to_string(block_table.ndim));
   p.batch = query.size(0);
   p.heads = query.size(1);
   p.queries = p.total_q = query.size(2);

@@ -27,13 +27,15 @@ inline const char* name_of(DType dtype) {
 }
 
 inline std::string name_of(dlpack::DataType t) {
-  const char* kind = t.code == dlpack::kInt      ? "int"
-                     : t.code == dlpack::kUInt   ? "uint"
-                     : t.code == dlpack::kFloat  ? "float"
-                     : t.code == dlpack::kBfloat ? "bfloat"
-                     : t.code == dlpack::kBool   ? "bool"
-                                                 : "type";
-  return kind + std::to_string(t.bits);
+  const char* kind = t.code == dlpack::kInt       ? "int"
+                     : t.code == dlpack::kUInt    ? "uint"
+                     : t.code == dlpack::kFloat   ? "float"
+                     : t.code == dlpack::kBfloat  ? "bfloat"
+                     : t.code == dlpack::kBool    ? "bool"
+                     : t.code == dlpack::kComplex ? "complex"
+                     : t.bits == 8                ? "float"
+                                                  : "type";
+  return t.code == dlpack::kBool ? kind : kind + std::to_string(t.bits);
 }
 
 inline std::optional<DType> dtype_of(dlpack::DataType t) {
@@ -121,9 +123,9 @@ class Arguments {
   }
 
   static std::string list(const int64_t* values, int n) {
-    std::string text = "(";
+    std::string text = "[";
     for (int i = 0; i < n; ++i) text += (i ? ", " : "") + std::to_string(values[i]);
-    return text + ")";
+    return text + "]";
   }
 
  private:
@@ -191,6 +193,12 @@ struct Reader<TensorView> {
 // A list or tuple of tensors, all of which are held until the bound function returns: another thread may change the
 // list while a kernel runs. An iterator is refused, for it may have made its tensors for this call alone.
 struct TensorList : std::vector<TensorView> {
+  // A lazily negated tensor is the imaginary part of a conjugate, so its elements are no neighbours: only of a single
+  // element is there anything to ask.
+  bool is_negated(size_t i) const {
+    return (*this)[i].numel() == 1 && py::handle(PyTuple_GET_ITEM(held.ptr(), i)).attr("is_neg")().cast<bool>();
+  }
+
   py::object held;
 };
 

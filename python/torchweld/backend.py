@@ -13,9 +13,11 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
+from typing import TYPE_CHECKING, cast
 
 import torch
-from torch.autograd import forward_ad
+
+from torchweld._torch import constant_for_dynamo, forward_mode_is_on, tracing, transforms_active
 
 __all__ = [
     "BACKENDS",
@@ -24,15 +26,12 @@ __all__ = [
     "choose",
     "kernels",
     "strict",
-    "transforms_active",
     "unavailable",
     "use_backend",
 ]
 
 BACKENDS = ("cuda", "cpu", "reference")
 
-transforms_active = torch._C._are_functorch_transforms_active
-_tracing = torch._C._get_tracing_state  # None, or the state: Dynamo knows this question, not _is_tracing
 _CPU = torch.device("cpu")
 _log = logging.getLogger("torchweld")
 _logged: set[tuple[str, str]] = set()
@@ -50,8 +49,35 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
 # A missing or broken module must not stop `import torchweld`; loading one takes about a millisecond and probes nothing.
 _modules: dict[str, tuple[ModuleType | None, str | None]] = {"cpu": _load("_cpu"), "cuda": _load("_cuda")}
 
+if TYPE_CHECKING:
+    from torchweld import _cpu
+
+    class Kernels(ModuleType):
+        """The kernels of a compiled module, as `_cpu.pyi` has them."""
+
+        OPTIMIZER_TABLE_WORDS: int
+        GRAD_NORM_BLOCKS: int
+        adamw_ = staticmethod(_cpu.adamw_)
+        attention_backward = staticmethod(_cpu.attention_backward)
+        attention_backward_workspace = staticmethod(_cpu.attention_backward_workspace)
+        attention_forward = staticmethod(_cpu.attention_forward)
+        attention_forward_workspace = staticmethod(_cpu.attention_forward_workspace)
+        cross_entropy_backward = staticmethod(_cpu.cross_entropy_backward)
+        cross_entropy_forward = staticmethod(_cpu.cross_entropy_forward)
+        gelu_backward = staticmethod(_cpu.gelu_backward)
+        gelu_forward = staticmethod(_cpu.gelu_forward)
+        grad_norm = staticmethod(_cpu.grad_norm)
+        layer_norm_backward = staticmethod(_cpu.layer_norm_backward)
+        layer_norm_forward = staticmethod(_cpu.layer_norm_forward)
+        layer_norm_forward_workspace = staticmethod(_cpu.layer_norm_forward_workspace)
+        layer_norm_workspace = staticmethod(_cpu.layer_norm_workspace)
+        paged_attention = staticmethod(_cpu.paged_attention)
+        paged_attention_workspace = staticmethod(_cpu.paged_attention_workspace)
+        sgd_ = staticmethod(_cpu.sgd_)
+
+
 # The compiled module for each device type that has one. Callers have been through `choose`.
-kernels: dict[str, ModuleType] = {name: found for name, (found, _) in _modules.items() if found is not None}
+kernels: dict[str, Kernels] = {name: cast("Kernels", m) for name, (m, _) in _modules.items() if m is not None}
 
 
 class NotServedError(RuntimeError):
@@ -89,7 +115,7 @@ def _load_once() -> None:
 
 
 # Dynamo calls it while it traces. Traced itself, it would hold only for the first call of a compiled function.
-_load_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+constant_for_dynamo(_load_once)
 
 
 def unavailable(name: str) -> str | None:
@@ -149,7 +175,7 @@ def choose(op: str, device: torch.device, refusal: str | None) -> str:
     _load_once()
     forced = _settings.forced
     # torch.func's transforms, forward-mode derivatives and torch.jit.trace see the reference's operators, not a kernel.
-    if forced == "reference" or transforms_active() or forward_ad._current_level >= 0 or _tracing():
+    if forced == "reference" or transforms_active() or forward_mode_is_on() or tracing():
         return "reference"
     kind = "cpu" if device == _CPU else device.type  # which makes a string, 0.2 us
     if forced is not None and forced != kind:
@@ -170,6 +196,6 @@ def choose(op: str, device: torch.device, refusal: str | None) -> str:
     return "reference"
 
 
-def module(device: torch.device) -> ModuleType:
+def module(device: torch.device) -> Kernels:
     """The compiled module for `device`; only after `choose` named it."""
     return kernels[device.type]

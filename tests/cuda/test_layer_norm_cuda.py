@@ -182,6 +182,7 @@ def test_tensors_of_another_device_are_refused() -> None:
 def test_compiles() -> None:
     """torch.compile sees one op forward and one backward, and its results are the kernels' own bits."""
     i = inputs(64, 768, torch.bfloat16, torch.bfloat16, add=True, device="cuda")
+    assert i.residual is not None
     compiled = torch.compile(torchweld.ops.add_layer_norm, fullgraph=True)
     ours = compiled(i.x, i.residual, (768,), i.weight, i.bias)
     eager = torchweld.ops.add_layer_norm(i.x, i.residual, (768,), i.weight, i.bias)

@@ -49,7 +49,7 @@ def test_scalars_of_a_wrong_kind_are_named(name: str, backend: str) -> None:
     lists = make([(3,)])
     before = clone(lists)
     with use_backend(backend):
-        with pytest.raises(ValueError, match=rf"\[adamw_\] {name}: expected 1 elements, but got shape \(2\)"):
+        with pytest.raises(ValueError, match=rf"\[adamw_\] {name}: expected one element, but got shape \[2\]"):
             ops.adamw_(*lists, **{**HYPER, name: torch.zeros(2)})
         if name != "lr":
             with pytest.raises(

@@ -125,7 +125,7 @@ ATTENTION_REFUSES = {
         RuntimeError,
         ["both", "None"],
     ),
-    "query": ({"query": Q[0]}, RuntimeError, ["(batch, heads, rows, head size)", "[4, 9, 8]"]),
+    "query": ({"query": Q[0]}, RuntimeError, ["[batch, heads, rows, head size]", "[4, 9, 8]"]),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def tensors(sizes: tuple[int, ...], seed: int = 0) -> dict[str, list[torch.Tenso
     return made | {"max_exp_avg_sqs": [], "steps": [torch.full((), 4.0) for _ in sizes]}
 
 
-OPTIONS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 
 
 @pytest.mark.usefixtures("kernels")
@@ -52,6 +53,7 @@ def test_any_number_of_tensors(kernels: ModuleType) -> None:
         kernels.set_machine(seed=seed)
         ours = tensors(sizes)
         norm = ops.adamw_(*ours.values(), **OPTIONS, max_grad_norm=3.0)
+        assert norm is not None
         results.append([*ours["params"], *ours["exp_avgs"], norm])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     for got, one in zip(results[0], expected["params"], strict=False):
@@ -113,7 +115,8 @@ def test_a_step_starts_from_what_others_wrote(offset: int, seed: int | None) -> 
         zeros = [[torch.zeros(m.shape) for m in masters] for _ in range(3)]
         with use_backend(backend_name):
             steps = [torch.zeros(()) for _ in masters]
-            ops.adamw_(params, *zeros, [], steps, **OPTIONS, masters=masters, rounding_seed=seed)
+            lists: list[Any] = [params, *zeros, [], steps]
+            ops.adamw_(*lists, **OPTIONS, masters=masters, rounding_seed=seed)
         assert all((m[::3][1:2] - 3.0).abs().max() < 0.1 for m in masters if m.numel() > 3)
         found.append([*params, *masters])
     assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
@@ -136,7 +139,13 @@ def test_gradients_are_zeroed_also_after_an_overflow() -> None:
 @pytest.mark.usefixtures("kernels")
 def test_sgd_reads_its_rate_on_the_device_and_dampens_from_the_second_step() -> None:
     ours, exact = (list(tensors((5, CHUNK + 3)).values())[:3] for _ in range(2))
-    options = {"lr": torch.tensor(0.1), "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1, "nesterov": False}
+    options: dict[str, Any] = {
+        "lr": torch.tensor(0.1),
+        "momentum": 0.9,
+        "dampening": 0.5,
+        "weight_decay": 0.1,
+        "nesterov": False,
+    }
     for first in (True, False):
         ops.sgd_(*ours, **options, first_step=first)
         reference.sgd_(*exact, **options, first_step=first)

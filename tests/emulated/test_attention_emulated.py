@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_dropout_is_that_of_the_definition(dim: int, dtype: torch.dtype) -> None
     torch.manual_seed(0)
     q, k, v, dout = (torch.randn(2, 2, n, dim).to(dtype) for n in (37, 70, 70, 37))
     seed = torch.tensor([-5_000_000_019])
-    options = {"dropout_p": 0.3, "seed": seed, "causal": True, "causal_align": "bottom_right"}
+    options: dict[str, Any] = {"dropout_p": 0.3, "seed": seed, "causal": True, "causal_align": "bottom_right"}
     found = gradients(lambda *t: ops.attention(*t, **options), [q, k, v], dout)
     wide = [t.double() for t in (q, k, v)]
     exact = gradients(lambda *t: reference.attention(*t, **options), wide, dout.double())
@@ -98,14 +99,15 @@ def test_dropout_is_that_of_the_definition(dim: int, dtype: torch.dtype) -> None
 
     # The weights themselves, through values that pick a key each.
     eye = torch.eye(70, dtype=dtype).expand(2, 2, 70, 70)
-    dropped = ops.attention(q, k, eye, **options) == 0
-    assert torch.equal(dropped, reference.attention(*wide[:2], eye.double(), **options) == 0)
+    picked: Any = ops.attention(q, k, eye, **options)
+    defined: Any = reference.attention(q.double(), k.double(), eye.double(), **options)
+    assert torch.equal(picked == 0, defined == 0)
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_dropout_of_nothing_and_of_all(p: float) -> None:
     q = torch.randn(1, 1, 20, 32).requires_grad_()
-    out = ops.attention(q, q, q, dropout_p=p)
+    out: Any = ops.attention(q, q, q, dropout_p=p)
     grad = torch.autograd.grad(out.square().sum(), q)[0]
     if p == 1.0:
         assert not out.any() and not grad.any()
@@ -122,7 +124,7 @@ def test_packed_sequences(dropout_p: float, dtype: torch.dtype) -> None:
     q, k, v, dout = (torch.randn(n, h, 32).to(dtype) for n, h in ((76, 4), (100, 2), (100, 2), (76, 4)))
     slopes, sinks = torch.rand(4, 4), torch.randn(4)
 
-    def call(module, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sinks: Tensor) -> Tensor:
+    def call(module: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sinks: Tensor) -> Tensor:
         out = module.attention(
             q, k, v, causal=True, causal_align="bottom_right", alibi_slopes=slopes, sinks=sinks, softcap=5.0,
             cu_seqlens_q=lens_q, cu_seqlens_k=lens_k, dropout_p=dropout_p, seed=torch.tensor([7]),
@@ -156,8 +158,9 @@ def test_a_block_fits_the_shared_memory_of_every_gpu(kernels: ModuleType) -> Non
     kernels.set_machine(shared_bytes_per_block=99 * 1024)
     for dtype, dim in ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128), (torch.float32, 256)):
         q = torch.randn(1, 1, 20, dim).to(dtype).requires_grad_()
-        for flags in ({}, {"softcap": 1.0}):
-            torch.autograd.grad(ops.attention(q, q, q, **flags).sum(), q)
+        for softcap in (0.0, 1.0):
+            out: Any = ops.attention(q, q, q, softcap=softcap)
+            torch.autograd.grad(out.sum(), q)
         ops.attention(q[:, :, :1].detach(), q.detach(), q.detach())
 
 

@@ -27,7 +27,8 @@ KERNELS = [(80, torch.float32), (80, torch.bfloat16), (90, torch.bfloat16), (90,
 def dtype(request: pytest.FixtureRequest, emulated: ModuleType) -> torch.dtype:
     capability, dtype = request.param
     emulated.set_machine(capability=capability)
-    return dtype  # type: ignore[no-any-return]
+    assert isinstance(dtype, torch.dtype)
+    return dtype
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -62,7 +63,8 @@ def hold(function: Callable[..., Any], exact: Callable[..., Tensor], leaves: lis
     # The gradient of a sink that weighs as much as a key is made of outputs that are rounded.
     sinks = torch.finfo(dtype).eps * (dout * double[0]).abs().sum().item() / leaves[1].shape[-2]
     for n, tensors in enumerate(zip(found, single, double, strict=True)):
-        check(n, *(t[..., first if n in (1, 2) else 0 :] for t in tensors), rounding=sinks if n == 4 else 1e-6)
+        found_, single_, double_ = (t[..., first if n in (1, 2) else 0 :] for t in tensors)
+        check(n, found_, single_, double_, rounding=sinks if n == 4 else 1e-6)
 
 
 def bias_of(rows: int, keys: int, seen: Callable[[int], slice]) -> Tensor:
@@ -89,7 +91,7 @@ def test_finite_masks(mask: str, dtype: torch.dtype) -> None:
     """A finite bias is a number: a row whose every key carries it is weighed as if it were 0."""
     q, k, v = (normal(1, 1, n, 64, seed=n).to(dtype) for n in (ROWS, KEYS, KEYS))
     bias = bias_of(ROWS, KEYS, MASKS[mask])
-    hold(lambda *t: ops.attention(*t, bias=bias), lambda *t: naive(*t, bias=bias.to(t[0].dtype)), [q, k, v])
+    hold(lambda *t: ops.attention(*t, bias=bias), lambda q, k, v: naive(q, k, v, bias.to(q.dtype)), [q, k, v])
 
 
 def test_a_row_of_the_least_value_is_a_mean(dtype: torch.dtype) -> None:
@@ -112,7 +114,7 @@ def test_large_logits(offset: float, dtype: torch.dtype) -> None:
     q, k, v = (normal(1, 1, n, 64, seed=n).mul(2).round().clamp(-2, 2).to(dtype) for n in (ROWS, 150, 150))
     bias = torch.full((1, 1, ROWS, 150), offset)
     bias[..., ::3] = -offset
-    hold(lambda *t: ops.attention(*t, bias=bias), lambda *t: naive(*t, bias=bias.to(t[0].dtype)), [q, k, v])
+    hold(lambda *t: ops.attention(*t, bias=bias), lambda q, k, v: naive(q, k, v, bias.to(q.dtype)), [q, k, v])
     if offset < 1e8:  # what float16 can make of two columns; their own gradients are large terms that cancel
         root = 2.0 ** round(torch.tensor(8 * offset).log2().item() / 2)
         q[..., :2], k[..., 0], k[..., 1] = root, root, torch.arange(150) % 4
@@ -172,7 +174,7 @@ def test_packed_sequences_of_one_key(dtype: torch.dtype) -> None:
     q, k, v = (normal(42, 1, 64, seed=n).to(dtype) for n in range(3))
     q[1:41], k[1:41] = q[1:41] * 0 + 128, (normal(40, 1, 64).round() / 4 + 128).to(dtype)
     dout = normal(42, 1, 64, seed=5).to(dtype)
-    call = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
+    call: dict[str, Any] = {"cu_seqlens_q": starts, "cu_seqlens_k": starts}
     out, dq, dk, dv = gradients(lambda *t: ops.attention(*t, **call), [q, k, v], dout)
     for one in (0, 41):
         torch.testing.assert_close(out[one], v[one], rtol=2**-20 if dtype == torch.float32 else 0, atol=0)
@@ -208,14 +210,15 @@ def test_decoding_large_logits(keys: int, dtype: torch.dtype) -> None:
     sinks = torch.tensor([2.0**20])
     want = naive(q.double(), k.double(), v.double(), sinks=sinks.double())
     atol = 4 * torch.finfo(dtype).eps * v.abs().max().item()
-    found = ops.attention(q, k, v, sinks=sinks)
+    found: Any = ops.attention(q, k, v, sinks=sinks)
     torch.testing.assert_close(found.double(), want, rtol=0, atol=atol)
     cache = [
         torch.zeros(-(-keys // 16) * 16, 64, dtype=dtype).index_copy_(0, torch.arange(keys), t[0, 0]) for t in (k, v)
     ]
     blocks = [t.view(-1, 16, 1, 64) for t in cache]
     table = torch.arange(blocks[0].shape[0], dtype=torch.int32).unsqueeze(0)
-    paged = ops.paged_attention(q, *blocks, table, torch.tensor([keys], dtype=torch.int32), sinks=sinks)
+    lengths = torch.tensor([keys], dtype=torch.int32)
+    paged: Any = ops.paged_attention(*(q, *blocks, table, lengths), sinks=sinks)
     torch.testing.assert_close(paged.double(), want, rtol=0, atol=atol)
 
 

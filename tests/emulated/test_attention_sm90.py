@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -64,7 +65,9 @@ def test_these_are_the_kernels_that_run(kernels: ModuleType) -> None:
     with pytest.raises(RuntimeError, match=r"\[attention_backward\] CUDA"):
         torch.autograd.grad(out.sum(), q)
     kernels.set_machine(capability=80, shared_bytes_per_block=64 * 1024)
-    torch.autograd.grad(ops.attention(q, q, q).sum(), q)
+    out = ops.attention(q, q, q)
+    assert isinstance(out, torch.Tensor)
+    torch.autograd.grad(out.sum(), q)
 
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
@@ -72,7 +75,12 @@ def test_dropout_is_that_of_the_definition(dim: int) -> None:
     """The same bits in the forward and in both directions of the backward, and on GPUs of any kind."""
     torch.manual_seed(0)
     q, k, v, dout = (torch.randn(1, 2, n, dim).bfloat16() for n in (70, 150, 150, 70))
-    options = {"dropout_p": 0.3, "seed": torch.tensor([-5_000_000_019]), "causal": True, "causal_align": "bottom_right"}
+    options: dict[str, Any] = {
+        "dropout_p": 0.3,
+        "seed": torch.tensor([-5_000_000_019]),
+        "causal": True,
+        "causal_align": "bottom_right",
+    }
     found = gradients(lambda *t: ops.attention(*t, **options), [q, k, v], dout)
     wide = [t.double() for t in (q, k, v)]
     exact = gradients(lambda *t: reference.attention(*t, **options), wide, dout.double())

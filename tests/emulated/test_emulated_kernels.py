@@ -36,6 +36,7 @@ def test_parity_and_the_same_bits_on_every_schedule(case: Case, dtype: torch.dty
             assert torch.equal(found.view(torch.uint8), expected[name].view(torch.uint8)), f"{name}, seed {seed}"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the compiler's own sanitizers")
 def test_kernels_are_clean_under_the_sanitizers() -> None:
     """AddressSanitizer sees accesses outside of tensors, UndefinedBehaviorSanitizer what C++ leaves undefined."""

@@ -10,7 +10,10 @@ import pytest
 from emulation import build
 
 _REASON = build.unavailable()
-pytestmark = pytest.mark.skipif(_REASON is not None, reason=f"the CUDA kernels cannot be built for the CPU: {_REASON}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(_REASON is not None, reason=f"the CUDA kernels cannot be built for the CPU: {_REASON}"),
+]
 
 # What is said of each planted mistake: block and thread, the line, and what is wrong with it.
 PLANTED = {

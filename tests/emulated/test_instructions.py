@@ -23,6 +23,7 @@ def hold(program: Path, seed: int = 0) -> None:
     assert found.returncode == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(build.unavailable() is not None, reason="no g++")
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", PROGRAMS)

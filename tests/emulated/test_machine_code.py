@@ -66,6 +66,7 @@ def compiled(architecture: str, dtype: str, size: int, folder: Path) -> tuple[Pa
     return cubin, run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(REASON is not None, reason=REASON or "")
 @pytest.mark.parametrize(("architecture", "dtype", "size"), SM90 + SM80, ids=lambda x: str(x).strip("_"))
 def test_instance(architecture: str, dtype: str, size: int, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -9,7 +10,9 @@ import shutil
 import subprocess
 import sysconfig
 import tempfile
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -27,7 +30,7 @@ class Source(NamedTuple):
 
 
 class Variant(NamedTuple):
-    """How to compile .cu files, all files, and to link them."""
+    """How to compile .cu files, all files but the bindings, and to link them."""
 
     kernels: tuple[str, ...] = ()
     all: tuple[str, ...] = ()
@@ -73,6 +76,7 @@ KERNELS += [
     if path == _INSTANCES[0] or (dtype != "float" and size >= 64)
 ]
 KERNELS.append(Source(HERE / "products.cu"))
+BINDINGS = Source(HERE / "module.cpp", ("-O1",))  # they take the longest, and one object serves every module
 
 
 def unavailable() -> str | None:
@@ -98,45 +102,55 @@ def _headers() -> bytes:
     return digest.digest()
 
 
-def _run(command: list[str], **options: Path) -> None:
+def _run(command: list[str], cwd: Path | None = None) -> None:
     # A library that is loaded first to watch this process (sanitized.py) need not watch the compiler.
-    subprocess.run(command, check=True, env={n: v for n, v in os.environ.items() if n != "LD_PRELOAD"}, **options)
+    subprocess.run(command, check=True, env={n: v for n, v in os.environ.items() if n != "LD_PRELOAD"}, cwd=cwd)
 
 
-def _compile(source: Source, variant: Variant, includes: tuple[str, ...]) -> Path:
-    flags = [*_FLAGS, *variant.all, *(variant.kernels if source.path.suffix == ".cu" else ("-O2",))]
+@contextmanager
+def _missing(target: Path) -> Iterator[bool]:
+    """Whether a file is still to be made. Inside the block no other process makes it."""
+    target.parent.mkdir(exist_ok=True)
+    with target.with_name("lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield not target.exists()
+
+
+def _compile(source: Source, variant: Variant) -> Path:
+    flags = [*_FLAGS, *(variant.kernels if source.path.suffix == ".cu" else ("-O2",))]
+    includes = [HERE / "include", CSRC, HERE]
+    if source == BINDINGS:
+        import pybind11  # noqa: PLC0415  (a build tool: not everyone who runs the tests has it)
+
+        includes += [Path(pybind11.get_include()), Path(sysconfig.get_path("include"))]
+    else:
+        flags += variant.all
     command = ["g++", *flags, *source.flags, *(f"-I{i}" for i in includes), "-x", "c++", "-c", str(source.path)]
     digest = hashlib.sha256(repr(command).encode() + _headers() + source.path.read_bytes()).hexdigest()[:20]
     target = _cache() / f"{source.path.stem}-{digest}" / "object.o"
-    if not target.exists():
-        target.parent.mkdir(exist_ok=True)
-        scratch = target.with_name(str(os.getpid()))  # another process may be doing the same
-        scratch.mkdir(exist_ok=True)
-        _run([*command, "-o", "object.o"], cwd=scratch)
-        for file in sorted(scratch.iterdir()):  # the object last
-            os.replace(file, target.with_name(file.name))
-        scratch.rmdir()
+    with _missing(target) as missing:
+        if missing:
+            scratch = target.with_name("unfinished")
+            scratch.mkdir(exist_ok=True)
+            _run([*command, "-o", "object.o"], cwd=scratch)
+            for file in sorted(scratch.iterdir()):  # the object last
+                os.replace(file, target.with_name(file.name))
     return target
 
 
 def build(sources: list[Source], variant: Variant = CHECKED, *, module: str | None = None) -> Path:
     """A program of these sources, or the Python module of this name."""
-    includes = [str(HERE / "include"), str(CSRC), str(HERE)]
-    if module:
-        import pybind11  # noqa: PLC0415  (a build tool: not everyone who runs the tests has it)
-
-        includes += [pybind11.get_include(), sysconfig.get_path("include")]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        objects = list(pool.map(lambda s: str(_compile(s, variant, tuple(includes))), sources))
+        objects = list(pool.map(lambda s: str(_compile(s, variant)), sources))
     digest = hashlib.sha256(repr((objects, variant)).encode()).hexdigest()[:20]
     name = f"{module}{sysconfig.get_config_var('EXT_SUFFIX')}" if module else "program"
     target = _cache() / f"linked-{digest}" / name
-    if not target.exists():
-        target.parent.mkdir(exist_ok=True)
-        scratch = target.with_name(f"{name}.{os.getpid()}")
-        flags = [*variant.link, *(["-shared"] if module else []), "-o", str(scratch)]
-        _run(["g++", *objects, *flags])
-        os.replace(scratch, target)
+    with _missing(target) as missing:
+        if missing:
+            scratch = target.with_name("unfinished")
+            flags = [*variant.link, *(["-shared"] if module else []), "-o", str(scratch)]
+            _run(["g++", *objects, *flags])
+            os.replace(scratch, target)
     return target
 
 
@@ -148,7 +162,8 @@ def program(name: str) -> Path:
 @cache
 def load(variant: Variant = COUNTED) -> ModuleType:
     """The module of all CUDA kernels, `emulated`."""
-    library = build([Source(HERE / "module.cpp", ("-O1",)), *KERNELS, *MACHINE], variant, module="emulated")
+    # The longest first, then what programs wait for too.
+    library = build([BINDINGS, *MACHINE, *KERNELS], variant, module="emulated")
     spec = importlib.util.spec_from_file_location("emulated", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

@@ -7,6 +7,7 @@ import subprocess
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 import torch
 
@@ -51,7 +52,7 @@ def small_cases(limit: int) -> Iterator[tuple[Case, torch.dtype]]:
 
 
 def main() -> None:
-    module = build.load(build.SANITIZED)
+    module: Any = build.load(build.SANITIZED)
     backend.kernels["cpu"] = module
     clean: dict[str, int] = defaultdict(int)
     for number, (case, dtype) in enumerate(list(small_cases(1 << 13))[::2]):  # of a case with three dtypes one or two

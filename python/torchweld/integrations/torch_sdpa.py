@@ -19,13 +19,11 @@ import torch
 import torch.nn.attention
 from torch import Tensor
 
-from torchweld import backend
+from torchweld import _torch, backend
 from torchweld.ops._attention import Modifiers, Options, refusal, row_statistics, run_backward, run_forward, wide_output
 from torchweld.reference.philox import draw_seed
 
 NAME = "torchweld"
-_FORWARD, _BACKWARD = "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"
-_CPU_FORWARD, _CPU_BACKWARD = f"{_FORWARD}_for_cpu", f"{_FORWARD}_for_cpu_backward"
 _MASKS = frozenset((torch.bool, torch.float32, torch.bfloat16, torch.float16))
 Kernel = Callable[..., Any]
 
@@ -42,9 +40,9 @@ class Activation:
     def __init__(self) -> None:
         self._library: torch.library.Library | None = torch.library.Library("aten", "IMPL")
         replaced: list[tuple[str, str, Kernel]] = []
-        replaced += [("CPU", _CPU_FORWARD, cpu_forward), ("CPU", _CPU_BACKWARD, cpu_backward)]
+        replaced += [("CPU", _torch.FLASH_CPU, cpu_forward), ("CPU", _torch.FLASH_CPU_BACKWARD, cpu_backward)]
         if torch.backends.cuda.is_built():
-            replaced += [("CUDA", _FORWARD, cuda_forward), ("CUDA", _BACKWARD, cuda_backward)]
+            replaced += [("CUDA", _torch.FLASH, cuda_forward), ("CUDA", _torch.FLASH_BACKWARD, cuda_backward)]
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Warning only once for all operators")  # that it replaces one
             for key, name, ours in replaced:

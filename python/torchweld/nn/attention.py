@@ -11,8 +11,8 @@ from torchweld.nn.stock import is_replaced
 from torchweld.nn.twins import twin
 
 
-def _is_mask(t: Tensor) -> bool:
-    return t.dtype == torch.bool or t.is_floating_point()
+def _is_mask(t: object) -> bool:
+    return isinstance(t, Tensor) and (t.dtype == torch.bool or t.is_floating_point())
 
 
 @twin
@@ -86,14 +86,14 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
             and batches[0] == batches[1] == batches[2]
             and (query.shape[-1], key.shape[-1], value.shape[-1]) == (self.embed_dim, self.kdim, self.vdim)
             and (attn_mask is not None or not is_causal)
-            and (attn_mask is None or (tuple(attn_mask.shape) in shapes and _is_mask(attn_mask)))
-            and (key_padding_mask is None or (key_padding_mask.shape == padding and _is_mask(key_padding_mask)))
+            and (attn_mask is None or (_is_mask(attn_mask) and tuple(attn_mask.shape) in shapes))
+            and (key_padding_mask is None or (_is_mask(key_padding_mask) and key_padding_mask.shape == padding))
         )
 
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, E) inputs to (B, H, L, D) heads, as views of the projections: one product for each distinct input."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        if self._qkv_same_embed_dim and key is value:
+        if weight is not None and key is value:
             if query is key:
                 q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
             else:
@@ -103,9 +103,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 k, v = F.linear(key, weights[1], biases[1]).chunk(2, dim=-1)
         else:
             weights = (
-                weight.chunk(3)
-                if self._qkv_same_embed_dim
-                else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+                weight.chunk(3) if weight is not None else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             )
             q, k, v = map(F.linear, (query, key, value), weights, (None,) * 3 if bias is None else bias.chunk(3))
         batch = q.shape[0]

@@ -14,6 +14,4 @@ class LayerNorm(torch.nn.LayerNorm):
     """Drop-in for `torch.nn.LayerNorm`: same arguments, same parameters, same state_dict."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if input.is_nested:
-            return super().forward(input)
         return ops.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

@@ -14,6 +14,4 @@ class RMSNorm(torch.nn.RMSNorm):
     """Drop-in for `torch.nn.RMSNorm`: same arguments, same parameters, same state_dict."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.is_nested:
-            return super().forward(x)
         return ops.rms_norm(x, self.normalized_shape, self.weight, self.eps)

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
+from torchweld.ops._arguments import KERNEL_DTYPES, defined
 from torchweld.ops._register import (
     applier,
-    check_memory,
     double_backward,
     register,
     settle,
@@ -181,11 +181,12 @@ def run_backward(
             dalibi = torch.empty((batch, q.shape[1]), dtype=torch.float32, device=q.device)
         if sinks is not None and "sinks" in wanted:
             dsinks = torch.empty((batch, q.shape[1]), dtype=torch.float32, device=q.device)
+    dquery, dkey, dvalue = grads
     if dlse is not None:
         dlse = settle(dlse, "[attention] gradient of lse")
     backend.kernels[q.device.type].attention_backward(
         doutput, dlse, q, k, v, modifiers, options, output, settle(statistics, "[attention] statistics"),
-        *grads, dbias, dalibi, dsinks, deterministic,
+        dquery, dkey, dvalue, dbias, dalibi, dsinks, deterministic,
     )  # fmt: skip
     if bias is not None and dbias is not None:
         dbias = dbias.view(bias.shape)
@@ -299,13 +300,12 @@ _attention_with_grad = applier(_Attention)
 
 # ---- Backend
 
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 CUDA_HEAD_SIZE = 256
 
 
 def refusal(query: Tensor, value: Tensor) -> str | None:
     """Why the kernels do not take these arguments, None if they do."""
-    if query.dtype not in _DTYPES:
+    if query.dtype not in KERNEL_DTYPES:
         return f"query of dtype {query.dtype}"
     if query.device.type == "cuda" and max(query.shape[-1], value.shape[-1]) > CUDA_HEAD_SIZE:
         return f"a head size above {CUDA_HEAD_SIZE}"
@@ -324,8 +324,8 @@ def attend(
 ) -> Any:
     """output or (output, lse) of checked arguments, by whichever backend serves them."""
     if backend.choose(op, query.device, refusal(query, value)) == "reference":
-        check_memory(op, query=query, key=key, value=value, **modifiers._asdict())
-        both = _on_reference(query, key, value, *modifiers, *options)
+        tensors = {"query": query, "key": key, "value": value, **modifiers._asdict()}
+        both = defined(_on_reference, op, tensors, query, key, value, *modifiers, *options)
         return both if return_lse else both[0]
     if wants_grad(query, key, value, modifiers.bias, modifiers.alibi_slopes, modifiers.sinks):
         return _attention_with_grad((options, deterministic, return_lse), query, key, value, *modifiers)

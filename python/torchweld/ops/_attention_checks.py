@@ -3,32 +3,27 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Sequence
 from typing import NoReturn
 
 import torch
 from torch import Tensor
 
-from torchweld.ops._register import check_dense, check_memory, is_probability, shown
+from torchweld.ops._arguments import KERNEL_DTYPES, check_dense, check_float, integer, number, shown
 
 
 def fail(op: str, name: str, expected: str, got: object, remedy: str = "") -> NoReturn:
     raise RuntimeError(f"[{op}] {name}: expected {expected}, but got {got}{remedy and '; ' + remedy}")
 
 
-def check_common(
-    op: str, query: Tensor, key: Tensor, value: Tensor, dropout_p: float = 0.0, names: str = "key, value"
-) -> None:
+def check_common(op: str, query: Tensor, key: Tensor, value: Tensor, names: str = "key, value") -> None:
     device, dtype = query.device, query.dtype
     if key.device != device or value.device != device:
         fail(op, names, f"device {device} as query", f"{key.device} and {value.device}", "move them with .to()")
-    if not dtype.is_floating_point:
-        raise TypeError(f"[{op}] query: expected a floating-point dtype, but got {dtype}")
+    if dtype not in KERNEL_DTYPES:
+        check_float(op, "query", dtype)
     if key.dtype is not dtype or value.dtype is not dtype:
         fail(op, names, f"query's dtype {dtype}", f"{key.dtype} and {value.dtype}", "convert them with .to()")
-    if not (type(dropout_p) is float and 0.0 <= dropout_p <= 1.0) and not is_probability(op, "dropout_p", dropout_p):
-        fail(op, "dropout_p", "a probability between 0 and 1", shown(dropout_p))
 
 
 def check_heads(op: str, query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -47,41 +42,28 @@ def check_softcap(op: str, softcap: float | None) -> float:
     """0 for None."""
     if softcap is None:
         return 0.0
-    if isinstance(softcap, Tensor):
-        check_memory(op, softcap=softcap)
-    try:
-        fits = 0.0 <= softcap < math.inf
-    except TypeError:
-        raise TypeError(f"[{op}] softcap: expected a number or None, but got {type(softcap).__name__}") from None
-    if not fits:
-        raise ValueError(f"[{op}] softcap: expected 0 (none) or a positive number, but got {shown(softcap)}")
+    if type(softcap) is not float:
+        softcap = number(op, "softcap", softcap, "a number or None")
+    if not 0.0 <= softcap < math.inf:
+        raise ValueError(f"[{op}] softcap: expected 0 (none) or a positive number, but got {softcap}")
     return softcap
 
 
-def check_scale(op: str, scale: float) -> float:
-    if isinstance(scale, Tensor):
-        check_memory(op, scale=scale)
-    if isinstance(scale, (str, bytes, list, tuple)):
-        raise TypeError(f"[{op}] scale: expected a number or None, but got {type(scale).__name__}")
-    return scale
-
-
-def check_length(op: str, name: str, length: int) -> int:
-    if not isinstance(length, (int, torch.SymInt)):
-        try:
-            length = operator.index(length)
-        except TypeError:
-            raise TypeError(f"[{op}] {name}: expected an integer or None, but got {type(length).__name__}") from None
-    return length
+def check_dropout(op: str, dropout_p: float) -> float:
+    if type(dropout_p) is not float:
+        dropout_p = number(op, "dropout_p", dropout_p)
+    if not 0.0 <= dropout_p <= 1.0:
+        fail(op, "dropout_p", "a probability between 0 and 1", dropout_p)
+    return dropout_p
 
 
 def check_band(op: str, causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
     """How far a query sees to the left and to the right of where it stands; -1: as far as there are keys."""
     left = right = -1
     if window is not None:
-        if not isinstance(window, Sequence) or len(window) != 2:
+        if not isinstance(window, (tuple, list)) or len(window) != 2:
             raise ValueError(_window(op, window))
-        left, right = (-1 if w is None else check_length(op, "window", w) for w in window)
+        left, right = (-1 if w is None else integer(op, "window", w, "integers or None") for w in window)
         if (left < 0 and window[0] is not None) or (right < 0 and window[1] is not None):
             raise ValueError(_window(op, window))
     return left, 0 if causal else right

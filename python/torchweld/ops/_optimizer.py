@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from torchweld import backend, reference
+from torchweld.ops._arguments import check_dense, check_memory, defined, flag, number
 from torchweld.ops._register import register
 
 Lists = dict[str, Sequence[Tensor]]
@@ -19,42 +19,27 @@ Lists = dict[str, Sequence[Tensor]]
 # those tensors go to the reference, the others to the kernels.
 
 
-def _workspace(module: ModuleType, count: int, device: torch.device) -> Tensor | None:
+def _workspace(module: backend.Kernels, count: int, device: torch.device) -> Tensor | None:
     """Room for the kernels' table of `count` tensors; None where they read it as it was made."""
     words = module.OPTIMIZER_TABLE_WORDS * count
     return torch.empty(words, dtype=torch.int64, device=device) if words else None
 
 
-def _scalar(t: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if t is None else t.to(device, torch.float32, non_blocking=True)
+def _scalar(op: str, name: str, t: Tensor | None, device: torch.device) -> Tensor | None:
+    if t is None or (t.dtype is torch.float32 and t.device == device):
+        return t
+    check_memory(op, **{name: t})
+    return t.to(device, torch.float32, non_blocking=True)
 
 
-def _culprit(op: str, lists: Lists, device: torch.device) -> ValueError | None:
-    """The error for the first element that cannot cross to the kernels at all; sought only after that has failed."""
-    for name, each in lists.items():
-        for i, t in enumerate(each):
-            expected = got = None
-            if not isinstance(t, Tensor):
-                expected, got = "a torch.Tensor", type(t).__name__
-            elif t.layout != torch.strided:
-                expected, got = "a dense tensor", f"layout {t.layout}; call .to_dense()"
-            elif t.device != device:
-                expected, got = f"a tensor on {device}", f"{t.device}; move it with .to()"
-            if expected:
-                return ValueError(f"[{op}] {name}[{i}]: expected {expected}, but got {got}")
-    return None
-
-
-def _grad_norm(grads: Sequence[Tensor], grad_scale: Tensor | None) -> Tensor:
+def _grad_norm(grads: list[Tensor] | tuple[Tensor, ...], grad_scale: Tensor | None) -> Tensor:
     device = grads[0].device
     module = backend.module(device)
     norm = torch.empty((), dtype=torch.float32, device=device)
     partial = torch.empty(module.GRAD_NORM_BLOCKS, dtype=torch.float64, device=device)
     table = _workspace(module, len(grads), device)
-    try:
-        refused = module.grad_norm(grads, _scalar(grad_scale, device), partial, norm, table)
-    except (RuntimeError, TypeError) as error:
-        raise _culprit("grad_norm", {"grads": grads}, device) or error from None
+    scale = _scalar("grad_norm", "grad_scale", grad_scale, device)
+    refused = module.grad_norm(grads, scale, partial, norm, table)
     if not refused:
         return norm
     for _, reason in refused:
@@ -89,9 +74,16 @@ def run_step(op: str, lists: Lists, own: dict[str, Any], common: Common, definit
     device = lists["params"][0].device
     module = backend.module(device)
     if common.lr_tensor is not None and common.lr_tensor.is_cpu:
+        check_memory(op, lr=common.lr_tensor)
         common.lr, common.lr_tensor = common.lr_tensor.item(), None
     lr_tensor, norm, grad_scale, found_inf = (
-        _scalar(t, device) for t in (common.lr_tensor, common.grad_norm, common.grad_scale, common.found_inf)
+        _scalar(op, name, t, device)
+        for name, t in (
+            ("lr", common.lr_tensor),
+            ("grad_norm", common.grad_norm),
+            ("grad_scale", common.grad_scale),
+            ("found_inf", common.found_inf),
+        )
     )
 
     def run(lists: Lists) -> list[tuple[int, str]]:
@@ -100,10 +92,7 @@ def run_step(op: str, lists: Lists, own: dict[str, Any], common: Common, definit
         options = (*first, norm, grad_scale, found_inf, common.zero_grads, common.rounding_seed, table)
         return getattr(module, op)(*lists.values(), *own.values(), options)
 
-    try:
-        refused = run(lists)
-    except (RuntimeError, TypeError) as error:
-        raise _culprit(op, lists, device) or error from None
+    refused = run(lists)
     if refused:
         for _, reason in refused:
             backend.choose(op, device, reason)
@@ -165,19 +154,25 @@ def grad_norm(grads: Iterable[Tensor], *, grad_scale: Tensor | None = None) -> T
     if len(grads) == 0:
         raise ValueError("[grad_norm] grads: expected at least one tensor, but got an empty list")
     if backend.choose("grad_norm", grads[0].device, None) == "reference":
-        return reference.grad_norm(grads, grad_scale=grad_scale).to(torch.float32)
+        tensors = {"grads": grads, "grad_scale": grad_scale}
+        return defined(reference.grad_norm, "grad_norm", tensors, grads, grad_scale=grad_scale).to(torch.float32)
     return _grad_norm_op(grads, grad_scale)
 
 
 def as_lists(op: str, **lists: Iterable[Tensor]) -> Lists:
     """The tensors of every argument as a list: an iterator gives them once."""
     for name, each in lists.items():
-        if type(each) is list or type(each) is tuple:
-            continue
-        if isinstance(each, Tensor) or not isinstance(each, Iterable):
-            raise TypeError(f"[{op}] {name}: expected a list of tensors, but got {type(each).__name__}")
-        lists[name] = list(each)
+        found = each if type(each) is list or type(each) is tuple else _listed(op, name, each)
+        if len(found) > 0 and not isinstance(found[0], Tensor):  # the bindings ask the others
+            raise TypeError(f"[{op}] {name}[0]: expected a torch.Tensor, but got {type(found[0]).__name__}")
+        lists[name] = found
     return cast(Lists, lists)
+
+
+def _listed(op: str, name: str, each: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(each, (Tensor, str, bytes)) or not isinstance(each, Iterable):
+        raise TypeError(f"[{op}] {name}: expected a list of tensors, but got {type(each).__name__}")
+    return list(each)
 
 
 def _check_autograd(op: str, lists: Lists) -> None:
@@ -192,8 +187,9 @@ def _check_autograd(op: str, lists: Lists) -> None:
 def _check_scalar(op: str, name: str, t: Any) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"[{op}] {name}: expected a torch.Tensor of one element, but got {type(t).__name__}")
+    check_dense(op, **{name: t})
     if t.numel() != 1:
-        raise ValueError(f"[{op}] {name}: expected 1 elements, but got shape ({', '.join(map(str, t.shape))})")
+        raise ValueError(f"[{op}] {name}: expected one element, but got shape {list(t.shape)}")
 
 
 def take_step(
@@ -206,21 +202,29 @@ def take_step(
     common: dict[str, Any],
 ) -> Tensor | None:
     """The public functions, once their own arguments are checked: reference or kernels; the norm first, if needed."""
+    common["weight_decay"] = number(op, "weight_decay", common["weight_decay"])
+    for name in ("maximize", "zero_grads"):
+        common[name] = flag(op, name, common[name])
     limit, norm = common["max_grad_norm"], common["grad_norm"]
-    if limit is not None and not limit > 0:
-        raise ValueError(f"[{op}] max_grad_norm: expected max_grad_norm > 0, or None, but got {limit}")
+    if limit is not None:
+        limit = common["max_grad_norm"] = number(op, "max_grad_norm", limit, "a number or None")
+        if not limit > 0:
+            raise ValueError(f"[{op}] max_grad_norm: expected max_grad_norm > 0, or None, but got {limit}")
     params, grads = lists["params"], lists["grads"]
     for name in ("grad_norm", "grad_scale", "found_inf"):
         if common[name] is not None:
             _check_scalar(op, name, common[name])
     if isinstance(lr, Tensor):
         _check_scalar(op, "lr", lr)
+    else:
+        lr = number(op, "lr", lr, "a number or a torch.Tensor of one element")
     if torch.is_grad_enabled():
         _check_autograd(op, lists)
     if len(params) == 0:
         return norm
     if backend.choose(op, params[0].device, None) == "reference":
-        found = definition(**lists, **own, lr=lr, **common)
+        tensors = {**lists, **{name: common[name] for name in ("grad_norm", "grad_scale", "found_inf")}, "lr": lr}
+        found = defined(definition, op, tensors, **lists, **own, lr=lr, **common)
         return None if found is None else found.to(torch.float32)
     if limit is not None and norm is None:
         norm = _grad_norm_op(grads, common["grad_scale"])

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._device import DeviceContext
 
-from torchweld import backend, reference
+from torchweld import _torch, reference
+from torchweld.ops._arguments import FREED, check_memory, defined, explain, is_freed
 from torchweld.ops._flops import inform_counters
 
 _library = torch.library.Library("torchweld", "DEF")
 
 
 _compiling = torch.compiler.is_dynamo_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._is_torch_function_mode_enabled
-_profiling = torch._C._autograd._profiler_enabled
-_batched = torch._C._functorch.is_legacy_batchedtensor
-_STRIDED = torch.strided
+_dispatch_modes = _torch.dispatch_modes
+_function_modes = _torch.function_modes
+_profiling = _torch.profiling
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -37,10 +33,26 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     """
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, kernel, "CPU")
-    _library.impl(name, kernel, "CUDA")
-    torch.library.register_fake(f"torchweld::{name}", fake, lib=_library)
     op = getattr(torch.ops.torchweld, name).default
+    arguments = _torch.arguments_of(op)
+    names = tuple(a.name for a in arguments)
+    needed = tuple(i for i, a in enumerate(arguments) if isinstance(a.type, torch.TensorType))
+
+    def checked(function: Callable[..., Any]) -> Callable[..., Any]:
+        """The dispatcher takes None where the schema has a tensor."""
+
+        @wraps(function)
+        def call(*args: Any) -> Any:
+            for i in needed:
+                if args[i] is None:
+                    raise TypeError(f"[{name}] {names[i]}: expected a torch.Tensor, but got None")
+            return function(*args)
+
+        return call
+
+    _library.impl(name, checked(kernel), "CPU")
+    _library.impl(name, checked(kernel), "CUDA")
+    torch.library.register_fake(f"torchweld::{name}", checked(fake), lib=_library)
     takes_lists = "[]" in schema.partition(" ")[0]
 
     def call(first: Any, *rest: Any) -> Any:
@@ -49,13 +61,17 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
         if _dispatch_modes():
             inform_counters()
             return op(first, *rest)
-        if not takes_lists and first.is_neg():
-            check_memory(name, **{"first argument": first})
-            return op(first, *rest)
         try:
-            return kernel(first, *rest)
-        except BufferError:
-            return op(first, *rest)
+            if not takes_lists and first.is_neg():
+                check_memory(name, **{names[0]: first})
+                return op(first, *rest)
+            try:
+                return kernel(first, *rest)
+            except BufferError:
+                check_memory(name, **dict(zip(names, (first, *rest), strict=False)))  # torch prints what it refuses
+                return op(first, *rest)
+        except Exception as error:
+            explain(name, error, dict(zip(names, (first, *rest), strict=False)))
 
     return call
 
@@ -89,26 +105,25 @@ def _elsewhere(
         if t is not None and not isinstance(t, Tensor):
             raise TypeError(f"[{ours.__name__}] {name}: expected a torch.Tensor, but got {type(t).__name__}")
     theirs = twin or getattr(reference, ours.__name__)
-    classes = [type(t) for t in tensors if t is not None]
     if _compiling():
         return theirs
+    classes = [type(t) for t in tensors if t is not None]
     if torch.overrides.has_torch_function(tensors):
         # torch.device as a context, and a subclass that only keeps its type, do the same for every function.
         # So do the modes of torch.export, which record what is called; and those of patch(), which call `ours`.
-        modes = () if torch.compiler.is_compiling() else torch.overrides._get_current_function_mode_stack()
+        modes = () if torch.compiler.is_compiling() else _torch.function_mode_stack()
         keeps = all(getattr(c.__torch_function__, "__func__", None) in _KEEP_TYPE for c in classes)
         if twin is None or (
-            keeps and all(isinstance(mode, DeviceContext) or hasattr(mode, "calls_torchweld") for mode in modes)
+            keeps and all(isinstance(mode, _torch.DeviceContext) or hasattr(mode, "calls_torchweld") for mode in modes)
         ):
-            return partial(torch.overrides.handle_torch_function, ours, tensors)
-        return twin
-    if any(c.__torch_dispatch__ is not Tensor.__torch_dispatch__ and not issubclass(c, _TRACERS) for c in classes):
-        return theirs
-    return None
+            theirs = partial(torch.overrides.handle_torch_function, ours, tensors)
+    elif all(c.__torch_dispatch__ is Tensor.__torch_dispatch__ or issubclass(c, _TRACERS) for c in classes):
+        return None
+    return partial(defined, theirs, ours.__name__, dict(zip(names, tensors, strict=True)))
 
 
 _KEEP_TYPE = (Tensor.__torch_function__.__func__, None)  # type: ignore[attr-defined]  # None: of Parameter
-_TRACERS = (FakeTensor, FunctionalTensor)  # they ask for shapes, or record the op: they know ours as well
+_TRACERS = (_torch.FakeTensor, _torch.FunctionalTensor)  # they ask for shapes, or record the op: they know ours as well
 
 
 def settle(t: Tensor, at: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -119,47 +134,8 @@ def settle(t: Tensor, at: str, dtype: torch.dtype | None = None) -> Tensor:
     if t.is_contiguous() and not t.is_neg() and (dtype is None or t.dtype is dtype):
         return t
     if is_freed(t):
-        raise ValueError(f"{at}: {_FREED}")
+        raise ValueError(f"{at}: {FREED}")
     return (t.resolve_neg() if dtype is None else t.resolve_neg().to(dtype)).contiguous()
-
-
-_FREED = "expected a tensor with memory, but got one whose storage is empty: it was freed, or is a ZeroTensor"
-
-
-def is_freed(t: Tensor) -> bool:
-    """Whether a tensor has elements but no memory, which torch's own operators do not ask before they read it."""
-    if torch.compiler.is_compiling() or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return False
-    try:
-        # A view of an empty storage starts a little past null.
-        return t.device.type in ("cpu", "cuda") and t.data_ptr() < 4096 and t.numel() > 0 and not t._is_zerotensor()
-    except RuntimeError:  # of a tracer or a transform: it has no pointer
-        return False
-
-
-def shown(value: object) -> str:
-    """An argument in an error: its value where it is plain data, else its type; a printed tensor would be read."""
-    plain = value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype))
-    if isinstance(value, (list, tuple)):
-        plain = all(v is None or isinstance(v, (bool, int, float, str)) for v in value)
-    return repr(value) if plain else type(value).__name__
-
-
-def is_probability(op: str, name: str, value: float) -> bool:
-    """Whether 0 <= value <= 1; raises TypeError for what is no number."""
-    if isinstance(value, Tensor):
-        check_memory(op, **{name: value})
-    try:
-        return bool(0.0 <= value <= 1.0)
-    except (TypeError, ValueError, RuntimeError):  # of a string, of an array, of a tensor of several elements
-        raise TypeError(f"[{op}] {name}: expected a number, but got {type(value).__name__}") from None
-
-
-def check_memory(op: str, **arguments: Any) -> None:
-    """Raises ValueError for a tensor whose storage was freed: in front of torch's own operators."""
-    for name, t in arguments.items():
-        if isinstance(t, Tensor) and is_freed(t):
-            raise ValueError(f"[{op}] {name}: {_FREED}")
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:
@@ -178,31 +154,6 @@ def _distinct(args: Sequence[Any]) -> list[Any]:
         again = isinstance(a, Tensor) and any(a is other for other in distinct)
         distinct.append(a.view_as(a) if again else a)
     return distinct
-
-
-class NotDenseError(TypeError):
-    """A nested or sparse tensor, of which the ops know nothing."""
-
-
-def check_dense(op: str, **tensors: Tensor) -> None:
-    """Raises TypeError for what is no tensor, NotDenseError for a nested or sparse one."""
-    for name, t in tensors.items():
-        if not isinstance(t, Tensor):
-            raise TypeError(f"[{op}] {name}: expected a torch.Tensor, but got {type(t).__name__}")
-        if t.layout is not _STRIDED or t.is_nested:
-            kind = "nested" if t.is_nested else str(t.layout).removeprefix("torch.")
-            remedy = "torch.nested.to_padded_tensor(x, 0.0)" if t.is_nested else "x.to_dense()"
-            raise NotDenseError(
-                f"[{op}] {name}: expected a dense tensor, but got a {kind} one; convert it with {remedy}"
-            )
-
-
-def as_torch_does(error: NotDenseError, twin: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
-    """What torch's `twin` of an op makes of these arguments; raises `error` if it does not take them either."""
-    try:
-        return twin(*args, **options)
-    except (RuntimeError, TypeError, ValueError):  # the first for a missing kernel too
-        raise error from None
 
 
 def under_autocast(t: Tensor) -> bool:
@@ -239,7 +190,9 @@ def wants_definition(*grads: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return torch.is_grad_enabled() or backend.transforms_active() or any(g is not None and _batched(g) for g in grads)
+    if torch.is_grad_enabled() or _torch.transforms_active():
+        return True
+    return any(g is not None and _torch.is_batched(g) for g in grads)
 
 
 def double_backward(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from torchweld import reference
+from torchweld.ops._arguments import flag, integer, number
 from torchweld.ops._optimizer import COMMON, Common, as_lists, run_step, step_fake, take_step
 from torchweld.ops._register import register
 
@@ -111,9 +112,12 @@ def adamw_(
     Raises:
         ValueError: lists of different lengths; a device, dtype or shape that does not fit, naming the tensor; a
             hyper-parameter out of range. Nothing has been changed then.
-        TypeError: an argument that is no list of tensors; a scalar that is neither a number nor a tensor.
+        TypeError: an argument that is no list of tensors, a sparse or nested tensor in one; a scalar that is neither a
+            number nor a tensor.
         RuntimeError: a tensor requires grad, outside of `torch.no_grad()`.
     """
+    op = "adamw_"
+    beta1, beta2, eps = number(op, "beta1", beta1), number(op, "beta2", beta2), number(op, "eps", eps)
     for name, value, fits, expected in (
         ("beta1", beta1, 0 <= beta1 < 1, "0 <= beta1 < 1"),
         ("beta2", beta2, 0 <= beta2 < 1, "0 <= beta2 < 1"),
@@ -121,8 +125,11 @@ def adamw_(
     ):
         if not fits:
             raise ValueError(f"[adamw_] {name}: expected {expected}, but got {value}")
+    amsgrad, decoupled = flag(op, "amsgrad", amsgrad), flag(op, "decoupled", decoupled)
+    if rounding_seed is not None:
+        rounding_seed = integer(op, "rounding_seed", rounding_seed, "an integer or None")
     lists = as_lists(
-        "adamw_",
+        op,
         params=params,
         grads=grads,
         exp_avgs=exp_avgs,
@@ -146,4 +153,4 @@ def adamw_(
         "zero_grads": zero_grads,
         "rounding_seed": rounding_seed,
     }
-    return take_step("adamw_", _adamw_op, _definition, lists, own, lr, common)
+    return take_step(op, _adamw_op, _definition, lists, own, lr, common)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from torchweld.ops._arguments import check_dense, flag, integer, number, shown
 from torchweld.ops._attention import ALIGNMENTS, Modifiers, Options, attend
 from torchweld.ops._attention_checks import (
     check_band,
@@ -14,14 +15,13 @@ from torchweld.ops._attention_checks import (
     check_by_head,
     check_common,
     check_device,
+    check_dropout,
     check_heads,
-    check_length,
-    check_scale,
     check_sequences,
     check_softcap,
     fail,
 )
-from torchweld.ops._register import check_dense, elsewhere, shown
+from torchweld.ops._register import elsewhere
 from torchweld.reference.philox import draw_seed
 
 _TENSORS = ("query", "key", "value", "bias", "alibi_slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k")
@@ -90,32 +90,37 @@ def attention(
 
     Raises:
         RuntimeError: a device, dtype or shape does not fit, or dropout_p is out of range.
-        TypeError: query is not floating point.
+        TypeError: query is not floating point of 16 bits or more, or an argument is of another type.
         ValueError: window, softcap, causal_align or what cu_seqlens say is not as above.
     """
     op = "attention"
     tensors = (query, key, value, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k)
+    if not isinstance(causal_align, str) or causal_align not in ALIGNMENTS:
+        raise ValueError(f"[{op}] causal_align: expected 'top_left' or 'bottom_right', but got {shown(causal_align)}")
+    softcap, dropout_p = check_softcap(op, softcap), check_dropout(op, dropout_p)
+    causal = flag(op, "causal", causal)
+    deterministic, return_lse = flag(op, "deterministic", deterministic), flag(op, "return_lse", return_lse)
+    left, right = check_band(op, causal, window)
+    scale = None if scale is None else number(op, "scale", scale, "a number or None")
+    longest_q = -1 if max_seqlen_q is None else integer(op, "max_seqlen_q", max_seqlen_q, "an integer or None")
+    longest_k = -1 if max_seqlen_k is None else integer(op, "max_seqlen_k", max_seqlen_k, "an integer or None")
     if theirs := elsewhere(attention, None, _TENSORS, *tensors):
         return theirs(
-            query, key, value, causal=causal, window=window, softcap=check_softcap(op, softcap), bias=bias,
+            query, key, value, causal=causal, window=window, softcap=softcap, bias=bias,
             alibi_slopes=alibi_slopes, sinks=sinks, dropout_p=dropout_p, seed=seed, scale=scale,
             cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
             causal_align=causal_align, deterministic=deterministic, return_lse=return_lse,
         )  # fmt: skip
     check_dense(op, query=query, key=key, value=value)
-    if not isinstance(causal_align, str) or causal_align not in ALIGNMENTS:
-        raise ValueError(f"[{op}] causal_align: expected 'top_left' or 'bottom_right', but got {shown(causal_align)}")
-    softcap = check_softcap(op, softcap)
-    left, right = check_band(op, causal, window)
-    check_common(op, query, key, value, dropout_p)
+    check_common(op, query, key, value)
     if cu_seqlens_q is None and cu_seqlens_k is None:
-        _check_layout(op, (query, key, value), "(batch, heads, rows, head size)", 4)
+        _check_layout(op, (query, key, value), "[batch, heads, rows, head size]", 4)
         check_heads(op, query, key, value)
         if bias is not None:
             check_bias(op, "bias", bias, query, (*query.shape[:3], key.shape[2]))
         batch = query.shape[0]
     else:
-        _check_layout(op, (query, key, value), "(total, heads, head size)", 3)
+        _check_layout(op, (query, key, value), "[total, heads, head size]", 3)
         batch = check_sequences(op, query, cu_seqlens_q, cu_seqlens_k)
         check_heads(op, *(t.transpose(0, 1).unsqueeze(0) for t in (query, key, value)))
         if bias is not None:
@@ -129,14 +134,14 @@ def attention(
         seed = draw_seed(query.device)
     modifiers = Modifiers(bias, alibi_slopes, sinks, seed if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k)
     options = Options(
-        scale=1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else check_scale(op, scale),
+        scale=1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale,
         softcap=softcap,
         left=left,
         right=right,
         bottom_right=causal_align == "bottom_right",
         dropout_p=dropout_p,
-        max_seqlen_q=-1 if max_seqlen_q is None else check_length(op, "max_seqlen_q", max_seqlen_q),
-        max_seqlen_k=-1 if max_seqlen_k is None else check_length(op, "max_seqlen_k", max_seqlen_k),
+        max_seqlen_q=longest_q,
+        max_seqlen_k=longest_k,
     )
     return attend(op, return_lse, query, key, value, modifiers, options, deterministic)
 

@@ -8,22 +8,26 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
+from torchweld.ops._arguments import (
+    KERNEL_DTYPES,
+    check_dense,
+    check_float,
+    check_memory,
+    defined,
+    integer,
+    number,
+    shown,
+)
 from torchweld.ops._register import (
     applier,
-    check_dense,
-    check_memory,
     double_backward,
     elsewhere,
-    is_probability,
     register,
     settle,
-    shown,
     under_autocast,
     wants_definition,
     wants_grad,
 )
-
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 _twin = torch.nn.functional.cross_entropy
 _LOGITS, _TARGET = "[cross_entropy] input", "[cross_entropy] target"
@@ -111,7 +115,7 @@ _row_losses = applier(_CrossEntropy)
 
 def _refusal(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
     """Why the kernels do not take this call; None if they do."""
-    if input.dtype not in _DTYPES:
+    if input.dtype not in KERNEL_DTYPES:
         return f"input of dtype {input.dtype}"
     if input.is_cuda:
         return "no CUDA kernel for it yet"
@@ -126,15 +130,28 @@ def _refusal(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None
     return None
 
 
-def _check(input: Tensor, target: Tensor) -> None:
+def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
     """Raises what torch would, as far as it shows without a look at the values."""
-    rows = input.shape[0]
-    if target.shape != (rows,):
-        raise ValueError(f"[cross_entropy] target: expected shape ({rows},), but got {tuple(target.shape)}")
-    if target.dtype != torch.int64:
-        raise RuntimeError(f"[cross_entropy] target: expected dtype torch.int64, but got {target.dtype}")
-    if target.device != input.device:
-        raise RuntimeError(f"[cross_entropy] target: expected device {input.device}, but got {target.device}")
+    shape, dtype = input.shape, target.dtype
+    if len(shape) == 0:
+        raise IndexError("[cross_entropy] input: expected at least one dimension, but got shape []")
+    classes, rows = (shape[1], (shape[0], *shape[2:])) if len(shape) > 1 else (shape[0], ())
+    if dtype.is_floating_point and target.shape == shape:
+        check_float("cross_entropy", "target", dtype)
+    elif target.shape != rows and (len(shape) > 1 or target.shape != (1,)):
+        other = f" for classes, or {list(shape)} for probabilities" if dtype.is_floating_point else ""
+        expected = f"shape {list(rows)}{other}"
+        raise ValueError(f"[cross_entropy] target: expected {expected}, but got {list(target.shape)}")
+    elif dtype not in (torch.int64, torch.uint8):
+        remedy = "convert classes with .long()"
+        raise RuntimeError(f"[cross_entropy] target: expected dtype torch.int64, but got {dtype}; {remedy}")
+    for name, t in (("target", target), ("weight", weight)):
+        if t is not None and t.device != input.device:
+            raise RuntimeError(f"[cross_entropy] {name}: expected device {input.device}, but got {t.device}")
+    if weight is not None:
+        if weight.dim() > 1 or weight.numel() != classes:
+            raise RuntimeError(f"[cross_entropy] weight: expected shape [{classes}], but got {list(weight.shape)}")
+        check_float("cross_entropy", "weight", weight.dtype)
 
 
 def cross_entropy(
@@ -165,31 +182,33 @@ def cross_entropy(
 
     Raises:
         IndexError: a target that is no class.
-        TypeError: input is not floating point.
+        TypeError: input is not floating point of 16 bits or more, or an argument is of another type.
         ValueError, RuntimeError: an argument, shape, dtype or device that does not fit.
     """
     if size_average is not None or reduce is not None:
         raise ValueError("[cross_entropy] size_average, reduce: deprecated in torch; use reduction=")
     if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         raise ValueError(f"[cross_entropy] reduction: expected 'mean', 'sum' or 'none', but got {shown(reduction)}")
-    if not is_probability("cross_entropy", "label_smoothing", label_smoothing):
-        raise ValueError(
-            f"[cross_entropy] label_smoothing: expected a number in [0, 1], but got {shown(label_smoothing)}"
-        )
+    label_smoothing = number("cross_entropy", "label_smoothing", label_smoothing)
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"[cross_entropy] label_smoothing: expected a number in [0, 1], but got {label_smoothing}")
+    ignore_index = integer("cross_entropy", "ignore_index", ignore_index)
     if theirs := elsewhere(cross_entropy, _twin, ("input", "target", "weight"), input, target, weight):
         options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
         return theirs(input, target, weight, **options)
-    check_dense("cross_entropy", input=input, target=target)
-    if not input.dtype.is_floating_point:
-        raise TypeError(f"[cross_entropy] input: expected a floating-point dtype, but got {input.dtype}")
+    check_dense("cross_entropy", input=input, target=target, **({} if weight is None else {"weight": weight}))
+    if input.dtype not in KERNEL_DTYPES:
+        check_float("cross_entropy", "input", input.dtype)
+    _check(input, target, weight)
     # The kernels read 16 bits as they are; what they make is float32 until the end.
     dtype = input.dtype
-    if under_autocast(input) and dtype in _DTYPES:
+    if under_autocast(input) and dtype in KERNEL_DTYPES:
         dtype = torch.float32
     if backend.choose("cross_entropy", input.device, _refusal(input, target, weight)) == "reference":
-        check_memory("cross_entropy", input=input, target=target, weight=weight)
-        return reference.cross_entropy(input.to(dtype), target, weight, ignore_index, reduction, label_smoothing)
-    _check(input, target)
+        tensors = {"input": input, "target": target, "weight": weight}
+        check_memory("cross_entropy", input=input)
+        rest = (ignore_index, reduction, label_smoothing)
+        return defined(reference.cross_entropy, "cross_entropy", tensors, input.to(dtype), target, weight, *rest)
     if wants_grad(input):
         losses = _row_losses(input, target, ignore_index, label_smoothing)
     else:

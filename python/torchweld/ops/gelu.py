@@ -8,23 +8,26 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops._register import (
+from torchweld.ops._arguments import (
+    KERNEL_DTYPES,
     NotDenseError,
-    applier,
     as_torch_does,
     check_dense,
-    check_memory,
+    check_float,
+    defined,
+    shown,
+)
+from torchweld.ops._register import (
+    applier,
     double_backward,
     elsewhere,
     register,
     settle,
-    shown,
     wants_definition,
     wants_grad,
 )
 
 _twin = torch.nn.functional.gelu  # a program may give its name to ours
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 # ---- Implementation
 
@@ -85,7 +88,7 @@ _gelu = applier(_Gelu)
 
 def _refusal(input: Tensor) -> str | None:
     """Why the kernels do not take this call; None if they do."""
-    if input.dtype not in _DTYPES:
+    if input.dtype not in KERNEL_DTYPES:
         return f"input of dtype {input.dtype}"
     return "no CUDA kernel for it yet" if input.is_cuda else None
 
@@ -101,7 +104,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
 
     Raises:
         RuntimeError: another `approximate`.
-        TypeError: input is not floating point.
+        TypeError: input is not floating point of 16 bits or more, or no dense tensor.
     """
     if not isinstance(approximate, str) or approximate not in ("none", "tanh"):
         raise RuntimeError(f"[gelu] approximate: expected 'none' or 'tanh', but got {shown(approximate)}")
@@ -113,10 +116,9 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         return as_torch_does(error, _twin, input, approximate=approximate)
     if input.is_quantized:
         return _twin(input, approximate=approximate)
-    if not input.dtype.is_floating_point:
-        raise TypeError(f"[gelu] input: expected a floating-point dtype, but got {input.dtype}")
+    if input.dtype not in KERNEL_DTYPES:
+        check_float("gelu", "input", input.dtype)
     exact = approximate == "none"
     if backend.choose("gelu", input.device, _refusal(input)) == "reference":
-        check_memory("gelu", input=input)
-        return reference.gelu(input, approximate)
+        return defined(reference.gelu, "gelu", {"input": input}, input, approximate)
     return _gelu(input, exact) if wants_grad(input) else _forward_op(input, exact)

@@ -9,78 +9,88 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops._norm import add_forward_op, inference_op
-from torchweld.ops._norm_autograd import add_layer_norm_function, layer_norm_function
-from torchweld.ops._register import (
+from torchweld.ops._arguments import (
+    KERNEL_DTYPES,
     NotDenseError,
     as_torch_does,
     check_dense,
-    check_memory,
-    elsewhere,
-    float32_under_autocast,
-    is_probability,
+    check_float,
+    defined,
+    integer,
+    number,
     shown,
-    wants_grad,
 )
+from torchweld.ops._norm import add_forward_op, inference_op
+from torchweld.ops._norm_autograd import add_layer_norm_function, layer_norm_function
+from torchweld.ops._register import elsewhere, float32_under_autocast, wants_grad
 from torchweld.reference.philox import draw_seed
 
 _twin = torch.nn.functional.layer_norm
 _STRIDED = torch.strided
-_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 
 
-def _check_shape(op: str, shape: object) -> None:
+def sizes(op: str, shape: Sequence[int]) -> Sequence[int]:
+    """`normalized_shape` as a tuple or list of Python's integers, as it nearly always is."""
+    if type(shape) is tuple and len(shape) == 1 and type(shape[0]) is int:
+        return shape
+    expected = "a tuple of integers"
     if not isinstance(shape, (tuple, list)):
-        raise TypeError(f"[{op}] normalized_shape: expected a tuple of integers, but got {type(shape).__name__}")
+        remedy = f"; write ({shape},)" if isinstance(shape, int) else ""
+        raise TypeError(f"[{op}] normalized_shape: expected {expected}, but got {shown(shape)}{remedy}")
+    if len(shape) == 0:
+        raise RuntimeError(f"[{op}] normalized_shape: expected at least one dimension, but got {shown(shape)}")
+    return [integer(op, "normalized_shape", n, expected) for n in shape]
+
+
+def _first(op: str) -> str:
+    return "x" if op.startswith("add_") else "input"
 
 
 def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> str | None:
     """Raises on arguments that no backend takes; returns why the kernels do not take these, None if they do."""
     if x.layout is not _STRIDED:
-        check_dense(op, input=x)
+        check_dense(op, **{_first(op): x})
     try:
-        tail, dtype = x.shape[-len(shape) :] if shape else None, x.dtype
-    except TypeError:
-        _check_shape(op, shape)
-        raise
+        tail, dtype = x.shape[-len(shape) :], x.dtype
     except RuntimeError:  # a nested tensor has none
-        check_dense(op, input=x)
+        check_dense(op, **{_first(op): x})
         raise
-    if tail is None or (tail != shape and tuple(tail) != tuple(shape)):
-        _check_shape(op, shape)
-        wanted = shown(list(shape))
-        raise RuntimeError(
-            f"[{op}] input: expected a shape that ends in normalized_shape {wanted}, but got {list(x.shape)}"
-        )
-    rms = op.endswith("rms_norm")  # which torch composes of operators that take more dtypes
-    if dtype not in _DTYPES and not (dtype.is_floating_point or (rms and dtype.is_complex)):
-        raise TypeError(f"[{op}] input: expected a floating-point dtype, but got {dtype}")
+    if tail != shape and tuple(tail) != tuple(shape):
+        expected = f"a shape that ends in normalized_shape {list(shape)}"
+        raise RuntimeError(f"[{op}] {_first(op)}: expected {expected}, but got {list(x.shape)}")
+    # torch composes rms_norm of operators that take more dtypes.
+    if dtype not in KERNEL_DTYPES and not (op.endswith("rms_norm") and dtype.is_complex):
+        check_float(op, _first(op), dtype)
     for p in (weight, bias):
         if p is None:
             continue
-        if p.shape != tail:
+        try:
+            fits = p.shape == tail
+        except RuntimeError:
+            check_dense(op, **{"weight" if p is weight else "bias": p})
+            raise
+        if not fits:
             name = "weight" if p is weight else "bias"
             raise RuntimeError(f"[{op}] {name}: expected shape {list(shape)}, but got {list(p.shape)}")
-        if p.dtype is not dtype and p.dtype not in _DTYPES:
-            if not (p.dtype.is_floating_point or rms):
-                name = "weight" if p is weight else "bias"
-                raise TypeError(f"[{op}] {name}: expected a floating-point dtype, but got {p.dtype}")
+        if p.dtype is not dtype and p.dtype not in KERNEL_DTYPES:
+            if not op.endswith("rms_norm"):
+                check_float(op, "weight" if p is weight else "bias", p.dtype)
             return f"a parameter of dtype {p.dtype}"
-    if dtype not in _DTYPES:
+    if dtype not in KERNEL_DTYPES:
         return f"input of dtype {dtype}"
     return "rows without elements" if 0 in tail else None
 
 
 def residual_refusal(op: str, x: Tensor, residual: Tensor, dropout_p: float, seed: Tensor | None) -> str | None:
     """As `refusal_of`, for what an add_ form has in front of its norm."""
-    check_dense(op, x=x, residual=residual)
-    for what, expected, got in (("shape", x.shape, residual.shape), ("device", x.device, residual.device)):
-        if expected != got:
-            raise RuntimeError(f"[{op}] residual: expected x's {what} {expected}, but got {got}")
-    if not residual.dtype.is_floating_point:
-        raise TypeError(f"[{op}] residual: expected a floating-point dtype, but got {residual.dtype}")
-    if not is_probability(op, "dropout_p", dropout_p):
-        raise ValueError(f"[{op}] dropout_p: expected a probability from 0 to 1, but got {shown(dropout_p)}")
+    check_dense(op, x=x, residual=residual, **({} if seed is None else {"seed": seed}))
+    if residual.shape != x.shape:
+        raise RuntimeError(f"[{op}] residual: expected x's shape {list(x.shape)}, but got {list(residual.shape)}")
+    if residual.device != x.device:
+        raise RuntimeError(f"[{op}] residual: expected x's device {x.device}, but got {residual.device}")
+    check_float(op, "residual", residual.dtype)
+    if not 0.0 <= dropout_p <= 1.0:
+        raise ValueError(f"[{op}] dropout_p: expected a probability from 0 to 1, but got {dropout_p}")
     if seed is not None and (seed.dtype is not torch.int64 or seed.numel() != 1 or seed.device != x.device):
         raise RuntimeError(
             f"[{op}] seed: expected one int64 element on {x.device}, but got {seed.dtype} of shape "
@@ -111,9 +121,12 @@ def layer_norm(
 
     Raises:
         RuntimeError: a shape does not fit.
-        TypeError: input, weight or bias is not floating point.
+        TypeError: input, weight or bias is not floating point of 16 bits or more, or an argument is of another type.
         ValueError: weight or bias is on another device than input.
     """
+    shape = sizes("layer_norm", normalized_shape)
+    if type(eps) is not float:
+        eps = number("layer_norm", "eps", eps)
     if theirs := elsewhere(layer_norm, _twin, ("input", "weight", "bias"), input, weight, bias):
         return theirs(input, normalized_shape, weight, bias, eps)
     if input is None:
@@ -121,15 +134,17 @@ def layer_norm(
     if input.is_cuda:  # as torch's; on the CPU its norms keep their dtype
         input, weight, bias = float32_under_autocast(input, weight, bias)
     try:
-        refusal = refusal_of("layer_norm", input, normalized_shape, weight, bias)
+        refusal = refusal_of("layer_norm", input, shape, weight, bias)
+        if backend.choose("layer_norm", input.device, refusal) == "reference":
+            tensors = {"input": input, "weight": weight, "bias": bias}
+            return defined(reference.layer_norm, "layer_norm", tensors, input, shape, weight, bias, eps)
+        if wants_grad(input, weight, bias):
+            return layer_norm_function(input, weight, bias, (shape, eps, True, 0.0))
+        return inference_op(input, math.prod(shape), weight, bias, eps)
     except NotDenseError as error:
+        if 0 in shape:  # by which torch's kernel of nested tensors divides
+            raise
         return as_torch_does(error, _twin, input, normalized_shape, weight, bias, eps)
-    if backend.choose("layer_norm", input.device, refusal) == "reference":
-        check_memory("layer_norm", input=input, weight=weight, bias=bias, eps=eps)
-        return reference.layer_norm(input, normalized_shape, weight, bias, eps)
-    if wants_grad(input, weight, bias):
-        return layer_norm_function(input, weight, bias, (normalized_shape, eps, True, 0.0))
-    return inference_op(input, math.prod(normalized_shape), weight, bias, eps)
 
 
 def add_layer_norm(
@@ -166,16 +181,17 @@ def add_layer_norm(
         RuntimeError, TypeError: as in `layer_norm`; also when x and residual differ in shape or device.
         ValueError: dropout_p is no probability.
     """
-    names = ("x", "residual", "weight", "bias", "seed")
+    op, names = "add_layer_norm", ("x", "residual", "weight", "bias", "seed")
+    shape, eps, dropout_p = sizes(op, normalized_shape), number(op, "eps", eps), number(op, "dropout_p", dropout_p)
     if theirs := elsewhere(add_layer_norm, None, names, x, residual, weight, bias, seed):
-        return theirs(x, residual, normalized_shape, weight, bias, eps, dropout_p, seed=seed)
-    refusal = residual_refusal("add_layer_norm", x, residual, dropout_p, seed)
-    refusal = refusal_of("add_layer_norm", x, normalized_shape, weight, bias) or refusal
+        return theirs(x, residual, shape, weight, bias, eps, dropout_p, seed=seed)
+    refusal = residual_refusal(op, x, residual, dropout_p, seed)
+    refusal = refusal_of(op, x, shape, weight, bias) or refusal
     seed = (draw_seed(x.device) if seed is None else seed) if dropout_p > 0 else None
-    if backend.choose("add_layer_norm", x.device, refusal) == "reference":
-        check_memory("add_layer_norm", x=x, residual=residual, weight=weight, bias=bias, eps=eps, seed=seed)
-        return reference.add_layer_norm(x, residual, normalized_shape, weight, bias, eps, dropout_p, seed=seed)
+    if backend.choose(op, x.device, refusal) == "reference":
+        tensors = dict(zip(names, (x, residual, weight, bias, seed), strict=True))
+        definition = reference.add_layer_norm
+        return defined(definition, op, tensors, x, residual, shape, weight, bias, eps, dropout_p, seed=seed)
     if wants_grad(x, residual, weight, bias):
-        return add_layer_norm_function(x, residual, normalized_shape, weight, bias, eps, True, 0.0, dropout_p, seed)
-    cols = math.prod(normalized_shape)
-    return add_forward_op(x, residual, cols, weight, bias, eps, True, 0.0, dropout_p, seed)[:2]
+        return add_layer_norm_function(x, residual, shape, weight, bias, eps, True, 0.0, dropout_p, seed)
+    return add_forward_op(x, residual, math.prod(shape), weight, bias, eps, True, 0.0, dropout_p, seed)[:2]

@@ -9,17 +9,17 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
+from torchweld.ops._arguments import check_dense, defined, flag, number
 from torchweld.ops._attention import heads_like, operand, refusal
 from torchweld.ops._attention_checks import (
     check_band,
     check_by_head,
     check_common,
     check_device,
-    check_scale,
     check_softcap,
     fail,
 )
-from torchweld.ops._register import check_dense, check_memory, elsewhere, register, settle, wants_grad
+from torchweld.ops._register import elsewhere, register, settle, wants_grad
 
 # ---- Implementation
 
@@ -114,19 +114,20 @@ def paged_attention(
 
     Raises:
         RuntimeError: a device, dtype or shape does not fit, or a gradient would be needed.
-        TypeError: query is not floating point.
+        TypeError: query is not floating point of 16 bits or more, or an argument is of another type.
         ValueError: window, softcap, or what is in block_table or cache_seqlens is not as above.
     """
     op = "paged_attention"
     tensors = (query, key_cache, value_cache, block_table, cache_seqlens, alibi_slopes, sinks)
+    softcap, return_lse = check_softcap(op, softcap), flag(op, "return_lse", return_lse)
+    left, right = check_band(op, flag(op, "causal", causal), window)
+    scale = None if scale is None else number(op, "scale", scale, "a number or None")
     if theirs := elsewhere(paged_attention, None, _TENSORS, *tensors):
         return theirs(
-            *tensors[:5], causal=causal, window=window, softcap=check_softcap(op, softcap), alibi_slopes=alibi_slopes,
-            sinks=sinks, scale=scale, return_lse=return_lse,
+            *tensors[:5], causal=causal, window=window, softcap=softcap, alibi_slopes=alibi_slopes, sinks=sinks,
+            scale=scale, return_lse=return_lse,
         )  # fmt: skip
     check_dense(op, query=query, key_cache=key_cache, value_cache=value_cache)
-    softcap = check_softcap(op, softcap)
-    left, right = check_band(op, causal, window)
     check_common(op, query, key_cache, value_cache, names="key_cache, value_cache")
     _check_cache(op, query, key_cache, value_cache, block_table, cache_seqlens)
     check_by_head(op, query, query.shape[0], alibi_slopes, sinks)
@@ -135,10 +136,12 @@ def paged_attention(
             op, "query, key_cache, value_cache", "tensors that need no gradient", "one that does",
             "it has none: use torch.no_grad(), or attention for training",
         )  # fmt: skip
-    scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else check_scale(op, scale)
+    scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
     if backend.choose(op, query.device, refusal(query, value_cache)) == "reference":
-        check_memory(op, **dict(zip(_TENSORS, tensors, strict=True)))
-        return reference.paged_attention(
+        return defined(
+            reference.paged_attention,
+            op,
+            dict(zip(_TENSORS, tensors, strict=True)),
             query,
             key_cache,
             value_cache,
@@ -161,9 +164,9 @@ def _check_cache(
     op: str, query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor
 ) -> None:
     for name, t, layout in (
-        ("query", query, "(batch, heads, rows, head size)"),
-        ("key_cache", key_cache, "(blocks, block size, heads, head size)"),
-        ("value_cache", value_cache, "(blocks, block size, heads, head size)"),
+        ("query", query, "[batch, heads, rows, head size]"),
+        ("key_cache", key_cache, "[blocks, block size, heads, head size]"),
+        ("value_cache", value_cache, "[blocks, block size, heads, head size]"),
     ):
         if t.dim() != 4:
             fail(op, name, layout, f"shape {list(t.shape)}")

@@ -9,22 +9,16 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
+from torchweld.ops._arguments import NotDenseError, as_torch_does, check_dense, defined, flag, number
 from torchweld.ops._norm import add_forward_op, inference_op
 from torchweld.ops._norm_autograd import add_layer_norm_function, layer_norm_function
-from torchweld.ops._register import (
-    NotDenseError,
-    as_torch_does,
-    check_dense,
-    check_memory,
-    elsewhere,
-    float32_under_autocast,
-    wants_grad,
-)
-from torchweld.ops.layer_norm import refusal_of, residual_refusal
+from torchweld.ops._register import elsewhere, float32_under_autocast, wants_grad
+from torchweld.ops.layer_norm import refusal_of, residual_refusal, sizes
 from torchweld.reference.philox import draw_seed
 from torchweld.reference.rms_norm import default_eps
 
 _twin = torch.nn.functional.rms_norm
+_FLAG = "zero_centered_weight"
 
 
 def rms_norm(
@@ -49,9 +43,12 @@ def rms_norm(
 
     Raises:
         RuntimeError: a shape does not fit.
-        TypeError: input or weight is not floating point.
+        TypeError: input is not floating point of 16 bits or more, or an argument is of another type.
         ValueError: weight is on another device than input.
     """
+    shape, zero_centered_weight = sizes("rms_norm", normalized_shape), flag("rms_norm", _FLAG, zero_centered_weight)
+    if eps is not None:
+        eps = number("rms_norm", "eps", eps, "a number or None")
     if theirs := elsewhere(rms_norm, None if zero_centered_weight else _twin, ("input", "weight"), input, weight):
         options = {"zero_centered_weight": True} if zero_centered_weight else {}
         return theirs(input, normalized_shape, weight, eps, **options)
@@ -60,17 +57,19 @@ def rms_norm(
     if input.is_cuda:  # as torch's; on the CPU its norms keep their dtype
         input, weight = float32_under_autocast(input, weight)
     try:
-        refusal = refusal_of("rms_norm", input, normalized_shape, weight, None)
+        refusal = refusal_of("rms_norm", input, shape, weight, None)
+        if eps is None:
+            eps = default_eps(input.dtype)
+        if backend.choose("rms_norm", input.device, refusal) == "reference":
+            tensors, options = {"input": input, "weight": weight}, {"zero_centered_weight": zero_centered_weight}
+            return defined(reference.rms_norm, "rms_norm", tensors, input, shape, weight, eps, **options)
+        if wants_grad(input, weight):
+            return layer_norm_function(input, weight, None, (shape, eps, False, float(zero_centered_weight)))
+        return inference_op(input, math.prod(shape), weight, None, eps, False, float(zero_centered_weight))
     except NotDenseError as error:
+        if zero_centered_weight:
+            raise
         return as_torch_does(error, _twin, input, normalized_shape, weight, eps)
-    if eps is None:
-        eps = default_eps(input.dtype)
-    if backend.choose("rms_norm", input.device, refusal) == "reference":
-        check_memory("rms_norm", input=input, weight=weight, eps=eps)
-        return reference.rms_norm(input, normalized_shape, weight, eps, zero_centered_weight=zero_centered_weight)
-    if wants_grad(input, weight):
-        return layer_norm_function(input, weight, None, (normalized_shape, eps, False, float(zero_centered_weight)))
-    return inference_op(input, math.prod(normalized_shape), weight, None, eps, False, float(zero_centered_weight))
 
 
 def add_rms_norm(
@@ -98,28 +97,24 @@ def add_rms_norm(
     Raises:
         RuntimeError, TypeError, ValueError: as `add_layer_norm`.
     """
-    if theirs := elsewhere(add_rms_norm, None, ("x", "residual", "weight", "seed"), x, residual, weight, seed):
+    op, names = "add_rms_norm", ("x", "residual", "weight", "seed")
+    shape, dropout_p = sizes(op, normalized_shape), number(op, "dropout_p", dropout_p)
+    zero_centered_weight = flag(op, _FLAG, zero_centered_weight)
+    if eps is not None:
+        eps = number(op, "eps", eps, "a number or None")
+    if theirs := elsewhere(add_rms_norm, None, names, x, residual, weight, seed):
         options = {"zero_centered_weight": zero_centered_weight, "seed": seed}
-        return theirs(x, residual, normalized_shape, weight, eps, dropout_p, **options)
-    refusal = residual_refusal("add_rms_norm", x, residual, dropout_p, seed)
-    refusal = refusal_of("add_rms_norm", x, normalized_shape, weight, None) or refusal
+        return theirs(x, residual, shape, weight, eps, dropout_p, **options)
+    refusal = residual_refusal(op, x, residual, dropout_p, seed)
+    refusal = refusal_of(op, x, shape, weight, None) or refusal
     seed = (draw_seed(x.device) if seed is None else seed) if dropout_p > 0 else None
     if eps is None:
         eps = default_eps(x.dtype)
-    if backend.choose("add_rms_norm", x.device, refusal) == "reference":
-        check_memory("add_rms_norm", x=x, residual=residual, weight=weight, eps=eps, seed=seed)
-        return reference.add_rms_norm(
-            x,
-            residual,
-            normalized_shape,
-            weight,
-            eps,
-            dropout_p,
-            zero_centered_weight=zero_centered_weight,
-            seed=seed,
-        )
+    if backend.choose(op, x.device, refusal) == "reference":
+        tensors = dict(zip(names, (x, residual, weight, seed), strict=True))
+        options = {"zero_centered_weight": zero_centered_weight, "seed": seed}
+        return defined(reference.add_rms_norm, op, tensors, x, residual, shape, weight, eps, dropout_p, **options)
     offset = float(zero_centered_weight)
     if wants_grad(x, residual, weight):
-        return add_layer_norm_function(x, residual, normalized_shape, weight, None, eps, False, offset, dropout_p, seed)
-    cols = math.prod(normalized_shape)
-    return add_forward_op(x, residual, cols, weight, None, eps, False, offset, dropout_p, seed)[:2]
+        return add_layer_norm_function(x, residual, shape, weight, None, eps, False, offset, dropout_p, seed)
+    return add_forward_op(x, residual, math.prod(shape), weight, None, eps, False, offset, dropout_p, seed)[:2]

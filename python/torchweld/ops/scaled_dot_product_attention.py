@@ -7,16 +7,10 @@ import math
 import torch
 from torch import Tensor
 
+from torchweld.ops._arguments import NotDenseError, as_torch_does, check_dense, check_memory, flag, number
 from torchweld.ops._attention import Modifiers, Options, attend
-from torchweld.ops._attention_checks import check_bias, check_common, check_heads, check_scale, fail
-from torchweld.ops._register import (
-    NotDenseError,
-    as_torch_does,
-    check_dense,
-    check_memory,
-    elsewhere,
-    under_autocast,
-)
+from torchweld.ops._attention_checks import check_bias, check_common, check_dropout, check_heads, fail
+from torchweld.ops._register import elsewhere, under_autocast
 from torchweld.reference.philox import draw_seed
 
 _twin = torch.nn.functional.scaled_dot_product_attention
@@ -37,7 +31,8 @@ def _fold(
     try:
         batch = tuple(torch.broadcast_shapes(*leads))
     except RuntimeError:
-        fail(op, "key, value", f"batch dimensions that broadcast with query's {list(leads[0])}", leads[1:])
+        first, *others = map(list, leads)
+        fail(op, "key, value", f"batch dimensions that broadcast with query's {first}", others)
     if enable_gqa:
         heads = query.shape[-3]
         if 0 in (key.shape[-3], value.shape[-3]) or heads % key.shape[-3] or heads % value.shape[-3]:
@@ -96,9 +91,13 @@ def scaled_dot_product_attention(
 
     Raises:
         RuntimeError: a device, dtype or shape does not fit, both masks are given, or dropout_p is out of range.
-        TypeError: query is not floating point.
+        TypeError: query is not floating point of 16 bits or more, or an argument is of another type.
     """
     op = "scaled_dot_product_attention"
+    dropout_p, is_causal, enable_gqa = (
+        check_dropout(op, dropout_p), flag(op, "is_causal", is_causal), flag(op, "enable_gqa", enable_gqa)
+    )  # fmt: skip
+    scale = None if scale is None else number(op, "scale", scale, "a number or None")
     if theirs := elsewhere(scaled_dot_product_attention, _twin, _TENSORS, query, key, value, attn_mask):
         return theirs(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
     try:
@@ -110,10 +109,10 @@ def scaled_dot_product_attention(
         check_memory(op, query=query, key=key, value=value, attn_mask=attn_mask)
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
         attn_mask = None if attn_mask is None else _autocast(attn_mask)
-    check_common(op, query, key, value, dropout_p)
+    check_common(op, query, key, value)
     if is_causal and attn_mask is not None:
         fail(op, "attn_mask", "None beside is_causal=True", "a tensor", "put the causal mask into it, or drop one")
-    scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else check_scale(op, scale)
+    scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
     options = Options(scale, right=0 if is_causal else -1, dropout_p=dropout_p)
     seed = draw_seed(query.device) if dropout_p > 0 else None
 

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from torchweld import reference
+from torchweld.ops._arguments import flag, number
 from torchweld.ops._optimizer import COMMON, Common, as_lists, run_step, step_fake, take_step
 from torchweld.ops._register import register
 
@@ -77,13 +78,17 @@ def sgd_(
     Raises:
         ValueError: lists of different lengths; a device, dtype or shape that does not fit, naming the tensor; a
             hyper-parameter out of range. Nothing has been changed then.
-        TypeError: an argument that is no list of tensors; a scalar that is neither a number nor a tensor.
+        TypeError: an argument that is no list of tensors, a sparse or nested tensor in one; a scalar that is neither a
+            number nor a tensor.
         RuntimeError: a tensor requires grad, outside of `torch.no_grad()`.
     """
+    op = "sgd_"
+    momentum, dampening = number(op, "momentum", momentum), number(op, "dampening", dampening)
     if not momentum >= 0:
         raise ValueError(f"[sgd_] momentum: expected momentum >= 0, but got {momentum}")
+    nesterov, first_step = flag(op, "nesterov", nesterov), flag(op, "first_step", first_step)
     buffers = momentum_buffers if momentum != 0 else []
-    lists = as_lists("sgd_", params=params, grads=grads, momentum_buffers=buffers, masters=masters)
+    lists = as_lists(op, params=params, grads=grads, momentum_buffers=buffers, masters=masters)
     if momentum != 0 and len(lists["momentum_buffers"]) == 0 and len(lists["params"]) > 0:
         raise ValueError("[sgd_] momentum_buffers: expected one tensor for each of params (momentum > 0), but got none")
     own = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov, "first_step": first_step}
@@ -96,4 +101,4 @@ def sgd_(
         "found_inf": found_inf,
         "zero_grads": zero_grads,
     }
-    return take_step("sgd_", _sgd_op, reference.sgd_, lists, own, lr, common)
+    return take_step(op, _sgd_op, reference.sgd_, lists, own, lr, common)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend
+from torchweld._torch import check_graph_capture, without_dynamo
 from torchweld.optim import offload, sharding
 from torchweld.optim.state import Group, KeptState, State
 
@@ -65,16 +66,14 @@ class FusedOptimizer(KeptState):
 
     # ---- Step
 
-    @torch._compile._disable_dynamo  # one kernel already: torch.compile would see through to torch's own loop instead
+    @without_dynamo  # one kernel already: torch.compile would see through to torch's own loop instead
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the loss of `closure`, which is called first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Refuses a graph capture under capturable=False; older torch has it under the second name.
-        check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
-        check()
+        check_graph_capture(self)
         with torch.no_grad():
             works = self._gather()
             if not isinstance(works, str):
@@ -114,6 +113,8 @@ class FusedOptimizer(KeptState):
     def _works(
         self, group: Group, params: list[Tensor], grads: list[Tensor], devices: list[torch.device]
     ) -> Iterator[Work]:
+        if any_complex := any(map(Tensor.is_complex, params)):
+            grads = [_settled_gradient(p) for p in params]
         lists: Lists = {"param": params, "grad": grads}
         fresh = self._add_state(group, params, lists)
         keys: list[Any] = devices
@@ -127,7 +128,7 @@ class FusedOptimizer(KeptState):
                 del chosen["master"]
             owners = list(chosen["param"])
             shardings = sharding.localise(chosen)
-            real = {name: _real(each) for name, each in chosen.items()}
+            real = {name: _real(each) for name, each in chosen.items()} if any_complex else chosen
             yield Work(group, owners, real, shardings, bool(fresh) and fresh[first])
 
     def _add_state(self, group: Group, params: list[Tensor], lists: Lists) -> list[bool]:
@@ -209,6 +210,14 @@ def _split(lists: Lists, keys: list[Any]) -> Iterator[tuple[int, Lists]]:
     for chosen in indices.values():
         whole = len(indices) == 1
         yield chosen[0], lists if whole else {n: [each[i] for i in chosen] for n, each in lists.items()}
+
+
+def _settled_gradient(param: Tensor) -> Tensor:
+    """The gradient, conjugated in memory if it was so lazily: of that there is no view of real numbers."""
+    assert param.grad is not None
+    if param.grad.is_conj():
+        param.grad = param.grad.resolve_conj()
+    return param.grad
 
 
 def _real(tensors: list[Tensor]) -> list[Tensor]:

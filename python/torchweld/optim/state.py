@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchweld.ops._arguments import flag, number, shown
 from torchweld.optim import sharding
 
 Group = dict[str, Any]
@@ -67,7 +68,7 @@ class KeptState(torch.optim.Optimizer):
     def _add_options(self, **options: Any) -> None:
         """Adds what torch's constructor does not know to the defaults, and checks the groups."""
         if options["offload"] not in (None, "cpu"):
-            raise ValueError(f"Invalid offload value: {options['offload']!r}; expected 'cpu', or None")
+            raise ValueError(f"Invalid offload value: {shown(options['offload'])}; expected 'cpu', or None")
         self.defaults |= options
         for group in self.param_groups:
             self._check_options(group)
@@ -77,6 +78,13 @@ class KeptState(torch.optim.Optimizer):
 
     def _check_options(self, group: Group) -> None:
         """Leaves a group the options that differ from the defaults; refuses what does not go together."""
+        op = type(self).__name__
+        for options in (self.defaults, group):
+            if options.get("max_grad_norm") is not None:
+                number(op, "max_grad_norm", options["max_grad_norm"], "a number above 0, or None")
+            for name in ("master_weights", "stochastic_rounding", "zero_grads"):
+                if name in options:
+                    flag(op, name, options[name])
         for name in (*_SAVED, "offload"):
             if name in group and (name == "offload" or group[name] == self.defaults.get(name)):
                 del group[name]
@@ -88,9 +96,9 @@ class KeptState(torch.optim.Optimizer):
         if option("stochastic_rounding") and any(p.dtype == torch.float16 for p in group["params"]):
             raise ValueError("stochastic_rounding: expected bfloat16 parameters, or wider ones, but got float16")
         if beyond := self._beyond_torch(group):
-            for flag in ("foreach", "differentiable", *(("capturable",) if option("offload") else ())):
-                if group.get(flag):
-                    raise ValueError(f"{beyond}: expected {flag}=False or None, but got True")
+            for name in ("foreach", "differentiable", *(("capturable",) if option("offload") else ())):
+                if group.get(name):
+                    raise ValueError(f"{beyond}: expected {name}=False or None, but got True")
         if option("offload") and any(sharding.is_dtensor(p) for p in group["params"]):
             raise ValueError("offload: expected plain parameters, but got DTensors; FSDP2 has a CPUOffloadPolicy")
         if option("zero_grads"):  # after an overflow too: GradScaler is to call the step then

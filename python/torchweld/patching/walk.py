@@ -9,6 +9,7 @@ import torch
 
 from torchweld import backend
 from torchweld.nn.twins import TWINS
+from torchweld.ops._arguments import flag
 from torchweld.patching.changes import Change, ClassChange
 from torchweld.patching.drop_ins import DropIn, find, hugging_face
 from torchweld.patching.report import Entry, Report
@@ -162,8 +163,9 @@ def patch(model: torch.nn.Module, *, norms: bool = True, attention: bool = True,
         does not keep the model alive.
 
     Raises:
-        TypeError: `model` is no torch.nn.Module.
+        TypeError: `model` is no torch.nn.Module; one of the others is no bool.
     """
     if not issubclass(type(model), torch.nn.Module):
         raise TypeError(f"[patch] model: expected a torch.nn.Module, but got {type(model).__name__}")
-    return _Walk(model, {"norms": norms, "attention": attention, "activations": activations}).run()
+    wanted = {"norms": norms, "attention": attention, "activations": activations}
+    return _Walk(model, {name: flag("patch", name, value) for name, value in wanted.items()}).run()

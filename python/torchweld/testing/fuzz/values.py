@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.two_tensor import TwoTensor
+
+from torchweld import _torch
 
 
 class Subclass(Tensor):
@@ -37,15 +37,18 @@ class Odd:
     __index__ = __float__
 
 
-def _freed(t: Tensor, share: int) -> Tensor:
-    """A view of memory of which only 1 / share is left (0: nothing)."""
-    storage = t.untyped_storage()
-    storage.resize_(storage.nbytes() // share if share else 0)
+def _freed(t: Tensor) -> Tensor:
+    """A view of a storage that was freed, as FSDP frees it.
+
+    One that is only shorter than its views is not drawn: torch reads and writes beyond it, and neither Python nor
+    DLPack tells its length at a price that a call could pay.
+    """
+    t.untyped_storage().resize_(0)
     return t
 
 
 def _fake(t: Tensor) -> Tensor:
-    with FakeTensorMode() as mode:
+    with _torch.FakeTensorMode() as mode:
         return mode.from_tensor(t)
 
 
@@ -105,13 +108,11 @@ TENSORS: dict[str, Callable[[Tensor], Any]] = {
     "mkldnn": lambda t: t.float().to_mkldnn(),
     "quantized": lambda t: torch.quantize_per_tensor(t.float(), 0.1, 0, torch.qint8),
     "fake": _fake,
-    "freed": lambda t: _freed(t, 0),
-    "half freed": lambda t: _freed(t, 2),
-    "freed float64": lambda t: _freed(t.double(), 0),
-    "freed int64": lambda t: _freed(t.long(), 0),
-    "half freed float64": lambda t: _freed(t.double(), 2),
-    "ZeroTensor": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
-    "negated": lambda t: torch._neg_view(t),
+    "freed": _freed,
+    "freed float64": lambda t: _freed(t.double()),
+    "freed int64": lambda t: _freed(t.long()),
+    "ZeroTensor": _torch.lazily_zero,
+    "negated": _torch.lazily_negated,
     "conjugated": lambda t: t.to(torch.complex64).conj(),
     "imaginary": lambda t: t.to(torch.complex64).conj().imag,
     "parameter": lambda t: torch.nn.Parameter(t, requires_grad=t.is_floating_point()),
@@ -119,7 +120,7 @@ TENSORS: dict[str, Callable[[Tensor], Any]] = {
     "no leaf": lambda t: t.clone().requires_grad_(t.is_floating_point()) * 1,
     "inference": _inference,
     "subclass": lambda t: t.as_subclass(Subclass),
-    "wrapper": lambda t: TwoTensor(t, t.clone()),
+    "wrapper": _torch.two_tensors,
     "NaN": lambda t: t.float() * math.nan,
     "infinite": lambda t: torch.full_like(t, math.inf) if t.is_floating_point() else t,
     "-1": lambda t: _integers(t, -1),
@@ -154,6 +155,7 @@ NUMBERS: dict[str, Callable[[Any], Any]] = {
     "integer tensor": lambda v: torch.tensor(1),
     "two elements": lambda v: torch.ones(2),
     "meta": lambda v: torch.ones((), device="meta"),
+    "freed": lambda v: _freed(torch.ones(1)),
     "list": lambda v: [v],
     "odd": lambda v: Odd(),
 }
@@ -175,6 +177,7 @@ LISTS: dict[str, Callable[[Any], Any]] = {
     "with str": lambda v: ["x", *list(v)[1:]],
     "with huge": lambda v: [2**63, *list(v)[1:]],
     "with negative": lambda v: [-1, *list(v)[1:]],
+    "with freed": lambda v: [_freed(torch.ones(1, dtype=torch.int64)), *list(v)[1:]],
     "zeros": lambda v: [0 for _ in v],
     "nested": lambda v: [list(v)],
     "repeated": lambda v: [v[0]] * len(v) if len(v) else v,
@@ -192,7 +195,7 @@ OTHERS: dict[str, Callable[[Any], Any]] = {
     "integers": lambda v: torch.ones(3, dtype=torch.int64),
     "tuple": lambda v: (1, 2),
     "odd": lambda v: Odd(),
-    "freed": lambda v: _freed(torch.ones(4, dtype=torch.float64), 0),
+    "freed": lambda v: _freed(torch.ones(4, dtype=torch.float64)),
 }
 
 
