@@ -24,7 +24,7 @@ PLANTED = {
     "__shfl_xor_sync with mask 0xffffffff there",
     "shuffle_beyond_the_mask": "__shfl_xor_sync: lane 0 asks lane 16, which the mask 0x0000ffff leaves out",
     "mask_without_the_caller": "__shfl_xor_sync: mask 0x0000ffff leaves out lane 16, which calls it",
-    "endless_wait": "waits for ever: nothing happens any more in the block but threads that look for a change",
+    "endless_wait": "waits for ever: every thread of the block that can run only polls",
     "out_of_bounds_store": "out of range: 4 bytes at byte 256 of shared memory, of which the launch asked for 256",
     "out_of_bounds_load": "out of range: 4 bytes at byte 256 of shared memory, of which the launch asked for 256",
     "read_of_poison": "read of poison: nobody has written byte 28 of shared memory",

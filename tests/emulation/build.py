@@ -34,7 +34,7 @@ class Variant(NamedTuple):
     link: tuple[str, ...] = ()
 
 
-# Every access of a kernel calls the machine, which defines what ThreadSanitizer's own library would (machine.cpp).
+# Every access of a kernel calls the machine, which defines what ThreadSanitizer's own library would (memory.cpp).
 CHECKED = Variant(kernels=("-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"))
 # The same, counting the lines that run: gcov reads what write_coverage() leaves.
 COUNTED = Variant(
@@ -53,7 +53,10 @@ SANITIZED = Variant(
 _FLAGS = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-w", '-DTORCHWELD_CUDA_ARCHITECTURES="none"')
 MACHINE = [
     Source(HERE / f"{name}.cpp")
-    for name in ("async", "fiber", "host", "machine", "report", "shared", "tensor_map", "wgmma")
+    for name in (
+        *("async", "barriers", "block", "collectives", "failure", "fiber", "host", "memory", "report", "scheduler"),
+        *("shared", "tensor_map", "wgmma"),
+    )
 ]
 MACHINE.append(Source(CSRC / "cuda/device.cpp"))
 # As in csrc/cuda/CMakeLists.txt.
