@@ -30,22 +30,22 @@ SM80 = [("80", dtype, size) for dtype, sizes in build._HEAD_SIZES.items() for si
 # Bytes that a kernel may spill, by its beginning without the namespace; nothing else spills.
 SPILLS = {
     # 192 registers of tiles out of 240, and a bias, a softcap or slopes beside them.
-    r"differentiate_bias_sm90<\w+, \d+>": 176,
+    r"sm90::backward_bias<\w+, \d+>": 176,
     # Bias, softcap, slopes and dropout beside dkey and dvalue of head size 128.
-    r"differentiate_keys_sm90<\w+, 128, false, true, true, false>": 16,
-    r"differentiate_keys_sm90<\w+, 128, false, true, true, true>": 68,
+    r"sm90::backward_keys<\w+, 128, false, true, true, false>": 16,
+    r"sm90::backward_keys<\w+, 128, false, true, true, true>": 68,
     # The same beside sums of 256 columns.
-    r"attend_sm90<\w+, 256, false, 2>": 16,
-    r"differentiate_keys_sm90<\w+, 256, false, true, false, false>": 36,
-    r"differentiate_keys_sm90<\w+, 256, false, false, true, false>": 12,
-    r"differentiate_queries_sm90<\w+, 256, false>": 44,
+    r"sm90::forward<\w+, 256, false, 2>": 16,
+    r"sm90::backward_keys<\w+, 256, false, true, false, false>": 36,
+    r"sm90::backward_keys<\w+, 256, false, false, true, false>": 12,
+    r"sm90::backward_queries<\w+, 256, false>": 44,
     # The addresses of a cache in blocks beside two numbers for each float.
-    r"attend_split<float, 256, true>": 20,
+    r"sm80::decode_split<float, 256, true>": 20,
 }
 
 
 def allowed(kernel: str) -> int:
-    name = kernel.removeprefix("void ").replace("torchweld::cuda::", "")
+    name = kernel.removeprefix("void ").replace("torchweld::cuda::attention::", "")
     return next((most for pattern, most in SPILLS.items() if re.match(pattern, name)), 0)
 
 
@@ -56,10 +56,17 @@ def demangled(names: list[str]) -> list[str]:
 
 def compiled(architecture: str, dtype: str, size: int, folder: Path) -> tuple[Path, str]:
     """The cubin of an instance, and what ptxas says of it."""
-    source = build.CSRC / "cuda/attention" / ("sm90" if architecture == "90a" else "sm80") / "instance.cu"
+    source = build.CSRC / "cuda/attention/instance.cu"
     cubin = folder / "instance.cubin"
     command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-    command += [f"-DTORCHWELD_DTYPE={dtype}", f"-DTORCHWELD_HEAD_SIZE={size}", "-DTORCHWELD_SM90", "-Xptxas", "-v"]
+    command += [
+        f"-DTORCHWELD_FAMILY={architecture[:2]}",
+        f"-DTORCHWELD_DTYPE={dtype}",
+        f"-DTORCHWELD_HEAD_SIZE={size}",
+        "-DTORCHWELD_SM90",
+        "-Xptxas",
+        "-v",
+    ]
     command += [f"-I{build.CSRC}", "-cubin", "-o", str(cubin), str(source)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
@@ -178,5 +185,6 @@ ptxas info    : Used 168 registers, used 1 barriers
 ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"""
     assert machine_code.reports(log) == {"_Z6kernelv": machine_code.Report(registers=168, spilled=20)}
     assert len(machine_code.serialized(log)) == 1
-    assert allowed("void torchweld::cuda::differentiate_bias_sm90<__half, 64>(torchweld::cuda::Backward)") == 176
-    assert allowed("void torchweld::cuda::differentiate_bias<__half, 64>(torchweld::cuda::Backward)") == 0
+    attention = "torchweld::cuda::attention"
+    assert allowed(f"void {attention}::sm90::backward_bias<__half, 64>({attention}::Backward)") == 176
+    assert allowed(f"void {attention}::sm80::backward_bias<__half, 64>({attention}::Backward)") == 0

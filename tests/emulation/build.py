@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU with g++: a module of them all, and programs. Objects are kept between runs."""
+"""Builds the CUDA kernels for the CPU with g++: a module of all kernels, and programs. Objects are cached."""
 
 from __future__ import annotations
 
@@ -20,31 +20,30 @@ CSRC = HERE.parent.parent / "csrc"
 
 
 class Source(NamedTuple):
-    """A file to compile, with the flags of its own."""
+    """A file to compile, with its own flags."""
 
     path: Path
     flags: tuple[str, ...] = ()
 
 
 class Variant(NamedTuple):
-    """How to compile .cu files, all files, and to link them."""
+    """Extra flags: for .cu files, for all files, for the linker."""
 
     kernels: tuple[str, ...] = ()
     all: tuple[str, ...] = ()
     link: tuple[str, ...] = ()
 
 
-# Every access of a kernel calls the machine, which defines what ThreadSanitizer's own library would (memory.cpp).
+# Every access of a kernel calls the machine, which replaces ThreadSanitizer's library (memory.cpp).
 CHECKED = Variant(kernels=("-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"))
-# The same, counting the lines that run: gcov reads what write_coverage() leaves.
+# The same, and counts the lines that run: gcov reads what write_coverage() writes.
 COUNTED = Variant(
     kernels=(*CHECKED.kernels, "--coverage", "-fprofile-update=single"), link=("--coverage", "-Wl,-u,__gcov_dump")
 )
-# Global memory and the language itself, by the compiler's own libraries; needs libasan loaded first (sanitized.py). Not
-# optimised: it takes longer to compile than to run.
+# Checks global memory and undefined behaviour with the compiler's sanitizers. libasan must be loaded first
+# (sanitized.py). Not optimised: compiling takes longer than running.
 SANITIZED = Variant(
-    # GCC 12 judges by an index not yet computed where an element of an array is an operand of a shift; beyond arrays
-    # AddressSanitizer sees too.
+    # GCC 12 checks the wrong index where an array element is an operand of a shift. AddressSanitizer checks bounds too.
     kernels=("-O0", "-fsanitize=undefined", "-fno-sanitize=bounds", "-fno-sanitize-recover=all"),
     all=("-fsanitize=address",),
     link=("-fsanitize=address,undefined",),
@@ -61,19 +60,22 @@ MACHINE = [
 MACHINE.append(Source(CSRC / "cuda/device.cpp"))
 # As in csrc/cuda/CMakeLists.txt.
 _HEAD_SIZES = {"float": (64, 128, 256), "__nv_bfloat16": (32, 64, 128, 256), "__half": (32, 64, 128, 256)}
-_INSTANCES = [CSRC / f"cuda/attention/{folder}/instance.cu" for folder in ("sm80", "sm90")]
+_INSTANCE = CSRC / "cuda/attention/instance.cu"
 _SM90 = "-DTORCHWELD_SM90"
 KERNELS = [
     Source(path, (_SM90,) if path.stem == "attention" else ())
     for path in sorted(CSRC.glob("cuda/**/*.cu"))
-    if path not in _INSTANCES
+    if path != _INSTANCE
 ]
 KERNELS += [
-    Source(path, (f"-DTORCHWELD_DTYPE={dtype}", f"-DTORCHWELD_HEAD_SIZE={size}", _SM90))
+    Source(
+        _INSTANCE,
+        (f"-DTORCHWELD_FAMILY={family}", f"-DTORCHWELD_DTYPE={dtype}", f"-DTORCHWELD_HEAD_SIZE={size}", _SM90),
+    )
     for dtype, sizes in _HEAD_SIZES.items()
     for size in sizes
-    for path in _INSTANCES
-    if path == _INSTANCES[0] or (dtype != "float" and size >= 64)
+    for family in (80, 90)
+    if family == 80 or (dtype != "float" and size >= 64)
 ]
 KERNELS.append(Source(HERE / "products.cu"))
 
@@ -102,7 +104,7 @@ def _headers() -> bytes:
 
 
 def _run(command: list[str], **options: Path) -> None:
-    # A library that is loaded first to watch this process (sanitized.py) need not watch the compiler.
+    # The sanitizer library that is preloaded into this process (sanitized.py) must not slow the compiler.
     subprocess.run(command, check=True, env={n: v for n, v in os.environ.items() if n != "LD_PRELOAD"}, **options)
 
 
