@@ -55,7 +55,7 @@ struct BackwardMemory {
 };
 
 // acc = own rows @ streamed rows^T, for a warpgroup whose own rows begin at `row`. Both operands come from shared
-// memory: ptxas overwrites a left operand that stays in registers for the whole loop (README.md).
+// memory: ptxas overwrites a left operand that stays in registers for the whole loop (measured.md).
 template <class T, int D, class Shape, int NT>
 __device__ __forceinline__ void begin_own_rows(float (&acc)[1][NT][4], const BackwardMemory<Shape>& memory, int which,
                                                int row, uint32_t streamed) {
