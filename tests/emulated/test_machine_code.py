@@ -1,4 +1,4 @@
-"""What ptxas makes of the kernels of attention: operands of Hopper's products, and spills; see machine_code.py.
+"""The machine code of the attention kernels: operands of Hopper's products, and spills; see machine_code.py.
 
 The emulation runs the sources: what the device compiler does of its own is seen here alone.
 """
@@ -27,9 +27,9 @@ REASON = (
 SM90 = [("90a", dtype, size) for dtype in ("__nv_bfloat16", "__half") for size in (64, 128, 256)]
 SM80 = [("80", dtype, size) for dtype, sizes in build._HEAD_SIZES.items() for size in sizes]
 
-# Bytes that a kernel may spill, by its beginning without the namespace; nothing else spills.
+# Bytes that a kernel may spill, by the beginning of its name. All other kernels spill nothing.
 SPILLS = {
-    # 192 registers of tiles out of 240, and a bias, a softcap or slopes beside them.
+    # Tiles take 192 of 240 registers; bias, softcap or slopes need the rest.
     r"sm90::backward_bias<\w+, \d+>": 176,
     # Bias, softcap, slopes and dropout beside dkey and dvalue of head size 128.
     r"sm90::backward_keys<\w+, 128, false, true, true, false>": 16,
@@ -39,7 +39,7 @@ SPILLS = {
     r"sm90::backward_keys<\w+, 256, false, true, false, false>": 36,
     r"sm90::backward_keys<\w+, 256, false, false, true, false>": 12,
     r"sm90::backward_queries<\w+, 256, false>": 44,
-    # The addresses of a cache in blocks beside two numbers for each float.
+    # The addresses of a paged cache, beside two TF32 numbers per float.
     r"sm80::decode_split<float, 256, true>": 20,
 }
 
@@ -55,7 +55,7 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def compiled(architecture: str, dtype: str, size: int, folder: Path) -> tuple[Path, str]:
-    """The cubin of an instance, and what ptxas says of it."""
+    """The cubin of an instance, and the log of ptxas."""
     source = build.CSRC / "cuda/attention/instance.cu"
     cubin = folder / "instance.cubin"
     command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
@@ -92,7 +92,7 @@ def test_instance(architecture: str, dtype: str, size: int, tmp_path: Path) -> N
     assert faults == []
 
 
-# ---- Planted faults. The code is that of a kernel's loop, shortened: a left operand made in it, a product, a wait.
+# ---- Planted faults, in a shortened loop of a kernel: a left operand, a product, a wait.
 
 LOOP = """
 .text.kernel:
@@ -141,7 +141,7 @@ def test_a_loop_without_a_fault() -> None:
         ("R24, R64, gdesc[UR8]", "R24, R60, gdesc[UR8]", None),
         ("F2FP.BF16.F32.PACK_AB R64, R5, R4 ;\n", "NOP ;\n", "the left operand R64 comes of F2FP, nothing"),
         ("R65, R5, R4 ;\n        /*0040*/", "R60, R5, R4 ;\n        /*0040*/", "comes of F2FP, nothing"),
-        # An accumulator that is no sum.
+        # An accumulator that holds something else than a sum.
         ("WARPGROUP.ARRIVE ;\n        /*0070*/                   HGMMA.64x8x16.F32.BF16 R24, R64, gdesc[UR8], RZ, !UPT",
          "LDS R26, [R2]", "the accumulator R24 comes of LDS"),
         # Registers of a product in flight.
@@ -160,7 +160,7 @@ def test_planted_fault(old: str, new: str, fault: str | None) -> None:
 
 
 def test_a_left_operand_that_a_loop_overwrites() -> None:
-    """As ptxas 12.9 and 13.0 make it of a left operand that stays in registers."""
+    """The code of ptxas 12.9 and 13.0 for a left operand that stays in registers."""
     inside = LOOP.replace("R24, R64, gdesc[UR8]", "R24, R60, gdesc[UR8]")
     inside = inside.replace("FADD R4, R24, R4 ;\n", "FADD R4, R24, R4 ;\n" + line("F2FP.BF16.F32.PACK_AB R61, R5, R4"))
     assert any("the left operand R60 comes of F2FP, LDSM" in each for each in faults_of(inside))
