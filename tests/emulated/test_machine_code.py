@@ -25,7 +25,7 @@ REASON = (
 )
 
 SM90 = [("90a", dtype, size) for dtype in ("__nv_bfloat16", "__half") for size in (64, 128, 256)]
-SM80 = [("80", dtype, size) for dtype, sizes in build._HEAD_SIZES.items() for size in sizes]
+SM80 = [("80", dtype, size) for dtype, sizes in build.HEAD_SIZES.items() for size in sizes]
 
 # Bytes that a kernel may spill, by the beginning of its name. All other kernels spill nothing.
 SPILLS = {
@@ -56,18 +56,10 @@ def demangled(names: list[str]) -> list[str]:
 
 def compiled(architecture: str, dtype: str, size: int, folder: Path) -> tuple[Path, str]:
     """The cubin of an instance, and the log of ptxas."""
-    source = build.CSRC / "cuda/attention/instance.cu"
+    source, flags = build.instance(int(architecture[:2]), dtype, size)
     cubin = folder / "instance.cubin"
     command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-    command += [
-        f"-DTORCHWELD_FAMILY={architecture[:2]}",
-        f"-DTORCHWELD_DTYPE={dtype}",
-        f"-DTORCHWELD_HEAD_SIZE={size}",
-        "-DTORCHWELD_SM90",
-        "-Xptxas",
-        "-v",
-    ]
-    command += [f"-I{build.CSRC}", "-cubin", "-o", str(cubin), str(source)]
+    command += [*flags, "-Xptxas", "-v", f"-I{build.CSRC}", "-cubin", "-o", str(cubin), str(source)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return cubin, run.stderr

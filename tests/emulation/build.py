@@ -59,25 +59,8 @@ MACHINE = [
 ]
 MACHINE.append(Source(CSRC / "cuda/device.cpp"))
 # As in csrc/cuda/CMakeLists.txt.
-_HEAD_SIZES = {"float": (64, 128, 256), "__nv_bfloat16": (32, 64, 128, 256), "__half": (32, 64, 128, 256)}
-_INSTANCE = CSRC / "cuda/attention/instance.cu"
+HEAD_SIZES = {"float": (64, 128, 256), "__nv_bfloat16": (32, 64, 128, 256), "__half": (32, 64, 128, 256)}
 _SM90 = "-DTORCHWELD_SM90"
-KERNELS = [
-    Source(path, (_SM90,) if path.stem == "attention" else ())
-    for path in sorted(CSRC.glob("cuda/**/*.cu"))
-    if path != _INSTANCE
-]
-KERNELS += [
-    Source(
-        _INSTANCE,
-        (f"-DTORCHWELD_FAMILY={family}", f"-DTORCHWELD_DTYPE={dtype}", f"-DTORCHWELD_HEAD_SIZE={size}", _SM90),
-    )
-    for dtype, sizes in _HEAD_SIZES.items()
-    for size in sizes
-    for family in (80, 90)
-    if family == 80 or (dtype != "float" and size >= 64)
-]
-KERNELS.append(Source(HERE / "products.cu"))
 
 
 def unavailable() -> str | None:
@@ -93,6 +76,30 @@ def _cache() -> Path:
     if folder.stat().st_uid != os.getuid():
         raise PermissionError(f"{folder} belongs to somebody else; set TMPDIR")
     return folder
+
+
+def instance(family: int, dtype: str, size: int) -> Source:
+    """The attention kernels of one family (80 or 90), element type and padded head size."""
+    text = (CSRC / "cuda/attention/instance.cu.in").read_text()
+    for word, value in {"@family@": family, "@dtype@": dtype, "@size@": size}.items():
+        text = text.replace(word, str(value))
+    folder = _cache() / f"instance-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"attention_sm{family}_{dtype}_{size}.cu"
+    scratch = path.with_suffix(f".{os.getpid()}")  # another process may be doing the same
+    scratch.write_text(text)
+    os.replace(scratch, path)
+    return Source(path, (_SM90,))
+
+
+def kernels() -> list[Source]:
+    """All sources of csrc/cuda, and the kernel of products.cu."""
+    paths = [*sorted(CSRC.glob("cuda/**/*.cu")), HERE / "products.cu"]
+    sources = [Source(path, (_SM90,) if path.stem == "attention" else ()) for path in paths]
+    for dtype, sizes in HEAD_SIZES.items():
+        sources += [instance(80, dtype, size) for size in sizes]
+        sources += [instance(90, dtype, size) for size in sizes if dtype != "float" and size >= 64]
+    return sources
 
 
 @cache
@@ -153,7 +160,7 @@ def program(name: str) -> Path:
 @cache
 def load(variant: Variant = COUNTED) -> ModuleType:
     """The module of all CUDA kernels, `emulated`."""
-    library = build([Source(HERE / "module.cpp", ("-O1",)), *KERNELS, *MACHINE], variant, module="emulated")
+    library = build([Source(HERE / "module.cpp", ("-O1",)), *kernels(), *MACHINE], variant, module="emulated")
     spec = importlib.util.spec_from_file_location("emulated", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

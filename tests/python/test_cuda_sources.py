@@ -45,7 +45,7 @@ def types(path: Path) -> set[tuple[str, str]]:
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.parent != CUDA], ids=name)
 def test_a_folder_has_one_namespace(path: Path) -> None:
     opened = set(re.findall(r"^namespace ([\w:]+) \{", path.read_text(), re.MULTILINE))
-    # instances.h declares what the two families define, and instance.cu is nothing but an instantiation.
+    # instances.h declares what the two families define.
     families = {"sm80", "sm90"} if path.name == "instances.h" else set()
     assert opened - families <= {namespace_of(path), LAUNCHERS}
     if path.suffix != ".cu":

@@ -1,5 +1,5 @@
-// The launchers of attention for one element type T and padded head size D. attention.cu chooses among them, and
-// instance.cu compiles them.
+// The launchers of attention for one element type T and padded head size D. attention.cu chooses among them, and the
+// build instantiates them from instance.cu.in.
 #pragma once
 
 #include "params.h"

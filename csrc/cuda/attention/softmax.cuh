@@ -133,7 +133,7 @@ struct Denominator {
     lse = sum == 0.0f ? -infinity() : top + logf(sum);
   }
 
-  // Stores what is wanted of it to row `row` of [B, H, Nq].
+  // Stores lse, maximum and inverse sum, those that are wanted, to row `row` of [B, H, Nq].
   __device__ __forceinline__ void store(const AttentionForwardParams& p, int64_t row, float max) const {
     if (p.lse != nullptr) p.lse[row] = lse;
     if (p.max == nullptr) return;
