@@ -156,7 +156,7 @@ __device__ __forceinline__ void newest_params(float (&p)[V], const Vector<T, V>&
 }
 
 // Updates elements [begin, end), a multiple of V, in vectors of V. T: parameter, GT: gradient, ST: state.
-template <class ParamStorage, class T, class GT, class ST, int V, class Rule>
+template <class Storage, class T, class GT, class ST, int V, class Rule>
 __device__ __forceinline__ void update(const OptimizerTensor& t, uint64_t row, const Step<Rule>& s,
                                        const GradientFactors& f, int64_t begin, int64_t end) {
   for (int64_t i = begin + threadIdx.x * V; i < end; i += kThreads * V) {
@@ -164,7 +164,7 @@ __device__ __forceinline__ void update(const OptimizerTensor& t, uint64_t row, c
     Vector<T, V> param;
     Vector<float, V> master;
     Vector<GT, V> grad;
-    if constexpr (ParamStorage::kHasMaster) master.load_once(t.master + i);
+    if constexpr (Storage::kHasMaster) master.load_once(t.master + i);
     param.load_once(at<T>(t.param, i));
     grad.load_once(at<GT>(t.grad, i));
     typename Rule::template State<ST, V> state;
@@ -172,10 +172,10 @@ __device__ __forceinline__ void update(const OptimizerTensor& t, uint64_t row, c
 
     // Update.
     float p[V];
-    if constexpr (ParamStorage::kHasMaster) newest_params<ParamStorage::kStochastic>(p, param, master);
+    if constexpr (Storage::kHasMaster) newest_params<Storage::kStochastic>(p, param, master);
 #pragma unroll
     for (int k = 0; k < V; ++k) {
-      if constexpr (!ParamStorage::kHasMaster) p[k] = param[k];
+      if constexpr (!Storage::kHasMaster) p[k] = param[k];
       s.rule(t, p[k], grad[k] * f.unscale * f.clip, state, k);
     }
 
@@ -185,11 +185,11 @@ __device__ __forceinline__ void update(const OptimizerTensor& t, uint64_t row, c
       grad.store(at<GT>(t.grad, i));
     }
     state.store(t, i);
-    if constexpr (ParamStorage::kHasMaster) {
+    if constexpr (Storage::kHasMaster) {
       master.set([&](int k) { return p[k]; });
       master.store(t.master + i);
     }
-    if constexpr (ParamStorage::kStochastic && std::is_same_v<T, __nv_bfloat16>) {
+    if constexpr (Storage::kStochastic && std::is_same_v<T, __nv_bfloat16>) {
       const philox::Words random = philox::words(s.seed, row, static_cast<uint32_t>(i / 8));
 #pragma unroll
       for (int k = 0; k < 8; ++k)
@@ -209,9 +209,8 @@ __device__ __forceinline__ bool can_vectorize(const OptimizerTensor& t) {
          0;
 }
 
-template <class ParamStorage, class Rule>
-__global__ void __launch_bounds__(kThreads, ParamStorage::kHasMaster ? 2 : 3)
-    step(const __grid_constant__ Step<Rule> s) {
+template <class Storage, class Rule>
+__global__ void __launch_bounds__(kThreads, Storage::kHasMaster ? 2 : 3) step(const __grid_constant__ Step<Rule> s) {
   const int64_t position = blockIdx.x * kOptimizerChunkCuda, index = index_at(s.table, s.count, position);
   const OptimizerTensor t = s.table[index];
   const int64_t begin = position - t.begin, left = t.numel - begin;
@@ -228,7 +227,7 @@ __global__ void __launch_bounds__(kThreads, ParamStorage::kHasMaster ? 2 : 3)
   }
   const GradientFactors f = gradient_factors(s);
   uint64_t row = static_cast<uint64_t>(index);
-  if constexpr (ParamStorage::kStochastic) row |= static_cast<uint64_t>(*t.step) << 32;
+  if constexpr (Storage::kStochastic) row |= static_cast<uint64_t>(*t.step) << 32;
 
   with_type(t.dtype, [&](auto own) {
     auto of = [&](DType dtype, auto&& g) { dtype == t.dtype ? g(own) : g(Tag<float>{}); };
@@ -240,8 +239,8 @@ __global__ void __launch_bounds__(kThreads, ParamStorage::kHasMaster ? 2 : 3)
         // 16-byte vectors as far as possible, then single elements.
         constexpr int V = sizeof(T) + sizeof(GT) + sizeof(ST) == 12 ? 4 : 8;
         const int64_t vector_end = can_vectorize(t) ? begin + (end - begin) / V * V : begin;
-        update<ParamStorage, T, GT, ST, V>(t, row, s, f, begin, vector_end);
-        update<ParamStorage, T, GT, ST, 1>(t, row, s, f, vector_end, end);
+        update<Storage, T, GT, ST, V>(t, row, s, f, begin, vector_end);
+        update<Storage, T, GT, ST, 1>(t, row, s, f, vector_end, end);
       });
     });
   });
