@@ -43,7 +43,7 @@ struct AdamWRule {
   template <class State>
   __device__ __forceinline__ void operator()(const OptimizerTensor& t, float& p, float g, State& state, int k) const {
     if (l2 != 0.0f) g = __fmaf_rn(l2, p, g);
-    const float m = __fmaf_rn(gain1, __fsub_rn(g, state.exp_avg[k]), state.exp_avg[k]);
+    const float m = __fmaf_rn(gain1, g, __fmaf_rn(-gain1, state.exp_avg[k], state.exp_avg[k]));
     const float v = __fmaf_rn(__fmul_rn(gain2, g), g, __fmul_rn(keep2, state.exp_avg_sq[k]));
     const float top = state.largest[k] > v ? state.largest[k] : v;  // NaN in v stays
     p = __fmaf_rn(t.decay, p, -__fmul_rn(t.step_size, m) / __fmaf_rn(sqrtf(top), t.inv_sqrt_bias2, eps));
