@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,8 +13,8 @@ F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float6
 # Empty, one, inside a vector, a vector and its tail, the chunk of the concatenation and its neighbours, many chunks.
 SHAPES = [(0,), (1,), (3,), (17,), (63,), (8, 8), (65,), (127,), (5, 26), (3, 4001)]
 DTYPES = [(F32, F32, F32)] + [(p, g, s) for p in (BF16, F16) for g in (p, F32) for s in (p, F32)]
-HYPER = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
-VARIANTS = {
+HYPER: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.95, "eps": 1e-6, "weight_decay": 0.1}
+VARIANTS: dict[str, dict[str, Any]] = {
     "adamw": {},
     "adam": {"decoupled": False, "maximize": True},
     "amsgrad": {"amsgrad": True, "weight_decay": 0.0},

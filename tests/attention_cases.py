@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,7 @@ TILES = [
 ]  # fmt: skip
 
 
-def gradients(function: Callable[..., Tensor], leaves: list[Tensor], dout: Tensor) -> list[Tensor]:
+def gradients(function: Callable[..., Any], leaves: list[Tensor], dout: Tensor) -> list[Tensor]:
     leaves = [t.detach().requires_grad_() for t in leaves]
     out = function(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+# Before torch is imported, here and in the processes of pytest-xdist: workers share the cores, so a thread that waits
+# must not spin, nor inductor start compilers of its own.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
 import pytest
 import torch
 from hypothesis import settings
-
-# Some suites compile; neither they nor the CPU kernels gain from more threads than the machine has cores.
-os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
-
 
 from torchweld import _cpu, backend
 
@@ -24,9 +25,24 @@ if os.environ.get("CI"):
     settings.load_profile("same")
 
 
+# Files that sweep torch's data bases of operators, modules and optimizers, families of models, trainers, sizes.
+SWEEPS = {
+    *("test_op_db.py", "test_module_db.py", "test_optim_db.py", "test_large_shapes.py"),
+    *("test_hugging_face_families.py", "test_trainers.py", "test_models.py", "test_accelerate.py"),
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """`-n auto`: a process holds half a gigabyte, and beyond a few of them the longest test decides."""
+    return min(os.cpu_count() or 1, 8)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = backend.unavailable("cuda")
     for item in items:
+        if item.path.name in SWEEPS:
+            item.add_marker(pytest.mark.slow)
         if reason and item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=f"no CUDA kernels here: {reason}"))
 
@@ -38,6 +54,20 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     _cpu.use_isa(request.param)
     assert _cpu.isa() == request.param
     yield request.param
+    _cpu.use_isa(before)
+
+
+@pytest.fixture
+def each_isa() -> Iterator[Iterator[str]]:
+    """The instruction sets one after another, for a test that works out for all of them what is right."""
+    before = _cpu.isa()
+
+    def each() -> Iterator[str]:
+        for name in _cpu.available_isas():
+            _cpu.use_isa(name)
+            yield name
+
+    yield each()
     _cpu.use_isa(before)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 WORLD = 2
 needs_gloo = pytest.mark.skipif(
@@ -20,7 +21,7 @@ needs_gloo = pytest.mark.skipif(
 def in_two_processes(check: Callable[[int, str], None]) -> None:
     """check(rank, folder) in each of two processes of one thread, which share a temporary folder."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_process, (folder, check), nprocs=WORLD)
+        spawn(_process, (folder, check), nprocs=WORLD)
 
 
 def _process(rank: int, folder: str, check: Callable[[int, str], None]) -> None:

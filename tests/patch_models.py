@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from leaves import gradient
+
 WIDTH, HEADS = 16, 2
 
 
@@ -18,7 +20,8 @@ class Attention(torch.nn.Module):
         return self.qkv(x).unflatten(-1, (3, HEADS, -1)).movedim(-3, 0).transpose(-2, -3).unbind()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.scaled_dot_product_attention(*self.heads(x), is_causal=True).transpose(-2, -3).flatten(-2)
+        q, k, v = self.heads(x)
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(-2, -3).flatten(-2)
 
 
 def helper(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -53,4 +56,4 @@ def results(model: torch.nn.Module) -> list[torch.Tensor]:
     x = torch.linspace(-2, 2, 2 * 7 * WIDTH).view(2, 7, WIDTH)
     out = model(x)
     out.square().sum().backward()
-    return [out.detach(), *(p.grad.clone() for p in model.parameters())]
+    return [out.detach(), *(gradient(p).clone() for p in model.parameters())]

@@ -16,7 +16,8 @@ from types import ModuleType
 from typing import TYPE_CHECKING, cast
 
 import torch
-from torch.autograd import forward_ad
+
+from torchweld._torch import constant_for_dynamo, forward_mode_is_on, tracing, transforms_active
 
 __all__ = [
     "BACKENDS",
@@ -25,15 +26,12 @@ __all__ = [
     "choose",
     "kernels",
     "strict",
-    "transforms_active",
     "unavailable",
     "use_backend",
 ]
 
 BACKENDS = ("cuda", "cpu", "reference")
 
-transforms_active = torch._C._are_functorch_transforms_active
-_tracing = torch._C._get_tracing_state  # None, or the state: Dynamo knows this question, not _is_tracing
 _CPU = torch.device("cpu")
 _log = logging.getLogger("torchweld")
 _logged: set[tuple[str, str]] = set()
@@ -117,7 +115,7 @@ def _load_once() -> None:
 
 
 # Dynamo calls it while it traces. Traced itself, it would hold only for the first call of a compiled function.
-_load_once._dynamo_marked_constant = True  # type: ignore[attr-defined]
+constant_for_dynamo(_load_once)
 
 
 def unavailable(name: str) -> str | None:
@@ -177,7 +175,7 @@ def choose(op: str, device: torch.device, refusal: str | None) -> str:
     _load_once()
     forced = _settings.forced
     # torch.func's transforms, forward-mode derivatives and torch.jit.trace see the reference's operators, not a kernel.
-    if forced == "reference" or transforms_active() or forward_ad._current_level >= 0 or _tracing():
+    if forced == "reference" or transforms_active() or forward_mode_is_on() or tracing():
         return "reference"
     kind = "cpu" if device == _CPU else device.type  # which makes a string, 0.2 us
     if forced is not None and forced != kind:

@@ -49,7 +49,8 @@ def test_gradients_of_x_and_residual_apart(wanted: tuple[bool, bool], dropout_p:
 
     def gradients(wanted: tuple[bool, bool], **again: bool) -> list[torch.Tensor]:
         leaves = [t.clone().requires_grad_(w) for t, w in zip((x, r), wanted, strict=True)]
-        outputs = ops.add_layer_norm(*leaves, (50,), dropout_p=dropout_p, seed=seed)
+        first, second = leaves
+        outputs = ops.add_layer_norm(first, second, (50,), dropout_p=dropout_p, seed=seed)
         assert outputs[0].dtype == x.dtype and outputs[1].dtype == r.dtype
         return list(torch.autograd.grad(outputs, [t for t in leaves if t.requires_grad], (dy, ds), **again))
 
@@ -68,6 +69,7 @@ def test_a_residual_narrower_than_x_goes_to_the_reference() -> None:
     torch.testing.assert_close(normed, torch.nn.functional.layer_norm(total.float(), (20,)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["add_layer_norm", "add_rms_norm"])
 def test_dropout_compiles_without_a_break(name: str) -> None:
     """The seed is drawn inside the graph, and the backward makes the forward's mask again."""

@@ -91,13 +91,14 @@ def test_checkpointing_replays_the_mask() -> None:
     assert torch.equal(grad(True), grad(False))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_compiles_to_one_graph(compiler: str) -> None:
     """A graph of its own draws the seed: with no dropout the same numbers, with some other ones at every call."""
     inputs = [torch.randn(2, 2, 20, 16, requires_grad=True) for _ in range(3)]
 
-    def call(p: float, *tensors: Tensor) -> Tensor:
-        return ops.scaled_dot_product_attention(*tensors, dropout_p=p)
+    def call(p: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ops.scaled_dot_product_attention(q, k, v, dropout_p=p)
 
     compiled = torch.compile(call, fullgraph=True, backend=compiler)
     torch.testing.assert_close(compiled(0.0, *inputs), call(0.0, *inputs))

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchweld import _cpu, ops, reference
+from torchweld import ops, reference
 from torchweld.testing import Oracle
 from torchweld.testing.attention import AttentionCase
 from torchweld.testing.cases import Tensors
@@ -20,14 +20,10 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEAST = {dtype: torch.finfo(dtype).min for dtype in DTYPES}
 
 
-@pytest.fixture(autouse=True, params=_cpu.available_isas())
-def isa(request: pytest.FixtureRequest, threads: None) -> Iterator[str]:
-    """Every instruction set of this CPU, on one thread: the calls are small."""
-    before = _cpu.isa()
+@pytest.fixture(autouse=True)
+def one_thread(threads: None) -> None:
+    """The calls are small."""
     torch.set_num_threads(1)
-    _cpu.use_isa(request.param)
-    yield request.param
-    _cpu.use_isa(before)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,9 +87,11 @@ FAR = [
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", MASKS, ids=lambda case: case.name)
-def test_a_finite_mask_is_a_number(case: Extreme, dtype: torch.dtype) -> None:
+def test_a_finite_mask_is_a_number(case: Extreme, dtype: torch.dtype, each_isa: Iterator[str]) -> None:
     """However many keys it hides before the first that is seen: weights, and every gradient."""
-    Oracle(case, dtype).check()
+    oracle = Oracle(case, dtype)
+    for _ in each_isa:
+        oracle.check()
 
 
 @pytest.mark.parametrize(
@@ -101,9 +99,11 @@ def test_a_finite_mask_is_a_number(case: Extreme, dtype: torch.dtype) -> None:
     [(c, d) for c in FAR for d in c.dtypes if d is not torch.float16 or max(c.logits, abs(c.offset)) <= 1e4],
     ids=lambda value: getattr(value, "name", str(value)),
 )
-def test_scores_far_from_zero(case: Extreme, dtype: torch.dtype) -> None:
+def test_scores_far_from_zero(case: Extreme, dtype: torch.dtype, each_isa: Iterator[str]) -> None:
     """What all scores of a row have in common changes nothing; the backward makes the forward's weights again."""
-    Oracle(case, dtype).check()
+    oracle = Oracle(case, dtype)
+    for _ in each_isa:
+        oracle.check()
 
 
 def visible(kind: str, queries: int, keys: int) -> dict[str, object]:
@@ -118,6 +118,7 @@ def visible(kind: str, queries: int, keys: int) -> dict[str, object]:
     }[kind]  # type: ignore[return-value]
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3])
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
@@ -132,8 +133,9 @@ def test_one_visible_key_has_no_gradient(
     q, k, v = (torch.randn(1, 2, n, 40).to(dtype).requires_grad_() for n in (70, keys, keys))
     modifiers = visible(kind, 70, keys)
     leaves = [q, k, v]
-    if isinstance(modifiers.get("bias"), Tensor) and modifiers["bias"].dtype.is_floating_point:  # type: ignore[union-attr]
-        leaves.append(modifiers["bias"].requires_grad_())  # type: ignore[union-attr]
+    bias = modifiers.get("bias")
+    if isinstance(bias, Tensor) and bias.dtype.is_floating_point:
+        leaves.append(bias.requires_grad_())
     seed = torch.tensor([5])
     out = ops.attention(q, k, v, softcap=softcap, dropout_p=dropout_p, seed=seed, **modifiers)  # type: ignore[arg-type]
     assert isinstance(out, Tensor)
@@ -143,6 +145,7 @@ def test_one_visible_key_has_no_gradient(
         assert not gradient.any(), gradient.abs().max()
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keys", [100, 700])
 def test_few_queries(keys: int, dtype: torch.dtype) -> None:
@@ -151,14 +154,14 @@ def test_few_queries(keys: int, dtype: torch.dtype) -> None:
     for hidden in (-100.0, -1e9, LEAST[dtype]):
         mask = torch.zeros(2, 1, 1, keys, dtype=dtype)
         mask[0, ..., : keys // 2], mask[1] = max(hidden, LEAST[dtype]), max(hidden, LEAST[dtype])
-        wide = [t.double() for t in (q, k, v, mask)]
-        exact = F.scaled_dot_product_attention(*wide[:3], wide[3])
+        exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), mask.double())
         theirs = F.scaled_dot_product_attention(q, k, v, mask)
         ours = ops.scaled_dot_product_attention(q, k, v, mask)
         allowed = 2 * (theirs.double() - exact).abs().max() + torch.finfo(dtype).eps
         assert (ours.double() - exact).abs().max() <= allowed, hidden
 
 
+@pytest.mark.usefixtures("isa")
 @pytest.mark.parametrize("offset", [2.0**16, 2.0**33])
 @pytest.mark.parametrize("sink", [None, 30.0, 2.0**16])
 def test_a_cache_in_blocks(offset: float, sink: float | None) -> None:
@@ -173,6 +176,7 @@ def test_a_cache_in_blocks(offset: float, sink: float | None) -> None:
         torch.testing.assert_close(ours.double(), exact, rtol=2e-7, atol=1e-6)
 
 
+@pytest.mark.usefixtures("isa")
 def test_rows_of_the_least_number_under_torchs_own_function() -> None:
     """Its backward is given lse alone, of which float32 holds nothing but the maximum there."""
     q, k, v = (torch.randn(1, 2, 80, 16, requires_grad=True) for _ in range(3))

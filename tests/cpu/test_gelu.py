@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -16,15 +16,11 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", cases("gelu"), ids=lambda c: c.name)
-def test_parity(case: Case, dtype: torch.dtype) -> None:
+def test_parity(case: Case, dtype: torch.dtype, each_isa: Iterator[str]) -> None:
     """Output and gradient, on every instruction set of this CPU."""
-    oracle, before = Oracle(case, dtype), _cpu.isa()
-    try:
-        for isa in _cpu.available_isas():
-            _cpu.use_isa(isa)
-            oracle.check()
-    finally:
-        _cpu.use_isa(before)
+    oracle = Oracle(case, dtype)
+    for _ in each_isa:
+        oracle.check()
 
 
 def test_bits_do_not_depend_on_threads(threads: None) -> None:
@@ -40,9 +36,9 @@ def test_bits_do_not_depend_on_threads(threads: None) -> None:
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_exponent(dtype: torch.dtype, approximate: str) -> None:
+def test_every_exponent(dtype: torch.dtype, approximate: str, each_isa: Iterator[str]) -> None:
     """Every number of 16 bits, and of float32 every exponent: subnormals, zeros, infinities and NaN among them."""
-    x, before = by_exponent(dtype), _cpu.isa()
+    x = by_exponent(dtype)
 
     def run(function: Callable[..., torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
         leaf = x.detach().requires_grad_()
@@ -50,13 +46,9 @@ def test_every_exponent(dtype: torch.dtype, approximate: str) -> None:
         return y.detach(), *torch.autograd.grad(y.sum(), leaf)
 
     theirs, exact = run(torch.nn.functional.gelu, x), run(reference.gelu, x.double())
-    try:
-        for isa in _cpu.available_isas():
-            _cpu.use_isa(isa)
-            for name, *values in zip(("y", "dx"), run(ops.gelu, x), theirs, exact, strict=True):
-                hold_by_row(*values, f"{name} on {isa}")
-    finally:
-        _cpu.use_isa(before)
+    for isa in each_isa:
+        for name, ours, its, right in zip(("y", "dx"), run(ops.gelu, x), theirs, exact, strict=True):
+            hold_by_row(ours, its, right, f"{name} on {isa}")
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
@@ -71,6 +63,7 @@ def test_the_definition_does_not_cancel_far_below_zero() -> None:
     assert reference.gelu(x[:1], "tanh").tolist() == pytest.approx([-2.315442262e-15], rel=1e-9, abs=0)
 
 
+@pytest.mark.slow
 def test_an_op_like_any_other() -> None:
     x, dy = torch.randn(4, 33), torch.randn(4, 33)
     torch.library.opcheck(torch.ops.torchweld.gelu_forward.default, (x,))

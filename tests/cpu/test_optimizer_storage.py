@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -119,11 +120,11 @@ def test_masters_that_do_not_fit() -> None:
 
 @pytest.mark.parametrize("dtypes", [(F32, F32, F32), (BF16, F32, F32), (BF16, BF16, BF16)], ids=str)
 def test_gradients_are_zeroed_in_the_same_pass(isa: str, dtypes: tuple[torch.dtype, ...]) -> None:
-    for options in ({}, {"grad_scale": torch.tensor(4.0)}, {"max_grad_norm": 0.5}):
+    for options in (HYPER, HYPER | {"grad_scale": torch.tensor(4.0)}, HYPER | {"max_grad_norm": 0.5}):
         zeroed, plain = make(LONG, *dtypes), make(LONG, *dtypes)
         versions = [g._version for g in zeroed[GRAD]]
-        ops.adamw_(*zeroed, **HYPER, **options, zero_grads=True)
-        ops.adamw_(*plain, **HYPER, **options)
+        ops.adamw_(*zeroed, **options, zero_grads=True)
+        ops.adamw_(*plain, **options)
         assert not any(g.any() for g in zeroed[GRAD])
         assert all(g._version > v for g, v in zip(zeroed[GRAD], versions, strict=True))
         zeroed[GRAD] = plain[GRAD]
@@ -143,10 +144,17 @@ def test_sgd_on_lists(isa: str) -> None:
     for count, offset in ((1, 0), (2, 0), (3, 5)):
         torch.set_num_threads(count)
         lists = make(LONG, offset=offset)[:3]
-        options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1, "max_grad_norm": 1.0}
+        options: dict[str, Any] = {
+            "lr": 0.1,
+            "momentum": 0.9,
+            "dampening": 0.5,
+            "weight_decay": 0.1,
+            "max_grad_norm": 1.0,
+        }
         norm = ops.sgd_(*lists, **options, first_step=True)
         ops.sgd_(*lists, **options, zero_grads=True)
         assert not any(g.any() for g in lists[GRAD])
+        assert norm is not None
         results.append([*lists, [norm.reshape(1)]])
     assert all(same_bits(results[0], r) for r in results[1:])
     exact = clone(make(LONG)[:3], F64)
@@ -172,7 +180,7 @@ def test_bad_arguments_of_sgd_are_named() -> None:
         ),
         ({"masters": [torch.zeros(4, 3)] * 2}, r"masters\[1\]: expected shape \[5\], but got \[4, 3\]"),
     ):
-        options = dict(change)
+        options: dict[str, Any] = {**change}
         buffers = options.pop("buffers", lists[2])
         with pytest.raises(ValueError, match=rf"^\[sgd_\] {message}"):
             ops.sgd_(lists[PARAM], lists[GRAD], buffers, lr=0.1, **options)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from torchweld import _cpu, backend, ops, reference
+from torchweld import backend, ops, reference
 from torchweld.testing import Oracle
 from torchweld.testing.paged_attention import PAGED_ATTENTION, PagedAttentionCase
 
@@ -20,26 +23,28 @@ def ints(*values: object) -> Tensor:
 
 Q, K, V = torch.randn(2, 4, 1, 8), torch.randn(5, 3, 2, 8), torch.randn(5, 3, 2, 6)
 TABLE, LENGTHS = ints([4, 1, 99], [3, 0, 2]), ints(4, 8)
-ARGUMENTS = {"query": Q, "key_cache": K, "value_cache": V, "block_table": TABLE, "cache_seqlens": LENGTHS}
+ARGUMENTS: dict[str, Any] = {
+    "query": Q,
+    "key_cache": K,
+    "value_cache": V,
+    "block_table": TABLE,
+    "cache_seqlens": LENGTHS,
+}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", PAGED_ATTENTION, ids=lambda case: case.name)
-def test_parity(case: PagedAttentionCase, dtype: torch.dtype, threads: None) -> None:
+def test_parity(case: PagedAttentionCase, dtype: torch.dtype, threads: None, each_isa: Iterator[str]) -> None:
     """What lies past a batch's keys, and in blocks of nobody, is NaN. The same bits at any number of threads."""
-    oracle, before = Oracle(case, dtype), _cpu.isa()
-    try:
-        for isa in _cpu.available_isas():
-            _cpu.use_isa(isa)
-            with backend.strict():
-                oracle.check()
-            found = []
-            for count in (1, 3):
-                torch.set_num_threads(count)
-                found.append(case.ours(oracle.inputs[0])["output"])
-            assert torch.equal(*found)
-    finally:
-        _cpu.use_isa(before)
+    oracle = Oracle(case, dtype)
+    for _ in each_isa:
+        with backend.strict():
+            oracle.check()
+        found = []
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            found.append(case.ours(oracle.inputs[0])["output"])
+        assert torch.equal(*found)
 
 
 def test_gathers_the_rows_that_the_table_lists() -> None:
@@ -67,10 +72,9 @@ def test_a_cache_of_one_piece_for_each_batch() -> None:
 def test_strides() -> None:
     wide = [torch.randn(*t.shape[:3], 2 * t.shape[3]) for t in (Q, K, V)]
     q, k, v = (t[..., ::2] for t in wide)
-    dense = (t.contiguous() for t in (q, k, v))
-    torch.testing.assert_close(
-        ops.paged_attention(q, k, v, TABLE, LENGTHS), ops.paged_attention(*dense, TABLE, LENGTHS)
-    )
+    found = ops.paged_attention(q, k, v, TABLE, LENGTHS)
+    q, k, v = (t.contiguous() for t in (q, k, v))
+    torch.testing.assert_close(found, ops.paged_attention(q, k, v, TABLE, LENGTHS))
     merged = torch.randn(2, 5, 4, 8).transpose(1, 2)
     out = ops.paged_attention(merged, K, V, TABLE, LENGTHS)
     torch.testing.assert_close(out, ops.paged_attention(merged.contiguous(), K, V, TABLE, LENGTHS))
@@ -90,12 +94,12 @@ def test_without_blocks_there_are_no_keys() -> None:
 
 def test_float64_runs_on_the_definition() -> None:
     wide = {n: t.double() if t.is_floating_point() else t for n, t in ARGUMENTS.items()}
-    out = ops.paged_attention(**wide, causal=True)
+    out: Any = ops.paged_attention(**wide, causal=True)
     assert out.dtype == torch.float64
     torch.testing.assert_close(out.float(), ops.paged_attention(**ARGUMENTS, causal=True))
 
 
-REFUSED = {
+REFUSED: dict[str, tuple[dict[str, Any], type[Exception], list[str]]] = {
     "query of three dimensions": ({"query": Q[0]}, RuntimeError, ["query", "[4, 1, 8]"]),
     "cache of three": ({"key_cache": K[0]}, RuntimeError, ["key_cache", "[blocks, block size, heads, head size]"]),
     "head size": ({"key_cache": K[..., :7]}, RuntimeError, ["key_cache", "head size 8", "7"]),
@@ -126,9 +130,9 @@ def test_names_what_is_wrong(name: str, kind: str) -> None:
     with pytest.raises(error_type) as error:
         if kind == "reference":
             with backend.use_backend("reference"):
-                ops.paged_attention(**(ARGUMENTS | options))  # type: ignore[arg-type]
+                ops.paged_attention(**(ARGUMENTS | options))
         else:
-            ops.paged_attention(**(ARGUMENTS | options))  # type: ignore[arg-type]
+            ops.paged_attention(**(ARGUMENTS | options))
     assert all(word in str(error.value) for word in ["[paged_attention]", *words]), str(error.value)
 
 

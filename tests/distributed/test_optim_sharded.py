@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from gloo_processes import WORLD, in_two_processes, needs_gloo
 from torchweld import optim
 
-pytestmark = needs_gloo
+pytestmark = [needs_gloo, pytest.mark.slow]
 LIMIT = 0.5
 
 
@@ -23,7 +24,8 @@ def model() -> torch.nn.Sequential:
 
 def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int, world: int, clip: bool) -> list[Tensor]:
     """Each process works on its share of the batch; the norms before clipping."""
-    generator, norms = torch.Generator().manual_seed(1), []
+    generator = torch.Generator().manual_seed(1)
+    norms: list[Any] = []
     for _ in range(4):
         x = torch.randn(8, 5, generator=generator)
         optimizer.zero_grad()
@@ -32,12 +34,14 @@ def train(net: torch.nn.Module, optimizer: torch.optim.Optimizer, rank: int, wor
             norms.append(torch.nn.utils.clip_grad_norm_(net.parameters(), LIMIT))
         optimizer.step()
         if not clip:
+            assert isinstance(optimizer, optim.AdamW)
             norms.append(optimizer.grad_norm)
     return norms
 
 
 def fsdp(rank: int, folder: str) -> None:
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+    from torch.distributed.tensor import DTensor  # noqa: PLC0415
 
     alone, sharded = model(), model()
     expected = train(alone, torch.optim.AdamW(alone.parameters(), lr=0.1), 0, 1, clip=True)
@@ -49,14 +53,16 @@ def fsdp(rank: int, folder: str) -> None:
     norms = train(sharded, optimizer, rank, WORLD, clip=False)
     torch.testing.assert_close(norms, expected)
     for p, q, version in zip(sharded.parameters(), alone.parameters(), versions, strict=True):
-        torch.testing.assert_close(p.full_tensor(), q)
+        assert isinstance(p.data, DTensor)
+        torch.testing.assert_close(p.data.full_tensor(), q)
         assert p._version > version
         assert type(optimizer.state[p]["exp_avg"]) is type(p)
 
 
 def copies(rank: int, folder: str) -> None:
     """Copies on two processes count once in the norm; a gradient that is still to be summed is summed first."""
-    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, init_device_mesh  # noqa: PLC0415
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard  # noqa: PLC0415
 
     mesh = init_device_mesh("cpu", (WORLD,))
     torch.manual_seed(0)

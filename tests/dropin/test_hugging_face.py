@@ -83,7 +83,6 @@ MODELS = [
     "MistralForCausalLM",
     "Gemma2ForCausalLM",
 ]
-CAUSAL = ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM", "T5ForConditionalGeneration"]
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -99,8 +98,10 @@ def test_everything_is_swapped(name: str) -> None:
     assert model.config._attn_implementation == ("eager" if name.startswith("Gemma2") else "sdpa")
 
 
-@pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "padding"),
+    [(torch.float32, None), (torch.float32, "left"), (torch.float32, "right"), (torch.bfloat16, "left")],
+)
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_and_gradients(name: str, dtype: torch.dtype, padding: str | None) -> None:
     """By the one rule. Their norms compute in float32 always: what is exact is the patched model in float64."""
@@ -117,16 +118,7 @@ def test_logits_and_gradients(name: str, dtype: torch.dtype, padding: str | None
     torch.testing.assert_close(wide[0], wide[1], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("use_cache", [True, False])
-@pytest.mark.parametrize("name", CAUSAL)
-def test_generation_token_for_token(name: str, use_cache: bool) -> None:
-    stock, patched = implementations(build(name))
-    options = {"max_new_tokens": 12, "do_sample": False, "use_cache": use_cache, "eos_token_id": None}
-    expected, got = (m.generate(**batch("left"), **options) for m in (stock, patched))
-    assert expected.shape[1] >= 12 and torch.equal(got, expected)
-
-
-@pytest.mark.parametrize("name", CAUSAL[:3])
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "LlamaForCausalLM", "Qwen3ForCausalLM"])
 def test_a_cache_continues_where_it_stood(name: str) -> None:
     _, patched = implementations(build(name))
     ids, whole = batch(None)["input_ids"], patched(**batch(None)).logits

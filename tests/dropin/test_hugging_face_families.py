@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import pickle
-import subprocess
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import torchweld
+from torchweld import hugging_face
 
 transformers = pytest.importorskip("transformers")
 
@@ -27,6 +29,12 @@ PAIR = {
     "decoder_start_token_id": 0,
 }
 T5 = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4, "decoder_start_token_id": 0}
+EXPERTS = {"num_local_experts": 2, "num_experts_per_tok": 1, "mlp_layer_types": ["dense"] * 2}
+LATENT = {"kv_lora_rank": 8, "q_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8}
+LATENT |= {"n_group": 1, "topk_group": 1, **EXPERTS}
+BLOCKS = {"layer_types": ["minimax_m3_sparse"] * 2, "index_block_size": 2, "index_topk_blocks": 2, **EXPERTS}
+BLOCKS |= {"rotary_dim": 4, "dense_intermediate_size": 48, "shared_intermediate_size": 16}
+INDEX = {"index_n_heads": 2, "index_head_dim": 8}
 CAUSAL: dict[str, dict[str, Any]] = {
     "GPT2LMHeadModel": OLD,
     "GPTJForCausalLM": {**OLD, "rotary_dim": 4},
@@ -44,6 +52,8 @@ CAUSAL: dict[str, dict[str, Any]] = {
     "StableLmForCausalLM": GROUPED,
     "GraniteForCausalLM": GROUPED,
     "Olmo2ForCausalLM": GROUPED,
+    "DeepseekV32ForCausalLM": {**SIZES, **LATENT, **INDEX, "num_key_value_heads": 4, "index_topk": 5},
+    "MiniMaxM3VLForCausalLM": {**GROUPED, "head_dim": 8, **BLOCKS, **INDEX},
 }
 ENCODERS: dict[str, dict[str, Any]] = {
     "RobertaForMaskedLM": SIZES,
@@ -94,16 +104,19 @@ def masks(name: str) -> list[tuple[torch.Tensor, torch.Tensor]]:
     if name in PAIRS or name[:3] in ("OPT", "Blo"):  # which take 2 dimensions only
         return found
     causal = torch.ones(N, N, dtype=torch.bool).tril(0 if name in CAUSAL else N)
-    square = RIGHT[:, None, None, :] & causal
-    additive = torch.zeros(square.shape).masked_fill(~square, torch.finfo(torch.float32).min)
-    return [*found, (square, RIGHT), (additive, RIGHT)]
+    for side in (LEFT, RIGHT):
+        square = side[:, None, None, :] & causal
+        found.append((torch.zeros(square.shape).masked_fill(~square, torch.finfo(torch.float32).min), side))
+    return [*found, (square, RIGHT)]
 
 
 @pytest.mark.parametrize("name", [*CAUSAL, *ENCODERS, *PAIRS])
 def test_logits_losses_and_gradients(name: str) -> None:
     stock, patched = build(name)
     for mask, seen in masks(name):
-        expected, got = (results(m, mask, seen) for m in (stock, patched))
+        got = results(patched, mask, seen)
+        with sdpa_kernel(SDPBackend.MATH):  # the other one has wrong gradients of rows that are masked by finite values
+            expected = results(stock, mask, seen)
         assert len(got) == len(expected)
         top = max(float(g.abs().max()) for g in expected[2:])
         for a, b in zip(got, expected, strict=True):
@@ -112,7 +125,7 @@ def test_logits_losses_and_gradients(name: str) -> None:
 
 @pytest.mark.parametrize(
     "how",
-    [{}, {"num_beams": 3}, {"cache_implementation": "static", "disable_compile": True}, {"do_sample": True}],
+    [{}, {"cache_implementation": "static", "disable_compile": True}],
     ids=lambda how: " ".join(how) or "greedy",
 )
 @pytest.mark.parametrize("name", [*list(CAUSAL)[::3], *PAIRS])
@@ -128,6 +141,19 @@ def test_generation_token_for_token(name: str, how: dict[str, Any]) -> None:
     assert found[0] == found[1] if isinstance(found[0], str) else torch.equal(*found)
 
 
+def test_keywords_that_models_hand_to_their_attention() -> None:
+    """One that nobody reads would be lost in silence, as the keys that a sparse attention has chosen."""
+    known = {"sliding_window", "position_ids"}  # the mask has them
+    known |= {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "deterministic"}  # FlashAttention's own
+    known |= {"output_attentions", "sinks"}  # read, refused
+    known |= set(inspect.signature(hugging_face.attention_forward).parameters)
+    calls = []
+    for file in Path(transformers.__file__).parent.glob("models/*/modeling_*.py"):
+        calls += re.findall(r"attention_interface\(\n(.*?)^ +\)", file.read_text(), re.DOTALL | re.MULTILINE)
+    assert len(calls) > 100
+    assert {keyword for call in calls for keyword in re.findall(r"^ +(\w+)=", call, re.MULTILINE)} <= known
+
+
 def test_an_assistant() -> None:
     found = [
         m.generate(IDS[:1], max_new_tokens=8, do_sample=False, assistant_model=m) for m in build("LlamaForCausalLM")
@@ -135,19 +161,15 @@ def test_an_assistant() -> None:
     assert torch.equal(*found)
 
 
-def test_a_pickled_model_knows_its_attention_in_another_process(tmp_path: Path) -> None:
+def test_a_pickled_model_knows_its_attention(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in a process that has patched nothing, where transformers does not know the name yet."""
     model = build("LlamaForCausalLM")[1]
-    with torch.no_grad():
-        (tmp_path / "model").write_bytes(pickle.dumps((model, IDS, model(IDS).logits)))
-    program = """
-import pickle, sys, torch
-model, ids, expected = pickle.load(open(sys.argv[1], "rb"))
-torch.testing.assert_close(model(ids).logits, expected)
-print(model.config._attn_implementation)
-"""
-    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "model")]
-    done = subprocess.run(command, check=False, capture_output=True, text=True)
-    assert done.stdout == "torchweld\n", done.stderr
+    pickled = pickle.dumps(model)
+    for interface in (transformers.AttentionInterface, transformers.AttentionMaskInterface):
+        monkeypatch.delitem(interface._global_mapping, "torchweld")
+    twin = pickle.loads(pickled)
+    torch.testing.assert_close(twin(IDS).logits, model(IDS).logits)
+    assert twin.config._attn_implementation == "torchweld"
 
 
 @pytest.mark.parametrize("first", [0, 1])

@@ -55,7 +55,6 @@ class Sample(NamedTuple):
     construct: Any
     inputs: tuple[Tensor, ...]
     masks: dict[str, Any]
-    reference: Any
 
     def modules(self, cls: type[torch.nn.Module], training: bool) -> tuple[torch.nn.Module, torch.nn.Module]:
         """Ours and torch's, of the same random parameters."""
@@ -83,11 +82,16 @@ def samples(name: str, training: bool, dtype: torch.dtype, device: str = "cpu") 
     for i, each in enumerate(found):
         call = each.forward_input
         inputs = (*call.args, *(call.kwargs.pop(k) for k in ("input",) if k in call.kwargs))
-        sample = Sample(f"{name}[{i}] {each.desc}", each.constructor_input, inputs, call.kwargs, each.reference_fn)
+        sample = Sample(f"{name}[{i}] {each.desc}", each.constructor_input, inputs, call.kwargs)
         yield sample
         if name == "MultiheadAttention":
             masks = call.kwargs | {"need_weights": False}
-            yield sample._replace(name=f"{sample.name} without weights", masks=masks, reference=None)
+            yield sample._replace(name=f"{sample.name} without weights", masks=masks)
+
+
+def some(found: list[Sample], count: int) -> list[Sample]:
+    """`count` of them, or a few more: by an odd stride, which meets all options."""
+    return found[:: len(found) // count | 1]
 
 
 def close(got: Any, expected: Any, what: str, **tolerance: float) -> None:
@@ -100,7 +104,8 @@ def close(got: Any, expected: Any, what: str, **tolerance: float) -> None:
 def test_forward_and_grad_are_torchs(name: str, training: bool, dtype: torch.dtype, device: str) -> None:
     """In float64 alike; below that by the one rule. (No gradients in 16 bits: that of ReLU jumps at 0.)"""
     trials = []
-    for sample in samples(name, training, dtype, device):
+    found = list(samples(name, training, dtype, device))
+    for sample in some(found, 8) if dtype is torch.bfloat16 else found:
         ours, theirs = sample.modules(TWINS[ENTRIES[name].module_cls], training)
         if dtype is torch.float64:
             got, expected = (evaluate_module(m, sample.output, sample.inputs) for m in (ours, theirs))
@@ -113,21 +118,11 @@ def test_forward_and_grad_are_torchs(name: str, training: bool, dtype: torch.dty
         check_modules(trials, f"{dtype}", gradients=dtype is torch.float32)
 
 
-@devices
-@modes
-def test_forward_is_the_references(name: str, training: bool, device: str) -> None:
-    for sample in samples(name, training, torch.float32, device):
-        ours, _ = sample.modules(TWINS[ENTRIES[name].module_cls], training)
-        if sample.reference is not None:
-            got = sample.call(ours, *sample.inputs)
-            close(got, sample.reference(ours, *sample.inputs, **sample.masks), sample.name)
-
-
 @modes
 def test_gradients_of_first_and_second_order(name: str, training: bool) -> None:
-    """Of some samples where there are many, by an odd stride, which meets all options; the test above has them all."""
+    """Of some samples where there are many; the test above has them all. Of few where the module is one of layers."""
     found = list(samples(name, training, torch.float64))
-    for sample in found[:: len(found) // 8 | 1]:
+    for sample in some(found, 2 if name in ("Transformer", "TransformerEncoder") else 6):
         ours, _ = sample.modules(TWINS[ENTRIES[name].module_cls], training)
         parameters = dict(ours.named_parameters())
 
@@ -145,19 +140,17 @@ def test_gradients_of_first_and_second_order(name: str, training: bool) -> None:
 @devices
 @modes
 def test_non_contiguous_inputs(name: str, training: bool, device: str) -> None:
-    for sample in samples(name, training, torch.float32, device):
+    for sample in some(list(samples(name, training, torch.float32, device)), 12):
         ours, _ = sample.modules(TWINS[ENTRIES[name].module_cls], training)
         masks = {k: noncontiguous_like(m) if isinstance(m, Tensor) else m for k, m in sample.masks.items()}
         strided = [noncontiguous_like(x) for x in sample.inputs]
-        expected = sample.call(ours, *sample.inputs)
-        close(ours(*strided, **masks), expected, sample.name)
-        got, expected = (evaluate_module(ours, sample.output, x) for x in (strided, sample.inputs))
-        close(got, expected, sample.name, rtol=1e-5, atol=1e-5)
+        got = evaluate_module(ours, sample._replace(masks=masks).output, strided)
+        close(got, evaluate_module(ours, sample.output, sample.inputs), sample.name, rtol=1e-5, atol=1e-5)
 
 
 @modes
 def test_pickle_save_load_and_repr(name: str, training: bool) -> None:
-    for sample in list(samples(name, training, torch.float32))[::3]:  # a stride that meets all options
+    for sample in some(list(samples(name, training, torch.float32)), 4):
         ours, theirs = sample.modules(TWINS[ENTRIES[name].module_cls], training)
         assert repr(ours) == repr(theirs) and str(ours) == str(theirs)
         expected = sample.call(ours, *sample.inputs)

@@ -37,6 +37,7 @@ CALLS = [
     for dtype in sorted(ENTRIES[name].supported_dtypes("cpu"), key=str)
     if dtype.is_floating_point
 ]
+FEW_CALLS = [call for call in CALLS if call.values[1] in (torch.float32, torch.float64)]  # kernels, reference
 # All that is left out, and why; and complex numbers, for which torch composes rms_norm and we have no definition.
 SKIPPED = {
     ("forward-mode", "scaled_dot_product_attention"): "torch's own attention has no forward-mode derivative",
@@ -119,7 +120,7 @@ def test_values_and_gradients(name: str, dtype: torch.dtype, device: str) -> Non
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("name", "dtype"), CALLS)
+@pytest.mark.parametrize(("name", "dtype"), FEW_CALLS)
 def test_non_contiguous(name: str, dtype: torch.dtype, device: str) -> None:
     for sample in samples(name, device, dtype):
         for got, expected in zip(results(OURS[name], sample.noncontiguous()), results(OURS[name], sample), strict=True):
@@ -127,7 +128,7 @@ def test_non_contiguous(name: str, dtype: torch.dtype, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(("name", "dtype"), CALLS)
+@pytest.mark.parametrize(("name", "dtype"), FEW_CALLS)
 def test_a_fake_call_gives_what_the_real_one_does(name: str, dtype: torch.dtype, device: str) -> None:
     for sample in samples(name, device, dtype):
         real = call(OURS[name], sample)

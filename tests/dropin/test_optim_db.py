@@ -107,7 +107,7 @@ def test_lockstep_with_torchs_loop(device: str, name: str, kwargs: dict[str, Any
                 optimizer.step()
         return
     b = theirs(its, **{**copy.deepcopy(kwargs), "fused": False, "foreach": False})
-    lockstep(a, b, mine, its, 7)
+    lockstep(a, b, mine, its, 4)
 
 
 @pytest.mark.parametrize(("name", "error"), errors("cpu"), ids=lambda e: getattr(e, "error_regex", e))

@@ -130,7 +130,6 @@ def test_a_step_by_torch_finds_the_state_as_it_was() -> None:
 @pytest.mark.parametrize("name", PAIRS)
 def test_what_is_deleted_is_freed_at_once(monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any]) -> None:
     monkeypatch.setattr("torchweld.optim.offload.is_away", lambda _: True)
-    gc.collect()
     gc.disable()
     try:
         params = parameters(BF16 if "master_weights" in options else torch.float32)

@@ -106,7 +106,6 @@ print(type(model.norm).__module__, *(type(m).__mro__[1].__name__ for m in (model
 
 @pytest.fixture
 def no_collector() -> Iterator[None]:
-    gc.collect()
     gc.disable()
     yield
     gc.enable()

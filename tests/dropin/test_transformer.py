@@ -44,7 +44,7 @@ def compare(
 
 
 @pytest.mark.parametrize("cls", LAYERS)
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=["defaults", "norm first, gelu", "no bias, silu", "norm first, GELU"])
 @pytest.mark.parametrize("kind", [None, "bool", "float"])
 def test_layers_are_torchs(cls: type[torch.nn.Module], options: dict[str, Any], kind: str | None) -> None:
     batch_first = kind != "bool"

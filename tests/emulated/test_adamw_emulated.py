@@ -1,8 +1,9 @@
-"""The CUDA kernels of adamw_, sgd_ and grad_norm, compiled for the CPU (tests/emulation): edges and long lists."""
+"""The CUDA kernels of adamw_, sgd_ and grad_norm on the emulated GPU (tests/emulation): edges and long lists."""
 
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -24,12 +25,12 @@ def tensors(sizes: tuple[int, ...], seed: int = 0) -> dict[str, list[torch.Tenso
     return made | {"max_exp_avg_sqs": [], "steps": [torch.full((), 4.0) for _ in sizes]}
 
 
-OPTIONS = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8, "weight_decay": 0.1}
 
 
 @pytest.mark.usefixtures("kernels")
 def test_chunks_meet_without_gap_or_overlap() -> None:
-    """Empty and tiny tensors between some that end just before, at and just after a thread block's chunk."""
+    """Empty and tiny tensors lie between tensors that end just before, at and just after a chunk of a thread block."""
     sizes = (0, CHUNK - 1, 0, 1, CHUNK, 3, CHUNK + 1, 0, 2 * CHUNK + 5, 7)
     ours, exact = tensors(sizes), tensors(sizes)
     ops.adamw_(*ours.values(), **OPTIONS)
@@ -40,7 +41,7 @@ def test_chunks_meet_without_gap_or_overlap() -> None:
 
 
 def test_any_number_of_tensors(kernels: ModuleType) -> None:
-    """More than the arguments of one launch can carry, clipped; the threads in order, and at random.
+    """More tensors than the arguments of one launch hold, clipped, with threads in order and in random order.
 
     The norm's thousand blocks take seconds here, so the cases that clip are left to this test.
     """
@@ -52,6 +53,7 @@ def test_any_number_of_tensors(kernels: ModuleType) -> None:
         kernels.set_machine(seed=seed)
         ours = tensors(sizes)
         norm = ops.adamw_(*ours.values(), **OPTIONS, max_grad_norm=3.0)
+        assert norm is not None
         results.append([*ours["params"], *ours["exp_avgs"], norm])
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
     for got, one in zip(results[0], expected["params"], strict=False):
@@ -82,7 +84,7 @@ def test_scaled_gradients_are_stored_unscaled() -> None:
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.usefixtures("kernels")
 def test_stochastic_rounding_has_the_references_bits(offset: int) -> None:
-    """Packets and single elements, at the edges of chunks; where only the decay moves, the values have no two ways."""
+    """Vectors and single elements, at the edges of chunks. Only the decay moves the parameters, so bits are equal."""
     sizes = (CHUNK + 11, 0, 3, 700)
     found = []
     for backend_name in ("cpu", "reference"):
@@ -101,7 +103,7 @@ def test_stochastic_rounding_has_the_references_bits(offset: int) -> None:
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.usefixtures("kernels")
 def test_a_step_starts_from_what_others_wrote(offset: int, seed: int | None) -> None:
-    """Packets and single elements; every third element is written to; only the decay moves, so bits are equal."""
+    """Vectors and single elements. Every third is overwritten. Only the decay moves the others, so bits are equal."""
     sizes = (CHUNK + 11, 0, 3, 700)
     found = []
     for backend_name in ("cpu", "reference"):
@@ -113,7 +115,8 @@ def test_a_step_starts_from_what_others_wrote(offset: int, seed: int | None) -> 
         zeros = [[torch.zeros(m.shape) for m in masters] for _ in range(3)]
         with use_backend(backend_name):
             steps = [torch.zeros(()) for _ in masters]
-            ops.adamw_(params, *zeros, [], steps, **OPTIONS, masters=masters, rounding_seed=seed)
+            lists: list[Any] = [params, *zeros, [], steps]
+            ops.adamw_(*lists, **OPTIONS, masters=masters, rounding_seed=seed)
         assert all((m[::3][1:2] - 3.0).abs().max() < 0.1 for m in masters if m.numel() > 3)
         found.append([*params, *masters])
     assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
@@ -136,7 +139,13 @@ def test_gradients_are_zeroed_also_after_an_overflow() -> None:
 @pytest.mark.usefixtures("kernels")
 def test_sgd_reads_its_rate_on_the_device_and_dampens_from_the_second_step() -> None:
     ours, exact = (list(tensors((5, CHUNK + 3)).values())[:3] for _ in range(2))
-    options = {"lr": torch.tensor(0.1), "momentum": 0.9, "dampening": 0.5, "weight_decay": 0.1, "nesterov": False}
+    options: dict[str, Any] = {
+        "lr": torch.tensor(0.1),
+        "momentum": 0.9,
+        "dampening": 0.5,
+        "weight_decay": 0.1,
+        "nesterov": False,
+    }
     for first in (True, False):
         ops.sgd_(*ours, **options, first_step=first)
         reference.sgd_(*exact, **options, first_step=first)

@@ -1,9 +1,10 @@
-"""The CUDA kernels of attention on the machine that runs them on the CPU (tests/emulation): every way through them."""
+"""The CUDA kernels of attention on the emulated GPU (tests/emulation): every path through them."""
 
 from __future__ import annotations
 
 import sys
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ def kernels(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType
     return emulated
 
 
-# By instance: head size and type. Two tiles of own rows and several of streamed ones, none of them whole.
+# By instance: head size and type. Two tiles of own rows and several streamed tiles, each with missing rows.
 SIZES = [
     (case("D 24: rows of 64 bytes, padded", 130, 37, dim=24, heads=1, causal=True, bottom_right=True), DTYPES[1:]),
     (case("D 64", 150, 80, heads=1, causal=True, bottom_right=True), DTYPES),
@@ -84,11 +85,11 @@ def test_an_unwritten_cache_is_masked() -> None:
 
 @pytest.mark.parametrize(("dim", "dtype"), [(64, torch.bfloat16), (64, torch.float32), (256, torch.float16)], ids=str)
 def test_dropout_is_that_of_the_definition(dim: int, dtype: torch.dtype) -> None:
-    """The same bits in the forward and in both directions of the backward, whose tiles are laid out differently."""
+    """The forward and both backward kernels, whose tiles have different layouts, see the same mask."""
     torch.manual_seed(0)
     q, k, v, dout = (torch.randn(2, 2, n, dim).to(dtype) for n in (37, 70, 70, 37))
     seed = torch.tensor([-5_000_000_019])
-    options = {"dropout_p": 0.3, "seed": seed, "causal": True, "causal_align": "bottom_right"}
+    options: dict[str, Any] = {"dropout_p": 0.3, "seed": seed, "causal": True, "causal_align": "bottom_right"}
     found = gradients(lambda *t: ops.attention(*t, **options), [q, k, v], dout)
     wide = [t.double() for t in (q, k, v)]
     exact = gradients(lambda *t: reference.attention(*t, **options), wide, dout.double())
@@ -96,16 +97,17 @@ def test_dropout_is_that_of_the_definition(dim: int, dtype: torch.dtype) -> None
         step = 4 * torch.finfo(dtype).eps * want.abs().max()
         assert (got.double() - want).abs().max() <= step + 1e-5
 
-    # The weights themselves, through values that pick a key each.
+    # The probabilities themselves: each value selects one key.
     eye = torch.eye(70, dtype=dtype).expand(2, 2, 70, 70)
-    dropped = ops.attention(q, k, eye, **options) == 0
-    assert torch.equal(dropped, reference.attention(*wide[:2], eye.double(), **options) == 0)
+    picked: Any = ops.attention(q, k, eye, **options)
+    defined: Any = reference.attention(q.double(), k.double(), eye.double(), **options)
+    assert torch.equal(picked == 0, defined == 0)
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
 def test_dropout_of_nothing_and_of_all(p: float) -> None:
     q = torch.randn(1, 1, 20, 32).requires_grad_()
-    out = ops.attention(q, q, q, dropout_p=p)
+    out: Any = ops.attention(q, q, q, dropout_p=p)
     grad = torch.autograd.grad(out.square().sum(), q)[0]
     if p == 1.0:
         assert not out.any() and not grad.any()
@@ -116,13 +118,13 @@ def test_dropout_of_nothing_and_of_all(p: float) -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_packed_sequences(dropout_p: float, dtype: torch.dtype) -> None:
-    """One of them empty, one without keys, one of one query; aligned to the last key, so that shifts differ."""
+    """One sequence is empty, one has no keys, one has one query. Aligned to the last key, so that shifts differ."""
     torch.manual_seed(1)
     lens_q, lens_k = (torch.tensor(n, dtype=torch.int32) for n in ([0, 70, 70, 75, 76], [0, 40, 51, 51, 100]))
     q, k, v, dout = (torch.randn(n, h, 32).to(dtype) for n, h in ((76, 4), (100, 2), (100, 2), (76, 4)))
     slopes, sinks = torch.rand(4, 4), torch.randn(4)
 
-    def call(module, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sinks: Tensor) -> Tensor:
+    def call(module: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sinks: Tensor) -> Tensor:
         out = module.attention(
             q, k, v, causal=True, causal_align="bottom_right", alibi_slopes=slopes, sinks=sinks, softcap=5.0,
             cu_seqlens_q=lens_q, cu_seqlens_k=lens_k, dropout_p=dropout_p, seed=torch.tensor([7]),
@@ -152,12 +154,13 @@ def test_the_order_of_threads_does_not_show(kernels: ModuleType, each: Attention
 
 
 def test_a_block_fits_the_shared_memory_of_every_gpu(kernels: ModuleType) -> None:
-    """8.6 and 8.9 have the least: 99 KB."""
+    """GPUs of capability 8.6 and 8.9 have the least: 99 KB."""
     kernels.set_machine(shared_bytes_per_block=99 * 1024)
     for dtype, dim in ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128), (torch.float32, 256)):
         q = torch.randn(1, 1, 20, dim).to(dtype).requires_grad_()
-        for flags in ({}, {"softcap": 1.0}):
-            torch.autograd.grad(ops.attention(q, q, q, **flags).sum(), q)
+        for softcap in (0.0, 1.0):
+            out: Any = ops.attention(q, q, q, softcap=softcap)
+            torch.autograd.grad(out.sum(), q)
         ops.attention(q[:, :, :1].detach(), q.detach(), q.detach())
 
 

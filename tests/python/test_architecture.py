@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+import torchweld
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "python" / "torchweld"
 CSRC = ROOT / "csrc"
 
-# What the files of each part of the package may import from torchweld.
+# What the files of each part of the package may import from torchweld. All but the reference may import _torch.
 ALLOWED = {
+    "_torch": set(),
     "reference": {"reference"},
     "backend": {"_cpu"},
     "errors": set(),
@@ -78,7 +83,7 @@ def test_python_imports_flow_one_way(part: str) -> None:
     files = sorted((PACKAGE / part).glob("**/*.py")) or [PACKAGE / f"{part}.py"]
     assert files
     for path in files:
-        assert imported(path) <= ALLOWED[part], path
+        assert imported(path) <= ALLOWED[part] | ({"_torch"} if part != "reference" else set()), path
 
 
 def sources(folder: str) -> list[Path]:
@@ -129,6 +134,61 @@ def test_no_file_of_csrc_includes_itself() -> None:
 
 
 def test_every_op_has_a_reference_of_its_name() -> None:
-    from torchweld import ops, reference  # noqa: PLC0415
+    assert set(torchweld.ops.__all__) <= set(torchweld.reference.__all__)
 
-    assert set(ops.__all__) <= set(reference.__all__)
+
+# ---- Names
+
+# Private names of Python and of transformers, for which torch is not to blame; named tuples have the first two.
+NOT_OF_TORCH = {"_asdict", "_fields", "_exit", "_getframe", "_SubParsersAction"}
+NOT_OF_TORCH |= {
+    "_attn_implementation",
+    "_can_set_attn_implementation",
+    "_supports_sdpa",
+    "_supports_attention_backend",
+}
+
+
+def is_private(name: object) -> bool:
+    return isinstance(name, str) and name.startswith("_") and not name.startswith("__")
+
+
+def defined(tree: ast.AST) -> Iterator[str]:
+    """The private names that a file gives to something of its own."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                yield name
+            case ast.Attribute(value=ast.Name(id="self" | "cls"), attr=name, ctx=ast.Store()):
+                yield name
+
+
+def foreign_names(tree: ast.AST, own: set[str]) -> Iterator[str]:
+    """The private names that a file uses and that the package, which defines `own`, has from elsewhere."""
+    for node in ast.walk(tree):
+        names: list[str] = []
+        match node:
+            case ast.Attribute(attr=name):
+                names = [name]
+            case ast.Call(func=ast.Name(id="getattr" | "hasattr" | "setattr"), args=[_, ast.Constant(str(name)), *_]):
+                names = [name]
+            case ast.ImportFrom(module=str(module)) if not module.startswith("torchweld"):
+                names = [*module.split("."), *(alias.name for alias in node.names)]
+            case ast.Import():
+                names = [part for alias in node.names for part in alias.name.split(".")]
+        yield from (name for name in names if is_private(name) and name not in own | NOT_OF_TORCH)
+
+
+def test_private_names_of_torch_are_in_one_file() -> None:
+    trees = {path: ast.parse(path.read_text()) for path in PACKAGE.rglob("*.py")}
+    one = trees.pop(PACKAGE / "_torch.py")
+    own = {name for tree in trees.values() for name in defined(tree)} | {"_torch", "_cpu", "_cuda"}
+    for path, tree in trees.items():
+        assert list(foreign_names(tree, own)) == [], path
+    assert {"_C", "_schema", "_has_any_global_hook"} <= set(foreign_names(one, own))  # the search finds them
+
+
+@pytest.mark.parametrize("module", [torchweld, torchweld.ops, torchweld.nn, torchweld.optim], ids=lambda m: m.__name__)
+def test_a_module_shows_what_a_user_may_use(module: ModuleType) -> None:
+    assert {*dir(module)} - {"__version__"} == {*module.__all__}
+    assert all(hasattr(module, name) for name in dir(module))

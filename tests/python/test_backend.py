@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-import os
 import subprocess
-import sys
+from typing import Any
 
 import pytest
 import torch
 
+import fresh
 import torchweld
 from torchweld import backend, ops, reference
 
@@ -19,13 +19,7 @@ def call(**environment: str) -> subprocess.CompletedProcess[str]:
         "import torch, torchweld; x = torch.ones(2, 4, dtype=torch.{}); torchweld.ops.layer_norm(x, (4,)); print('ran')"
     )
     dtype = environment.pop("dtype", "float32")
-    return subprocess.run(
-        [sys.executable, "-c", script.format(dtype)],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
+    return fresh.python(script.format(dtype), **environment)
 
 
 def test_the_cpu_kernels_serve_the_cpu() -> None:
@@ -119,7 +113,8 @@ def test_a_tensor_without_memory_never_reaches_a_kernel() -> None:
     with pytest.raises(BufferError, match="FakeTensor has no memory of its own"):
         _cpu.layer_norm_forward(fake, *rest, torch.empty(4, 8), None, 0.0, None, None)
     with pytest.raises(TypeError, match=r"\[layer_norm_forward\] input: expected a torch.Tensor, but got list"):
-        _cpu.layer_norm_forward([1.0], *rest, torch.empty(4, 8), None, 0.0, None, None)
+        wrong: Any = [1.0]
+        _cpu.layer_norm_forward(wrong, *rest, torch.empty(4, 8), None, 0.0, None, None)
 
 
 def test_a_subclass_of_tensor_is_served() -> None:

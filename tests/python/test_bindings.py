@@ -74,7 +74,8 @@ def test_a_sequence_that_makes_its_tensors_is_refused() -> None:
     q = torch.ones(1, 2, 5, 8)
     options = (1.0, 0.0, -1, -1, False, 0.0, -1, -1)
     with pytest.raises(TypeError, match=r"^\[attention_forward\] modifiers: expected a tuple"):
-        _cpu.attention_forward(q, q, q, Temporaries(), options, q.clone(), None, torch.empty(100000))
+        modifiers: Any = Temporaries()
+        _cpu.attention_forward(q, q, q, modifiers, options, q.clone(), None, None)
 
 
 def test_a_list_may_change_while_a_kernel_runs() -> None:
@@ -109,7 +110,8 @@ def test_a_number_that_changes_a_tensor_changes_it_before_it_is_read() -> None:
 
     x, out = torch.ones(64, 64), torch.empty(64, 64)
     with pytest.raises(ValueError, match="output: expected 0 elements"):
-        _cpu.layer_norm_forward(x, None, 64, None, None, Shrinks(), True, 0.0, None, out, None, 0.0, None, None)
+        eps: Any = Shrinks()
+        _cpu.layer_norm_forward(x, None, 64, None, None, eps, True, 0.0, None, out, None, 0.0, None, None)
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+import fresh
 from torchweld import _cpu, backend, ops, testing
 from torchweld.bench import command, harness, report
 from torchweld.bench.functional import works
@@ -25,13 +25,8 @@ KEYS = {
 
 
 def launch(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "torchweld", *arguments],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-        check=False,
-    )
+    program = f"import sys; from torchweld.cli import command; sys.argv = ['torchweld', *{arguments}]; command()"
+    return fresh.python(program, **environment)
 
 
 # ---- Bad input: exit code 2, one line, no traceback.
@@ -60,7 +55,7 @@ def test_bad_input_is_one_line_and_2(arguments: list[str], capsys: pytest.Captur
     try:
         code = main(arguments)
     except SystemExit as exit:  # argparse's own way out
-        code = exit.code
+        code = int(exit.code or 0)
     out, err = capsys.readouterr()
     assert code == 2
     assert not out and err.startswith("torchweld: error: ") and err.count("\n") == 1
@@ -136,6 +131,7 @@ def test_info_says_what_runs_and_why_not(monkeypatch: pytest.MonkeyPatch, capsys
 # ---- check
 
 
+@pytest.mark.slow
 def test_check_holds_every_instruction_set_to_the_rule(capsys: pytest.CaptureFixture[str]) -> None:
     before = _cpu.isa()
     assert main(["check", "--op", "layer_norm"]) == 0
@@ -168,6 +164,7 @@ def test_check_reports_a_kernel_that_raises(monkeypatch: pytest.MonkeyPatch) -> 
 # ---- bench
 
 
+@pytest.mark.slow
 def test_bench_writes_rows_with_the_promised_keys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file, picture = tmp_path / "rows.json", tmp_path / "rows.svg"
     arguments = ["bench", "layer_norm", "--quick", "--dtype", "float32", "--json", str(file)]
@@ -235,6 +232,7 @@ def test_rates_follow_from_the_amount_and_the_median(monkeypatch: pytest.MonkeyP
     assert (theirs["gbytes_per_s"], theirs["share_of_limit"]) == (0.5, 0.25)
 
 
+@pytest.mark.slow
 def test_every_source_has_works(monkeypatch: pytest.MonkeyPatch) -> None:
     settings = Settings(dtypes=(torch.float32,), quick=True)
     for name, source in command.sources().items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
@@ -14,7 +16,7 @@ Q, K, V = (2, 4, 9, 8), (2, 2, 12, 8), (2, 2, 12, 5)
 def test_attention_forward_and_backward() -> None:
     q, k, v = (torch.randn(shape, requires_grad=True) for shape in (Q, K, V))
     with FlopCounterMode(display=False) as forward:
-        out = ops.attention(q, k, v, causal=True)
+        out: Any = ops.attention(q, k, v, causal=True)
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
     assert forward.get_total_flops() == sdpa_flop_count(Q, K, V)

@@ -5,9 +5,9 @@ torch's own operators read them without asking, so each program runs in a child.
 
 from __future__ import annotations
 
-import subprocess
-import sys
+import fresh
 
+QUIET = "import warnings; warnings.simplefilter('ignore')\n"
 CALLS = """
 import torch
 from torchweld import ops
@@ -88,7 +88,7 @@ print(survived)
 
 
 def test_every_argument_of_every_op_is_asked_before_it_is_read() -> None:
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", PROGRAM], capture_output=True, text=True, check=False)
+    done = fresh.python(QUIET + PROGRAM)
     last = done.stderr.strip().splitlines()[-1]
     assert done.returncode == 0, f"after {last}: exit code {done.returncode}"
     assert int(done.stdout) > 500
@@ -141,4 +141,4 @@ for call in (
 
 
 def test_numbers_that_are_freed_tensors_are_refused() -> None:
-    assert subprocess.run([sys.executable, "-W", "ignore", "-c", NUMBERS], check=False).returncode == 0
+    assert fresh.python(QUIET + NUMBERS).returncode == 0

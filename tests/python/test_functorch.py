@@ -83,7 +83,8 @@ def test_second_derivatives_of_what_the_kernels_made(name: str, x: Tensor) -> No
 
 def test_per_sample_gradients_of_modules() -> None:
     model = torch.nn.Sequential(nn.LayerNorm(8), torch.nn.Linear(8, 8), nn.LayerNorm(8))
-    parameters, samples = dict(model.named_parameters()), torch.randn(4, 3, 8)
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    samples = torch.randn(4, 3, 8)
 
     def loss(p: dict[str, Tensor], sample: Tensor) -> Tensor:
         return functional_call(model, p, (sample,)).square().mean()

@@ -124,8 +124,10 @@ def test_the_terms_of_attention_give_no_room_to_a_key_that_has_all_the_weight(lo
     case = AttentionCase(name="causal", regime="", queries=9, keys=9, dim=8, causal=True, logits=logits)
     x = {n: t.double() for n, t in case.inputs(torch.float32).items()}
     terms, zeros = case.terms(x), case.zeros(x)
-    first = [terms["output"][:, :, 0], x["value"][:, :, 0].abs()]
-    torch.testing.assert_close(*first)  # one key is visible: its score, of any size, has no part in the output
+    output = terms["output"]
+    assert isinstance(output, torch.Tensor)
+    # One key is visible: its score, of any size, has no part in the output.
+    torch.testing.assert_close(output[:, :, 0], x["value"][:, :, 0].abs())
     assert zeros["dquery"][:, :, 0].all() and not zeros["dquery"][:, :, 1:].any()
     assert not case.zeros(x | {"dlse": x["doutput"][..., 0]})["dkey"].any()
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,14 @@ def r(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64)
 
 
-def by_loops(q: Tensor, k: Tensor, v: Tensor, visible, score, sinks: list[float] | None = None):
+def by_loops(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Callable[[int, int], bool],
+    score: Callable[..., Any],
+    sinks: list[float] | None = None,
+) -> tuple[Tensor, Tensor]:
     """One score at a time. visible(i, j), score(b, h, i, j, product)."""
     (batch, heads, queries, size), (_, kv_heads, keys, _) = q.shape, k.shape
     out, lse = q.new_zeros(batch, heads, queries, v.shape[-1]), q.new_full((batch, heads, queries), -math.inf)
@@ -91,7 +100,7 @@ def test_packed_sequences_are_separate_calls() -> None:
     for n in range(3):
         rows, keys = slice(*lens_q[n : n + 2].tolist()), slice(*lens_k[n : n + 2].tolist())
         one = [t.transpose(0, 1).unsqueeze(0) for t in (q[rows], k[keys], v[keys])]
-        want, want_lse = reference.attention(*one, alibi_slopes=slopes[n], **options)  # type: ignore[arg-type, misc]
+        want, want_lse = reference.attention(*one, alibi_slopes=slopes[n], **options)  # type: ignore[arg-type]
         torch.testing.assert_close(out[rows], want[0].transpose(0, 1))
         torch.testing.assert_close(lse[:, rows], want_lse[0])
 
@@ -130,7 +139,7 @@ def test_first_and_second_derivatives() -> None:
     q, k, v = r(1, 2, 3, 4), r(1, 1, 5, 4), r(1, 1, 5, 2)
     inputs = [t.requires_grad_() for t in (q, k, v, r(2, 3, 5), r(2), torch.rand(2, dtype=torch.float64))]
 
-    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor, slopes: Tensor):
+    def call(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, sinks: Tensor, slopes: Tensor) -> Any:
         return reference.attention(
             q, k, v, causal=True, softcap=2.0, bias=bias, sinks=sinks, alibi_slopes=slopes, causal_align="bottom_right",
             return_lse=True,

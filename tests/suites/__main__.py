@@ -1,7 +1,7 @@
 """python -m tests.suites NAME CHECKOUT [pytest options]: the tests of another project, with torchweld in place.
 
 What fails is run once more without torchweld: what fails then too is not counted. What is left must stand in NAME.txt,
-with its reason; and what stands there must fail. Exits 1 otherwise.
+with its reason; what stands there must fail; and every file must be imported. Exits 1 otherwise.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ PEFT = "custom_models mixed low_level_api trainable_tokens tuners_utils loraplus
 LIGHTNING = ["trainer/optimization", "core/test_lightning_optimizer.py", "plugins", "callbacks/test_lr_monitor.py"]
 LIGHTNING += ["callbacks/test_stochastic_weight_avg.py", "checkpointing/test_trainer_checkpoint.py"]
 SUITES = {
-    "torch": Suite("test", TORCH, ["torch"]),
-    "torch_functional": Suite("test", TORCH[:1], ["torch", "functional"]),
+    "torch": Suite("test", TORCH, ["data bases", "torch"]),
+    "torch_functional": Suite("test", TORCH[:1], ["data bases", "torch", "functional"]),
     "transformers": Suite("", [f"tests/models/{m}/test_modeling_{m}.py" for m in MODELS.split()], ["models"], ("src",)),
     "accelerate": Suite("", [f"tests/test_{t}.py" for t in ACCELERATE.split()], ["torch"], ("src",)),
     "peft": Suite("", [f"tests/test_{t}.py" for t in PEFT.split()], ["torch", "models"], ("src",)),
@@ -56,9 +56,10 @@ def run(suite: Suite, checkout: Path, tests: list[str], places: list[str], optio
         paths = [HERE, *(checkout / source for source in suite.sources), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(path) for path in paths if path)}
         subprocess.run(command, cwd=checkout / suite.folder, env=environment, check=False)
-        if not outcomes.exists():
+        found = json.loads(outcomes.read_text()) if outcomes.exists() else None
+        if not found:
             raise SystemExit("pytest ended early: with `-n 1` (pytest-xdist) a test that kills its process is counted")
-        return json.loads(outcomes.read_text())
+        return found
 
 
 def known(path: Path) -> dict[str, str]:
@@ -84,6 +85,7 @@ def main() -> int:
 
     ours = run(suite, checkout, suite.tests, suite.places, options)
     failed = failures(ours)
+    files = {test: failed.pop(test) for test in [*failed] if "::" not in test}
     stock = failures(run(suite, checkout, [*failed], [], [])) if failed else {}
     counted = {test: text for test, (_, text) in failed.items() if test not in stock}
     matched = {test: next((p for p in reasons if fnmatch.fnmatchcase(test, p)), None) for test in counted}
@@ -96,7 +98,9 @@ def main() -> int:
         print(f"  {test}\n      {' '.join(counted[test].split())[:300]}")
     for pattern in stale:
         print(f"  passes, but is listed: {pattern}")
-    return bool(new or stale)
+    for file, (_, text) in files.items():
+        print(f"  is not imported: {file}\n      {' '.join(text.split())[-300:]}")
+    return bool(new or stale or files)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,12 @@ from __future__ import annotations
 import argparse
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from commands import Run
 from torchweld import cli
 
 
@@ -36,7 +37,7 @@ def text(home: Path) -> str:
 
 
 @pytest.fixture
-def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def command(capsys: pytest.CaptureFixture[str]) -> Run:
     """Runs `torchweld ...`: (exit code, stdout, stderr). A refusal is one line."""
 
     def run(*words: object) -> tuple[int, str, str]:
@@ -53,6 +54,6 @@ def command(capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str,
 
 
 @pytest.fixture
-def train(text: str, command: Callable) -> Callable[..., tuple[int, str, str]]:
+def train(text: str, command: Run) -> Run:
     """Runs `torchweld train gpt2 --config tiny` on the text."""
     return lambda *words: command("train", "gpt2", "--config", "tiny", "--device", "cpu", "--data", text, *words)

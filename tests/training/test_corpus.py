@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
 from pathlib import Path
 from pydoc_data.topics import topics
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
 
+from commands import Run
 from torchweld.training import corpus
 
 
@@ -53,7 +55,7 @@ def test_corpus_split_windows_and_cache(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_every_training_token_can_be_drawn() -> None:
-    text = corpus.Corpus(None, "", torch.arange(40), torch.arange(40))
+    text = corpus.Corpus(Tokenizer(BPE()), "", torch.arange(40), torch.arange(40))
     seen = torch.cat([torch.cat(text.batch(8, 8, 0, step)).flatten() for step in range(100)])
     assert torch.equal(seen.unique(), torch.arange(40))
     validation = torch.cat([torch.cat(b).flatten() for b in text.validation_batches(2, 8, 1000)])
@@ -75,9 +77,7 @@ def test_cache_directory(monkeypatch: pytest.MonkeyPatch) -> None:
     assert corpus.cache_directory() == Path.home() / ".cache/torchweld"
 
 
-def test_a_cache_that_cannot_be_written_does_no_harm(
-    home: Path, train: Callable, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_cache_that_cannot_be_written_does_no_harm(home: Path, train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     (home / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(home / "file"))
     assert train("--steps", 2, "--out", "run")[0] == 0

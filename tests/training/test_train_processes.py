@@ -14,7 +14,10 @@ import torch.distributed as dist
 
 from torchweld import cli
 
-pytestmark = pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not dist.is_available(), reason="this torch has no torch.distributed"),
+]
 
 RUN = ("train", "gpt2", "--config", "tiny", "--device", "cpu", "--batch-size", "4")
 

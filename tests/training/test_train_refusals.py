@@ -7,11 +7,13 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from commands import Run
 from torchweld.training import checkpoint
 
 
@@ -46,7 +48,7 @@ from torchweld.training import checkpoint
         (["--compare", "jax"], "--compare: expected names out of torch, torch.compile, but got 'jax'"),
     ],
 )
-def test_train_refuses(home: Path, train: Callable, words: list[str], message: str) -> None:
+def test_train_refuses(home: Path, train: Run, words: list[str], message: str) -> None:
     (home / "folder").mkdir()
     (home / "empty.txt").write_text(" \n")
     (home / "image.png").write_bytes(b"\x89PNG\r\n")
@@ -60,18 +62,18 @@ def test_train_refuses(home: Path, train: Callable, words: list[str], message: s
     assert written == [] and not (home / "torchweld-gpt2").exists()
 
 
-def test_train_refuses_an_unknown_program(command: Callable) -> None:
+def test_train_refuses_an_unknown_program(command: Run) -> None:
     code, _, error = command("train", "gpt5")
     assert code == 2 and "gpt2, but got 'gpt5'" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal of a GPU needs a machine without one")
-def test_train_refuses_a_gpu_that_is_not_there(train: Callable) -> None:
+def test_train_refuses_a_gpu_that_is_not_there(train: Run) -> None:
     code, _, error = train("--device", "cuda")
     assert code == 2 and "torch sees no GPU; use --device cpu" in error
 
 
-def test_resume_refuses_another_model_or_text(home: Path, train: Callable, command: Callable) -> None:
+def test_resume_refuses_another_model_or_text(home: Path, train: Run, command: Run) -> None:
     train("--steps", 4, "--out", "run")
     for words, message in (
         (["--config", "small"], "--config: expected 'tiny'"),
@@ -115,7 +117,7 @@ def drop_moments(path: Path) -> None:
     ],
 )
 def test_generate_refuses_a_damaged_checkpoint(
-    train: Callable, command: Callable, damage: Callable, message: str
+    train: Run, command: Run, damage: Callable[[Path], Any], message: str
 ) -> None:
     train("--steps", 1, "--out", "run")
     damage(Path("run/checkpoint-1"))
@@ -138,7 +140,7 @@ def test_generate_refuses_a_damaged_checkpoint(
         ),
     ],
 )
-def test_resume_refuses_a_damaged_checkpoint(train: Callable, damage: Callable, message: str) -> None:
+def test_resume_refuses_a_damaged_checkpoint(train: Run, damage: Callable[[Path], Any], message: str) -> None:
     train("--steps", 1, "--out", "run")
     damage(Path("run/checkpoint-1"))
     code, _, error = train("--resume", "run", "--steps", 2)
@@ -146,7 +148,7 @@ def test_resume_refuses_a_damaged_checkpoint(train: Callable, damage: Callable, 
     assert [p.name for p in checkpoint.checkpoints(Path("run"))] == ["checkpoint-1"]
 
 
-def test_generate_refuses_a_prompt_that_is_no_text(command: Callable) -> None:
+def test_generate_refuses_a_prompt_that_is_no_text(command: Run) -> None:
     code, out, error = command("generate", "--checkpoint", "run", "--prompt", "def \udcff")  # a byte that is not UTF-8
     assert code == 2 and out == "" and "--prompt: expected text" in error
 
@@ -155,12 +157,12 @@ def test_generate_refuses_a_prompt_that_is_no_text(command: Callable) -> None:
     "words",
     [["--tokens", "0"], ["--temperature", "-1"], ["--temperature", "inf"], ["--top-k", "0"], ["--top-p", "1.1"]],
 )
-def test_generate_refuses_nonsense_numbers(command: Callable, words: list[str]) -> None:
+def test_generate_refuses_nonsense_numbers(command: Run, words: list[str]) -> None:
     code, out, error = command("generate", "--checkpoint", "run", *words)
     assert code == 2 and out == "" and f"argument {words[0]}: expected a" in error
 
 
-def test_a_failed_save_leaves_the_last_checkpoint(train: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_save_leaves_the_last_checkpoint(train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     train("--steps", 2, "--out", "run")
     before = {p.name: p.read_bytes() for p in Path("run/checkpoint-2").iterdir()}
 

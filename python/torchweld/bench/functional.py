@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from torchweld import backend
+from torchweld._torch import keep_donated_buffers
 from torchweld.bench.harness import Call, Settings, Work
 from torchweld.testing import Case, Oracle, Parity, confirm
 from torchweld.testing.cases import Provider, Tensors
@@ -21,7 +22,7 @@ Cost = dict[str, dict[str, float]]  # by direction {"bytes": ...} or {"flops": .
 def compiled(provider: Provider) -> Provider:
     """`torch.compile` for this size alone. Gradients are asked for again and again, so nothing may be freed by one."""
     torch.compiler.reset()
-    torch._functorch.config.donated_buffer = False  # what torch's own error message says to do then
+    keep_donated_buffers()
     return torch.compile(provider, dynamic=False)
 
 

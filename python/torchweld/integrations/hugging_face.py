@@ -42,13 +42,27 @@ def attention_forward(
     position_bias: Tensor | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    indices: Tensor | None = None,
+    block_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """transformers' attention interface: (B, H, N, D) to (B, N, H, D); a key's heads serve groups of the query's.
 
-    The weights come with it where `output_attentions` asks for them. Keywords that speak of the mask alone
-    (sliding_window, position_ids) have done so when the mask was made.
+    The weights come with it where `output_attentions` asks for them. `indices` (B, N, K) are the keys that a query may
+    see, `block_indices` the blocks of keys: models of sparse attention put them into the mask for "sdpa" and "eager"
+    alone. Keywords that speak of the mask alone (sliding_window, position_ids) have done so when the mask was made.
     """
+    if kwargs.get("sinks") is not None:
+        raise ValueError(
+            "[attention_forward] sinks: expected None, but got a sink for each query; set attn_implementation='eager'"
+        )
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    causal = bool(query.shape[2] > 1 and attention_mask is None and causal)
+    if indices is not None:
+        attention_mask = _among(indices, attention_mask, key.shape[2])
+    if block_indices is not None:
+        causal = False  # the mask says it
+        attention_mask = _among_blocks(module, block_indices, attention_mask, query, key, kwargs.get("position_ids"))
     if is_replaced() and not softcap and s_aux is None:  # the call is somebody else's to make
         from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: PLC0415
 
@@ -58,8 +72,6 @@ def attention_forward(
     if under_autocast(query):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
-    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    causal = bool(query.shape[2] > 1 and attention_mask is None and causal)
     bias = attention_mask
     if position_bias is not None:
         if bias is None:
@@ -91,6 +103,27 @@ def attention_forward(
     if kwargs.get("output_attentions"):
         weights = attend(torch.eye(key.shape[2]).to(value).expand(*value.shape[:2], -1, -1), 0.0)
     return attend(value, dropout).transpose(1, 2).contiguous(), weights
+
+
+def _among(indices: Tensor, mask: Tensor | None, keys: int) -> Tensor:
+    """The mask, (B, 1, N, keys), without the keys that are not among each query's."""
+    chosen = torch.zeros(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
+    chosen = chosen.scatter(-1, indices.long(), True).unsqueeze(1)
+    if mask is None or mask.dtype == torch.bool:
+        return chosen if mask is None else mask & chosen
+    return mask.masked_fill(~chosen, torch.finfo(mask.dtype).min)
+
+
+def _among_blocks(
+    module: Any, blocks: Tensor, mask: Tensor | None, query: Tensor, key: Tensor, positions: Tensor | None
+) -> Tensor:
+    """The mask that the model's own indexer makes of its blocks of keys."""
+    rows, keys = query.shape[2], key.shape[2]
+    if positions is None:
+        positions = torch.arange(keys - rows, keys, device=query.device)
+    positions = positions.expand(query.shape[0], rows)
+    made: Tensor = module.indexer.build_block_mask(blocks, mask, keys, query.dtype, query.device, positions)
+    return made
 
 
 class AttentionChange:

@@ -93,7 +93,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     def _project(self, query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(B, L, E) inputs to (B, H, L, D) heads, as views of the projections: one product for each distinct input."""
         weight, bias = self.in_proj_weight, self.in_proj_bias
-        if self._qkv_same_embed_dim and key is value:
+        if weight is not None and key is value:
             if query is key:
                 q, k, v = F.linear(query, weight, bias).chunk(3, dim=-1)
             else:
@@ -103,9 +103,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 k, v = F.linear(key, weights[1], biases[1]).chunk(2, dim=-1)
         else:
             weights = (
-                weight.chunk(3)
-                if self._qkv_same_embed_dim
-                else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
+                weight.chunk(3) if weight is not None else (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)
             )
             q, k, v = map(F.linear, (query, key, value), weights, (None,) * 3 if bias is None else bias.chunk(3))
         batch = q.shape[0]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 
-STOCK = torch._C._nn.scaled_dot_product_attention
+from torchweld import _torch
+
+STOCK = _torch.scaled_dot_product_attention
 
 
 def is_replaced() -> bool:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.module import _has_any_global_hook
 
 from torchweld import ops
+from torchweld._torch import has_global_hooks
 from torchweld.nn.twins import adopt, is_plain, twin
 
 Modules = tuple[torch.nn.Module, ...]
@@ -22,7 +22,7 @@ def _fusable(layer: torch.nn.Module, base: type[torch.nn.Module], norms: Modules
         all(is_plain(norm, torch.nn.LayerNorm) for norm in norms)
         and all(is_plain(dropout, torch.nn.Dropout) for dropout in dropouts)
         and all(getattr(type(layer), block) is getattr(base, block) for block in blocks)
-        and not _has_any_global_hook()
+        and not has_global_hooks()
     )
 
 

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import torch
 
+from torchweld._torch import has_hooks
+
 _Class = TypeVar("_Class", bound=type[torch.nn.Module])
 
 TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
@@ -31,10 +33,4 @@ def adopt(modules: Iterable[torch.nn.Module]) -> None:
 
 def is_plain(module: torch.nn.Module, kind: type[torch.nn.Module]) -> bool:
     """Whether calling `module` runs the forward of `kind`, or of its twin, and nothing else: no hook sees the call."""
-    return type(module) in (kind, TWINS.get(kind)) and not (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )
+    return type(module) in (kind, TWINS.get(kind)) and not (has_hooks(module) or "forward" in module.__dict__)

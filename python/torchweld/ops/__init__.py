@@ -25,3 +25,7 @@ __all__ = [
     "scaled_dot_product_attention",
     "sgd_",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from torchweld._torch import is_zero_tensor, no_torch_function
+
 _STRIDED = torch.strided
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 FREED = "expected a tensor with memory, but got one whose storage is empty: it was freed, or is a ZeroTensor"
@@ -75,9 +77,10 @@ def is_freed(t: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return False
     try:
-        with torch._C.DisableTorchFunction():  # nobody's business
+        with no_torch_function():  # nobody's business
             # A view of an empty storage starts a little past null.
-            return t.device.type in ("cpu", "cuda") and t.data_ptr() < 4096 and t.numel() > 0 and not t._is_zerotensor()
+            null = t.device.type in ("cpu", "cuda") and t.data_ptr() < 4096 and t.numel() > 0
+            return null and not is_zero_tensor(t)
     except RuntimeError:  # of a tracer or a transform: it has no pointer
         return False
 

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from torchweld import _torch
 
 
 def _scores(query: Tensor, key: Tensor, starts_q: Tensor | None, starts_k: Tensor | None) -> int:
@@ -28,7 +29,7 @@ def _formula(op: str, by_key: int, by_value: int) -> Callable[..., int]:
     """Of an op that makes so many products with the size of a key, or of a value, for each score."""
 
     def flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        names = [argument.name for argument in getattr(torch.ops.torchweld, op).default._schema.arguments]
+        names = [a.name for a in _torch.arguments_of(getattr(torch.ops.torchweld, op).default)]
         a = dict(zip(names, args, strict=False)) | kwargs
         scores = _scores(a["query"], a["key"], a.get("cu_seqlens_q"), a.get("cu_seqlens_k"))
         return 2 * scores * (by_key * a["key"].shape[-1] + by_value * a["value"].shape[-1])
@@ -61,7 +62,7 @@ def inform_counters() -> None:
     """Gives the formulas to the FLOP counters that are on."""
     if "torch.utils.flop_counter" not in sys.modules:
         return
-    for mode in _get_current_dispatch_mode_stack():
+    for mode in _torch.dispatch_mode_stack():
         registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
         if registry is not None and torch.ops.torchweld.attention not in registry:
             registry.update({getattr(torch.ops.torchweld, op): formula for op, formula in _FORMULAS.items()})

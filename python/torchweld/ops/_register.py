@@ -8,11 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch._subclasses.functional_tensor import FunctionalTensor
-from torch.utils._device import DeviceContext
 
-from torchweld import backend, reference
+from torchweld import _torch, reference
 from torchweld.ops._arguments import FREED, check_memory, defined, explain, is_freed
 from torchweld.ops._flops import inform_counters
 
@@ -20,10 +17,9 @@ _library = torch.library.Library("torchweld", "DEF")
 
 
 _compiling = torch.compiler.is_dynamo_compiling
-_dispatch_modes = torch._C._len_torch_dispatch_stack
-_function_modes = torch._C._is_torch_function_mode_enabled
-_profiling = torch._C._autograd._profiler_enabled
-_batched = torch._C._functorch.is_legacy_batchedtensor
+_dispatch_modes = _torch.dispatch_modes
+_function_modes = _torch.function_modes
+_profiling = _torch.profiling
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
@@ -38,7 +34,7 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     name = schema[: schema.index("(")]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.torchweld, name).default
-    arguments = op._schema.arguments
+    arguments = _torch.arguments_of(op)
     names = tuple(a.name for a in arguments)
     needed = tuple(i for i, a in enumerate(arguments) if isinstance(a.type, torch.TensorType))
 
@@ -115,10 +111,10 @@ def _elsewhere(
     if torch.overrides.has_torch_function(tensors):
         # torch.device as a context, and a subclass that only keeps its type, do the same for every function.
         # So do the modes of torch.export, which record what is called; and those of patch(), which call `ours`.
-        modes = () if torch.compiler.is_compiling() else torch.overrides._get_current_function_mode_stack()
+        modes = () if torch.compiler.is_compiling() else _torch.function_mode_stack()
         keeps = all(getattr(c.__torch_function__, "__func__", None) in _KEEP_TYPE for c in classes)
         if twin is None or (
-            keeps and all(isinstance(mode, DeviceContext) or hasattr(mode, "calls_torchweld") for mode in modes)
+            keeps and all(isinstance(mode, _torch.DeviceContext) or hasattr(mode, "calls_torchweld") for mode in modes)
         ):
             theirs = partial(torch.overrides.handle_torch_function, ours, tensors)
     elif all(c.__torch_dispatch__ is Tensor.__torch_dispatch__ or issubclass(c, _TRACERS) for c in classes):
@@ -127,7 +123,7 @@ def _elsewhere(
 
 
 _KEEP_TYPE = (Tensor.__torch_function__.__func__, None)  # type: ignore[attr-defined]  # None: of Parameter
-_TRACERS = (FakeTensor, FunctionalTensor)  # they ask for shapes, or record the op: they know ours as well
+_TRACERS = (_torch.FakeTensor, _torch.FunctionalTensor)  # they ask for shapes, or record the op: they know ours as well
 
 
 def settle(t: Tensor, at: str, dtype: torch.dtype | None = None) -> Tensor:
@@ -194,7 +190,9 @@ def wants_definition(*grads: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return False
-    return torch.is_grad_enabled() or backend.transforms_active() or any(g is not None and _batched(g) for g in grads)
+    if torch.is_grad_enabled() or _torch.transforms_active():
+        return True
+    return any(g is not None and _torch.is_batched(g) for g in grads)
 
 
 def double_backward(

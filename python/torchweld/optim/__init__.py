@@ -4,3 +4,7 @@ from torchweld.optim.adamw import Adam, AdamW
 from torchweld.optim.sgd import SGD
 
 __all__ = ["SGD", "Adam", "AdamW"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused, _get_scalar_dtype
+from torch.optim.optimizer import ParamsT
 
 from torchweld import ops
+from torchweld._torch import check_device_and_dtype_for_fused, scalar_dtype
 from torchweld.optim.fused import FusedOptimizer, Lists, Work
 from torchweld.optim.state import Group, State
 
@@ -36,11 +37,11 @@ class _FusedAdam(FusedOptimizer):
 
     def _init_state(self, group: Group, param: Tensor, state: State) -> None:
         if group["fused"]:
-            _device_dtype_check_for_fused(param)
+            check_device_and_dtype_for_fused(param)
         beside = (group["capturable"] or group["fused"]) and self._home is None
-        dtype = _get_scalar_dtype(is_fused=group["fused"])
+        dtype = scalar_dtype(is_fused=group["fused"])
         # torch.tensor, as in torch: under FakeTensorMode its own step can read that, for it is known to be a constant.
-        place = {"dtype": dtype, "device": param.device if beside else "cpu"}
+        place: dict[str, Any] = {"dtype": dtype, "device": param.device if beside else "cpu"}
         state["step"] = torch.zeros((), **place) if beside else torch.tensor(0.0, **place)
         for name in self._state_names(group)[1:]:
             state[name] = self._like(group, param)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend
+from torchweld._torch import check_graph_capture, without_dynamo
 from torchweld.optim import offload, sharding
 from torchweld.optim.state import Group, KeptState, State
 
@@ -65,16 +66,14 @@ class FusedOptimizer(KeptState):
 
     # ---- Step
 
-    @torch._compile._disable_dynamo  # one kernel already: torch.compile would see through to torch's own loop instead
+    @without_dynamo  # one kernel already: torch.compile would see through to torch's own loop instead
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One update of every parameter that has a gradient; returns the loss of `closure`, which is called first."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        # Refuses a graph capture under capturable=False; older torch has it under the second name.
-        check = getattr(self, "_accelerator_graph_capture_health_check", None) or self._cuda_graph_capture_health_check
-        check()
+        check_graph_capture(self)
         with torch.no_grad():
             works = self._gather()
             if not isinstance(works, str):

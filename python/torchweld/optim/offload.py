@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from torchweld._torch import zero_all
+
 _BUCKET_BYTES = 64 << 20  # of gradients: some milliseconds of copying and of stepping
 
 Lists = dict[str, list[Tensor]]
@@ -73,7 +75,7 @@ class Mirrors:
                 for i in bucket:
                     params[i].copy_(mirrors[i].param, non_blocking=True)
         if zero_grads:
-            torch._foreach_zero_(grads)
+            zero_all(grads)
 
     def _mirror(self, owner: Tensor, param: Tensor, grad: Tensor) -> _Mirror:
         mirror = self._mirrors.get(owner)

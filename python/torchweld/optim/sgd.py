@@ -6,9 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import ParamsT, _device_dtype_check_for_fused
+from torch.optim.optimizer import ParamsT
 
 from torchweld import ops
+from torchweld._torch import check_once_for_fused
 from torchweld.optim.fused import FusedOptimizer, Work
 from torchweld.optim.state import Group, State
 
@@ -64,10 +65,9 @@ class SGD(FusedOptimizer, torch.optim.SGD):
                 return f"{flag}=True"
         if isinstance(group["weight_decay"], Tensor):
             return "weight_decay given as a tensor"
-        if group["fused"] and getattr(self, "_need_device_dtype_check_for_fused", True):
-            for p in [p for p in group["params"] if p.grad is not None][:1]:  # as torch: the first
-                _device_dtype_check_for_fused(p)
-                self._need_device_dtype_check_for_fused = False
+        first = next((p for p in group["params"] if p.grad is not None), None) if group["fused"] else None
+        if first is not None:
+            check_once_for_fused(self, first)
         return None
 
     def _state_names(self, group: Group) -> tuple[str, ...]:

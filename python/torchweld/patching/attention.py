@@ -10,9 +10,8 @@ from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._device import DeviceContext
 
-from torchweld import ops
+from torchweld import _torch, ops
 from torchweld.nn.stock import STOCK, is_replaced
 
 _FOREIGN = ("torch.", "torchweld.", "transformers.")
@@ -34,8 +33,8 @@ def _may_redirect(args: Any) -> bool:
     if any(isinstance(a, torch.Tensor) and a.is_nested for a in args) or is_replaced():
         return False
     # A mode around this one, other than a default device, is to see the call as torch's.
-    around = torch.overrides._get_current_function_mode_stack()
-    return all(isinstance(mode, (_Redirect, DeviceContext)) for mode in around) and not _runs_again()
+    around = _torch.function_mode_stack()
+    return all(isinstance(mode, (_Redirect, _torch.DeviceContext)) for mode in around) and not _runs_again()
 
 
 def _runs_again() -> bool:

@@ -17,10 +17,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import DataDependentOutputException
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from torchweld import backend, ops
+from torchweld._torch import DataDependentOutputException, TorchDispatchMode, arguments_of
 from torchweld.testing import cases
 from torchweld.testing import ops as cases_by_op
 from torchweld.testing.cases import Case, evaluate
@@ -158,7 +157,7 @@ class Hostile(Trial):
 
     def _check_freed(self, function: Any, position: int) -> None:
         """Skips what torch's dispatcher reads itself."""
-        if "Tensor" not in str(function._schema.arguments[position].type):
+        if "Tensor" not in str(arguments_of(function)[position].type):
             raise Skip("a tensor that stands for a number")
         if any(kind.endswith("fake") for _, kind in self.changes):
             raise Skip("what stands beside a fake tensor: it is printed")

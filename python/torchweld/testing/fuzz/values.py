@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.testing._internal.two_tensor import TwoTensor
+
+from torchweld import _torch
 
 
 class Subclass(Tensor):
@@ -48,7 +48,7 @@ def _freed(t: Tensor) -> Tensor:
 
 
 def _fake(t: Tensor) -> Tensor:
-    with FakeTensorMode() as mode:
+    with _torch.FakeTensorMode() as mode:
         return mode.from_tensor(t)
 
 
@@ -111,8 +111,8 @@ TENSORS: dict[str, Callable[[Tensor], Any]] = {
     "freed": _freed,
     "freed float64": lambda t: _freed(t.double()),
     "freed int64": lambda t: _freed(t.long()),
-    "ZeroTensor": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
-    "negated": lambda t: torch._neg_view(t),
+    "ZeroTensor": _torch.lazily_zero,
+    "negated": _torch.lazily_negated,
     "conjugated": lambda t: t.to(torch.complex64).conj(),
     "imaginary": lambda t: t.to(torch.complex64).conj().imag,
     "parameter": lambda t: torch.nn.Parameter(t, requires_grad=t.is_floating_point()),
@@ -120,7 +120,7 @@ TENSORS: dict[str, Callable[[Tensor], Any]] = {
     "no leaf": lambda t: t.clone().requires_grad_(t.is_floating_point()) * 1,
     "inference": _inference,
     "subclass": lambda t: t.as_subclass(Subclass),
-    "wrapper": lambda t: TwoTensor(t, t.clone()),
+    "wrapper": _torch.two_tensors,
     "NaN": lambda t: t.float() * math.nan,
     "infinite": lambda t: torch.full_like(t, math.inf) if t.is_floating_point() else t,
     "-1": lambda t: _integers(t, -1),
