@@ -82,6 +82,12 @@ def test_records_have_the_fields_of_the_module_and_of_the_schemas(name: str) -> 
         assert tuple(a.name for a in arguments[-len(fields) :]) == fields
 
 
+def test_the_ops_see_the_types_of_all_kernels() -> None:
+    source = (ROOT / "python" / "torchweld" / "backend.py").read_text()
+    typed = re.findall(r"(\w+) = staticmethod\(_cpu\.\1\)", source)
+    assert {*typed, "isa", "use_isa", "built_isas", "available_isas"} == set(functions(stub("_cpu")))
+
+
 def test_types_of_results_are_those_of_the_stub() -> None:
     assert isinstance(_cpu.isa(), str) and isinstance(_cpu.built_isas(), list)
     assert isinstance(_cpu.layer_norm_workspace(8, 8, True, 0), int)
