@@ -160,24 +160,33 @@ void update(const OptimizerTensor t, int64_t index, const Call call, const Rule 
 
   auto updated = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     const Vec p = master != nullptr ? newest(master + i, param + i, call.stochastic, lanes) : load(param + i, lanes);
-    const Vec g = load(grad + i, lanes) * call.unscale;
-    if (call.write_grad) store(grad + i, call.zero_grads ? zero() : g, lanes);
+    Vec g = load(grad + i, lanes);
+    if (call.write_grad) {
+      g = g * call.unscale;
+      store(grad + i, call.zero_grads ? zero() : g, lanes);
+    }
     return rule.template operator()<ST>(t, p, g * call.clip, begin + i, lanes);
   };
-  auto put = [&](auto&& store_param) __attribute__((always_inline)) {
-    for_each_value(end - begin, updated, [&](int64_t i, auto p, auto lanes) __attribute__((always_inline)) {
+  auto run = [&](auto&& store_param) __attribute__((always_inline)) {
+    auto put = [&](int64_t i, auto p, auto lanes) __attribute__((always_inline)) {
       master != nullptr ? prefetch(master + i) : prefetch(param + i);
       prefetch(grad + i);
       rule.template fetch<ST>(t, begin + i);
       if (master != nullptr) store(master + i, p, lanes);
       store_param(i, p, lanes);
-    });
+    };
+    if constexpr (sizeof(T) == 2) {
+      for_each_value(end - begin, updated, put);
+    } else {
+      for_each_vector(end - begin,
+                      [&](int64_t i, auto lanes) __attribute__((always_inline)) { put(i, updated(i, lanes), lanes); });
+    }
   };
   if constexpr (std::is_same_v<T, bf16>)
     if (call.stochastic)
-      return put([&](int64_t i, auto p, auto lanes)
+      return run([&](int64_t i, auto p, auto lanes)
                      __attribute__((always_inline)) { store_at_random(param + i, p, random, begin + i, lanes); });
-  put([&](int64_t i, auto p, auto lanes) __attribute__((always_inline)) { store(param + i, p, lanes); });
+  run([&](int64_t i, auto p, auto lanes) __attribute__((always_inline)) { store(param + i, p, lanes); });
 }
 
 // One step of the whole list.

@@ -84,9 +84,11 @@ def lockstep(draw: Draw) -> Lockstep:
         fields["dampening"] = 0.0
     dtype = draw.one(_FP32, _FP32, _BF16, _FP16)
     masters = dtype is _FP16 or (dtype is _BF16 and draw.chance(0.6))
+    events = tuple(draw.one(*EVENTS, "step", "step", "step", "step") for _ in range(draw.one(3, 5, 8, 12)))
+    if dtype is _FP16 and {"scaler", "overflow"} & set(events):
+        fields["fused"] = True  # GradScaler itself unscales no float16
     if masters or fields.get("fused"):
         fields.pop("foreach", None)
-    events = tuple(draw.one(*EVENTS, "step", "step", "step", "step") for _ in range(draw.one(3, 5, 8, 12)))
     return Lockstep(
         name=name,
         options=tuple(fields.items()),
