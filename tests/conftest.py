@@ -25,10 +25,12 @@ if os.environ.get("CI"):
     settings.load_profile("same")
 
 
-# Files that sweep torch's data bases of operators, modules and optimizers, families of models, trainers, sizes.
-SWEEPS = {
+# Files that are slow as a whole: they sweep torch's data bases of operators, modules and optimizers, families of models,
+# trainers and sizes, or compile.
+SLOW = {
     *("test_op_db.py", "test_module_db.py", "test_optim_db.py", "test_large_shapes.py"),
     *("test_hugging_face_families.py", "test_trainers.py", "test_models.py", "test_accelerate.py"),
+    "test_vector_functions.py",
 }
 
 
@@ -41,7 +43,7 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = backend.unavailable("cuda")
     for item in items:
-        if item.path.name in SWEEPS:
+        if item.path.name in SLOW:
             item.add_marker(pytest.mark.slow)
         if reason and item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=f"no CUDA kernels here: {reason}"))
