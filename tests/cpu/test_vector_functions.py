@@ -25,7 +25,6 @@ extern "C" void run(const float* x, float* tanh, float* log, long n) {
 """
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 @pytest.mark.parametrize("isa", [isa for isa in FLAGS if isa in _cpu.available_isas()])
 def test_tanh_and_log(isa: str, tmp_path: Path) -> None:
