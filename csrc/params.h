@@ -147,8 +147,7 @@ struct AttentionInputs {
   const float* alibi_slopes;   // [B, H], nullptr: none
   int64_t alibi_batch_stride;  // H, or 0 where it is broadcast
   const float* sinks;          // [H], nullptr: none
-  float* workspace;            // [workspace_size]
-  int64_t workspace_size;      // at least what the op's workspace function asks for
+  float* workspace;            // as many elements as the op's workspace function asks for
 
   TW_HOST_DEVICE int64_t shift() const {
     return bottom_right ? keys - queries : 0;
@@ -169,8 +168,9 @@ struct AttentionInputs {
 constexpr int64_t kUnbounded = int64_t{1} << 40;
 
 struct AttentionForwardParams : AttentionInputs {
-  void* output;  // [B, H, Nq, Dv]
-  Strides output_strides;
+  void* output;        // [B, H, Nq, Dv]
+  float* wide_output;  // [B, H, Nq, Dv] before it is rounded to 16 bits, for the backward; nullptr: not wanted
+  Strides output_strides, wide_output_strides;
   float* lse;  // [B, H, Nq] log of the softmax's denominator, -inf where a query sees nothing; nullptr: not wanted
   // [B, H, Nq] of what the backward makes the softmax again; nullptr: none will follow. lse would not do: its rounding
   // is one of exp(lse), and all that is left of it where scores are large.
@@ -189,6 +189,7 @@ struct PagedAttentionParams : AttentionForwardParams {
 
 struct AttentionBackwardParams : AttentionInputs {
   const void* output;   // [B, H, Nq, Dv]
+  DType output_dtype;   // float32 where it is the forward's wide_output
   const void* doutput;  // [B, H, Nq, Dv]
   Strides output_strides, doutput_strides;
   bool deterministic;    // the same bits on every run; else sums may be added up in any order

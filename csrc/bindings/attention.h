@@ -1,8 +1,7 @@
-// attention_forward and attention_backward, each with the size of its workspace: tensors -> params, for any backend.
+// attention_forward and attention_backward: tensors -> params, for any backend.
 #pragma once
 
 #include <algorithm>
-#include <tuple>
 
 #include "bindings/tensor.h"
 
@@ -10,13 +9,32 @@ namespace torchweld {
 
 using OptionalTensor = std::optional<TensorView>;
 
-// What modifies the scores or the softmax: bias (expanded to (B, H, Nq, Nk)), alibi_slopes (B, H), sinks (H), seed of
-// the dropout (1), cu_seqlens_q and cu_seqlens_k (B + 1).
-using Modifiers =
-    std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+// The tensors that modify the scores or the softmax.
+struct Modifiers {
+  OptionalTensor bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k;
 
-// scale, softcap, left, right (-1: unbounded), bottom_right, dropout_p, max_seqlen_q, max_seqlen_k (-1: not known).
-using Options = std::tuple<float, float, int64_t, int64_t, bool, double, int64_t, int64_t>;
+  static constexpr const char* kFields[] = {"bias", "alibi_slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k"};
+  using Tuple =
+      std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+};
+
+// The numbers. left, right: -1 where the band has no bound; max_seqlen_*: -1 where it is not known.
+struct Options {
+  float scale = 1, softcap = 0;
+  int64_t left = -1, right = -1;
+  bool bottom_right = false;
+  double dropout_p = 0;
+  int64_t max_seqlen_q = -1, max_seqlen_k = -1;
+
+  static constexpr const char* kFields[] = {"scale",        "softcap",   "left",         "right",
+                                            "bottom_right", "dropout_p", "max_seqlen_q", "max_seqlen_k"};
+  using Tuple = std::tuple<float, float, int64_t, int64_t, bool, double, int64_t, int64_t>;
+};
+
+template <>
+struct Reader<Modifiers> : RecordReader<Modifiers> {};
+template <>
+struct Reader<Options> : RecordReader<Options> {};
 
 // Where the packed sequences start. On the CPU also checks what it says, and leaves the length of the longest in
 // `most`.
@@ -49,10 +67,10 @@ const int32_t* fill_sequences(const Arguments& args, const char* name, const Opt
 }
 
 // (B, H, N, D), or (total, H, D) if packed.
-inline void* rows_of(const Arguments& args, const AttentionInputs& p, const TensorView& t, const char* name,
-                     int64_t heads, int64_t rows, int64_t size, Strides& strides) {
-  void* data = p.cu_seqlens_q != nullptr ? args.strided(t, name, p.dtype, {rows, heads, size})
-                                         : args.strided(t, name, p.dtype, {p.batch, heads, rows, size});
+inline void* rows_of(const Arguments& args, const AttentionInputs& p, DType dtype, const TensorView& t,
+                     const char* name, int64_t heads, int64_t rows, int64_t size, Strides& strides) {
+  void* data = p.cu_seqlens_q != nullptr ? args.strided(t, name, dtype, {rows, heads, size})
+                                         : args.strided(t, name, dtype, {p.batch, heads, rows, size});
   strides =
       p.cu_seqlens_q != nullptr ? Strides{0, t.stride(1), t.stride(0)} : Strides{t.stride(0), t.stride(1), t.stride(2)};
   return data;
@@ -96,8 +114,8 @@ inline void fill_statistics(const Arguments& args, AttentionForwardParams& p, co
 // Query (B, H, Nq, D), key (B, Hkv, Nk, D), value (B, Hkv, Nk, Dv), or packed: the sizes and the pointers of all three.
 template <class Backend>
 void fill_inputs(const Arguments& args, AttentionInputs& p, const TensorView& query, const TensorView& key,
-                 const TensorView& value, const OptionalTensor& lens_q, const OptionalTensor& lens_k,
-                 int64_t max_seqlen_q = -1, int64_t max_seqlen_k = -1) {
+                 const TensorView& value, const Modifiers& modifiers, const Options& options) {
+  const OptionalTensor &lens_q = modifiers.cu_seqlens_q, &lens_k = modifiers.cu_seqlens_k;
   const bool packed = lens_q || lens_k;
   for (const auto& [t, name] : {std::pair{&query, "query"}, {&key, "key"}, {&value, "value"}})
     if (t->ndim != (packed ? 3 : 4))
@@ -114,8 +132,8 @@ void fill_inputs(const Arguments& args, AttentionInputs& p, const TensorView& qu
   p.dtype = args.dtype(query, "query");
   if (packed) {
     p.batch = lens_q ? std::max<int64_t>(lens_q->numel() - 1, 0) : 0;
-    p.queries = max_seqlen_q;
-    p.keys = max_seqlen_k;
+    p.queries = options.max_seqlen_q;
+    p.keys = options.max_seqlen_k;
     p.cu_seqlens_q = fill_sequences<Backend>(args, "cu_seqlens_q", lens_q, p.batch, p.total_q, p.queries);
     p.cu_seqlens_k = fill_sequences<Backend>(args, "cu_seqlens_k", lens_k, p.batch, p.total_k, p.keys);
   } else {
@@ -123,9 +141,9 @@ void fill_inputs(const Arguments& args, AttentionInputs& p, const TensorView& qu
   }
   if (p.heads > 0 && (p.kv_heads < 1 || p.heads % p.kv_heads != 0))
     args.fail("key", "a number of heads that divides query's " + std::to_string(p.heads), std::to_string(p.kv_heads));
-  p.query = rows_of(args, p, query, "query", p.heads, p.total_q, p.dim, p.query_strides);
-  p.key = rows_of(args, p, key, "key", p.kv_heads, p.total_k, p.dim, p.key_strides);
-  p.value = rows_of(args, p, value, "value", p.kv_heads, p.total_k, p.value_dim, p.value_strides);
+  p.query = rows_of(args, p, p.dtype, query, "query", p.heads, p.total_q, p.dim, p.query_strides);
+  p.key = rows_of(args, p, p.dtype, key, "key", p.kv_heads, p.total_k, p.dim, p.key_strides);
+  p.value = rows_of(args, p, p.dtype, value, "value", p.kv_heads, p.total_k, p.value_dim, p.value_strides);
 }
 
 inline MaskType mask_type(const Arguments& args, const TensorView& bias) {
@@ -142,17 +160,15 @@ inline MaskType mask_type(const Arguments& args, const TensorView& bias) {
 }
 
 // What shapes the scores, and the dropout.
-inline void fill_scores(const Arguments& args, AttentionInputs& p, const Modifiers& modifiers, const Options& options,
-                        const TensorView& workspace) {
-  const auto& [bias, alibi, sinks, seed, lens_q, lens_k] = modifiers;
-  const auto& [scale, softcap, left, right, bottom_right, dropout_p, max_q, max_k] = options;
-  p.scale = scale;
-  p.softcap = softcap;
-  p.left = left < 0 || left > kUnbounded ? kUnbounded : left;
-  p.right = right < 0 || right > kUnbounded ? kUnbounded : right;
-  p.bottom_right = bottom_right;
+inline void fill_scores(const Arguments& args, AttentionInputs& p, const Modifiers& modifiers, const Options& options) {
+  auto bound = [](int64_t keys) { return keys < 0 || keys > kUnbounded ? kUnbounded : keys; };
+  p.scale = options.scale;
+  p.softcap = options.softcap;
+  p.left = bound(options.left);
+  p.right = bound(options.right);
+  p.bottom_right = options.bottom_right;
   p.bias_type = MaskType::none;
-  if (bias) {
+  if (const OptionalTensor& bias = modifiers.bias) {
     if (p.cu_seqlens_q != nullptr) args.fail("bias", "None beside cu_seqlens_q", "a tensor");
     p.bias_type = mask_type(args, *bias);
     p.bias = args.expanded(*bias, "bias", {p.batch, p.heads, p.queries, p.keys});
@@ -161,96 +177,80 @@ inline void fill_scores(const Arguments& args, AttentionInputs& p, const Modifie
     if (p.bias_step > 1 || p.bias_step < 0)
       args.fail("bias", "stride 0 or 1 in the last dimension", std::to_string(p.bias_step));
   }
-  if (alibi) {
+  if (const OptionalTensor& alibi = modifiers.alibi_slopes) {
     p.alibi_slopes =
         static_cast<const float*>(args.strided(*alibi, "alibi_slopes", DType::float32, {p.batch, p.heads}));
     p.alibi_batch_stride = alibi->stride(0);
   }
-  if (sinks) p.sinks = static_cast<const float*>(args.contiguous(*sinks, "sinks", DType::float32, {p.heads}));
+  if (const OptionalTensor& sinks = modifiers.sinks)
+    p.sinks = static_cast<const float*>(args.contiguous(*sinks, "sinks", DType::float32, {p.heads}));
+  const double dropout_p = options.dropout_p;
   if (!(dropout_p >= 0 && dropout_p <= 1))
     args.fail("dropout_p", "a probability between 0 and 1", std::to_string(dropout_p));
   if (dropout_p > 0) {
+    const OptionalTensor& seed = modifiers.seed;
     if (!seed) args.fail("seed", "a tensor beside a dropout_p of " + std::to_string(dropout_p), "None");
     p.dropout = make_dropout(static_cast<const int64_t*>(args.integers(*seed, "seed", 64, 1)), dropout_p);
   }
-  p.workspace_size = workspace.numel();
-  p.workspace = static_cast<float*>(args.flat(workspace, "workspace", DType::float32, p.workspace_size));
-}
-
-inline void check_workspace(const Arguments& args, const AttentionInputs& p, int64_t needed) {
-  if (p.workspace_size < needed)
-    args.fail("workspace", "at least " + std::to_string(needed) + " elements", std::to_string(p.workspace_size));
 }
 
 template <class Backend>
 void bind_attention(Module& m) {
-  // How many floats of workspace attention_forward wants with these arguments.
-  m.def("attention_forward_workspace(query, key, value, cu_seqlens_q, cu_seqlens_k, statistics)",
-        [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& lens_q,
-           const OptionalTensor& lens_k, const OptionalTensor& statistics) {
-          const Arguments args("attention", Backend::device, query);
-          AttentionForwardParams p{};
-          fill_inputs<Backend>(args, p, query, key, value, lens_q, lens_k);
-          fill_statistics(args, p, statistics);
-          return Backend::kernels().attention_forward_workspace(p);
-        });
+  m.def_record<Modifiers>("Modifiers");
+  m.def_record<Options>("Options");
+  m.attr("leaves_wide_output") = Backend::leaves_wide_output;
 
-  // How many attention_backward wants.
-  m.def("attention_backward_workspace(query, key, value, cu_seqlens_q, cu_seqlens_k, doutput, deterministic)",
-        [](const TensorView& query, const TensorView& key, const TensorView& value, const OptionalTensor& lens_q,
-           const OptionalTensor& lens_k, const TensorView& doutput, bool deterministic) {
-          const Arguments args("attention_backward_workspace", Backend::device, query);
-          AttentionBackwardParams p{};
-          p.deterministic = deterministic;
-          fill_inputs<Backend>(args, p, query, key, value, lens_q, lens_k);
-          p.doutput = rows_of(args, p, doutput, "doutput", p.heads, p.total_q, p.value_dim, p.doutput_strides);
-          return Backend::kernels().attention_backward_workspace(p);
-        });
-
-  // output: (B, H, Nq, Dv), packed (total_q, H, Dv).
-  m.def("attention_forward(query, key, value, modifiers, options, output, statistics, workspace)",
+  // output, wide_output (float32): (B, H, Nq, Dv), packed (total_q, H, Dv).
+  m.def("attention_forward(query, key, value, modifiers, options, output, wide_output, statistics)",
         [](const TensorView& query, const TensorView& key, const TensorView& value, const Modifiers& modifiers,
-           const Options& options, const TensorView& output, const OptionalTensor& statistics,
-           const TensorView& workspace) {
+           const Options& options, const TensorView& output, const OptionalTensor& wide_output,
+           const OptionalTensor& statistics) {
           const Arguments args("attention", Backend::device, query);
           AttentionForwardParams p{};
-          fill_inputs<Backend>(args, p, query, key, value, std::get<4>(modifiers), std::get<5>(modifiers),
-                               std::get<6>(options), std::get<7>(options));
-          fill_scores(args, p, modifiers, options, workspace);
-          p.output = rows_of(args, p, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
+          fill_inputs<Backend>(args, p, query, key, value, modifiers, options);
+          fill_scores(args, p, modifiers, options);
+          p.output = rows_of(args, p, p.dtype, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
+          if (wide_output && !Backend::leaves_wide_output) args.fail("wide_output", "None", "a tensor");
+          if (wide_output)
+            p.wide_output = static_cast<float*>(rows_of(args, p, DType::float32, *wide_output, "wide_output", p.heads,
+                                                        p.total_q, p.value_dim, p.wide_output_strides));
           fill_statistics(args, p, statistics);
-          check_workspace(args, p, Backend::kernels().attention_forward_workspace(p));
+          const Workspace workspace(query.device, Backend::kernels().attention_forward_workspace(p));
+          p.workspace = workspace.data();
           Backend::run(&Backend::Kernels::attention_forward, p, query.device.index);
         });
 
-  // As above, but of one row statistics is lse. dlse: float32 (B, H, Nq), packed (H, total_q); dbias: contiguous, 4
-  // dimensions; dalibi_slopes, dsinks: (B, H).
+  // As above, but output may be the forward's wide_output, and of one row statistics is lse. dlse: float32 (B, H, Nq),
+  // packed (H, total_q); dbias: contiguous, 4 dimensions; dalibi_slopes, dsinks: (B, H).
   m.def(
-      "attention_backward(doutput, dlse, query, key, value, modifiers, options, output, statistics, dquery, dkey, "
-      "dvalue, dbias, dalibi_slopes, dsinks, deterministic, workspace)",
+      "attention_backward(doutput, dlse, query, key, value, modifiers, options, output, statistics, "
+      "dquery, dkey, dvalue, dbias, dalibi_slopes, dsinks, deterministic)",
       [](const TensorView& doutput, const OptionalTensor& dlse, const TensorView& query, const TensorView& key,
          const TensorView& value, const Modifiers& modifiers, const Options& options, const TensorView& output,
          const TensorView& statistics, const OptionalTensor& dquery, const OptionalTensor& dkey,
          const OptionalTensor& dvalue, const OptionalTensor& dbias, const OptionalTensor& dalibi_slopes,
-         const OptionalTensor& dsinks, bool deterministic, const TensorView& workspace) {
+         const OptionalTensor& dsinks, bool deterministic) {
         const Arguments args("attention_backward", Backend::device, query);
         AttentionBackwardParams p{};
         p.deterministic = deterministic;
-        fill_inputs<Backend>(args, p, query, key, value, std::get<4>(modifiers), std::get<5>(modifiers),
-                             std::get<6>(options), std::get<7>(options));
-        fill_scores(args, p, modifiers, options, workspace);
-        p.output = rows_of(args, p, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
-        p.doutput = rows_of(args, p, doutput, "doutput", p.heads, p.total_q, p.value_dim, p.doutput_strides);
+        fill_inputs<Backend>(args, p, query, key, value, modifiers, options);
+        fill_scores(args, p, modifiers, options);
+        p.output_dtype = Backend::leaves_wide_output ? args.dtype(output, "output") : p.dtype;
+        if (p.output_dtype != DType::float32) p.output_dtype = p.dtype;
+        p.output =
+            rows_of(args, p, p.output_dtype, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
+        p.doutput = rows_of(args, p, p.dtype, doutput, "doutput", p.heads, p.total_q, p.value_dim, p.doutput_strides);
         const Statistics rows(args, p, statistics);
         p.max = rows.max != nullptr ? rows.max : rows.lse;
         p.inverse = rows.inverse;
         p.dlse = values_of(args, p, dlse, "dlse");
-        if (dquery) p.dquery = rows_of(args, p, *dquery, "dquery", p.heads, p.total_q, p.dim, p.dquery_strides);
-        if (dkey) p.dkey = rows_of(args, p, *dkey, "dkey", p.kv_heads, p.total_k, p.dim, p.dkey_strides);
+        if (dquery)
+          p.dquery = rows_of(args, p, p.dtype, *dquery, "dquery", p.heads, p.total_q, p.dim, p.dquery_strides);
+        if (dkey) p.dkey = rows_of(args, p, p.dtype, *dkey, "dkey", p.kv_heads, p.total_k, p.dim, p.dkey_strides);
         if (dvalue)
-          p.dvalue = rows_of(args, p, *dvalue, "dvalue", p.kv_heads, p.total_k, p.value_dim, p.dvalue_strides);
+          p.dvalue = rows_of(args, p, p.dtype, *dvalue, "dvalue", p.kv_heads, p.total_k, p.value_dim, p.dvalue_strides);
         if (dbias) {
-          const OptionalTensor& bias = std::get<0>(modifiers);
+          const OptionalTensor& bias = modifiers.bias;
           if (!bias || bias->dtype.code == dlpack::kBool)
             args.fail("dbias", "an additive bias to be differentiated", "none");
           p.dbias = args.flat(*dbias, "dbias", args.dtype(*bias, "bias"), dbias->numel());
@@ -265,11 +265,12 @@ void bind_attention(Module& m) {
           return t ? static_cast<float*>(args.contiguous(*t, name, DType::float32, {p.batch, p.heads})) : nullptr;
         };
         p.dalibi_slopes = by_head(dalibi_slopes, "dalibi_slopes");
-        if (dalibi_slopes && !std::get<1>(modifiers))
+        if (dalibi_slopes && !modifiers.alibi_slopes)
           args.fail("dalibi_slopes", "alibi_slopes to be differentiated", "none");
         p.dsinks = by_head(dsinks, "dsinks");
-        if (dsinks && !std::get<2>(modifiers)) args.fail("dsinks", "sinks to be differentiated", "none");
-        check_workspace(args, p, Backend::kernels().attention_backward_workspace(p));
+        if (dsinks && !modifiers.sinks) args.fail("dsinks", "sinks to be differentiated", "none");
+        const Workspace workspace(query.device, Backend::kernels().attention_backward_workspace(p));
+        p.workspace = workspace.data();
         Backend::run(&Backend::Kernels::attention_backward, p, query.device.index);
       });
 }

@@ -14,6 +14,7 @@ struct Cuda {
   static constexpr dlpack::DeviceType device = dlpack::kCUDA;
   static constexpr bool reads_tensors = false;  // to look into an argument would be to wait for it
   static Kernels kernels() { return {}; }
+  static constexpr bool leaves_wide_output = false;
   static constexpr bool optimizer_table = true;
 
   static int64_t layer_norm_forward_workspace(int64_t rows, int64_t cols, int32_t index) {

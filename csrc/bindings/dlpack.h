@@ -1,6 +1,7 @@
-// The part of the DLPack 1.3 ABI that torchweld reads: how torch hands over a tensor (DLTensor) and its C exchange API,
-// a table of functions that torch >= 2.10 publishes as the capsule torch.Tensor.__dlpack_c_exchange_api__.
-// Field order and types are the ABI (https://dmlc.github.io/dlpack/latest/c_api.html).
+// The part of the DLPack 1.3 ABI that torchweld reads: how torch hands over a tensor (DLTensor,
+// DLManagedTensorVersioned) and its C exchange API, a table of functions that torch >= 2.10 publishes as the capsule
+// torch.Tensor.__dlpack_c_exchange_api__. Field order and types are the ABI
+// (https://dmlc.github.io/dlpack/latest/c_api.html).
 #pragma once
 
 #include <cstdint>
@@ -31,10 +32,20 @@ struct Tensor {
   uint64_t byte_offset;
 };
 
+struct ManagedTensor {
+  uint32_t major, minor;
+  void* manager_ctx;
+  void (*deleter)(ManagedTensor* self);
+  uint64_t flags;
+  Tensor tensor;
+};
+
 struct ExchangeAPI {
   uint32_t major, minor;
   ExchangeAPI* previous;
-  void* managed_tensor_allocator;
+  // Of prototype's device, dtype and shape. -1 where there is no memory: set_error has then been called.
+  int (*managed_tensor_allocator)(Tensor* prototype, ManagedTensor** out, void* error_ctx,
+                                  void (*set_error)(void* error_ctx, const char* kind, const char* message));
   void* managed_tensor_from_py_object;
   void* managed_tensor_to_py_object;
   int (*tensor_from_py_object)(void* py_object, Tensor* out);  // borrows: valid while the Python tensor lives

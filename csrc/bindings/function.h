@@ -8,6 +8,7 @@
 
 #include <pybind11/stl.h>
 
+#include <iterator>
 #include <new>
 #include <optional>
 #include <stdexcept>
@@ -82,6 +83,16 @@ struct Reader<std::tuple<Ts...>> {
   }
 
   std::tuple<Reader<Ts>...> readers;
+};
+
+// A record whose fields Python gives as a tuple in the order of Record::kFields.
+template <class Record>
+struct RecordReader : Reader<typename Record::Tuple> {
+  static_assert(std::size(Record::kFields) == std::tuple_size_v<typename Record::Tuple>);
+
+  Record get() {
+    return std::apply([](auto... field) { return Record{std::move(field)...}; }, Reader<typename Record::Tuple>::get());
+  }
 };
 
 template <class Return, class... Args>
@@ -159,6 +170,14 @@ struct Module : py::module_ {
     PyMethodDef* definition = bound->definition();
     add_object(definition->ml_name, py::reinterpret_steal<py::object>(PyCFunction_NewEx(
                                         definition, py::capsule(bound).ptr(), attr("__name__").ptr())));
+  }
+
+  // Publishes the names of a record's fields.
+  template <class Record>
+  void def_record(const char* name) {
+    py::tuple fields(std::size(Record::kFields));
+    for (size_t i = 0; i < std::size(Record::kFields); ++i) fields[i] = Record::kFields[i];
+    attr(name) = fields;
   }
 
   // Of a lambda without captures.

@@ -1,12 +1,21 @@
-// paged_attention and the size of its workspace: tensors -> params, for any backend.
+// paged_attention: tensors -> params, for any backend.
 #pragma once
 
 #include "bindings/attention.h"
 
 namespace torchweld {
 
-// scale, softcap, left, right (-1: unbounded).
-using PagedOptions = std::tuple<float, float, int64_t, int64_t>;
+// left, right: -1 where the band has no bound.
+struct PagedOptions {
+  float scale, softcap;
+  int64_t left, right;
+
+  static constexpr const char* kFields[] = {"scale", "softcap", "left", "right"};
+  using Tuple = std::tuple<float, float, int64_t, int64_t>;
+};
+
+template <>
+struct Reader<PagedOptions> : RecordReader<PagedOptions> {};
 
 // What the host can see of the table and the lengths: that they lead to rows of the cache. Returns the greatest length.
 inline int64_t check_cache(const Arguments& args, const PagedAttentionParams& p) {
@@ -69,34 +78,34 @@ void fill_cache(const Arguments& args, PagedAttentionParams& p, const TensorView
 
 template <class Backend>
 void bind_paged_attention(Module& m) {
-  // How many floats of workspace paged_attention wants with these arguments.
-  m.def("paged_attention_workspace(query, key_cache, value_cache, block_table, cache_seqlens)",
-        [](const TensorView& query, const TensorView& key_cache, const TensorView& value_cache,
-           const TensorView& block_table, const TensorView& cache_seqlens) {
-          PagedAttentionParams p{};
-          fill_cache<Backend>(Arguments("paged_attention", Backend::device, query), p, query, key_cache, value_cache,
-                              block_table, cache_seqlens);
-          return Backend::kernels().paged_attention_workspace(p);
-        });
+  m.def_record<PagedOptions>("PagedOptions");
 
   // cache_seqlens: int32 (B); alibi_slopes: float32 (B, H); sinks: float32 (H); output: (B, H, Nq, Dv); lse: (B, H,
   // Nq).
   m.def(
       "paged_attention(query, key_cache, value_cache, block_table, cache_seqlens, alibi_slopes, sinks, "
-      "options, output, lse, workspace)",
+      "options, output, lse)",
       [](const TensorView& query, const TensorView& key_cache, const TensorView& value_cache,
          const TensorView& block_table, const TensorView& cache_seqlens, const OptionalTensor& alibi_slopes,
-         const OptionalTensor& sinks, const PagedOptions& options, const TensorView& output, const OptionalTensor& lse,
-         const TensorView& workspace) {
+         const OptionalTensor& sinks, const PagedOptions& options, const TensorView& output,
+         const OptionalTensor& lse) {
         const Arguments args("paged_attention", Backend::device, query);
         PagedAttentionParams p{};
         fill_cache<Backend>(args, p, query, key_cache, value_cache, block_table, cache_seqlens);
-        const auto& [scale, softcap, left, right] = options;
-        fill_scores(args, p, {std::nullopt, alibi_slopes, sinks, std::nullopt, std::nullopt, std::nullopt},
-                    {scale, softcap, left, right, true, 0.0, -1, -1}, workspace);
-        p.output = rows_of(args, p, output, "output", p.heads, p.queries, p.value_dim, p.output_strides);
+        Modifiers modifiers;
+        modifiers.alibi_slopes = alibi_slopes;
+        modifiers.sinks = sinks;
+        Options scores;
+        scores.scale = options.scale;
+        scores.softcap = options.softcap;
+        scores.left = options.left;
+        scores.right = options.right;
+        scores.bottom_right = true;
+        fill_scores(args, p, modifiers, scores);
+        p.output = rows_of(args, p, p.dtype, output, "output", p.heads, p.queries, p.value_dim, p.output_strides);
         p.lse = values_of(args, p, lse, "lse");
-        check_workspace(args, p, Backend::kernels().paged_attention_workspace(p));
+        const Workspace workspace(query.device, Backend::kernels().paged_attention_workspace(p));
+        p.workspace = workspace.data();
         Backend::run(&Backend::Kernels::paged_attention, p, query.device.index);
       });
 }

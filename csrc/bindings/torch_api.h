@@ -71,4 +71,34 @@ struct TorchApi {
   }
 };
 
+// float32 of torch's own allocator: on a GPU that of the current stream, where kernels launched before it is given back
+// may go on using it.
+class Workspace {
+ public:
+  Workspace(dlpack::Device device, int64_t size) {
+    if (size == 0) return;
+    dlpack::Tensor prototype{nullptr, device, 1, {dlpack::kFloat, 32, 1}, &size, nullptr, 0};
+    auto ignore = [](void*, const char*, const char*) {};
+    if (TorchApi::get().exchange->managed_tensor_allocator(&prototype, &memory_, nullptr, ignore) == 0) return;
+    // torch.empty raises torch's own error.
+    py::object torch = py::module_::import("torch");
+    const std::string name = (device.type == dlpack::kCUDA ? "cuda:" : "cpu:") + std::to_string(device.index);
+    tensor_ = torch.attr("empty")(size, py::arg("dtype") = torch.attr("float32"), py::arg("device") = name);
+  }
+  ~Workspace() {
+    if (memory_ != nullptr) memory_->deleter(memory_);
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  float* data() const {
+    if (memory_ != nullptr) return static_cast<float*>(memory_->tensor.data);
+    return tensor_ ? static_cast<float*>(TorchApi::get().view(tensor_.ptr()).data) : nullptr;
+  }
+
+ private:
+  dlpack::ManagedTensor* memory_ = nullptr;
+  py::object tensor_;
+};
+
 }  // namespace torchweld

@@ -1,12 +1,13 @@
-// What every kernel shares: the launch, the element types, 16-byte accesses, sums over warps and rows. Kernels reach
-// the hardware only through CUDA's own names and these wrappers, and every launch goes through `launch`:
-// tests/emulation runs the same sources on a CPU by standing in for the CUDA headers.
+// What every kernel shares: the launch, element types, 16-byte accesses, sums over warps and blocks. Kernels reach the
+// hardware only through CUDA's own names and these wrappers, and every launch goes through launch(): tests/emulation
+// runs the same sources on a CPU with its own CUDA headers.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <stdexcept>
@@ -20,7 +21,7 @@ namespace torchweld::cuda {
 
 // ---- Launch
 
-// A grid of so many blocks, of which CUDA takes 2^31 - 1.
+// A grid of this many blocks. CUDA takes at most 2^31 - 1.
 inline dim3 grid_of(const char* name, int64_t blocks) {
   if (blocks > INT32_MAX)
     throw std::invalid_argument("[" + std::string(name) + "] grid: expected at most 2^31 - 1 blocks, but got " +
@@ -28,7 +29,7 @@ inline dim3 grid_of(const char* name, int64_t blocks) {
   return dim3(static_cast<unsigned>(blocks));
 }
 
-// Enqueues kernel(params...) and throws what the launch itself reports; errors inside it surface at torch's next sync.
+// Enqueues kernel(params...) and throws if the launch fails. Errors inside the kernel surface when torch next waits.
 template <class... Params>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared, Stream stream,
             const std::remove_const_t<Params>&... params) {
@@ -44,7 +45,9 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, dim3 block, 
   check(name, cudaLaunchKernelEx(&config, kernel, params...));
 }
 
-// Shared memory comes from the launch alone: one array, which a kernel lays out itself.
+constexpr int kWarpSize = 32;
+
+// All shared memory comes from the launch: one array, which each kernel lays out itself.
 extern __shared__ uint4 shared_memory[];
 
 // ---- Types
@@ -54,7 +57,7 @@ struct Tag {
   using type = T;
 };
 
-// f(Tag<T>) for the type behind `dtype`.
+// Calls f(Tag<T>) for the type behind `dtype`.
 template <class F>
 void dispatch(const char* op, DType dtype, F&& f) {
   switch (dtype) {
@@ -69,13 +72,13 @@ void dispatch(const char* op, DType dtype, F&& f) {
                               std::to_string(static_cast<int>(dtype)));
 }
 
-// f(Tag<T>, Tag<WT>) for the five pairs in use: the parameters are float32 or of the activations' type.
+// Calls f(Tag<T>, Tag<WT>): parameters are float32 or of the type of the activations.
 template <class F>
 void dispatch_types(const char* op, DType dtype, DType weight_dtype, F&& f) {
   dispatch(op, dtype, [&](auto t) { weight_dtype == dtype ? f(t, t) : f(t, Tag<float>{}); });
 }
 
-// A register of 32 bits holds one float or two 16-bit elements; element `half` of it as a float.
+// Element `half` of a 32-bit register, which holds one float or two 16-bit elements, as a float.
 template <class T>
 __device__ __forceinline__ float unpack(uint32_t word, int half) {
   if constexpr (std::is_same_v<T, float>) return __uint_as_float(word);
@@ -84,7 +87,7 @@ __device__ __forceinline__ float unpack(uint32_t word, int half) {
     return __half2float(__ushort_as_half(static_cast<uint16_t>(half != 0 ? word >> 16 : word)));
 }
 
-// The inverse, rounding to nearest even; 16-bit types take a pair, float ignores `high`.
+// The inverse, rounding to nearest even. 16-bit types take a pair; float ignores `high`.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float low, float high) {
   if constexpr (std::is_same_v<T, float>) {
@@ -104,37 +107,48 @@ __device__ __forceinline__ uint32_t pack(float low, float high) {
 
 // ---- Accesses
 
-// V neighbouring elements, kept as stored: V * sizeof(T) is a multiple of 16 bytes, moved 16 at a time, or V is 1.
-// CUDA's load and store functions keep the width; the compiler now and then splits a plain uint4 into four accesses.
+// Element `index` of the array of T at `base`.
+template <class T>
+__device__ __forceinline__ const T* at(const void* base, int64_t index) {
+  return static_cast<const T*>(base) + index;
+}
+template <class T>
+__device__ __forceinline__ T* at(void* base, int64_t index) {
+  return static_cast<T*>(base) + index;
+}
+
+// V neighbouring elements, as stored. V is 1, or V * sizeof(T) is a multiple of 16 bytes, which are accessed 16 at a
+// time. CUDA's load and store functions keep this width; the compiler sometimes splits a plain uint4 into four
+// accesses.
 template <class T, int V>
-struct Run {
+struct Vector {
   static constexpr bool kPairs = V > 1 && sizeof(T) == 2;
   static constexpr int kWords = kPairs ? V / 2 : V;
-  static_assert(V == 1 || V * sizeof(T) % 16 == 0, "a run is one element or whole 16-byte packets");
+  static_assert(V == 1 || V * sizeof(T) % 16 == 0, "a run is one element or whole 16-byte vectorized");
   uint32_t words[kWords];
 
   __device__ __forceinline__ float operator[](int i) const {
     return kPairs ? unpack<T>(words[i / 2], i % 2) : unpack<T>(words[i], 0);
   }
 
-  // Element i becomes f(i).
+  // Sets element i to f(i).
   template <class F>
   __device__ __forceinline__ void set(F&& f) {
 #pragma unroll
     for (int i = 0; i < kWords; ++i) words[i] = kPairs ? pack<T>(f(2 * i), f(2 * i + 1)) : pack<T>(f(i), 0.0f);
   }
 
-  // For what no thread writes while the kernel runs, and many read.
+  // For memory that no thread writes while the kernel runs, and that many read.
   __device__ __forceinline__ void load(const T* p) {
     move(p, [](const auto* from) { return __ldg(from); });
   }
 
-  // For what is read once: first to leave the caches, so that it does not push out what is read again.
+  // For memory that is read once: it leaves the caches first.
   __device__ __forceinline__ void load_once(const T* p) {
     move(p, [](const auto* from) { return __ldcs(from); });
   }
 
-  // For what this thread may have written.
+  // For memory that this thread may have written.
   __device__ __forceinline__ void reload(const T* p) {
     move(p, [](const auto* from) { return __ldca(from); });
   }
@@ -168,7 +182,7 @@ struct Run {
   }
 };
 
-// Whether every pointer (nullptr counts) can be accessed 16 bytes at a time.
+// True if every pointer (nullptr too) is a multiple of 16 bytes.
 template <class... Pointers>
 bool aligned16(const Pointers*... pointers) {
   return (uintptr_t{0} | ... | reinterpret_cast<uintptr_t>(pointers)) % 16 == 0;
@@ -176,12 +190,24 @@ bool aligned16(const Pointers*... pointers) {
 
 // ---- Sums
 
-// Over groups of `width` neighbouring lanes (a power of two, at most 32); every lane gets the same bits.
+// The sum over each group of `width` neighbouring lanes (a power of two, at most 32). Every lane gets the same bits.
 __device__ __forceinline__ float group_sum(float v, int width) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2)
     if (offset < width) v += __shfl_xor_sync(0xffffffffu, v, offset);
   return v;
+}
+
+// The sum of v over a block of `threads` (a power of two), in a fixed order. Thread 0 gets it, the others 0. Uses
+// `threads` doubles of shared memory, which may be reused after a __syncthreads().
+__device__ __forceinline__ double block_sum(double v, int threads) {
+  double* sums = reinterpret_cast<double*>(shared_memory);
+  sums[threadIdx.x] = v;
+  for (int half = threads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  return threadIdx.x == 0 ? sums[0] : 0.0;
 }
 
 }  // namespace torchweld::cuda

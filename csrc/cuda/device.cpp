@@ -38,7 +38,7 @@ std::string advice(cudaError_t error) {
   return "";
 }
 
-// A function of the driver, which is not linked. 12000: the version that cuda.h's own names stand for.
+// A function of the driver, which is not linked. 12000 is the version that the names in cuda.h stand for.
 template <class F>
 F* driver_function(const char* name) {
   void* function = nullptr;
@@ -76,7 +76,7 @@ void check_driver(CUresult result) {
 
 void check(const char* what, cudaError_t error) {
   if (error == cudaSuccess) return;
-  cudaGetLastError();  // taken here: the next launch must not report it again
+  cudaGetLastError();  // clears the error: the next launch must not report it again
   throw std::runtime_error("[" + std::string(what) + "] CUDA: " + cudaGetErrorName(error) + ": " +
                            cudaGetErrorString(error) + advice(error));
 }

@@ -1,5 +1,5 @@
-// The CUDA kernels of the module, as a table with the CPU table's member names: csrc/bindings/*.h serve both. Each
-// launcher enqueues on `stream` of the current device and returns; it neither allocates nor waits.
+// The launchers of the CUDA kernels, and a table of them with the member names of the CPU's table: csrc/bindings/*.h
+// use both. A launcher enqueues on `stream` of the current device and returns. It neither allocates nor waits.
 #pragma once
 
 #include "params.h"
@@ -15,13 +15,13 @@ void sgd(const SgdParams& p, Stream stream);
 void layer_norm_forward(const LayerNormForwardParams& p, Stream stream);
 void layer_norm_backward(const LayerNormBackwardParams& p, Stream stream);
 
-// How many float32 elements layer_norm_forward wants for its workspace on the device with this index.
+// The floats of workspace that layer_norm_forward needs on the device with this index.
 int64_t layer_norm_forward_workspace(int64_t rows, int64_t cols, int device);
 
-// How many (2, cols) float32 blocks the workspace of layer_norm_backward holds on the device with this index.
+// The (2, cols) float32 blocks of workspace that layer_norm_backward needs on the device with this index.
 int64_t layer_norm_workspace(int64_t rows, int64_t cols, bool weights, int device);
 
-// How many floats of workspace they want.
+// The floats of workspace that each op needs.
 int64_t attention_forward_workspace(const AttentionForwardParams& p);
 int64_t attention_backward_workspace(const AttentionBackwardParams& p);
 int64_t paged_attention_workspace(const PagedAttentionParams& p);

@@ -1,5 +1,5 @@
-// Hopper's own instructions, one to a wrapper; the sections are those of the PTX ISA. Shared addresses are 32 bits. For
-// sm_90a; tests/emulation/include/cuda/ptx_sm90.cuh says the same in C++.
+// Instructions of sm_90a: one function each. Quoted names are sections of the PTX ISA. Shared memory is addressed by
+// 32-bit byte addresses. tests/emulation/include/cuda/ptx_sm90.cuh replaces this file on a CPU.
 #pragma once
 
 #include <cuda.h>
@@ -8,7 +8,7 @@
 
 namespace torchweld::cuda::ptx {
 
-// ---- Named barriers: "bar, barrier". 16 of a block; `threads`: how many come, a multiple of 32.
+// ---- Named barriers: "bar, barrier". A block has 16. `threads`: how many take part, a multiple of 32.
 
 __device__ __forceinline__ void barrier_sync(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
@@ -17,13 +17,12 @@ __device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
   asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
-// ---- Barriers in shared memory: "mbarrier". A phase ends when `count` threads have arrived and all expected bytes
-// have.
+// ---- Barriers in shared memory: "mbarrier". A phase ends when `count` threads and all expected bytes have arrived.
 
 __device__ __forceinline__ void mbarrier_init(uint32_t barrier, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
 }
-// After the initialisation, before the asynchronous may use the barrier.
+// Between the initialisation and the first asynchronous use of the barrier.
 __device__ __forceinline__ void fence_mbarrier_init() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -33,7 +32,7 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, uint32_t bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Whether the phase of this parity is over; may wait for a while.
+// True if the phase of this parity is over. May wait for a while.
 __device__ __forceinline__ bool mbarrier_try_wait(uint32_t barrier, uint32_t parity) {
   uint32_t over;
   asm volatile(
@@ -50,71 +49,53 @@ __device__ __forceinline__ void mbarrier_wait(uint32_t barrier, uint32_t parity)
   }
 }
 
-// ---- "membar/fence": what was written here before is seen by the asynchronous (bulk copies, wgmma) after.
+// ---- "membar/fence": asynchronous instructions (bulk copies, wgmma) that follow see what this thread has written.
 
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
-// ---- "cp.async.bulk.tensor": the box of a tensor map at coordinates (innermost first) that may lie outside of the
-// tensor: zeros are read there, nothing is written. Loads end at an mbarrier, stores in a group.
+// ---- "cp.async.bulk.tensor": copies the box of a tensor map at the coordinates, innermost first. Outside of the
+// tensor zeros are read and nothing is written. Loads complete at an mbarrier, stores in a group.
 
 __device__ __forceinline__ void prefetch(const CUtensorMap* map) {
   asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
 }
-__device__ __forceinline__ void tensor_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          to),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1)
-      : "memory");
-}
-__device__ __forceinline__ void tensor_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1,
-                                            int c2) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], [%2];" ::
-          "r"(to),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2)
-      : "memory");
-}
-__device__ __forceinline__ void tensor_load(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c0, int c1,
-                                            int c2, int c3) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
-      "[%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-      : "memory");
-}
-__device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t from, int c0, int c1) {
-  asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map), "r"(from),
-               "r"(c0), "r"(c1)
-               : "memory");
-}
-__device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t from, int c0, int c1, int c2) {
-  asm volatile("cp.async.bulk.tensor.3d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
-               "r"(from), "r"(c0), "r"(c1), "r"(c2)
-               : "memory");
-}
-__device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t from, int c0, int c1, int c2, int c3) {
-  asm volatile("cp.async.bulk.tensor.4d.global.shared::cta.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
-               "r"(from), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-               : "memory");
-}
-__device__ __forceinline__ void tensor_add(const CUtensorMap* map, uint32_t from, int c0, int c1) {
-  asm volatile("cp.reduce.async.bulk.tensor.2d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3}], [%1];" ::"l"(map),
-               "r"(from), "r"(c0), "r"(c1)
-               : "memory");
-}
-__device__ __forceinline__ void tensor_add(const CUtensorMap* map, uint32_t from, int c0, int c1, int c2) {
-  asm volatile(
-      "cp.reduce.async.bulk.tensor.3d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4}], [%1];" ::"l"(map),
-      "r"(from), "r"(c0), "r"(c1), "r"(c2)
-      : "memory");
-}
-__device__ __forceinline__ void tensor_add(const CUtensorMap* map, uint32_t from, int c0, int c1, int c2, int c3) {
-  asm volatile(
-      "cp.reduce.async.bulk.tensor.4d.global.shared::cta.add.tile.bulk_group [%0, {%2, %3, %4, %5}], [%1];" ::"l"(map),
-      "r"(from), "r"(c0), "r"(c1), "r"(c2), "r"(c3)
-      : "memory");
-}
+// The three copies of one rank. load, store: the operand numbers of the coordinates.
+#define TORCHWELD_TENSOR_COPIES(rank, load, store)                                                                   \
+  __device__ __forceinline__ void tensor_load(uint32_t to, const CUtensorMap* map, uint32_t barrier,                 \
+                                              TORCHWELD_PARAMETERS_##rank) {                                         \
+    asm volatile("cp.async.bulk.tensor." #rank                                                                       \
+                 "d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {" load "}], [%2];" ::"r"(to),    \
+                 "l"(map), "r"(barrier), TORCHWELD_COORDINATES_##rank                                                \
+                 : "memory");                                                                                        \
+  }                                                                                                                  \
+  __device__ __forceinline__ void tensor_store(const CUtensorMap* map, uint32_t from, TORCHWELD_PARAMETERS_##rank) { \
+    asm volatile("cp.async.bulk.tensor." #rank "d.global.shared::cta.tile.bulk_group [%0, {" store                   \
+                 "}], [%1];" ::"l"(map),                                                                             \
+                 "r"(from), TORCHWELD_COORDINATES_##rank                                                             \
+                 : "memory");                                                                                        \
+  }                                                                                                                  \
+  __device__ __forceinline__ void tensor_add(const CUtensorMap* map, uint32_t from, TORCHWELD_PARAMETERS_##rank) {   \
+    asm volatile("cp.reduce.async.bulk.tensor." #rank "d.global.shared::cta.add.tile.bulk_group [%0, {" store        \
+                 "}], [%1];" ::"l"(map),                                                                             \
+                 "r"(from), TORCHWELD_COORDINATES_##rank                                                             \
+                 : "memory");                                                                                        \
+  }
+#define TORCHWELD_PARAMETERS_2 int c0, int c1
+#define TORCHWELD_PARAMETERS_3 TORCHWELD_PARAMETERS_2, int c2
+#define TORCHWELD_PARAMETERS_4 TORCHWELD_PARAMETERS_3, int c3
+#define TORCHWELD_COORDINATES_2 "r"(c0), "r"(c1)
+#define TORCHWELD_COORDINATES_3 TORCHWELD_COORDINATES_2, "r"(c2)
+#define TORCHWELD_COORDINATES_4 TORCHWELD_COORDINATES_3, "r"(c3)
+TORCHWELD_TENSOR_COPIES(2, "%3, %4", "%2, %3")
+TORCHWELD_TENSOR_COPIES(3, "%3, %4, %5", "%2, %3, %4")
+TORCHWELD_TENSOR_COPIES(4, "%3, %4, %5, %6", "%2, %3, %4, %5")
+#undef TORCHWELD_COORDINATES_4
+#undef TORCHWELD_COORDINATES_3
+#undef TORCHWELD_COORDINATES_2
+#undef TORCHWELD_PARAMETERS_4
+#undef TORCHWELD_PARAMETERS_3
+#undef TORCHWELD_PARAMETERS_2
+#undef TORCHWELD_TENSOR_COPIES
 
 // ---- "cp.async.bulk", "cp.reduce.async.bulk": neighbouring bytes, a multiple of 16 on both sides.
 
@@ -135,7 +116,8 @@ __device__ __forceinline__ void bulk_add(float* to, uint32_t from, uint32_t byte
 
 // Ends a group of this thread's stores.
 __device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until all but the last kPending groups have read shared memory, so that it can be written again; or are complete.
+// Waits until all but the last kPending groups have read shared memory, which may then be overwritten; or have
+// finished.
 template <int kPending>
 __device__ __forceinline__ void bulk_wait_read() {
   asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(kPending) : "memory");
@@ -145,7 +127,7 @@ __device__ __forceinline__ void bulk_wait() {
   asm volatile("cp.async.bulk.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
-// ---- "setmaxnreg": registers per thread of the warpgroup, 24 to 256 by 8.
+// ---- "setmaxnreg": registers per thread of the warpgroup, 24 to 256, a multiple of 8.
 
 template <int kRegisters>
 __device__ __forceinline__ void registers_increase() {
@@ -160,23 +142,22 @@ __device__ __forceinline__ void registers_decrease() {
 
 enum class Swizzle : uint64_t { none = 0, bytes128 = 1, bytes64 = 2, bytes32 = 3 };
 
-// "Matrix Descriptor Format". leading, stride in bytes: "Strides"; leading does not count where rows are K-major and
-// swizzled.
+// "Matrix Descriptor Format". leading, stride: in bytes, see "Strides". leading is ignored for swizzled K-major rows.
 __device__ __forceinline__ uint64_t descriptor(uint32_t start, uint32_t leading, uint32_t stride, Swizzle swizzle) {
   return static_cast<uint64_t>(swizzle) << 62 | static_cast<uint64_t>(stride >> 4 & 0x3fff) << 32 |
          static_cast<uint64_t>(leading >> 4 & 0x3fff) << 16 | (start >> 4 & 0x3fff);
 }
 
-// Between other uses of the registers of a product and its first instruction.
+// Between other uses of a product's registers and its first instruction.
 __device__ __forceinline__ void wgmma_fence() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until all but the last kPending groups are complete: before that, their registers may not be touched.
+// Waits until all but the last kPending groups are complete. Until then their registers may not be touched.
 template <int kPending>
 __device__ __forceinline__ void wgmma_wait() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kPending) : "memory");
 }
 
-// The list of a product's registers in PTX, and as operands.
+// The registers of c: their operand numbers in PTX, and as operands of asm.
 #define TORCHWELD_LIST_64                                                \
   "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15" \
   ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
@@ -196,66 +177,47 @@ __device__ __forceinline__ void wgmma_wait() {
 #define TORCHWELD_OPERANDS_128 TORCHWELD_OPERANDS_64, TORCHWELD_TILES(8), TORCHWELD_TILES(12)
 #define TORCHWELD_OPERANDS_256 \
   TORCHWELD_OPERANDS_128, TORCHWELD_TILES(16), TORCHWELD_TILES(20), TORCHWELD_TILES(24), TORCHWELD_TILES(28)
-#define TORCHWELD_PRODUCT(N, type, accumulate, operands, ...)                                                         \
-  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " accumulate                                                         \
+// The instruction for N columns and one element type. `scale`: the operand number of the flag "accumulate"; `operands`
+// and the arguments after it: all operands but c.
+#define TORCHWELD_WGMMA_OF(N, type, scale, operands, ...)                                                             \
+  asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, " scale                                                              \
                ", 0;\n"                                                                                               \
                "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32." type "." type " {" TORCHWELD_LIST_##N "}, " operands \
                                                                                                        ";\n}"         \
                : TORCHWELD_OPERANDS_##N                                                                               \
                : __VA_ARGS__)
+#define TORCHWELD_WGMMA(columns, scale, operands, ...)                 \
+  if constexpr (N == columns && std::is_same_v<T, __nv_bfloat16>)      \
+    TORCHWELD_WGMMA_OF(columns, "bf16", scale, operands, __VA_ARGS__); \
+  else if constexpr (N == columns)                                     \
+  TORCHWELD_WGMMA_OF(columns, "f16", scale, operands, __VA_ARGS__)
 
-// c (+)= a @ b. Lane 4 * g + t of warp w holds c[j][e]: row 16 * w + g (+ 8 if e > 1), column 8 * j + 2 * t (+ 1 if e
-// is odd). a and b are descriptors, or a is 16 x 16 per warp in registers, as in mma.m16n8k16. kTransposed: not
-// K-major.
+// c = a @ b, or c += a @ b with `accumulate`. Lane 4 * g + t of warp w holds c[j][e]: row 16 * w + g (+ 8 if e > 1),
+// column 8 * j + 2 * t (+ 1 if e is odd). kTransposed: the operand is not K-major. a and b are descriptors here.
 template <class T, int N, bool kTransposedA = false, bool kTransposedB = false>
 __device__ __forceinline__ void wgmma(float (&c)[N / 8][4], uint64_t a, uint64_t b, bool accumulate) {
   static_assert(N == 64 || N == 128 || N == 256, "a product has 64, 128 or 256 columns");
-  constexpr bool kBfloat16 = std::is_same_v<T, __nv_bfloat16>;
-  if constexpr (N == 64 && kBfloat16)
-    TORCHWELD_PRODUCT(64, "bf16", "%34", "%32, %33, p, 1, 1, %35, %36", "l"(a), "l"(b), "r"(int{accumulate}),
-                      "n"(int{kTransposedA}), "n"(int{kTransposedB}));
-  if constexpr (N == 64 && !kBfloat16)
-    TORCHWELD_PRODUCT(64, "f16", "%34", "%32, %33, p, 1, 1, %35, %36", "l"(a), "l"(b), "r"(int{accumulate}),
-                      "n"(int{kTransposedA}), "n"(int{kTransposedB}));
-  if constexpr (N == 128 && kBfloat16)
-    TORCHWELD_PRODUCT(128, "bf16", "%66", "%64, %65, p, 1, 1, %67, %68", "l"(a), "l"(b), "r"(int{accumulate}),
-                      "n"(int{kTransposedA}), "n"(int{kTransposedB}));
-  if constexpr (N == 128 && !kBfloat16)
-    TORCHWELD_PRODUCT(128, "f16", "%66", "%64, %65, p, 1, 1, %67, %68", "l"(a), "l"(b), "r"(int{accumulate}),
-                      "n"(int{kTransposedA}), "n"(int{kTransposedB}));
-  if constexpr (N == 256 && kBfloat16)
-    TORCHWELD_PRODUCT(256, "bf16", "%130", "%128, %129, p, 1, 1, %131, %132", "l"(a), "l"(b), "r"(int{accumulate}),
-                      "n"(int{kTransposedA}), "n"(int{kTransposedB}));
-  if constexpr (N == 256 && !kBfloat16)
-    TORCHWELD_PRODUCT(256, "f16", "%130", "%128, %129, p, 1, 1, %131, %132", "l"(a), "l"(b), "r"(int{accumulate}),
-                      "n"(int{kTransposedA}), "n"(int{kTransposedB}));
+#define TORCHWELD_INPUTS "l"(a), "l"(b), "r"(int{accumulate}), "n"(int{kTransposedA}), "n"(int{kTransposedB})
+  TORCHWELD_WGMMA(64, "%34", "%32, %33, p, 1, 1, %35, %36", TORCHWELD_INPUTS);
+  TORCHWELD_WGMMA(128, "%66", "%64, %65, p, 1, 1, %67, %68", TORCHWELD_INPUTS);
+  TORCHWELD_WGMMA(256, "%130", "%128, %129, p, 1, 1, %131, %132", TORCHWELD_INPUTS);
+#undef TORCHWELD_INPUTS
 }
 
+// The same with a in registers: 16 x 16 per warp, in the layout of mma.m16n8k16.
 template <class T, int N, bool kTransposedB = false>
 __device__ __forceinline__ void wgmma(float (&c)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
   static_assert(N == 64 || N == 128 || N == 256, "a product has 64, 128 or 256 columns");
-  constexpr bool kBfloat16 = std::is_same_v<T, __nv_bfloat16>;
-  if constexpr (N == 64 && kBfloat16)
-    TORCHWELD_PRODUCT(64, "bf16", "%37", "{%32, %33, %34, %35}, %36, p, 1, 1, %38", "r"(a[0]), "r"(a[1]), "r"(a[2]),
-                      "r"(a[3]), "l"(b), "r"(int{accumulate}), "n"(int{kTransposedB}));
-  if constexpr (N == 64 && !kBfloat16)
-    TORCHWELD_PRODUCT(64, "f16", "%37", "{%32, %33, %34, %35}, %36, p, 1, 1, %38", "r"(a[0]), "r"(a[1]), "r"(a[2]),
-                      "r"(a[3]), "l"(b), "r"(int{accumulate}), "n"(int{kTransposedB}));
-  if constexpr (N == 128 && kBfloat16)
-    TORCHWELD_PRODUCT(128, "bf16", "%69", "{%64, %65, %66, %67}, %68, p, 1, 1, %70", "r"(a[0]), "r"(a[1]), "r"(a[2]),
-                      "r"(a[3]), "l"(b), "r"(int{accumulate}), "n"(int{kTransposedB}));
-  if constexpr (N == 128 && !kBfloat16)
-    TORCHWELD_PRODUCT(128, "f16", "%69", "{%64, %65, %66, %67}, %68, p, 1, 1, %70", "r"(a[0]), "r"(a[1]), "r"(a[2]),
-                      "r"(a[3]), "l"(b), "r"(int{accumulate}), "n"(int{kTransposedB}));
-  if constexpr (N == 256 && kBfloat16)
-    TORCHWELD_PRODUCT(256, "bf16", "%133", "{%128, %129, %130, %131}, %132, p, 1, 1, %134", "r"(a[0]), "r"(a[1]),
-                      "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{accumulate}), "n"(int{kTransposedB}));
-  if constexpr (N == 256 && !kBfloat16)
-    TORCHWELD_PRODUCT(256, "f16", "%133", "{%128, %129, %130, %131}, %132, p, 1, 1, %134", "r"(a[0]), "r"(a[1]),
-                      "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{accumulate}), "n"(int{kTransposedB}));
+#define TORCHWELD_INPUTS \
+  "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(int{accumulate}), "n"(int{kTransposedB})
+  TORCHWELD_WGMMA(64, "%37", "{%32, %33, %34, %35}, %36, p, 1, 1, %38", TORCHWELD_INPUTS);
+  TORCHWELD_WGMMA(128, "%69", "{%64, %65, %66, %67}, %68, p, 1, 1, %70", TORCHWELD_INPUTS);
+  TORCHWELD_WGMMA(256, "%133", "{%128, %129, %130, %131}, %132, p, 1, 1, %134", TORCHWELD_INPUTS);
+#undef TORCHWELD_INPUTS
 }
 
-#undef TORCHWELD_PRODUCT
+#undef TORCHWELD_WGMMA
+#undef TORCHWELD_WGMMA_OF
 #undef TORCHWELD_OPERANDS_256
 #undef TORCHWELD_OPERANDS_128
 #undef TORCHWELD_OPERANDS_64

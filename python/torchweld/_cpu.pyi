@@ -47,25 +47,11 @@ def gelu_backward(doutput: Tensor, input: Tensor, exact: bool, dinput: Tensor, /
 
 # ---- Attention
 
-def attention_forward_workspace(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    statistics: Tensor | None,
-    /,
-) -> int: ...
-def attention_backward_workspace(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    doutput: Tensor,
-    deterministic: bool,
-    /,
-) -> int: ...
+Modifiers: tuple[str, ...]  # the fields of a tuple of modifiers, of options
+Options: tuple[str, ...]
+PagedOptions: tuple[str, ...]
+leaves_wide_output: bool
+
 def attention_forward(
     query: Tensor,
     key: Tensor,
@@ -73,8 +59,8 @@ def attention_forward(
     modifiers: _Modifiers,
     options: _Options,
     output: Tensor,
+    wide_output: Tensor | None,
     statistics: Tensor | None,
-    workspace: Tensor,
     /,
 ) -> None: ...
 def attention_backward(
@@ -94,12 +80,8 @@ def attention_backward(
     dalibi_slopes: Tensor | None,
     dsinks: Tensor | None,
     deterministic: bool,
-    workspace: Tensor,
     /,
 ) -> None: ...
-def paged_attention_workspace(
-    query: Tensor, key_cache: Tensor, value_cache: Tensor, block_table: Tensor, cache_seqlens: Tensor, /
-) -> int: ...
 def paged_attention(
     query: Tensor,
     key_cache: Tensor,
@@ -111,7 +93,6 @@ def paged_attention(
     options: _PagedOptions,
     output: Tensor,
     lse: Tensor | None,
-    workspace: Tensor,
     /,
 ) -> None: ...
 

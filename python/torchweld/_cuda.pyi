@@ -2,18 +2,19 @@
 
 from torchweld._cpu import GRAD_NORM_BLOCKS as GRAD_NORM_BLOCKS
 from torchweld._cpu import OPTIMIZER_TABLE_WORDS as OPTIMIZER_TABLE_WORDS
+from torchweld._cpu import Modifiers as Modifiers
+from torchweld._cpu import Options as Options
+from torchweld._cpu import PagedOptions as PagedOptions
 from torchweld._cpu import adamw_ as adamw_
 from torchweld._cpu import attention_backward as attention_backward
-from torchweld._cpu import attention_backward_workspace as attention_backward_workspace
 from torchweld._cpu import attention_forward as attention_forward
-from torchweld._cpu import attention_forward_workspace as attention_forward_workspace
 from torchweld._cpu import grad_norm as grad_norm
 from torchweld._cpu import layer_norm_backward as layer_norm_backward
 from torchweld._cpu import layer_norm_forward as layer_norm_forward
 from torchweld._cpu import layer_norm_forward_workspace as layer_norm_forward_workspace
 from torchweld._cpu import layer_norm_workspace as layer_norm_workspace
+from torchweld._cpu import leaves_wide_output as leaves_wide_output
 from torchweld._cpu import paged_attention as paged_attention
-from torchweld._cpu import paged_attention_workspace as paged_attention_workspace
 from torchweld._cpu import sgd_ as sgd_
 
 def architectures() -> str: ...

@@ -178,7 +178,7 @@ def test_registered_ops_pass_opcheck() -> None:
     for operands, rest in (((q, k, v), full), ((merged, k, v), masked)):
         torch.library.opcheck(library.attention.default, (*operands, *rest))
         torch.library.opcheck(library.attention_forward.default, (*operands, *rest, 3))
-        out, statistics = library.attention_forward(*operands, *rest, 2)
+        out, _, statistics = library.attention_forward(*operands, *rest, 2)
         arguments = (torch.randn_like(out), torch.randn_like(statistics[0]), out, statistics, *operands, *rest)
         for mask in (
             [True, True, True, rest is full, False, True],

@@ -192,7 +192,7 @@ def test_registered_ops_pass_opcheck() -> None:
     rest = (*modifiers, 0.5, 0.0, -1, 0, True, 0.25, -1, 4)
     torch.library.opcheck(library.attention.default, (q, k, v, *rest))
     torch.library.opcheck(library.attention_forward.default, (q, k, v, *rest, 3))
-    out, statistics = library.attention_forward(q, k, v, *rest, 2)
+    out, _, statistics = library.attention_forward(q, k, v, *rest, 2)
     arguments = (torch.randn_like(out), torch.randn_like(statistics[0]), out, statistics, q, k, v, *rest)
     mask = [True, True, True, False, True, True]
     torch.library.opcheck(library.attention_backward.default, (*arguments, mask, True))

@@ -34,7 +34,7 @@ from torchweld.testing import Case, Oracle, cases
 pytestmark = pytest.mark.cuda
 
 CHUNK = 16384  # elements of one thread block
-# Also: around a chunk, and more tensors than one launch of the table carries.
+# Sizes around a chunk, and more tensors than one launch of fill_table carries.
 LONG = [*SHAPES, (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), *[(1 + i % 9,) for i in range(800)], (3 * CHUNK + 5,)]
 
 

@@ -26,7 +26,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernels do not take would go to the reference in silence."""
+    """Fails where a call would fall back to the reference."""
     monkeypatch.setattr(backend._settings, "strict", True)
     monkeypatch.setattr(backend._settings, "loaded", True)
 
@@ -106,7 +106,7 @@ def test_in_a_graph() -> None:
 
 
 def test_a_cache_that_grows_under_a_graph() -> None:
-    """The host knows neither the table nor the lengths."""
+    """The host reads neither the table nor the lengths."""
     q = torch.randn(2, 8, 1, 64, device="cuda", dtype=torch.bfloat16)
     cache = torch.randn(2, 40, 16, 2, 64, device="cuda", dtype=torch.bfloat16)
     table = torch.randperm(40, device="cuda").int().view(2, 20)

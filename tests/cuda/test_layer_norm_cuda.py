@@ -19,7 +19,7 @@ pytestmark = [
 
 @pytest.fixture(autouse=True)
 def only_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the kernels do not take would go to the reference in silence."""
+    """Fails where a call would fall back to the reference."""
     monkeypatch.setattr(backend._settings, "strict", True)
     monkeypatch.setattr(backend._settings, "loaded", True)
 
@@ -115,7 +115,7 @@ def test_same_bits_every_time(cols: int) -> None:
 
 
 def test_current_stream_is_used() -> None:
-    """The kernel must wait for what its own stream still does, and the default stream must not be needed."""
+    """The kernel must wait for earlier work of its own stream, and not for the default stream."""
     x = torch.zeros(4096, 4096, device="cuda")
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -180,7 +180,7 @@ def test_tensors_of_another_device_are_refused() -> None:
 
 @pytest.mark.filterwarnings("ignore")
 def test_compiles() -> None:
-    """torch.compile sees one op forward and one backward, and its results are the kernels' own bits."""
+    """torch.compile sees one op forward and one backward, and gives the same bits as eager mode."""
     i = inputs(64, 768, torch.bfloat16, torch.bfloat16, add=True, device="cuda")
     assert i.residual is not None
     compiled = torch.compile(torchweld.ops.add_layer_norm, fullgraph=True)

@@ -1,4 +1,4 @@
-"""The CUDA kernels of adamw_, sgd_ and grad_norm, compiled for the CPU (tests/emulation): edges and long lists."""
+"""The CUDA kernels of adamw_, sgd_ and grad_norm on the emulated GPU (tests/emulation): edges and long lists."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ OPTIONS: dict[str, Any] = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.99, "eps": 1e-8,
 
 @pytest.mark.usefixtures("kernels")
 def test_chunks_meet_without_gap_or_overlap() -> None:
-    """Empty and tiny tensors between some that end just before, at and just after a thread block's chunk."""
+    """Empty and tiny tensors lie between tensors that end just before, at and just after a chunk of a thread block."""
     sizes = (0, CHUNK - 1, 0, 1, CHUNK, 3, CHUNK + 1, 0, 2 * CHUNK + 5, 7)
     ours, exact = tensors(sizes), tensors(sizes)
     ops.adamw_(*ours.values(), **OPTIONS)
@@ -41,7 +41,7 @@ def test_chunks_meet_without_gap_or_overlap() -> None:
 
 
 def test_any_number_of_tensors(kernels: ModuleType) -> None:
-    """More than the arguments of one launch can carry, clipped; the threads in order, and at random.
+    """More tensors than the arguments of one launch hold, clipped, with threads in order and in random order.
 
     The norm's thousand blocks take seconds here, so the cases that clip are left to this test.
     """
@@ -84,7 +84,7 @@ def test_scaled_gradients_are_stored_unscaled() -> None:
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.usefixtures("kernels")
 def test_stochastic_rounding_has_the_references_bits(offset: int) -> None:
-    """Packets and single elements, at the edges of chunks; where only the decay moves, the values have no two ways."""
+    """Vectors and single elements, at the edges of chunks. Only the decay moves the parameters, so bits are equal."""
     sizes = (CHUNK + 11, 0, 3, 700)
     found = []
     for backend_name in ("cpu", "reference"):
@@ -103,7 +103,7 @@ def test_stochastic_rounding_has_the_references_bits(offset: int) -> None:
 @pytest.mark.parametrize("offset", [0, 1])
 @pytest.mark.usefixtures("kernels")
 def test_a_step_starts_from_what_others_wrote(offset: int, seed: int | None) -> None:
-    """Packets and single elements; every third element is written to; only the decay moves, so bits are equal."""
+    """Vectors and single elements. Every third is overwritten. Only the decay moves the others, so bits are equal."""
     sizes = (CHUNK + 11, 0, 3, 700)
     found = []
     for backend_name in ("cpu", "reference"):

@@ -1,4 +1,4 @@
-"""attention(deterministic=False): on a GPU the keys' loop adds dquery up by atomics. Here on the emulated kernels."""
+"""attention(deterministic=False): backward_keys accumulates dquery by atomics. On the emulated GPU."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def gpu(emulated: ModuleType, request: pytest.FixtureRequest) -> ModuleType:
 
 @pytest.fixture
 def kernels(gpu: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """torch may still poison memory, which it takes `use_deterministic_algorithms` for; the op does not hear of it."""
+    """torch poisons memory under use_deterministic_algorithms; the op is told that this is off."""
     monkeypatch.setattr(sys.modules[Case.__module__], "_DRAWS", 1)  # products are slow here
     monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: False)
     return gpu
@@ -102,7 +102,7 @@ def gradients(x: list[Tensor], **options: Any) -> tuple[Tensor, ...]:
 
 
 def test_asked_for_and_overruled(gpu: ModuleType) -> None:
-    """Tiles of keys add up in another order than one loop does: where much cancels, the bits tell which has run."""
+    """Atomics add in another order than one loop. Where much cancels, the bits show which kernel has run."""
     x = [torch.randn(1, 2, n, 64).half() for n in (40, 300, 300)]
     x[1] += 20.0  # moves all scores of a query alike, and dquery not at all
     settled = gradients(x)
@@ -127,7 +127,7 @@ def test_where_it_changes_nothing(learns: str, emulated: ModuleType) -> None:
 
 
 def test_a_block_fits_the_shared_memory_of_every_gpu(kernels: ModuleType) -> None:
-    """8.6 and 8.9 have the least: 99 KB."""
+    """GPUs of capability 8.6 and 8.9 have the least: 99 KB."""
     kernels.set_machine(shared_bytes_per_block=99 * 1024)
     for dim in (64, 128, 256):
         for softcap in (0.0, 1.0):

@@ -1,4 +1,4 @@
-"""The CUDA kernels of attention on the machine that runs them on the CPU (tests/emulation): every way through them."""
+"""The CUDA kernels of attention on the emulated GPU (tests/emulation): every path through them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def kernels(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType
     return emulated
 
 
-# By instance: head size and type. Two tiles of own rows and several of streamed ones, none of them whole.
+# By instance: head size and type. Two tiles of own rows and several streamed tiles, each with missing rows.
 SIZES = [
     (case("D 24: rows of 64 bytes, padded", 130, 37, dim=24, heads=1, causal=True, bottom_right=True), DTYPES[1:]),
     (case("D 64", 150, 80, heads=1, causal=True, bottom_right=True), DTYPES),
@@ -85,7 +85,7 @@ def test_an_unwritten_cache_is_masked() -> None:
 
 @pytest.mark.parametrize(("dim", "dtype"), [(64, torch.bfloat16), (64, torch.float32), (256, torch.float16)], ids=str)
 def test_dropout_is_that_of_the_definition(dim: int, dtype: torch.dtype) -> None:
-    """The same bits in the forward and in both directions of the backward, whose tiles are laid out differently."""
+    """The forward and both backward kernels, whose tiles have different layouts, see the same mask."""
     torch.manual_seed(0)
     q, k, v, dout = (torch.randn(2, 2, n, dim).to(dtype) for n in (37, 70, 70, 37))
     seed = torch.tensor([-5_000_000_019])
@@ -97,7 +97,7 @@ def test_dropout_is_that_of_the_definition(dim: int, dtype: torch.dtype) -> None
         step = 4 * torch.finfo(dtype).eps * want.abs().max()
         assert (got.double() - want).abs().max() <= step + 1e-5
 
-    # The weights themselves, through values that pick a key each.
+    # The probabilities themselves: each value selects one key.
     eye = torch.eye(70, dtype=dtype).expand(2, 2, 70, 70)
     picked: Any = ops.attention(q, k, eye, **options)
     defined: Any = reference.attention(q.double(), k.double(), eye.double(), **options)
@@ -118,7 +118,7 @@ def test_dropout_of_nothing_and_of_all(p: float) -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_packed_sequences(dropout_p: float, dtype: torch.dtype) -> None:
-    """One of them empty, one without keys, one of one query; aligned to the last key, so that shifts differ."""
+    """One sequence is empty, one has no keys, one has one query. Aligned to the last key, so that shifts differ."""
     torch.manual_seed(1)
     lens_q, lens_k = (torch.tensor(n, dtype=torch.int32) for n in ([0, 70, 70, 75, 76], [0, 40, 51, 51, 100]))
     q, k, v, dout = (torch.randn(n, h, 32).to(dtype) for n, h in ((76, 4), (100, 2), (100, 2), (76, 4)))
@@ -154,7 +154,7 @@ def test_the_order_of_threads_does_not_show(kernels: ModuleType, each: Attention
 
 
 def test_a_block_fits_the_shared_memory_of_every_gpu(kernels: ModuleType) -> None:
-    """8.6 and 8.9 have the least: 99 KB."""
+    """GPUs of capability 8.6 and 8.9 have the least: 99 KB."""
     kernels.set_machine(shared_bytes_per_block=99 * 1024)
     for dtype, dim in ((torch.bfloat16, 128), (torch.bfloat16, 256), (torch.float32, 128), (torch.float32, 256)):
         q = torch.randn(1, 1, 20, dim).to(dtype).requires_grad_()

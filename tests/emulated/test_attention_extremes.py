@@ -1,4 +1,4 @@
-"""Scores far from zero in the CUDA kernels of attention, on the machine that runs them on the CPU (tests/emulation).
+"""Scores far from zero in the CUDA kernels of attention, on the emulated GPU (tests/emulation).
 
 What is right is the definition in float64; how far off a result may be, torch's own operations in float32 say.
 """
@@ -19,7 +19,7 @@ from torchweld import ops, reference
 LEAST = torch.finfo(torch.float32).min
 OFFSETS = (-100.0, -1e4, -1e9, -1e10, -1e20, -1e30, -1e38, LEAST)
 
-# Of both kinds of tensor cores, sm_80's and Hopper's; float32 has kernels of the former alone.
+# On both families of kernels, sm80 and sm90. float32 has kernels in sm80 only.
 KERNELS = [(80, torch.float32), (80, torch.bfloat16), (90, torch.bfloat16), (90, torch.float16)]
 
 
@@ -46,7 +46,7 @@ def naive(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, sinks: Te
 
 
 def check(n: int, ours: Tensor, theirs: Tensor, want: Tensor, rounding: float = 1e-6) -> None:
-    """At most twice as far off as `theirs`, which is float32, beside what the dtype itself rounds."""
+    """The error is at most twice that of `theirs`, which is float32, plus the rounding of the dtype."""
     assert ours.isfinite().all(), n
     rounding += 4 * torch.finfo(ours.dtype).eps * want.abs().max().item()
     limit = 2 * (theirs - want).abs().max() + rounding
@@ -54,13 +54,13 @@ def check(n: int, ours: Tensor, theirs: Tensor, want: Tensor, rounding: float = 
 
 
 def hold(function: Callable[..., Any], exact: Callable[..., Tensor], leaves: list[Tensor], first: int = 0) -> None:
-    """Output and gradients, those of queries and keys from column `first` on."""
+    """The output and the gradients. Those of queries and keys begin at column `first`."""
     dtype = leaves[0].dtype
     dout = normal(*leaves[0].shape[:-1], leaves[2].shape[-1], seed=9).to(dtype)
     found = gradients(function, leaves, dout)
     single = gradients(exact, [t.float() for t in leaves], dout.float())
     double = gradients(exact, [t.double() for t in leaves], dout.double())
-    # The gradient of a sink that weighs as much as a key is made of outputs that are rounded.
+    # The gradient of a sink as probable as a key is computed from rounded outputs.
     sinks = torch.finfo(dtype).eps * (dout * double[0]).abs().sum().item() / leaves[1].shape[-2]
     for n, tensors in enumerate(zip(found, single, double, strict=True)):
         found_, single_, double_ = (t[..., first if n in (1, 2) else 0 :] for t in tensors)
@@ -68,14 +68,14 @@ def hold(function: Callable[..., Any], exact: Callable[..., Tensor], leaves: lis
 
 
 def bias_of(rows: int, keys: int, seen: Callable[[int], slice]) -> Tensor:
-    """A row of each offset in turn at the keys that it does not see, 0 at the others."""
+    """A bias whose rows alternate between the offsets: the offset at masked keys, 0 at visible keys."""
     bias = torch.tensor([OFFSETS[i % len(OFFSETS)] for i in range(rows)]).unsqueeze(1).repeat(1, keys)
     for i in range(rows):
         bias[i, seen(i)] = 0.0
     return bias.view(1, 1, rows, keys)
 
 
-# Several tiles of every kernel; the first row of each offset sees its keys from the second or third tile on.
+# Every kernel has several tiles. The first row of each offset sees keys from the second or third tile on only.
 ROWS, KEYS = 24, 200
 MASKS = {
     "left padding": lambda i: slice(150, KEYS),
@@ -88,7 +88,7 @@ MASKS = {
 
 @pytest.mark.parametrize("mask", MASKS)
 def test_finite_masks(mask: str, dtype: torch.dtype) -> None:
-    """A finite bias is a number: a row whose every key carries it is weighed as if it were 0."""
+    """A finite bias is a number: a row where every key has the same bias has the probabilities of bias 0."""
     q, k, v = (normal(1, 1, n, 64, seed=n).to(dtype) for n in (ROWS, KEYS, KEYS))
     bias = bias_of(ROWS, KEYS, MASKS[mask])
     hold(lambda *t: ops.attention(*t, bias=bias), lambda q, k, v: naive(q, k, v, bias.to(q.dtype)), [q, k, v])
@@ -107,7 +107,7 @@ def test_a_row_of_the_least_value_is_a_mean(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("offset", [300.0, 8e4, 8e6, 8e9, 1e20])
 def test_large_logits(offset: float, dtype: torch.dtype) -> None:
-    """A common offset of a row's scores says nothing, nor where it comes from: a column of query and key, or a bias.
+    """A common offset of a row's scores changes nothing, from a column of query and key or from a bias.
 
     All products are exact, so that no rounding of a score hides what is lost after it.
     """
@@ -133,7 +133,7 @@ def test_sinks_beside_large_logits(offset: float, sink: float, dtype: torch.dtyp
     )
 
 
-# ---- A weight of 1: nothing can change it, so that queries and keys have no gradient at all
+# ---- A probability of 1: nothing changes it, so queries and keys have zero gradients
 
 ONE_KEY: dict[str, tuple[int, int, dict[str, Any]]] = {
     "there is one": (70, 1, {}),
@@ -160,7 +160,7 @@ def test_one_key_has_no_gradient(name: str, deterministic: bool, dtype: torch.dt
 
 
 def test_one_key_and_its_logarithm(dtype: torch.dtype) -> None:
-    """The gradient of lse is that of the score, and the output adds nothing to it."""
+    """The gradient of the score is that of lse; the output adds nothing."""
     q, k, v = (normal(1, 1, n, 64, seed=n).to(dtype).requires_grad_() for n in (20, 1, 1))
     out, lse = ops.attention(q, k, v, return_lse=True)
     dq, dk = torch.autograd.grad(out.sum() + lse.sum(), [q, k])
@@ -169,7 +169,7 @@ def test_one_key_and_its_logarithm(dtype: torch.dtype) -> None:
 
 
 def test_packed_sequences_of_one_key(dtype: torch.dtype) -> None:
-    """Beside one of large logits."""
+    """Beside a row of large logits."""
     starts = torch.tensor([0, 1, 41, 42], dtype=torch.int32)
     q, k, v = (normal(42, 1, 64, seed=n).to(dtype) for n in range(3))
     q[1:41], k[1:41] = q[1:41] * 0 + 128, (normal(40, 1, 64).round() / 4 + 128).to(dtype)
@@ -192,7 +192,7 @@ def test_packed_sequences_of_one_key(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("keys", [100, 700], ids=["one split", "three splits"])
 @pytest.mark.parametrize("offset", OFFSETS[1::2])
 def test_decoding(offset: float, keys: int, dtype: torch.dtype) -> None:
-    """Where all keys but the last carry the offset, where all do, and where a split of them does."""
+    """All keys but the last have the offset; all have it; one split has it."""
     q, k, v = (normal(3, 1, n, 64, seed=n).to(dtype) for n in (1, keys, keys))
     bias = torch.full((3, 1, 1, keys), offset)
     bias[0, ..., -5:] = bias[1, ..., :40] = 0.0
@@ -204,7 +204,7 @@ def test_decoding(offset: float, keys: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("keys", [100, 700], ids=["one split", "three splits"])
 def test_decoding_large_logits(keys: int, dtype: torch.dtype) -> None:
-    """Scores of 2^20 and small differences, with a sink as large; also of a cache in blocks."""
+    """Scores of 2^20 with small differences, and a sink as large. Also with a paged cache."""
     q, k, v = (normal(1, 1, n, 64, seed=n).mul(2).round().clamp(-2, 2).to(dtype) for n in (1, keys, keys))
     q[..., 0], k[..., 0] = 4096.0, 2048.0
     sinks = torch.tensor([2.0**20])

@@ -1,4 +1,4 @@
-"""The tensor-core products that the CUDA attention is made of, held to plain matrix products (tests/emulation)."""
+"""The tensor-core products of the CUDA attention against plain matrix products, on the emulated GPU."""
 
 from __future__ import annotations
 

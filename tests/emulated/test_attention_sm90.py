@@ -1,4 +1,4 @@
-"""The kernels of attention that use Hopper's own instructions, on the machine that runs them on the CPU."""
+"""The attention kernels on wgmma (csrc/cuda/attention/sm90), on the emulated GPU."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SIXTEEN = (torch.bfloat16, torch.float16)
 
 @pytest.fixture(autouse=True)
 def kernels(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """A Hopper GPU, all of whose shared memory these kernels want: the others are refused no less than they have."""
+    """A Hopper GPU, whose shared memory these kernels need in full."""
     monkeypatch.setattr(sys.modules[Case.__module__], "_DRAWS", 1)  # products are slow here
     emulated.set_machine(capability=90)
     return emulated
@@ -41,7 +41,7 @@ def test_modifiers(each: AttentionCase) -> None:
 @pytest.mark.parametrize("dtype", SIXTEEN, ids=str)
 @pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
 def test_tiles_of_three_warpgroups(kernels: ModuleType, causal: bool, dtype: torch.dtype) -> None:
-    """They have the same bits as those of two, which are taken where a multiprocessor has no second tile to do."""
+    """Three warpgroups give the same bits as two, which run where a multiprocessor has no second tile to compute."""
     each = case("380 queries are two tiles of 192, or three of 128", 380, 500, heads=1, lse=True, causal=causal)
     x = each.inputs(dtype)
     found = []
@@ -55,7 +55,7 @@ def test_tiles_of_three_warpgroups(kernels: ModuleType, causal: bool, dtype: tor
 
 
 def test_these_are_the_kernels_that_run(kernels: ModuleType) -> None:
-    """A block of theirs wants more shared memory than one of the others ever has."""
+    """A block of sm90 needs more shared memory than any block of sm80."""
     q = torch.randn(1, 1, 20, 64).bfloat16().requires_grad_()
     out = ops.attention(q, q, q)
     assert isinstance(out, Tensor)
@@ -72,7 +72,7 @@ def test_these_are_the_kernels_that_run(kernels: ModuleType) -> None:
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_dropout_is_that_of_the_definition(dim: int) -> None:
-    """The same bits in the forward and in both directions of the backward, and on GPUs of any kind."""
+    """The forward and both backward kernels see the same mask, on every GPU."""
     torch.manual_seed(0)
     q, k, v, dout = (torch.randn(1, 2, n, dim).bfloat16() for n in (70, 150, 150, 70))
     options: dict[str, Any] = {
@@ -91,7 +91,7 @@ def test_dropout_is_that_of_the_definition(dim: int) -> None:
 
 @pytest.mark.parametrize("flags", [{}, {"softcap": 5.0, "dropout_p": 0.2}], ids=["plain", "capped, dropped"])
 def test_packed_sequences(flags: dict[str, float]) -> None:
-    """One of them empty, one without keys, one of one query; what lies behind a sequence is NaN and never read."""
+    """One sequence is empty, one has no keys, one has one query. The memory after a sequence is NaN and never read."""
     torch.manual_seed(1)
     lens_q, lens_k = (torch.tensor(n, dtype=torch.int32) for n in ([0, 130, 130, 135, 136], [0, 90, 151, 151, 200]))
     q, k, v, dout = (torch.randn(n, h, 64).bfloat16() for n, h in ((136, 4), (200, 2), (200, 2), (136, 4)))

@@ -1,4 +1,4 @@
-"""Every op that has CUDA kernels, on the machine that runs them on the CPU (tests/emulation): no GPU is needed."""
+"""Every op with CUDA kernels, on the emulated GPU (tests/emulation)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchweld.testing import Case, Oracle
 from torchweld.testing.cases import evaluate
 
 SEEDS = (1, 2)  # of the schedule, beside the one in order
-# Attention's products are slow here: test_attention_emulated.py has its cases.
+# The products of attention are slow here: test_attention_emulated.py has its cases.
 CASES = [(case, dtype) for case, dtype in sanitized.small_cases(1 << 17) if case.op != "attention"]
 IDS = [f"{case.op}: {case.name}-{str(dtype)[6:]}" for case, dtype in CASES]
 
@@ -39,7 +39,7 @@ def test_parity_and_the_same_bits_on_every_schedule(case: Case, dtype: torch.dty
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="needs the compiler's own sanitizers")
 def test_kernels_are_clean_under_the_sanitizers() -> None:
-    """AddressSanitizer sees accesses outside of tensors, UndefinedBehaviorSanitizer what C++ leaves undefined."""
+    """AddressSanitizer finds accesses outside of tensors, UndefinedBehaviorSanitizer undefined behaviour."""
     if reason := build.unavailable():
         pytest.skip(f"the CUDA kernels cannot be built for the CPU: {reason}")
     found = subprocess.run(
@@ -56,7 +56,7 @@ def test_kernels_are_clean_under_the_sanitizers() -> None:
 
 
 def test_the_emulated_suite_reaches_the_kernels(kernel_lines: dict[str, dict[int, int]]) -> None:
-    """Nine lines of csrc/cuda in ten have run; the end of the report says which have not."""
+    """At least 90 % of the lines of csrc/cuda have run. The end of the report lists the others."""
     from emulation.coverage import share, table  # noqa: PLC0415  (measured only where the whole suite runs)
 
     assert share(kernel_lines) >= 0.9, "\n".join(table(kernel_lines))

@@ -1,4 +1,4 @@
-"""The machine that runs the CUDA kernels on the CPU (tests/emulation): it must find every mistake planted for it."""
+"""The machine of tests/emulation must find every planted mistake."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = [
     pytest.mark.skipif(_REASON is not None, reason=f"the CUDA kernels cannot be built for the CPU: {_REASON}"),
 ]
 
-# What is said of each planted mistake: block and thread, the line, and what is wrong with it.
+# The error of each planted mistake, after its block, thread and line.
 PLANTED = {
     "missing_barrier": "read of poison: nobody has written byte 128 of shared memory",
     "missing_syncwarp": "read of poison: nobody has written byte 4 of shared memory",
@@ -27,7 +27,7 @@ PLANTED = {
     "__shfl_xor_sync with mask 0xffffffff there",
     "shuffle_beyond_the_mask": "__shfl_xor_sync: lane 0 asks lane 16, which the mask 0x0000ffff leaves out",
     "mask_without_the_caller": "__shfl_xor_sync: mask 0x0000ffff leaves out lane 16, which calls it",
-    "endless_wait": "waits for ever: nothing happens any more in the block but threads that look for a change",
+    "endless_wait": "waits for ever: every thread of the block that can run only polls",
     "out_of_bounds_store": "out of range: 4 bytes at byte 256 of shared memory, of which the launch asked for 256",
     "out_of_bounds_load": "out of range: 4 bytes at byte 256 of shared memory, of which the launch asked for 256",
     "read_of_poison": "read of poison: nobody has written byte 28 of shared memory",
@@ -55,7 +55,7 @@ PLANTED = {
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, str]:
-    """What the machine says of each kernel of programs/planted.cu."""
+    """The error of each kernel of programs/planted.cu."""
     run = subprocess.run([build.program("planted")], capture_output=True, text=True, check=True)
     return dict(line.split(": ", 1) for line in run.stdout.splitlines())
 
@@ -79,7 +79,7 @@ def test_planted_mistake_is_found(name: str, found: dict[str, str]) -> None:
 
 
 def test_device_guard() -> None:
-    """No context of a device that a thread does not use is made, and none is current that was not before."""
+    """The guard creates no context on a device that the thread does not use, and restores the current one."""
     run = subprocess.run([build.program("device_guard")], capture_output=True, text=True, check=False)
     lines = run.stdout.splitlines()
     assert len(lines) == 6 and all(line.endswith(": right") for line in lines), run

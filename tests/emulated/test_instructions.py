@@ -1,4 +1,4 @@
-"""A small test of each instruction, held to the documentation: on the emulated machine, and on a GPU."""
+"""A small test of each instruction against its documentation, on the emulated GPU and on a real one."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def hold(program: Path, seed: int = 0) -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_on_the_machine(name: str, seed: int) -> None:
-    """In every schedule: the seed also decides when asynchronous copies land."""
+    """With several schedules: the seed also decides when asynchronous copies arrive."""
     hold(build.program(name), seed)
 
 
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_on_a_gpu(name: str, tmp_path: Path) -> None:
-    """What the machine is made to do must be what the hardware does."""
+    """The hardware must do what the machine does."""
     if name.startswith("sm90") and torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("this GPU is no Hopper")
     sources = [build.HERE / f"programs/{name}.cu", build.CSRC / "cuda/device.cpp"]

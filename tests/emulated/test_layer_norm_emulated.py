@@ -1,4 +1,4 @@
-"""The CUDA kernels of layer norm, compiled for the CPU (tests/emulation): every code path, without a GPU."""
+"""The CUDA kernels of layer norm on the emulated GPU (tests/emulation): every code path."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class TestParity:
     @pytest.mark.parametrize("rms", [False, True])
     @pytest.mark.parametrize("cols", [32769, 65544, 200_000])
     def test_few_long_rows_are_cut(self, cols: int, rms: bool) -> None:
-        """Several slabs forward, several blocks for the sums of a row backward."""
+        """Forward in several slabs; backward with several blocks per sum of a row."""
         check(inputs(3, cols, torch.float32, torch.float32, add=False, rms=rms))
         check(inputs(2, cols, torch.bfloat16, torch.float32, add=True, rms=rms, residual_dtype=torch.float32))
 
@@ -102,7 +102,7 @@ class TestParity:
 
 @pytest.mark.parametrize("cols", [64, 768, 1280, 2049, 2056, 16392])
 def test_order_of_threads_does_not_show(kernels: ModuleType, cols: int) -> None:
-    """Threads between two barriers run in any order on a GPU: here rising, then at random. A race would show."""
+    """Threads between two barriers run in rising order, then in random order. A race would change the bits."""
     i = inputs(7, cols, torch.bfloat16, torch.bfloat16, add=True)
     rising = run(i)
     for seed in (1, 2, 3):
@@ -128,7 +128,7 @@ def test_only_the_wanted_gradients(cols: int, wanted: tuple[bool, bool, bool]) -
 
 @pytest.mark.parametrize("shared", [101376, 232448])
 def test_less_shared_memory(kernels: ModuleType, shared: int) -> None:
-    """12 thousand columns fit the shared memory of an 8.6, 13 thousand do not and are cut into slabs."""
+    """12 thousand columns fit the shared memory of capability 8.6; 13 thousand do not and are cut into slabs."""
     kernels.set_machine(shared_bytes_per_block=shared)
     for cols in (12288, 13312):
         check(inputs(3, cols, torch.bfloat16, torch.bfloat16, add=True))
@@ -148,7 +148,7 @@ def test_workspace(kernels: ModuleType, rows: int, cols: int) -> None:
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("cols", [64, 768, 16392])
 def test_without_statistics(cols: int) -> None:
-    """Where no gradient is wanted, mean and rstd are not stored; the output has the same bits."""
+    """Without gradients mean and rstd are not stored, and the output has the same bits."""
     i = inputs(5, cols, torch.bfloat16, torch.bfloat16, add=False)
     with torch.no_grad():
         output = torchweld.ops.layer_norm(i.x, (cols,), i.weight, i.bias)
@@ -157,7 +157,7 @@ def test_without_statistics(cols: int) -> None:
 
 @pytest.mark.usefixtures("kernels")
 def test_a_long_row_of_large_mean() -> None:
-    """The variance is taken about the mean: 1e4 +- 1 keeps its digits."""
+    """The variance is computed about the mean: 1e4 +- 1 keeps its digits."""
     generator = torch.Generator().manual_seed(0)
     for cols in (768, 20000):
         x = 1e4 + torch.randn(2, cols, generator=generator)

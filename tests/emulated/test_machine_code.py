@@ -1,4 +1,4 @@
-"""What ptxas makes of the kernels of attention: operands of Hopper's products, and spills; see machine_code.py.
+"""The machine code of the attention kernels: operands of Hopper's products, and spills; see machine_code.py.
 
 The emulation runs the sources: what the device compiler does of its own is seen here alone.
 """
@@ -25,27 +25,27 @@ REASON = (
 )
 
 SM90 = [("90a", dtype, size) for dtype in ("__nv_bfloat16", "__half") for size in (64, 128, 256)]
-SM80 = [("80", dtype, size) for dtype, sizes in build._HEAD_SIZES.items() for size in sizes]
+SM80 = [("80", dtype, size) for dtype, sizes in build.HEAD_SIZES.items() for size in sizes]
 
-# Bytes that a kernel may spill, by its beginning without the namespace; nothing else spills.
+# Bytes that a kernel may spill, by the beginning of its name. All other kernels spill nothing.
 SPILLS = {
-    # 192 registers of tiles out of 240, and a bias, a softcap or slopes beside them.
-    r"differentiate_bias_sm90<\w+, \d+>": 176,
+    # Tiles take 192 of 240 registers; bias, softcap or slopes need the rest.
+    r"sm90::backward_bias<\w+, \d+>": 176,
     # Bias, softcap, slopes and dropout beside dkey and dvalue of head size 128.
-    r"differentiate_keys_sm90<\w+, 128, false, true, true, false>": 16,
-    r"differentiate_keys_sm90<\w+, 128, false, true, true, true>": 68,
+    r"sm90::backward_keys<\w+, 128, false, true, true, false>": 16,
+    r"sm90::backward_keys<\w+, 128, false, true, true, true>": 68,
     # The same beside sums of 256 columns.
-    r"attend_sm90<\w+, 256, false, 2>": 16,
-    r"differentiate_keys_sm90<\w+, 256, false, true, false, false>": 36,
-    r"differentiate_keys_sm90<\w+, 256, false, false, true, false>": 12,
-    r"differentiate_queries_sm90<\w+, 256, false>": 44,
-    # The addresses of a cache in blocks beside two numbers for each float.
-    r"attend_split<float, 256, true>": 20,
+    r"sm90::forward<\w+, 256, false, 2>": 16,
+    r"sm90::backward_keys<\w+, 256, false, true, false, false>": 36,
+    r"sm90::backward_keys<\w+, 256, false, false, true, false>": 12,
+    r"sm90::backward_queries<\w+, 256, false>": 44,
+    # The addresses of a paged cache, beside two TF32 numbers per float.
+    r"sm80::decode_split<float, 256, true>": 20,
 }
 
 
 def allowed(kernel: str) -> int:
-    name = kernel.removeprefix("void ").replace("torchweld::cuda::", "")
+    name = kernel.removeprefix("void ").replace("torchweld::cuda::attention::", "")
     return next((most for pattern, most in SPILLS.items() if re.match(pattern, name)), 0)
 
 
@@ -55,12 +55,11 @@ def demangled(names: list[str]) -> list[str]:
 
 
 def compiled(architecture: str, dtype: str, size: int, folder: Path) -> tuple[Path, str]:
-    """The cubin of an instance, and what ptxas says of it."""
-    source = build.CSRC / "cuda/attention" / ("sm90" if architecture == "90a" else "sm80") / "instance.cu"
+    """The cubin of an instance, and the log of ptxas."""
+    source, flags = build.instance(int(architecture[:2]), dtype, size)
     cubin = folder / "instance.cubin"
     command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-    command += [f"-DTORCHWELD_DTYPE={dtype}", f"-DTORCHWELD_HEAD_SIZE={size}", "-DTORCHWELD_SM90", "-Xptxas", "-v"]
-    command += [f"-I{build.CSRC}", "-cubin", "-o", str(cubin), str(source)]
+    command += [*flags, "-Xptxas", "-v", f"-I{build.CSRC}", "-cubin", "-o", str(cubin), str(source)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return cubin, run.stderr
@@ -86,7 +85,7 @@ def test_instance(architecture: str, dtype: str, size: int, tmp_path: Path) -> N
     assert faults == []
 
 
-# ---- Planted faults. The code is that of a kernel's loop, shortened: a left operand made in it, a product, a wait.
+# ---- Planted faults, in a shortened loop of a kernel: a left operand, a product, a wait.
 
 LOOP = """
 .text.kernel:
@@ -135,7 +134,7 @@ def test_a_loop_without_a_fault() -> None:
         ("R24, R64, gdesc[UR8]", "R24, R60, gdesc[UR8]", None),
         ("F2FP.BF16.F32.PACK_AB R64, R5, R4 ;\n", "NOP ;\n", "the left operand R64 comes of F2FP, nothing"),
         ("R65, R5, R4 ;\n        /*0040*/", "R60, R5, R4 ;\n        /*0040*/", "comes of F2FP, nothing"),
-        # An accumulator that is no sum.
+        # An accumulator that holds something else than a sum.
         ("WARPGROUP.ARRIVE ;\n        /*0070*/                   HGMMA.64x8x16.F32.BF16 R24, R64, gdesc[UR8], RZ, !UPT",
          "LDS R26, [R2]", "the accumulator R24 comes of LDS"),
         # Registers of a product in flight.
@@ -154,7 +153,7 @@ def test_planted_fault(old: str, new: str, fault: str | None) -> None:
 
 
 def test_a_left_operand_that_a_loop_overwrites() -> None:
-    """As ptxas 12.9 and 13.0 make it of a left operand that stays in registers."""
+    """The code of ptxas 12.9 and 13.0 for a left operand that stays in registers."""
     inside = LOOP.replace("R24, R64, gdesc[UR8]", "R24, R60, gdesc[UR8]")
     inside = inside.replace("FADD R4, R24, R4 ;\n", "FADD R4, R24, R4 ;\n" + line("F2FP.BF16.F32.PACK_AB R61, R5, R4"))
     assert any("the left operand R60 comes of F2FP, LDSM" in each for each in faults_of(inside))
@@ -179,5 +178,6 @@ ptxas info    : Used 168 registers, used 1 barriers
 ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"""
     assert machine_code.reports(log) == {"_Z6kernelv": machine_code.Report(registers=168, spilled=20)}
     assert len(machine_code.serialized(log)) == 1
-    assert allowed("void torchweld::cuda::differentiate_bias_sm90<__half, 64>(torchweld::cuda::Backward)") == 176
-    assert allowed("void torchweld::cuda::differentiate_bias<__half, 64>(torchweld::cuda::Backward)") == 0
+    attention = "torchweld::cuda::attention"
+    assert allowed(f"void {attention}::sm90::backward_bias<__half, 64>({attention}::Backward)") == 176
+    assert allowed(f"void {attention}::sm80::backward_bias<__half, 64>({attention}::Backward)") == 0

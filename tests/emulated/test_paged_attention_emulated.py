@@ -1,4 +1,4 @@
-"""The CUDA kernel of paged_attention on the machine that runs it on the CPU; test_emulated_kernels.py has its cases."""
+"""The CUDA kernel of paged_attention on the emulated GPU. test_emulated_kernels.py has its cases."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_parity(case: PagedAttentionCase, dtype: torch.dtype, emulated: ModuleTy
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("queries", [1, 9])
 def test_splits_of_each_batch_of_its_own_length(emulated: ModuleType, queries: int, dtype: torch.dtype) -> None:
-    """Three splits of the longest; the others cut theirs into as many, down to some that are empty."""
+    """The longest sequence has three splits. The others have as many, some of them empty."""
     case = PagedAttentionCase(
         name="splits", regime="", batch=3, heads=4, kv_heads=2, queries=queries, keys=700, lengths=(700, 130, 20),
         causal=True, lse=True, sinks=True, spare=0,
@@ -54,7 +54,7 @@ def test_compiles_to_one_graph_for_all_lengths(emulated: ModuleType) -> None:
 
 
 def test_wrong_tables_and_lengths_never_leave_the_cache(emulated: ModuleType) -> None:
-    """Blocks are clamped to those that there are, lengths to what the table has room for; the host sees neither."""
+    """The kernel clamps block numbers to the cache and lengths to the table; the host reads neither."""
     q, k, v = torch.randn(3, 2, 1, 32), torch.randn(4, 16, 2, 32), torch.randn(4, 16, 2, 32)
     wrong = torch.tensor([[-5, 1], [3, 1 << 30], [2, 0]], dtype=torch.int32)
     right = torch.tensor([[0, 1], [3, 3], [2, 0]], dtype=torch.int32)
@@ -64,7 +64,7 @@ def test_wrong_tables_and_lengths_never_leave_the_cache(emulated: ModuleType) ->
 
 
 def test_rows_between_which_others_lie(emulated: ModuleType) -> None:
-    """Keys and values of one layer in a cache of several, and rows that begin on no 16 bytes."""
+    """Keys and values are one layer of a cache of several, and rows do not begin on 16 bytes."""
     q, cache = (
         torch.randn(2, 4, 1, 16),
         torch.randn(5, 2, 2, 8, 2, 17),

@@ -12,26 +12,26 @@ namespace {
 
 struct Mbarrier {
   uint32_t count, pending, phase = 0;
-  int64_t bytes = 0;  // that are expected and not there yet
-  Clock brought;      // by those who have arrived in any phase so far
+  int64_t bytes = 0;  // expected and not yet arrived
+  Clock brought;      // what the threads that have arrived, in any phase, know
   std::vector<int> waiting;
 };
 
-// A copy on its way.
+// A bulk copy in flight.
 struct Bulk {
   int thread;
   bool store;
   std::vector<Piece> pieces;
   uint32_t mbarrier;
   Reduction reduction;
-  Clock known;  // to the thread that issued it
-  int group;    // of that thread, stores only
+  Clock known;  // what the issuing thread knows
+  int group;    // of that thread's stores
 };
 
 std::map<uint32_t, Mbarrier> mbarriers;
 std::deque<Bulk> bulks;
-std::vector<int> groups;       // of stores, which each thread has committed
-std::vector<uint32_t> fences;  // when each thread last made its writes known to the asynchronous
+std::vector<int> groups;       // how many groups of stores each thread has committed
+std::vector<uint32_t> fences;  // the time of each thread's last fence.proxy.async
 
 Mbarrier& mbarrier_at(const char* name, uint32_t address) {
   check_atomic(shared_pointer(address), 8);
@@ -117,7 +117,7 @@ void begin_block() {
 }
 
 bool land(bool nothing_else) {
-  // Late, so that who does not wait is seen; now and then by chance.
+  // As late as possible, so that a missing wait shows; sometimes at random.
   if (bulks.empty() || (!nothing_else && core::random() % 8 != 1)) return false;
   arrive(core::random() % bulks.size());
   return true;

@@ -1,5 +1,5 @@
-// What Hopper does on its own while threads go on: barriers in shared memory that count bytes, bulk copies, products of
-// warpgroups. The sections are those of the PTX ISA.
+// The asynchronous instructions of Hopper: barriers in shared memory that count bytes, bulk copies, products of
+// warpgroups. Section titles are those of the PTX ISA.
 #pragma once
 
 #include <cstdint>
@@ -12,15 +12,15 @@ namespace emulation {
 void mbarrier_init(uint32_t address, uint32_t count);
 void mbarrier_expect(uint32_t address, uint32_t bytes);
 void mbarrier_arrive(uint32_t address);
-bool mbarrier_test(uint32_t address, uint32_t parity);  // whether the phase of this parity is over
-void mbarrier_wait(uint32_t address, uint32_t parity);  // until it is
+bool mbarrier_test(uint32_t address, uint32_t parity);  // true if the phase of this parity is over
+void mbarrier_wait(uint32_t address, uint32_t parity);  // waits until it is over
 
-void fence_async();  // fence.proxy.async: what this thread has written and learned of is seen by the asynchronous
+void fence_async();  // fence.proxy.async: asynchronous instructions see what this thread has written and learned
 
 // ---- Data Movement and Conversion Instructions: cp.async.bulk
 
-// A piece of a copy: neighbouring bytes on both sides. `global` is null where a tensor ends: zeros are read there, and
-// nothing is written.
+// A piece of a copy: neighbouring bytes on both sides. Beyond the edge of a tensor `global` is null: zeros are read
+// there, and nothing is written.
 struct Piece {
   uint32_t shared;
   void* global;
@@ -31,17 +31,17 @@ enum class Reduction { none, add_float, add_bfloat16 };
 void bulk_load(std::vector<Piece> pieces, uint32_t mbarrier);
 void bulk_store(std::vector<Piece> pieces, Reduction reduction);
 void bulk_commit();
-void bulk_wait(int groups);  // until no more than so many of the newest groups of stores are on their way
+void bulk_wait(int groups);  // waits until at most `groups` of the newest groups of stores are in flight
 
-// The pieces of the box of a tensor map at these coordinates, the innermost first, at `shared`.
+// The pieces of a tensor map's box at these coordinates (innermost first), and at `shared`.
 std::vector<Piece> box(const void* tensor_map, const int32_t* coordinates, uint32_t shared);
-Reduction box_sum(const void* tensor_map);  // of its type
+Reduction box_sum(const void* tensor_map);  // the sum for the map's element type
 
 std::vector<Piece> neighbours(uint32_t shared, void* global, uint32_t bytes);
 
 // ---- Asynchronous Warpgroup Level Matrix Instructions: wgmma
 
-// What one lane brings to wgmma.mma_async.m64nNk16: its part of the accumulator, and of A where that is in registers.
+// The operands of one lane of wgmma.mma_async.m64nNk16: its part of the accumulator, and of A where A is in registers.
 struct WarpgroupProduct {
   float* accumulator;  // [N / 8][4]
   int n;
@@ -49,7 +49,7 @@ struct WarpgroupProduct {
   bool a_in_registers, a_transposed, b_transposed;
   uint32_t a_registers[4];
   uint64_t a, b;                   // descriptors
-  float (*number)(uint16_t bits);  // of the element type
+  float (*number)(uint16_t bits);  // converts an element to a float
 };
 
 void wgmma_fence();

@@ -1,4 +1,4 @@
-"""Builds the CUDA kernels for the CPU with g++: a module of them all, and programs. Objects are kept between runs."""
+"""Builds the CUDA kernels for the CPU with g++: a module of all kernels, and programs. Objects are cached."""
 
 from __future__ import annotations
 
@@ -23,31 +23,30 @@ CSRC = HERE.parent.parent / "csrc"
 
 
 class Source(NamedTuple):
-    """A file to compile, with the flags of its own."""
+    """A file to compile, with its own flags."""
 
     path: Path
     flags: tuple[str, ...] = ()
 
 
 class Variant(NamedTuple):
-    """How to compile .cu files, all files but the bindings, and to link them."""
+    """Extra flags: for .cu files, for all files but the bindings, for the linker."""
 
     kernels: tuple[str, ...] = ()
     all: tuple[str, ...] = ()
     link: tuple[str, ...] = ()
 
 
-# Every access of a kernel calls the machine, which defines what ThreadSanitizer's own library would (machine.cpp).
+# Every access of a kernel calls the machine, which replaces ThreadSanitizer's library (memory.cpp).
 CHECKED = Variant(kernels=("-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"))
-# The same, counting the lines that run: gcov reads what write_coverage() leaves.
+# The same, and counts the lines that run: gcov reads what write_coverage() writes.
 COUNTED = Variant(
     kernels=(*CHECKED.kernels, "--coverage", "-fprofile-update=single"), link=("--coverage", "-Wl,-u,__gcov_dump")
 )
-# Global memory and the language itself, by the compiler's own libraries; needs libasan loaded first (sanitized.py). Not
-# optimised: it takes longer to compile than to run.
+# Checks global memory and undefined behaviour with the compiler's sanitizers. libasan must be loaded first
+# (sanitized.py). Not optimised: compiling takes longer than running.
 SANITIZED = Variant(
-    # GCC 12 judges by an index not yet computed where an element of an array is an operand of a shift; beyond arrays
-    # AddressSanitizer sees too.
+    # GCC 12 checks the wrong index where an array element is an operand of a shift. AddressSanitizer checks bounds too.
     kernels=("-O0", "-fsanitize=undefined", "-fno-sanitize=bounds", "-fno-sanitize-recover=all"),
     all=("-fsanitize=address",),
     link=("-fsanitize=address,undefined",),
@@ -56,26 +55,15 @@ SANITIZED = Variant(
 _FLAGS = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-w", '-DTORCHWELD_CUDA_ARCHITECTURES="none"')
 MACHINE = [
     Source(HERE / f"{name}.cpp")
-    for name in ("async", "fiber", "host", "machine", "report", "shared", "tensor_map", "wgmma")
+    for name in (
+        *("async", "barriers", "block", "collectives", "failure", "fiber", "host", "memory", "report", "scheduler"),
+        *("shared", "tensor_map", "wgmma"),
+    )
 ]
 MACHINE.append(Source(CSRC / "cuda/device.cpp"))
 # As in csrc/cuda/CMakeLists.txt.
-_HEAD_SIZES = {"float": (64, 128, 256), "__nv_bfloat16": (32, 64, 128, 256), "__half": (32, 64, 128, 256)}
-_INSTANCES = [CSRC / f"cuda/attention/{folder}/instance.cu" for folder in ("sm80", "sm90")]
+HEAD_SIZES = {"float": (64, 128, 256), "__nv_bfloat16": (32, 64, 128, 256), "__half": (32, 64, 128, 256)}
 _SM90 = "-DTORCHWELD_SM90"
-KERNELS = [
-    Source(path, (_SM90,) if path.stem == "attention" else ())
-    for path in sorted(CSRC.glob("cuda/**/*.cu"))
-    if path not in _INSTANCES
-]
-KERNELS += [
-    Source(path, (f"-DTORCHWELD_DTYPE={dtype}", f"-DTORCHWELD_HEAD_SIZE={size}", _SM90))
-    for dtype, sizes in _HEAD_SIZES.items()
-    for size in sizes
-    for path in _INSTANCES
-    if path == _INSTANCES[0] or (dtype != "float" and size >= 64)
-]
-KERNELS.append(Source(HERE / "products.cu"))
 BINDINGS = Source(HERE / "module.cpp", ("-O1",))  # they take the longest, and one object serves every module
 
 
@@ -94,6 +82,30 @@ def _cache() -> Path:
     return folder
 
 
+def instance(family: int, dtype: str, size: int) -> Source:
+    """The attention kernels of one family (80 or 90), element type and padded head size."""
+    text = (CSRC / "cuda/attention/instance.cu.in").read_text()
+    for word, value in {"@family@": family, "@dtype@": dtype, "@size@": size}.items():
+        text = text.replace(word, str(value))
+    folder = _cache() / f"instance-{hashlib.sha256(text.encode()).hexdigest()[:20]}"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"attention_sm{family}_{dtype}_{size}.cu"
+    scratch = path.with_suffix(f".{os.getpid()}")  # another process may be doing the same
+    scratch.write_text(text)
+    os.replace(scratch, path)
+    return Source(path, (_SM90,))
+
+
+def kernels() -> list[Source]:
+    """All sources of csrc/cuda, and the kernel of products.cu."""
+    paths = [*sorted(CSRC.glob("cuda/**/*.cu")), HERE / "products.cu"]
+    sources = [Source(path, (_SM90,) if path.stem == "attention" else ()) for path in paths]
+    for dtype, sizes in HEAD_SIZES.items():
+        sources += [instance(80, dtype, size) for size in sizes]
+        sources += [instance(90, dtype, size) for size in sizes if dtype != "float" and size >= 64]
+    return sources
+
+
 @cache
 def _headers() -> bytes:
     digest = hashlib.sha256()
@@ -103,7 +115,7 @@ def _headers() -> bytes:
 
 
 def _run(command: list[str], cwd: Path | None = None) -> None:
-    # A library that is loaded first to watch this process (sanitized.py) need not watch the compiler.
+    # The sanitizer library that is preloaded into this process (sanitized.py) must not slow the compiler.
     subprocess.run(command, check=True, env={n: v for n, v in os.environ.items() if n != "LD_PRELOAD"}, cwd=cwd)
 
 
@@ -163,7 +175,7 @@ def program(name: str) -> Path:
 def load(variant: Variant = COUNTED) -> ModuleType:
     """The module of all CUDA kernels, `emulated`."""
     # The longest first, then what programs wait for too.
-    library = build([BINDINGS, *MACHINE, *KERNELS], variant, module="emulated")
+    library = build([BINDINGS, *MACHINE, *kernels()], variant, module="emulated")
     spec = importlib.util.spec_from_file_location("emulated", library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

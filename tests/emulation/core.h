@@ -1,4 +1,4 @@
-// What the parts of the machine know of each other.
+// The interface between the parts of the machine.
 #pragma once
 
 #include "machine.h"
@@ -10,23 +10,23 @@ extern Shared shared;
 
 namespace core {
 
-int thread();   // that runs, of its block
-int threads();  // of the block
+int thread();   // index of the running thread in its block
+int threads();  // number of threads of the block
 Actor actor();
 
-uint32_t time();                             // counted in meetings of threads
-uint32_t tick();                             // what was done until now comes before what follows
-void learn(int thread, const Clock& clock);  // the thread's warp knows what `clock` says
-void wait(const char* name);                 // until somebody wakes the thread that runs
+uint32_t time();                             // the clock, which counts meetings of threads
+uint32_t tick();                             // advances the clock: all accesses until now come before all that follow
+void learn(int thread, const Clock& clock);  // the thread's warp now knows what `clock` knows
+void wait(const char* name);                 // suspends the running thread until another wakes it
 void wake(int thread);
-uint32_t random();  // 0 where the schedule is in order
+uint32_t random();  // from the seed of the schedule; 0 if the schedule is in order
 
 // The asynchronous part of a block (async.cpp).
 void begin_block();
-void end_block();  // nothing may be on its way any more
+void end_block();  // fails if anything is still in flight
 void begin_products();
 void end_products();
-bool land(bool nothing_else);  // lets one thing that is on its way arrive, if there is nothing else to do, or by chance
+bool land(bool nothing_else);  // completes one copy in flight: always if no thread can run, else at random
 
 }  // namespace core
 }  // namespace emulation

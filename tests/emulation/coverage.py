@@ -18,13 +18,13 @@ _lines: dict[str, dict[int, int]] = defaultdict(lambda: defaultdict(int))
 
 
 def begin() -> None:
-    """Before the module is loaded: counts go to a folder of this process alone."""
+    """Sends the counts to a folder of this process. Must be called before the module is loaded."""
     os.environ["GCOV_PREFIX"] = str(_written)
     os.environ.pop("GCOV_PREFIX_STRIP", None)
 
 
 def measure(module: ModuleType) -> dict[str, dict[int, int]]:
-    """How often each line ran, by file of csrc/cuda. A line of a template has run if it has in any instance."""
+    """How often each line ran, by file of csrc/cuda. The counts of a template's instances are added."""
     if not _lines:
         module.write_coverage()
         for counts in _written.rglob("*.gcda"):
@@ -46,7 +46,7 @@ def share(lines: dict[str, dict[int, int]]) -> float:
 
 
 def table(lines: dict[str, dict[int, int]]) -> list[str]:
-    """One line per file: share, name, and the lines that have not run."""
+    """One row of text per file: share, name, and the lines that have not run."""
     rows = []
     for name, counts in sorted(lines.items()):
         missed = [str(line) for line, count in sorted(counts.items()) if count == 0]

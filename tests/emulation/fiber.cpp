@@ -10,8 +10,8 @@
   #include <sanitizer/common_interface_defs.h>
 #endif
 
-// switch_stack(save, load): keeps the registers that a call must keep on this stack, leaves where they are in *save,
-// and goes on with those at `load`.
+// switch_stack(save, load): saves the callee-saved registers on this stack and its address in *save, then restores
+// those at `load` and continues there.
 #if defined(__x86_64__)
 
 extern "C" void torchweld_switch_stack(void** save, void* load);
@@ -45,7 +45,7 @@ void switch_stack(void** save, void* load) { torchweld_switch_stack(save, load);
 
 void* first_place(char* stack, size_t size, void (*entry)()) {
   auto* top = reinterpret_cast<void**>(stack + size);
-  *--top = nullptr;  // where entry() would return to: unwinding ends here
+  *--top = nullptr;  // the return address of entry(): unwinding ends here
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
   return top;
@@ -66,7 +66,7 @@ void switch_stack(void** save, void* load) {
 }
 
 void* first_place(char* stack, size_t size, void (*entry)()) {
-  auto* context = reinterpret_cast<ucontext_t*>(stack);  // overwritten at the far end of the stack, long after its use
+  auto* context = reinterpret_cast<ucontext_t*>(stack);  // overwritten long after its use, at the far end of the stack
   getcontext(context);
   context->uc_stack.ss_sp = stack + sizeof(ucontext_t);
   context->uc_stack.ss_size = size - sizeof(ucontext_t);
@@ -102,17 +102,17 @@ size_t scheduler_size;
 
 void Fiber::prepare(void (*entry)()) {
   if (stack_ == nullptr) {
-    // A page below it that cannot be touched ends a stack that grows too far.
+    // The lowest page is protected, so that a stack overflow faults.
     void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory == MAP_FAILED) throw std::bad_alloc();
     stack_ = static_cast<char*>(memory);
     mprotect(stack_, 4096, PROT_NONE);
   }
 #if defined(__SANITIZE_ADDRESS__)
-  __asan_unpoison_memory_region(stack_ + 4096, kStack - 4096);  // the last run may have been given up midway
+  __asan_unpoison_memory_region(stack_ + 4096, kStack - 4096);  // the previous run may have ended early
 #endif
   shadow_ = nullptr;
-  // Stacks begin at different distances from a multiple of the cache's size, lest they all push each other out of it.
+  // Stacks begin at different offsets in the cache, or they would evict each other.
   const size_t aside = reinterpret_cast<uintptr_t>(stack_) / kStack % 32 * 192;
   place_ = first_place(stack_ + 4096, kStack - 4096 - aside, entry);
 }

@@ -1,4 +1,4 @@
-// A fiber: a stack and a place in a program, entered and left by a switch of a few instructions.
+// A fiber: a stack and a place in a program. A switch to or from a fiber takes a few instructions.
 #pragma once
 
 #include <cstddef>
@@ -7,12 +7,12 @@ namespace emulation {
 
 class Fiber {
  public:
-  // Makes the fiber begin with entry(), which must not return, when it is next entered.
+  // The next enter() starts entry(), which must not return.
   void prepare(void (*entry)());
 
-  void enter();         // from the scheduler, until the fiber gives way
-  void leave();         // from the fiber, back to the scheduler
-  static void began();  // the first thing that entry() calls
+  void enter();         // called by the scheduler; returns when the fiber leaves
+  void leave();         // called by the fiber; returns when the scheduler enters it again
+  static void began();  // the first call in entry()
 
   Fiber() = default;
   Fiber(const Fiber&) = delete;
@@ -21,13 +21,13 @@ class Fiber {
 
  private:
 #if defined(__SANITIZE_ADDRESS__)
-  static constexpr size_t kStack = 512 * 1024;  // locals lie far from each other there
+  static constexpr size_t kStack = 512 * 1024;  // its locals lie far apart
 #else
   static constexpr size_t kStack = 128 * 1024;
 #endif
   void* place_ = nullptr;
   char* stack_ = nullptr;
-  void* shadow_ = nullptr;  // AddressSanitizer's
+  void* shadow_ = nullptr;  // of AddressSanitizer
 };
 
 }  // namespace emulation

@@ -1,4 +1,4 @@
-// The host's side of the CUDA runtime: devices that are all the same one, whose memory is the host's.
+// The host's side of the CUDA runtime: identical devices, whose memory is the host's.
 #include <cuda.h>
 
 #include <cstdlib>
@@ -15,7 +15,7 @@ namespace {
 constexpr unsigned kWithoutAsking = 48 * 1024;
 std::set<const void*> asked_for_more;
 
-// Contexts of devices, as cudaSetDevice and the driver's functions make them, and a thread's stack of them.
+// How often each device's context is retained, and the thread's stack of contexts.
 std::map<int, int> retained;
 thread_local std::vector<int> contexts;
 

@@ -1,4 +1,4 @@
-// The machine that stands in for a GPU, as the headers in include/ see it: what a thread of a kernel can ask for.
+// The machine that stands in for a GPU, as the headers in include/ see it: what a thread of a kernel can call.
 #pragma once
 
 #include <cmath>
@@ -8,16 +8,16 @@
 
 namespace emulation {
 
-// What a test can set.
+// The properties that a test can set.
 struct Machine {
   int multiprocessors = 4;
-  int shared_bytes_per_block = 232448;  // of a block that has asked for it, as on Hopper
-  int capability = 80;                  // 90: wgmma and what goes with it
+  int shared_bytes_per_block = 232448;  // the limit after cudaFuncSetAttribute, as on Hopper
+  int capability = 80;                  // 90 has wgmma and the rest of async.h
   unsigned seed = 0;                    // of the schedule; 0: blocks, warps and lanes in rising order
 };
 Machine& machine();
 
-// Ends the launch with this error, which will name kernel, block, thread and line.
+// Ends the launch with this error, to which the machine adds kernel, block, thread and lines.
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 
 // ---- Running a kernel
@@ -27,10 +27,10 @@ struct Launch {
   size_t dynamic_shared;
 };
 
-// Runs `thread` once for every thread of the grid. `kernel` names it in errors.
+// Runs `thread` once for every thread of the grid. Errors name `kernel`.
 void run(const Launch& launch, const void* kernel, const std::function<void()>& thread);
 
-// Lets the others run: what a thread must do that waits for what it cannot be woken by.
+// Lets other threads run. A thread that polls memory must call this.
 void yield();
 
 // ---- Warps
@@ -38,7 +38,7 @@ void yield();
 bool gather(const char* name, unsigned mask, void* mine, void* (&all)[32]);
 void release(unsigned mask);
 
-// The lanes of a collective: operands and results of each, on its own stack; only those of the mask are there.
+// The operands and results of a collective, each on its lane's stack. Lanes outside the mask are missing.
 template <class Lane>
 struct Lanes {
   void* pointers[32] = {};
@@ -46,8 +46,8 @@ struct Lanes {
   Lane& operator[](int lane) const { return *static_cast<Lane*>(pointers[lane]); }
 };
 
-// What all lanes of `mask` do together: each brings its operands in `mine`; the last to come calls compute(lanes),
-// which reads the operands and writes the results of all; then all go on.
+// Runs one step that all lanes of `mask` do together. Each lane brings its operands in `mine`. The last lane to arrive
+// calls compute(lanes), which reads the operands and writes the results of all lanes. Then all lanes continue.
 template <class Lane, class F>
 void collective(const char* name, unsigned mask, Lane& mine, F&& compute) {
   Lanes<Lane> lanes;
@@ -58,7 +58,8 @@ void collective(const char* name, unsigned mask, Lane& mine, F&& compute) {
 
 int lane_id();
 
-// As tensor cores round sums (Fasi et al.: Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science 7:e330).
+// Rounds a sum as tensor cores do (Fasi et al.: Numerical behavior of NVIDIA tensor cores, PeerJ Computer Science
+// 7:e330).
 inline float toward_zero(double x) {
   const float nearest = static_cast<float>(x);
   return std::fabs(static_cast<double>(nearest)) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
@@ -67,31 +68,31 @@ inline float toward_zero(double x) {
 // ---- Barriers of a block
 
 struct Votes {
-  int count, all, any;  // of the threads at a barrier: how many said yes, and whether all or any did
+  int count, all, any;  // the threads that voted yes: how many, whether all, whether any
 };
 
 constexpr int kWholeBlock = -1;
 
-// bar.sync id, count: waits until `count` threads have come. All that wait at a barrier must say the same name.
+// bar.sync id, count: waits until `count` threads have arrived. All threads that wait at a barrier give the same name.
 Votes barrier(const char* name, int id, int count, bool yes = false);
-// bar.arrive id, count: comes and goes on.
+// bar.arrive id, count: arrives without waiting.
 void arrive(const char* name, int id, int count);
 
 // ---- Shared memory
 
-uint32_t shared_address(const void* pointer);  // what the hardware calls it: 32 bits
+uint32_t shared_address(const void* pointer);  // the 32-bit address of the hardware
 char* shared_pointer(uint32_t address);
 
-// The checks that compiled code undergoes by itself, for instructions that access memory in bulk: shared memory must be
-// the launch's own, written before it is read, and free of races. `alignment` is in bytes.
+// The checks of an access, for instructions that access memory in bulk (compiled accesses are checked automatically).
+// Shared memory must belong to the launch, be written before it is read, and be free of races. `alignment` is in bytes.
 void check_read(const void* pointer, size_t bytes, size_t alignment);
 void check_write(void* pointer, size_t bytes, size_t alignment);
 void check_atomic(void* pointer, size_t bytes);
 
-// ---- Asynchronous copies (cp.async): they land when their group is waited for, not before.
+// ---- Asynchronous copies (cp.async): they arrive when their group is waited for, not before.
 
-void copy_async(void* shared, const void* global, size_t bytes, size_t valid);  // zeros beyond the first `valid` bytes
+void copy_async(void* shared, const void* global, size_t bytes, size_t valid);  // zeros after the first `valid` bytes
 void commit_copies();
-void wait_for_copies(int groups);  // until no more than `groups` of the newest groups are on their way
+void wait_for_copies(int groups);  // waits until at most `groups` of the newest groups are in flight
 
 }  // namespace emulation

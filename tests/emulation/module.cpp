@@ -16,6 +16,7 @@ struct Emulated {
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
   static constexpr bool reads_tensors = false;  // as on a GPU
   static Kernels kernels() { return {}; }
+  static constexpr bool leaves_wide_output = false;
   static constexpr bool optimizer_table = true;
 
   static int64_t layer_norm_forward_workspace(int64_t rows, int64_t cols, int32_t) {
@@ -34,7 +35,7 @@ struct Emulated {
 
 }  // namespace
 
-extern "C" void __gcov_dump() __attribute__((weak));  // there if the kernels were compiled to count their lines
+extern "C" void __gcov_dump() __attribute__((weak));  // exists if the kernels count their lines
 
 PYBIND11_MODULE(emulated, python) {
   Module m(python);
@@ -49,13 +50,13 @@ PYBIND11_MODULE(emulated, python) {
   m.def("write_coverage()", [] {
     if (__gcov_dump != nullptr) __gcov_dump();
   });
-  m.def("products(a, b, rows, packets, padded, inner, outer)", [](const TensorView& a, const TensorView& b, int rows,
-                                                                  bool packets, int padded, const TensorView& inner,
-                                                                  const TensorView& outer) {
+  m.def("products(a, b, rows, vectorized, padded, inner, outer)", [](const TensorView& a, const TensorView& b, int rows,
+                                                                     bool vectorized, int padded,
+                                                                     const TensorView& inner, const TensorView& outer) {
     const Arguments args("products", Emulated::device, a);
     const DType dtype = args.dtype(a, "a");
     emulation::products({args.strided(a, "a", dtype, {16, a.size(1)}), args.strided(b, "b", dtype, {16, a.size(1)}),
-                         a.stride(0), static_cast<int>(a.size(1)), padded, rows, packets,
+                         a.stride(0), static_cast<int>(a.size(1)), padded, rows, vectorized,
                          static_cast<float*>(args.flat(inner, "inner", DType::float32, 256)),
                          static_cast<float*>(args.flat(outer, "outer", DType::float32, 16 * a.size(1)))},
                         dtype);

@@ -26,7 +26,7 @@ def emulated_module() -> ModuleType:
 
 @pytest.fixture
 def emulated(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The CUDA kernels in the place of the CPU's, as a GPU of 4 multiprocessors with Hopper's shared memory."""
+    """Replaces the CPU kernels by the CUDA kernels, on a GPU of 4 multiprocessors with Hopper's shared memory."""
     monkeypatch.setitem(backend.kernels, "cpu", emulated_module)
     emulated_module.set_machine()
     with backend.strict():
@@ -35,14 +35,14 @@ def emulated(emulated_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> It
 
 @pytest.fixture
 def kernel_lines(emulated_module: ModuleType) -> dict[str, dict[int, int]]:
-    """How often each line of csrc/cuda has run on the machine so far, which the end of the run reports."""
+    """How often each line of csrc/cuda has run on the machine so far. The end of the run reports it."""
     lines = coverage.measure(emulated_module)
     _report[:] = coverage.table(lines)
     return lines
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What the kernels were reached by is judged after all that reach them, if they all run, in one process."""
+    """Runs the coverage test last, and skips it unless all tests that run kernels were chosen."""
     last = [item for item in items if item.name == _COVERAGE_TEST]
     items[:] = [item for item in items if item not in last] + last
     for item in items:
@@ -55,7 +55,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     chosen = config.option.keyword or config.option.markexpr or any("::" in argument for argument in config.args)
     if chosen or not wanted <= {item.path for item in items}:
         for item in last:
-            item.add_marker(pytest.mark.skip(reason="judges the whole emulated suite, of which only a part was chosen"))
+            item.add_marker(pytest.mark.skip(reason="needs the whole emulated suite, and only a part was chosen"))
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

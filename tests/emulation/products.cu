@@ -1,16 +1,18 @@
-#include "cuda/attention/products.cuh"
+#include "cuda/attention/sm80/products.cuh"
 #include "products.h"
 
 namespace emulation {
 namespace {
 
 using namespace torchweld::cuda;
+using namespace torchweld::cuda::attention;
+using namespace torchweld::cuda::attention::sm80;
 
 template <class T, int D>
 void multiply(Products p) {
   const uint32_t a = ptx::shared_base(), b = a + 16 * Tile<T, D>::kRowBytes;
-  load_tile<T, D, 16, kLanes>(a, {static_cast<const T*>(p.a), p.stride, 0, 16, p.size, p.packets}, 0);
-  load_tile<T, D, 16, kLanes>(b, {static_cast<const T*>(p.b), p.stride, 0, p.rows, p.size, p.packets}, 0);
+  load_tile<T, D, 16, kWarpSize>(a, {static_cast<const T*>(p.a), p.stride, 0, 16, p.size, p.vectorized}, 0);
+  load_tile<T, D, 16, kWarpSize>(b, {static_cast<const T*>(p.b), p.stride, 0, p.rows, p.size, p.vectorized}, 0);
   ptx::cp_async_commit();
   ptx::cp_async_wait<0>();
   __syncthreads();
@@ -33,7 +35,7 @@ void products(const Products& p, torchweld::DType dtype) {
     using T = typename decltype(t)::type;
     auto run = [&](auto size) {
       constexpr int D = decltype(size)::value;
-      torchweld::cuda::launch("products", multiply<T, D>, dim3(1), dim3(kLanes), 32 * Tile<T, D>::kRowBytes, nullptr,
+      torchweld::cuda::launch("products", multiply<T, D>, dim3(1), dim3(kWarpSize), 32 * Tile<T, D>::kRowBytes, nullptr,
                               p);
     };
     if (p.padded == 32)

@@ -1,4 +1,5 @@
-// The building blocks of csrc/cuda/attention/products.cuh in a kernel of one warp, to be held to plain matrix products.
+// A kernel of one warp that multiplies two tiles with the functions of csrc/cuda/attention/sm80/products.cuh. A test
+// compares it with plain matrix products.
 #pragma once
 
 #include "params.h"
@@ -6,10 +7,10 @@
 namespace emulation {
 
 struct Products {
-  const void *a, *b;  // [16, size], rows `stride` apart; rows of b from `rows` on are not read
+  const void *a, *b;  // [16, size], rows `stride` apart; rows of b from `rows` on must not be read
   int64_t stride;
   int size, padded, rows;
-  bool packets;
+  bool vectorized;
   float *inner, *outer;  // [16, 16] a @ b^T, [16, size] inner @ b
 };
 

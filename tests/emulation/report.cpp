@@ -12,8 +12,8 @@
 namespace emulation {
 namespace {
 
-// What addr2line says of code addresses of this library: for each, the functions that it is inlined into, innermost
-// first, as pairs of lines: function, file:line.
+// The output of addr2line for code addresses of this library: for each address the functions that it is inlined into,
+// innermost first, as pairs of lines (function, file:line).
 std::vector<std::string> addr2line(void* const* addresses, int count, int back) {
   Dl_info here{};
   dladdr(reinterpret_cast<void*>(&source_lines), &here);
@@ -47,7 +47,7 @@ std::string function_name(const void* code) {
   void* address = const_cast<void*>(code);
   const auto lines = addr2line(&address, 1, 0);
   if (lines.size() < 2) return "a kernel";
-  std::string name = lines[lines.size() - 2];  // the outermost
+  std::string name = lines[lines.size() - 2];  // the outermost function
   for (size_t at; (at = name.find("(anonymous namespace)::")) != std::string::npos;) name.erase(at, 23);
   for (size_t at; (at = name.find("torchweld::cuda::")) != std::string::npos;) name.erase(at, 17);
   name = name.substr(0, name.find('('));

@@ -1,4 +1,4 @@
-// Where a program stands, in words.
+// Source positions as text.
 #pragma once
 
 #include <string>
@@ -10,11 +10,11 @@ struct Trace {
   void* addresses[kMost];
   int count = 0;
 
-  void take();  // of the caller
+  void take();  // the stack of the caller
 };
 
 std::string function_name(const void* code);  // "torchweld::cuda::(anonymous namespace)::step(...)" -> "step"
 std::string source_lines(
-    const Trace& trace);  // "norm/layer_norm.cuh:110, called from norm/forward.cu:99"; not of the machine
+    const Trace& trace);  // "norm/layer_norm.cuh:110, called from norm/forward.cu:99", without lines of the machine
 
 }  // namespace emulation

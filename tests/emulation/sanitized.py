@@ -18,9 +18,9 @@ from torchweld.testing.cases import evaluate, ops
 
 
 def environment() -> dict[str, str]:
-    """Python itself is not instrumented, so the library that watches memory must be there before it.
+    """The variables that preload the sanitizer's library, because Python itself is not instrumented.
 
-    So must that of C++, whose exceptions it watches too.
+    The C++ library is preloaded too: the sanitizer intercepts its exceptions.
     """
     names = ("libasan.so", "libstdc++.so")
     libraries = [
@@ -37,11 +37,11 @@ def environment() -> dict[str, str]:
 def small_cases(limit: int) -> Iterator[tuple[Case, torch.dtype]]:
     """The cases of the ops with CUDA kernels whose inputs have no more than `limit` elements, in every dtype.
 
-    Not those that clip: the norm's thousand blocks take seconds, and test_adamw_emulated.py has one of them.
+    Cases that clip are left out: the norm's thousand blocks take seconds. test_adamw_emulated.py has one of them.
     """
     launchers = re.findall(r"^void (\w+)\(", (build.CSRC / "cuda/kernels.h").read_text(), re.MULTILINE)
     for op, cases in ops().items():
-        # add_layer_norm, rms_norm and add_rms_norm have the kernels of layer_norm; adamw is called adamw_.
+        # add_layer_norm, rms_norm and add_rms_norm use the kernels of layer_norm; the op of adamw is adamw_.
         family = op.removeprefix("add_").replace("rms_norm", "layer_norm")
         if not any(launcher.startswith(family) for launcher in launchers):
             continue
@@ -55,7 +55,7 @@ def main() -> None:
     module: Any = build.load(build.SANITIZED)
     backend.kernels["cpu"] = module
     clean: dict[str, int] = defaultdict(int)
-    for number, (case, dtype) in enumerate(list(small_cases(1 << 13))[::2]):  # of a case with three dtypes one or two
+    for number, (case, dtype) in enumerate(list(small_cases(1 << 13))[::2]):  # one or two of a case's three dtypes
         module.set_machine(seed=number, capability=(80, 90)[number % 2])
         with suppress(backend.NotServedError), backend.strict():
             evaluate(case, case.ours, case.inputs(dtype))

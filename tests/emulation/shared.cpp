@@ -18,9 +18,8 @@
 
 namespace torchweld::cuda {
 
-// The most that a block can have, and some that it cannot, so that what runs over is seen. Like everything that a
-// kernel declares __shared__ it is thread-local, and nothing else here is: the thread-local memory of this library is
-// shared memory.
+// The most that a block can have, and some beyond it, so that an overrun is seen. Whatever a kernel declares __shared__
+// is thread-local, and nothing else here is: the thread-local memory of this library is shared memory.
 constexpr size_t kMost = 232448, kBeyond = 65536;
 extern thread_local uint4 shared_memory[];
 alignas(1024) thread_local uint4 shared_memory[(kMost + kBeyond) / 16];
@@ -31,8 +30,7 @@ namespace emulation {
 namespace {
 
 #if defined(__SANITIZE_ADDRESS__)
-// AddressSanitizer's calls are in the kernels in the place of ours: the machine does not see what they write, and can
-// judge no more than bounds.
+// AddressSanitizer's calls replace ours in the kernels. The machine does not see their writes and checks bounds only.
 constexpr bool kSeesAll = false;
 #else
 constexpr bool kSeesAll = true;
@@ -166,7 +164,7 @@ void Shared::give_back(uint16_t thread, uint32_t now, const void* p, size_t byte
   Byte* known = bytes_of(p, bytes);
   for (size_t i = 0; i < bytes; ++i) {
     --known[i].lent;
-    known[i].read[0] = now;  // by the one who waited for it
+    known[i].read[0] = now;  // read by the thread that waited for it
     known[i].reader[0] = thread;
   }
 }

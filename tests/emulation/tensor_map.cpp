@@ -1,5 +1,5 @@
-// Tensor maps: what cuTensorMapEncodeTiled refuses is as in the CUDA driver API's reference, what a box is as in the
-// PTX ISA's "Tensors" (tiled mode, swizzling modes).
+// Tensor maps. cuTensorMapEncodeTiled refuses what the reference of the CUDA driver API says; a box is that of
+// "Tensors" in the PTX ISA (tiled mode, swizzling modes).
 #include <cuda.h>
 
 #include <cstring>
@@ -11,10 +11,10 @@ namespace {
 
 struct TensorMap {
   char* memory;
-  uint64_t strides[5];  // bytes, of the dimensions from the innermost on
+  uint64_t strides[5];  // in bytes, innermost dimension first
   uint32_t sizes[5];
   uint16_t box[5];
-  uint8_t rank, element, swizzle;  // bytes of an element; of the span in which chunks are exchanged
+  uint8_t rank, element, swizzle;  // element: its bytes; swizzle: bytes of the span whose chunks are permuted
   CUtensorMapDataType type;
 };
 static_assert(sizeof(TensorMap) <= sizeof(CUtensorMap));

@@ -1,6 +1,6 @@
-// wgmma: products that run on their own. Their accumulators hold NaN until they are waited for, and the shared memory
-// that they read is lent to them until then. In a schedule by chance they read it when they are issued or when they are
-// waited for, in order always at the latest.
+// wgmma: asynchronous products. Until a product is waited for, its accumulator holds NaN and the shared memory that it
+// reads may not be written. With a random schedule it reads its operands when it is issued or when it is waited for; in
+// order, as late as possible.
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -32,9 +32,9 @@ struct Descriptor {
     if ((bits >> 49 & 7) != 0) fail("wgmma: the machine does not know matrices with a base offset");
   }
 
-  // Shared address of element (i, k), two bytes each; i counts the rows of A or the columns of B: "Canonical Layouts".
+  // Shared address of element (i, k), two bytes each. i counts the rows of A or the columns of B: "Canonical Layouts".
   uint32_t at(uint32_t i, uint32_t k, bool transposed) const {
-    const uint32_t width = swizzle == 0 ? 16 : swizzle;  // of an atom, in bytes
+    const uint32_t width = swizzle == 0 ? 16 : swizzle;  // bytes of a row of the swizzle's atom
     uint32_t offset;
     if (!transposed) {
       offset = i / 8 * stride + i % 8 * width + (swizzle == 0 ? k * 2 / 16 * leading + k * 2 % 16 : k * 2);
@@ -48,14 +48,14 @@ struct Descriptor {
   }
 };
 
-// One instruction of a warp: its 16 rows of the product.
+// One instruction of a warp: 16 rows of the product.
 struct Product {
   std::array<WarpgroupProduct, 32> lanes;
-  std::vector<uint32_t> lent;  // addresses of 2 bytes
+  std::vector<uint32_t> lent;  // addresses of the 2-byte elements that it reads
   bool done = false;
 };
 
-struct Sums {  // one accumulator of a warp
+struct Sums {  // the accumulator of one warp
   std::array<float*, 32> registers;
   std::vector<std::array<float, 32>> values;
 };
@@ -90,7 +90,7 @@ void compute(State& state, Product& product, int warp) {
   std::array<std::array<double, 16>, 16> left;
   for (int row = 0; row < 16; ++row)
     for (int k = 0; k < 16; ++k) {
-      // As A of mma.m16n8k16: word k / 8 * 2 + row / 8 of lane row % 8 * 4 + k % 8 / 2.
+      // In the layout of A in mma.m16n8k16: word k / 8 * 2 + row / 8 of lane row % 8 * 4 + k % 8 / 2.
       const uint32_t word = product.lanes[row % 8 * 4 + k % 8 / 2].a_registers[k / 8 * 2 + row / 8];
       left[row][k] = shape.a_in_registers ? shape.number(static_cast<uint16_t>(word >> k % 2 * 16))
                                           : element(a.at(warp % 4 * 16 + row, k, shape.a_transposed));
@@ -106,7 +106,7 @@ void compute(State& state, Product& product, int warp) {
   product.done = true;
 }
 
-// All that it may read, by every warp of its warpgroup: B, and this warp's rows of A.
+// Lends the memory that the instruction may read: B, and this warp's rows of A.
 void lend(Product& product, int warp) {
   const WarpgroupProduct& shape = product.lanes[0];
   const Descriptor a(shape.a), b(shape.b);
@@ -125,7 +125,7 @@ void finish(State& state, Product& product, int warp) {
     shared.give_back(static_cast<uint16_t>(core::thread()), core::time(), shared_pointer(address), 2);
 }
 
-// f(state, warp) once for the warp that runs, when all of its lanes have come.
+// Calls f(state, warp) once for the running warp, when all of its lanes have arrived.
 template <class F>
 void once(const char* name, F&& f) {
   int nothing = 0;
@@ -200,7 +200,7 @@ void wgmma_wait(int newest) {
   once("wgmma.wait_group", [&](State& state, int warp) {
     for (; state.groups.size() > static_cast<size_t>(newest); state.groups.pop_front())
       for (Product& product : state.groups.front()) finish(state, product, warp);
-    // The registers of what nobody works on any more.
+    // Releases the registers that no product uses any more.
     const auto in_use = [&](const Sums& sums) {
       const auto uses = [&](const std::deque<Product>& products) {
         for (const Product& product : products)

@@ -75,7 +75,7 @@ def test_a_sequence_that_makes_its_tensors_is_refused() -> None:
     options = (1.0, 0.0, -1, -1, False, 0.0, -1, -1)
     with pytest.raises(TypeError, match=r"^\[attention_forward\] modifiers: expected a tuple"):
         modifiers: Any = Temporaries()
-        _cpu.attention_forward(q, q, q, modifiers, options, q.clone(), None, torch.empty(100000))
+        _cpu.attention_forward(q, q, q, modifiers, options, q.clone(), None, None)
 
 
 def test_a_list_may_change_while_a_kernel_runs() -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from torchweld import _cpu, backend, ops, reference
+from torchweld.ops import _attention
 
 ROOT = Path(__file__).resolve().parents[2]
 BINDINGS = ROOT / "csrc" / "bindings"
@@ -64,11 +65,21 @@ def test_a_stub_has_what_the_module_has(name: str) -> None:
     for n, value in public.items():
         parameters = promised[n]
         if parameters is None:
-            assert isinstance(value, int)
+            assert isinstance(value, int | tuple)
         else:
             signature = inspect.signature(value)
             assert list(signature.parameters) == parameters, n
             assert all(p.default is p.empty for p in signature.parameters.values()), n
+
+
+@pytest.mark.parametrize("name", list(backend.kernels))
+def test_records_have_the_fields_of_the_module_and_of_the_schemas(name: str) -> None:
+    module = backend.kernels[name]
+    assert module.Modifiers == _attention.Modifiers._fields
+    assert module.Options == _attention.Options._fields
+    for op, fields in (("attention", module.Modifiers + module.Options), ("paged_attention", module.PagedOptions)):
+        arguments = getattr(torch.ops.torchweld, op).default._schema.arguments
+        assert tuple(a.name for a in arguments[-len(fields) :]) == fields
 
 
 def test_types_of_results_are_those_of_the_stub() -> None:

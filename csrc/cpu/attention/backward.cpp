@@ -3,11 +3,12 @@
 //   delta = rowsum(P * dP) - dlse = rowsum(doutput * output) - dlse        dscores = P * (doutput @ value^T - delta)
 //   dvalue = P^T @ doutput     dquery = scale * dscores @ key     dkey = scale * dscores^T @ query
 //
-// Prepare: every head's delta, and query and doutput packed. Main: a task owns a chunk of the keys of one key head, all
-// of its query heads and all queries that see the chunk; dkey and dvalue of a tile of keys stay in its cache, dquery
-// goes to a partial sum of its own. Finish: the chunks' partials are added first to last. How many chunks there are
-// depends on the shape alone, so the sums have one order at any number of threads. 2 Nq Nk (3 D + 2 Dv) FLOPs per head;
-// memory is O(N) per chunk. Every gradient is accumulated in float32. Dao: FlashAttention-2, arXiv:2307.08691.
+// Prepare: every head's delta, and query and doutput packed; where sums_rows() says so, delta by products. Main: a task
+// owns a chunk of the keys of one key head, all of its query heads and all queries that see the chunk; dkey and dvalue
+// of a tile of keys stay in its cache, dquery goes to a partial sum of its own. Finish: the chunks' partials are added
+// first to last. How many chunks there are depends on the shape alone, so the sums have one order at any number of
+// threads. 2 Nq Nk (3 D + 2 Dv) FLOPs per head; memory is O(N) per chunk. Every gradient is accumulated in float32.
+// Dao: FlashAttention-2, arXiv:2307.08691.
 
 #include "cpu/attention/backward_tile.h"
 #include "cpu/attention/sequences.h"
@@ -105,6 +106,12 @@ class Backward {
       const int64_t head = unit / call.blocks(), heads = call.p_.heads;
       call.queries(head).pack(call.p_, head / heads, head % heads, rows.begin, rows.end, call.plan_.tile_keys);
     });
+    if (sums_rows(p)) {
+      auto tiles = [](const Backward& call) { return call.p_.batch * call.p_.heads * call.tiles(); };
+      for_each_unit(tiles, [&](const Backward& call, int64_t unit, int64_t thread) {
+        call.sum_rows(unit / call.tiles(), unit % call.tiles(), scratch(thread));
+      });
+    }
     const bool broadcast = p.dbias != nullptr && !Backward(p, layout, scratch(layout.threads)).dense_dbias();
     if (p.dbias != nullptr && !broadcast)
       for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.clear_dbias(head); });
@@ -116,13 +123,8 @@ class Backward {
     if (p.dsinks != nullptr)
       for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.sink_gradient(head); });
     if (broadcast) Backward(p, layout, scratch(layout.threads)).bias_gradient(layout.threads, layout.scratch);
-    if (p.dalibi_slopes != nullptr) {
-      auto slope_blocks = [](const Backward& call) { return call.p_.batch * call.p_.heads * call.slope_blocks(); };
-      for_each_unit(slope_blocks, [&](const Backward& call, int64_t unit, int64_t thread) {
-        call.slope_gradient(unit / call.slope_blocks(), unit % call.slope_blocks(), scratch(thread));
-      });
+    if (p.dalibi_slopes != nullptr)
       for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.store_dslope(head); });
-    }
     if (p.dquery != nullptr)
       for_each_unit(blocks, [](const Backward& call, int64_t unit, int64_t) {
         const Span rows = call.block(unit % call.blocks());
@@ -248,37 +250,44 @@ class Backward {
     });
   }
 
-  int64_t slope_blocks() const { return ceil_div(p_.queries, Tile::kQueries); }
+  int64_t tiles() const { return ceil_div(p_.queries, Tile::kQueries); }  // of queries
 
   double* slope_sums(int64_t head) const {
-    return reinterpret_cast<double*>(partials_ + p_.batch * p_.heads * plan_.chunks * plan_.partial) +
-           head * slope_blocks();
+    return reinterpret_cast<double*>(partials_ + p_.batch * p_.heads * plan_.chunks * plan_.partial) + head * tiles();
   }
 
-  // The part of a block of queries in the gradient of their head's slope: the sum of dscores * -|i + shift - j|. Makes
-  // the products again, as that of the bias does. delta is summed up again too, for one from an output that was rounded
-  // to 16 bits is off by the same for all keys of a row, which the distances would make much of.
-  void slope_gradient(int64_t head, int64_t block, float* scratch) const {
+  // Whether a gradient is in float32 though the operands are in 16 bits, or weighs the keys of a row by their distance:
+  // delta must then be more exact than the output is, whose products may have P in 16 bits.
+  static bool sums_rows(const Params& p) {
+    const bool wide_bias = p.dbias != nullptr && p.bias_type == MaskType::float32;
+    return p.dalibi_slopes != nullptr || (sizeof(T) == 2 && (wide_bias || p.dsinks != nullptr));
+  }
+
+  // delta of a block of queries, as the sum of P * dP, and their part in the gradient of the head's slope: the sum of
+  // dscores * -|i + shift - j|. Makes the products again, as the gradient of a bias does.
+  void sum_rows(int64_t head, int64_t block, float* scratch) const {
     const TileScope tiles;
     const int64_t b = head / p_.heads, h = head % p_.heads;
     const Span span{block * Tile::kQueries, min_of((block + 1) * Tile::kQueries, p_.queries)};
     const Scores scores(p_, b, h);
-    double sums[Tile::kQueries * 3] = {}, total = 0;
+    const typename Tile::Queries rows = queries(head);
+    double sums[Tile::kQueries * 3] = {}, slope = 0;
     const int64_t end = scores.band.high(span.end - 1);
     for (int64_t j0 = round_down(scores.band.low(span.begin), kPanel); j0 < end; j0 += plan_.tile_keys)
       Tile(p_, b, h / group_, j0, min_of(plan_.tile_keys, p_.keys - j0), plan_.tile_keys, scratch)
-          .add_distances(scores, queries(head), span, sums);
+          .add_distances(scores, rows, span, sums);
     for (int64_t i = span.begin; i < span.end; ++i) {
       const double* row = sums + (i - span.begin) * 3;
-      const double dlse = p_.dlse != nullptr ? p_.dlse[p_.row(b, h) + i] : 0.0f;
-      total -= row[0] - (row[2] - dlse) * row[1];
+      const double dlse = p_.dlse != nullptr ? p_.dlse[p_.row(b, h) + i] : 0.0f, delta = row[2] - dlse;
+      if constexpr (!Tile::Queries::summed) rows.delta[i] = static_cast<float>(delta);
+      slope -= row[0] - delta * row[1];
     }
-    slope_sums(head)[block] = total;
+    slope_sums(head)[block] = slope;
   }
 
   void store_dslope(int64_t head) const {
     double total = 0;
-    for (int64_t n = 0; n < slope_blocks(); ++n) total += slope_sums(head)[n];
+    for (int64_t n = 0; n < tiles(); ++n) total += slope_sums(head)[n];
     p_.dalibi_slopes[head] = static_cast<float>(total);
   }
 

@@ -264,7 +264,7 @@ class GradientTile {
       row[n] = Row(rows, i + n, scores.unit());
       scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, capped ? slopes_ + (r + n) * stride_ : nullptr);
       if (dropping) drop(scores, i + n, r + n, span, factors[n]);
-      summed |= rows.summed && holds_all(scores.band, i + n);
+      summed |= Queries::summed && holds_all(scores.band, i + n);
     }
     for (int n = 0; n < kCount; ++n) {
       if (n >= count || !summed) continue;

@@ -152,7 +152,7 @@ class Forward {
                 kPanel};
     const Right keys{packed, Compute::panel, Compute::panel * plan_.steps};
     Softmax<Compute> softmax;
-    softmax.init(rows);
+    softmax.init(rows, p_.lse != nullptr);
     std::memset(o, 0, sizeof(float) * rows * plan_.value_width);
 
     const TileScope tiles;
@@ -186,6 +186,7 @@ class Forward {
 
     // Normalise. Store.
     T* out = head_of<T>(p_.output, p_.output_strides, b, h) + i0 * p_.output_strides.row;
+    float* wide = head_of<float>(p_.wide_output, p_.wide_output_strides, b, h) + i0 * p_.wide_output_strides.row;
     const float* sink = p_.sinks != nullptr ? p_.sinks + h : nullptr;
     for (int64_t first = 0; first < rows; first += W) {
       const int64_t count = min_of(W, rows - first);
@@ -195,7 +196,10 @@ class Forward {
       store(factors, denominator.inverse * scores.dropout.scale());
       for (int64_t r = first; r < first + count; ++r)
         for_each_vector(p_.value_dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-          store(out + r * p_.output_strides.row + i, load(o + r * plan_.value_width + i) * factors[r - first], lanes);
+          const Vec result = load(o + r * plan_.value_width + i) * factors[r - first];
+          store(out + r * p_.output_strides.row + i, result, lanes);
+          if (sizeof(T) == 2 && p_.wide_output != nullptr)
+            store(wide + r * p_.wide_output_strides.row + i, result, lanes);
         });
       auto leave = [&](float* statistic, const Vec& v) {
         if (statistic != nullptr) std::memcpy(statistic + p_.row(b, h) + i0 + first, &v, sizeof(float) * count);

@@ -11,7 +11,6 @@ template <class T, class Compute>
 struct GradientQueries {
   float *max, *inverse, *delta;         // [Nq]; max is 0 where nothing is seen
   const float* dlse;                    // [Nq], nullptr: none
-  bool summed;                          // sums_gradients()
   Left query, doutput;                  // as left operands, rows of words
   Right query_steps, doutput_steps;     // as right operands, steps of queries
   Left query_columns, doutput_columns;  // in their place with tiles: transposed, rows of words along the queries
@@ -33,7 +32,6 @@ struct GradientQueries {
     inverse = take(round_up(rows, 16));
     delta = take(round_up(rows, 16));
     dlse = p.dlse != nullptr ? p.dlse + p.row(b, h) : nullptr;
-    summed = sums_gradients(p);
     const T* q = head_of<T>(p.query, p.query_strides, b, h);
     const T* dout = head_of<T>(p.doutput, p.doutput_strides, b, h);
     query = left(q, qs, p.dim, take(left_words(rows, qs, p.dim)));
@@ -47,24 +45,20 @@ struct GradientQueries {
   }
 
   // Whether delta is rowsum(P * dP) - dlse where one tile holds all keys of a row, and not rowsum(doutput * output) -
-  // dlse: then it is of the very numbers that dscores are made of, and not rounded to 16 bits as the output is. Calls
-  // in 16 bits of nothing but query, key and value do without: 4 to 8 % of their time with 128 keys.
-  static bool sums_gradients(const AttentionBackwardParams& p) {
-    return sizeof(T) == 4 || !plain(p) || p.sinks != nullptr || p.dropout.seed != nullptr || p.dlse != nullptr;
-  }
+  // dlse: then it is of the very numbers that dscores are made of. In 16 bits P and dscores are rounded by more than
+  // that is worth, and the output is in float32.
+  static constexpr bool summed = sizeof(T) == 4;
 
   // Fills rows [begin, end), begin even.
   void pack(const AttentionBackwardParams& p, int64_t b, int64_t h, int64_t begin, int64_t end,
             int64_t tile_keys) const {
     const T* q = head_of<T>(p.query, p.query_strides, b, h) + begin * p.query_strides.row;
     const T* dout = head_of<T>(p.doutput, p.doutput_strides, b, h) + begin * p.doutput_strides.row;
-    const T* out = head_of<T>(p.output, p.output_strides, b, h) + begin * p.output_strides.row;
     const Band band(p);
-    for (int64_t i = begin; i < end; ++i, dout += p.doutput_strides.row, out += p.output_strides.row) {
-      float total = 0.0f;
-      if (!summed || !band.in_one_tile(i, tile_keys))
-        total =
-            sum_over(p.value_dim, [&](int64_t d, auto lanes) { return load(dout + d, lanes) * load(out + d, lanes); });
+    for (int64_t i = begin; i < end; ++i, dout += p.doutput_strides.row) {
+      const float total = summed && band.in_one_tile(i, tile_keys) ? 0.0f
+                          : p.output_dtype == DType::float32       ? dot<float>(p, b, h, i, dout)
+                                                                   : dot<T>(p, b, h, i, dout);
       fill_statistics(p, p.row(b, h), i);
       delta[i] = dlse != nullptr ? total - dlse[i] : total;
     }
@@ -74,6 +68,14 @@ struct GradientQueries {
   }
 
  private:
+  // The sum of doutput * output of query i.
+  template <class Output>
+  static float dot(const AttentionBackwardParams& p, int64_t b, int64_t h, int64_t i, const T* doutput) {
+    const Output* output = head_of<Output>(p.output, p.output_strides, b, h) + i * p.output_strides.row;
+    return sum_over(p.value_dim,
+                    [&](int64_t d, auto lanes) { return load(doutput + d, lanes) * load(output + d, lanes); });
+  }
+
   void fill_statistics(const AttentionBackwardParams& p, int64_t first, int64_t i) const {
     const float m = p.max[first + i];
     if (m == -kInfinity) {

@@ -30,12 +30,13 @@ inline int64_t narrow_inputs(AttentionInputs& p, int64_t n) {
 inline AttentionForwardParams sequence_of(AttentionForwardParams p, int64_t n) {
   const int64_t size = narrow_inputs(p, n);
   advance(p.output, p.first_row * p.output_strides.row * size);
+  if (p.wide_output != nullptr) p.wide_output += p.first_row * p.wide_output_strides.row;
   return p;
 }
 
 inline AttentionBackwardParams sequence_of(AttentionBackwardParams p, int64_t n) {
   const int64_t first_key = p.cu_seqlens_k[n], size = narrow_inputs(p, n);
-  advance(p.output, p.first_row * p.output_strides.row * size);
+  advance(p.output, p.first_row * p.output_strides.row * (p.output_dtype == DType::float32 ? 4 : 2));
   advance(p.doutput, p.first_row * p.doutput_strides.row * size);
   advance(p.dquery, p.first_row * p.dquery_strides.row * size);
   advance(p.dkey, first_key * p.dkey_strides.row * size);

@@ -67,7 +67,9 @@ class Softmax {
     }
   };
 
-  void init(int64_t rows) {
+  // lse: whether the logarithm of the sums is wanted, in float32. P alone may be as exact as the words it is kept in.
+  void init(int64_t rows, bool lse) {
+    lse_ = lse;
     for (int64_t r = 0; r < round_up(rows, W); ++r) {
       max_[r] = -kInfinity;
       sum_[r] = zero();
@@ -126,18 +128,19 @@ class Softmax {
 
   // P of a row of scores; returns its sums. In place, a row of P is never ahead of its scores, also where it takes half
   // the room.
+  template <int kDegree>
   static TW_INLINE Vec exponentiate(const float* row, float* p, Span span, Vec unit, Vec max) {
     Vec a{}, b{};
     int64_t j = span.begin;
     for (; j + 2 * W <= span.end; j += 2 * W) {
-      const Vec first = weight<Compute::exp_degree>(load(row + j), max, unit);
-      const Vec second = weight<Compute::exp_degree>(load(row + j + W), max, unit);
+      const Vec first = weight<kDegree>(load(row + j), max, unit);
+      const Vec second = weight<kDegree>(load(row + j + W), max, unit);
       a += first;
       b += second;
       Compute::store_row(p, j, first, second);
     }
     if (j < span.end) {
-      const Vec last = weight<Compute::exp_degree>(load(row + j), max, unit);
+      const Vec last = weight<kDegree>(load(row + j), max, unit);
       a += last;
       Compute::store_row(p, j, last);
     }
@@ -148,7 +151,9 @@ class Softmax {
   TW_INLINE Vec weigh_row(const Scores& scores, const Tile& at, int64_t r, int64_t c, Span span,
                           const float* row) const {
     float* p = Compute::row_of(at.weights, weight_stride, r) + Compute::element(c) / Compute::per_word;
-    const Vec sums = exponentiate(row, p, span, splat(scores.unit()), splat(subtract(r)));
+    const Vec unit = splat(scores.unit()), max = splat(subtract(r));
+    const Vec sums = lse_ ? exponentiate<max_of(Compute::exp_degree, 5)>(row, p, span, unit, max)
+                          : exponentiate<Compute::exp_degree>(row, p, span, unit, max);
     if (scores.dropout.active()) scores.dropout.template drop<Compute>(p, at.i0 + r, at.j0 + c, span);
     return sums;
   }
@@ -268,6 +273,7 @@ class Softmax {
   // m is as finish() of Scores leaves it, l a sum per lane; weights are those of the tile at hand.
   alignas(64) float max_[kTileQueries<Compute>];
   Vec sum_[kTileQueries<Compute>], weight_[kTileQueries<Compute>];
+  bool lse_;
 };
 
 }  // namespace

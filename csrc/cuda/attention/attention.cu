@@ -1,17 +1,16 @@
-// attention_forward, paged_attention and attention_backward: the choice among the instances, and what comes before and
-// after them.
+// The ops attention_forward, paged_attention and attention_backward: they choose an instance and launch its kernels.
 #include "cuda/attention/backward_rows.cuh"
 #include "cuda/attention/decode.h"
 #include "cuda/attention/instances.h"
 #include "cuda/kernels.h"
 
-namespace torchweld::cuda {
+namespace torchweld::cuda::attention {
 namespace {
 
-// f(Tag<T>, std::integral_constant<int, D>) for the instance that serves `p`.
+// Calls f(Tag<T>, std::integral_constant<int, D>) with the element type and padded head size that serve `p`.
 template <class F>
 void dispatch_instance(const char* op, const AttentionInputs& p, F&& f) {
-  if (p.queries > kRowLimit || p.keys > kRowLimit)
+  if (p.queries > kMaxRows || p.keys > kMaxRows)
     throw std::invalid_argument("[" + std::string(op) + "] query, key: expected at most 2^29 rows, but got " +
                                 std::to_string(p.queries) + " and " + std::to_string(p.keys));
   const int64_t size = p.dim > p.value_dim ? p.dim : p.value_dim;
@@ -26,66 +25,75 @@ void dispatch_instance(const char* op, const AttentionInputs& p, F&& f) {
   });
 }
 
-// Whether this GPU runs the kernels for Hopper, where there are any.
+// True if this GPU can run the kernels of sm90/.
 bool is_hopper() { return compute_capability(current_device()) == 90; }
 
 }  // namespace
+}  // namespace torchweld::cuda::attention
 
-int64_t attention_forward_workspace(const AttentionForwardParams& p) { return decodes(p) ? decode_workspace(p) : 0; }
+namespace torchweld::cuda {
+
+int64_t attention_forward_workspace(const AttentionForwardParams& p) {
+  return attention::decodes(p) ? attention::decode_workspace(p) : 0;
+}
 
 void attention_forward(const AttentionForwardParams& p, Stream stream) {
+  using namespace attention;
   if (query_rows(p) == 0) return;
   dispatch_instance("attention_forward", p, [&](auto t, auto size) {
     using T = typename decltype(t)::type;
     constexpr int D = decltype(size)::value;
     if constexpr (kHasSm90<T, D>)
-      if (!decodes(p) && is_hopper()) return run_forward_sm90<T, D>(p, stream);
-    run_forward<T, D>(p, stream);
+      if (!decodes(p) && is_hopper()) return sm90::Kernels<T, D>::forward(p, stream);
+    sm80::Kernels<T, D>::forward(p, stream);
   });
 }
 
-int64_t paged_attention_workspace(const PagedAttentionParams& p) { return decode_workspace(p); }
+int64_t paged_attention_workspace(const PagedAttentionParams& p) { return attention::decode_workspace(p); }
 
 void paged_attention(const PagedAttentionParams& p, Stream stream) {
+  using namespace attention;
   if (query_rows(p) == 0) return;
   dispatch_instance("paged_attention", p, [&](auto t, auto size) {
-    run_paged<typename decltype(t)::type, decltype(size)::value>(p, stream);
+    sm80::Kernels<typename decltype(t)::type, decltype(size)::value>::paged(p, stream);
   });
 }
 
 int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
+  using namespace attention;
   const bool sums = !p.deterministic && p.dtype != DType::float32;
-  return (6 + (sums ? Backward{p}.sum_width() : 0)) * query_rows(p);
+  return (6 + (sums ? Backward{p}.accumulator_width() : 0)) * query_rows(p);
 }
 
 void attention_backward(const AttentionBackwardParams& params, Stream stream) {
+  using namespace attention;
   constexpr const char* kName = "attention_backward";
   const int64_t rows = query_rows(params);
   Backward p{params};
-  p.unit = unit_of(p, is_plain(p));
+  p.scale_log2 = scale_log2_of(p, is_plain(p));
   float* next = p.workspace;
   auto take = [&](int64_t width) { return next += width * rows, next - width * rows; };
-  p.softmax = reinterpret_cast<float2*>(take(2));
-  p.gradient = reinterpret_cast<float2*>(take(2));
-  p.dquery_sum = adds_up(p) ? take(p.sum_width()) : nullptr;
-  p.distances = p.dalibi_slopes != nullptr ? take(1) : nullptr;
-  p.sinks_of_rows = p.dsinks != nullptr ? take(1) : nullptr;
+  p.softmax_statistics = reinterpret_cast<float2*>(take(2));
+  p.gradient_statistics = reinterpret_cast<float2*>(take(2));
+  p.dquery_accumulator = uses_atomic_dquery(p) ? take(p.accumulator_width()) : nullptr;
+  p.row_dslopes = p.dalibi_slopes != nullptr ? take(1) : nullptr;
+  p.row_dsinks = p.dsinks != nullptr ? take(1) : nullptr;
   dispatch_instance(kName, p, [&](auto t, auto size) {
     using T = typename decltype(t)::type;
     constexpr int D = decltype(size)::value;
-    auto run = run_backward<T, D>, run_bias = run_bias_backward<T, D>;
+    auto run = sm80::Kernels<T, D>::backward, run_bias = sm80::Kernels<T, D>::backward_bias;
     if constexpr (kHasSm90<T, D>)
       if (is_hopper()) {
-        run = run_backward_sm90<T, D>;
-        run_bias = run_bias_backward_sm90<T, D>;
-        if (D > 128) p.dquery_sum = nullptr;  // it would not fit shared memory
+        run = sm90::Kernels<T, D>::backward;
+        run_bias = sm90::Kernels<T, D>::backward_bias;
+        if (D > 128) p.dquery_accumulator = nullptr;  // dS does not fit shared memory
       }
     const dim3 blocks = grid_of(kName, (rows + kPrepareWarps - 1) / kPrepareWarps);
-    if (rows > 0) launch(kName, prepare<T>, blocks, dim3(kPrepareWarps * kLanes), 0, stream, p);
+    if (rows > 0) launch(kName, prepare_rows<T>, blocks, dim3(kPrepareWarps * kWarpSize), 0, stream, p);
     if (p.batch * p.heads > 0) run(p, stream);
     if (p.dbias != nullptr) run_bias(p, stream);
-    if (rows > 0 && p.dquery_sum != nullptr)
-      launch(kName, round_queries<T>, blocks, dim3(kPrepareWarps * kLanes), 0, stream, p);
+    if (rows > 0 && p.dquery_accumulator != nullptr)
+      launch(kName, round_dquery<T>, blocks, dim3(kPrepareWarps * kWarpSize), 0, stream, p);
   });
   const dim3 heads = grid_of(kName, p.batch * p.heads);
   if (heads.x > 0 && (p.dsinks != nullptr || p.dalibi_slopes != nullptr))

@@ -1,20 +1,20 @@
-// Which weights dropout keeps, for the elements of an accumulator where they are. One Philox counter serves four keys
-// of a query, which are spread over the lanes: each lane makes some of the counters, and they trade words.
+// The dropout mask for the elements of an accumulator. One Philox counter gives the words of four keys of a query, and
+// those keys lie in different lanes: each lane computes some of the counters, and the lanes exchange words.
 #pragma once
 
 #include "cuda/attention/scores.cuh"
 
-namespace torchweld::cuda {
+namespace torchweld::cuda::attention {
 
 __device__ __forceinline__ uint32_t trade(uint32_t word, int lane_mask) {
   return __float_as_uint(__shfl_xor_sync(0xffffffffu, __uint_as_float(word), lane_mask));
 }
 
 template <bool kTransposed, int MT, int NT>
-class Kept {
+class DropoutMask {
  public:
-  // `mask_row`: the mask's row of query 0. Row and column of the accumulator are multiples of 4 where they are keys.
-  __device__ __forceinline__ void draw(const Dropout& dropout, int64_t mask_row, int row, int column) {
+  // mask_row: the row of query 0 in the dropout mask. The first key (row or column) is a multiple of 4.
+  __device__ __forceinline__ void generate(const Dropout& dropout, int64_t mask_row, int row, int column) {
     const auto seed = static_cast<uint64_t>(*dropout.seed);
 #pragma unroll
     for (uint32_t& word : bits_) word = 0;
@@ -40,8 +40,7 @@ class Kept {
  private:
   static __device__ constexpr int place(int m, int n, int e) { return (m * NT + n) * 4 + e; }
 
-  // Columns are keys. Two lanes share a counter: the even one makes that of the upper row, the odd one that of the
-  // lower.
+  // Columns are keys. Two lanes share two counters: the even lane computes the upper row's, the odd lane the lower's.
   static __device__ __forceinline__ void by_row(uint64_t seed, int64_t mask_row, int row, int column,
                                                 uint32_t (&words)[4]) {
     const bool odd = lane() % 2 != 0;
@@ -53,8 +52,8 @@ class Kept {
     words[2] = odd ? own.word[2] : first, words[3] = odd ? own.word[3] : second;
   }
 
-  // Rows are keys. Four lanes share the counters of all their elements: the q-th makes that of element q of each, and
-  // the four by four words are transposed.
+  // Rows are keys. Four lanes share four counters per element: lane q computes the counters of element q, then the
+  // lanes transpose the 4 x 4 words.
   static __device__ __forceinline__ void by_column(uint64_t seed, int64_t mask_row, int row, int column,
                                                    uint32_t (&words)[4]) {
     const int q = lane_row() % 4, block = (row + q / 2 * 8) / 4 + lane_row() / 4, i = column + lane_column() + q % 2;
@@ -64,7 +63,7 @@ class Kept {
 #pragma unroll
     for (int bit = 1; bit < 4; bit *= 2) {
       const bool high = (q & bit) != 0;
-      const int step = bit == 1 ? 2 : 1;  // between the pairs that are traded
+      const int step = bit == 1 ? 2 : 1;  // distance between the pairs that are exchanged
       uint32_t &a = words[0], &b = words[bit], &c = words[step], &d = words[3];
       const uint32_t first = trade(high ? a : b, 4 * bit), second = trade(high ? c : d, 4 * bit);
       a = high ? first : a, b = high ? b : first;
@@ -75,10 +74,12 @@ class Kept {
   uint32_t bits_[(MT * NT * 4 + 31) / 32];
 };
 
-// Zeros in place of the weights that are dropped.
+// Zeroes the probabilities that are dropped.
 template <bool kTransposed, int MT, int NT>
-__device__ __forceinline__ void drop(float (&weights)[MT][NT][4], const Kept<kTransposed, MT, NT>& kept) {
-  for_each<MT, NT>([&](int m, int n, int e) { weights[m][n][e] = kept(m, n, e) ? weights[m][n][e] : 0.0f; });
+__device__ __forceinline__ void apply_dropout(float (&probabilities)[MT][NT][4],
+                                              const DropoutMask<kTransposed, MT, NT>& keep) {
+  for_each<MT, NT>(
+      [&](int m, int n, int e) { probabilities[m][n][e] = keep(m, n, e) ? probabilities[m][n][e] : 0.0f; });
 }
 
-}  // namespace torchweld::cuda
+}  // namespace torchweld::cuda::attention

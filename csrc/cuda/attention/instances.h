@@ -1,13 +1,14 @@
-// The attention kernels of one type and padded head size: sm80/instance.cu makes them, attention.cu chooses.
+// The launchers of attention for one element type T and padded head size D. attention.cu chooses among them, and the
+// build instantiates them from instance.cu.in.
 #pragma once
 
 #include "params.h"
 
-namespace torchweld::cuda {
+namespace torchweld::cuda::attention {
 
 struct Backward;
 
-// Which types and head sizes have kernels with Hopper's own instructions, run_*_sm90 below: where they were compiled.
+// True if sm90/ serves this type and head size. The build defines TORCHWELD_SM90 if it compiles sm90/.
 #ifdef TORCHWELD_SM90
 template <class T, int D>
 constexpr bool kHasSm90 = sizeof(T) == 2 && D >= 64;
@@ -16,25 +17,26 @@ template <class T, int D>
 constexpr bool kHasSm90 = false;
 #endif
 
-template <class T, int D>
-void run_forward(const AttentionForwardParams& p, Stream stream);
+namespace sm80 {
 
 template <class T, int D>
-void run_paged(const PagedAttentionParams& p, Stream stream);
+struct Kernels {
+  static void forward(const AttentionForwardParams& p, Stream stream);
+  static void paged(const PagedAttentionParams& p, Stream stream);
+  static void backward(const Backward& p, Stream stream);  // dquery, dkey, dvalue
+  static void backward_bias(const Backward& p, Stream stream);
+};
 
-// Gradients of queries, keys and values.
-template <class T, int D>
-void run_backward(const Backward& p, Stream stream);
+}  // namespace sm80
+
+namespace sm90 {
 
 template <class T, int D>
-void run_bias_backward(const Backward& p, Stream stream);
+struct Kernels {
+  static void forward(const AttentionForwardParams& p, Stream stream);  // not for calls that sm80 decodes
+  static void backward(const Backward& p, Stream stream);
+  static void backward_bias(const Backward& p, Stream stream);
+};
 
-// The same on Hopper; not what `decodes`.
-template <class T, int D>
-void run_forward_sm90(const AttentionForwardParams& p, Stream stream);
-template <class T, int D>
-void run_backward_sm90(const Backward& p, Stream stream);
-template <class T, int D>
-void run_bias_backward_sm90(const Backward& p, Stream stream);
-
-}  // namespace torchweld::cuda
+}  // namespace sm90
+}  // namespace torchweld::cuda::attention

@@ -1,12 +1,13 @@
-// Which tile of which head a block has. Heads are taken in sections whose keys and values fit the L2 cache together; in
-// a section, all heads' longest tiles come first: under a causal mask the last tiles of queries, the first of keys.
+// Which tile of which head a block works on. Heads are grouped into sections whose keys and values fit the L2 cache
+// together. Within a section the longest tiles of all heads come first: with a causal mask these are the last tiles of
+// queries, or the first tiles of keys.
 #pragma once
 
 #include <initializer_list>
 
 #include "cuda/common.cuh"
 
-namespace torchweld::cuda {
+namespace torchweld::cuda::attention {
 
 class Schedule {
  public:
@@ -17,8 +18,8 @@ class Schedule {
 
   Schedule() = default;
 
-  // Tiles of `tile` out of `rows` rows for each of `heads` heads; `bytes`: what the tiles of `shared` heads in a row
-  // share.
+  // `heads` heads of `rows` rows, in tiles of `tile` rows. Each group of `shared` consecutive heads reads the same
+  // `bytes` bytes.
   Schedule(int64_t heads, int64_t rows, int64_t tile, int64_t shared, int64_t bytes, bool first_longest)
       : heads_(heads), tiles_(static_cast<int>((rows + tile - 1) / tile)), first_longest_(first_longest) {
     constexpr int64_t kCache = 16 << 20;
@@ -48,9 +49,9 @@ class Schedule {
   bool first_longest_ = false;
 };
 
-// Whether every row begins on a multiple of `bytes`. A tensor that is not there does no harm.
-inline bool rows_begin_on(int64_t bytes, size_t element, std::initializer_list<const void*> bases,
-                          std::initializer_list<Strides> strides) {
+// True if every row begins on a multiple of `bytes`. A missing tensor (nullptr) passes.
+inline bool rows_aligned(int64_t bytes, size_t element, std::initializer_list<const void*> bases,
+                         std::initializer_list<Strides> strides) {
   for (const void* base : bases)
     if (reinterpret_cast<uintptr_t>(base) % bytes != 0) return false;
   for (const Strides& s : strides)
@@ -58,4 +59,4 @@ inline bool rows_begin_on(int64_t bytes, size_t element, std::initializer_list<c
   return true;
 }
 
-}  // namespace torchweld::cuda
+}  // namespace torchweld::cuda::attention

@@ -1,62 +1,63 @@
-// What every attention kernel shares: which head and rows a block has, which keys a query sees, and how products
-// query @ key^T become scores.
+// The head and rows of a block, the keys that a query sees, and the way from products query @ key^T to scores.
 #pragma once
 
 #include "cuda/attention/tile.cuh"
 
-namespace torchweld::cuda {
+namespace torchweld::cuda::attention {
 
 constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
-constexpr int kRowLimit = 1 << 29;      // queries and keys of a sequence
-constexpr int kUnseen = 2 * kRowLimit;  // a distance that none of them have; sums with it fit an int
+constexpr int kMaxRows = 1 << 29;               // most queries or keys of a sequence
+constexpr int kUnboundedOffset = 2 * kMaxRows;  // beyond every distance of query and key; sums with it fit an int
 
 __device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
 
-// A row's maximum as something to subtract: -inf - -inf would be NaN.
-__device__ __forceinline__ float finite(float max) { return max == -infinity() ? 0.0f : max; }
+// A row's maximum as a number to subtract: -inf - -inf would be NaN.
+__device__ __forceinline__ float finite_or_zero(float max) { return max == -infinity() ? 0.0f : max; }
 
-// Head h of batch (or packed sequence) b.
+// Head h of batch, or packed sequence, b.
 struct Head {
   int b, h, kv, queries, keys, shift;
   int low_offset, high_offset;     // query i sees keys i + low_offset to i + high_offset
   int64_t first_query, first_key;  // of a packed sequence, else 0
-  int64_t values;  // where its row 0 is in what has one value per row, [B, H, Nq]; also the dropout's row
+  int64_t statistics_begin;        // query 0 in the row statistics [B, H, Nq] and in the rows of the dropout mask
 
   __device__ __forceinline__ Head(const AttentionInputs& p, int b, int h) : Head(p, b, h, static_cast<int>(p.keys)) {}
 
-  // With so many keys, if not packed.
+  // keys_here: the number of keys, unless packed.
   __device__ __forceinline__ Head(const AttentionInputs& p, int b, int h, int keys_here)
       : b(b), h(h), kv(h / static_cast<int>(p.heads / p.kv_heads)) {
     first_query = first_key = 0;
     queries = static_cast<int>(p.queries);
     keys = keys_here;
-    values = p.row(b, h);
+    statistics_begin = p.row(b, h);
     if (p.cu_seqlens_q != nullptr) {
       extent(p.cu_seqlens_q + b, p.total_q, first_query, queries);
       extent(p.cu_seqlens_k + b, p.total_k, first_key, keys);
-      values = p.row(0, h) + first_query;
+      statistics_begin = p.row(0, h) + first_query;
     }
     shift = p.bottom_right ? keys - queries : 0;
     low_offset = bounded(shift - p.left);
     high_offset = bounded(shift + p.right);
   }
 
-  // Query i sees keys [low(i), high(i)); both grow with i. Empty where high <= low.
-  __device__ __forceinline__ int low(int i) const { return clamp(i + low_offset, 0, keys); }
-  __device__ __forceinline__ int high(int i) const { return clamp(i + high_offset + 1, 0, keys); }
-  // Keys [begin, end) are seen by queries [first(begin), last(end)) and by no others.
-  __device__ __forceinline__ int first(int begin) const { return clamp(begin - high_offset, 0, queries); }
-  __device__ __forceinline__ int last(int end) const { return clamp(end - low_offset, 0, queries); }
+  // Query i sees keys [key_begin(i), key_end(i)). Both grow with i. Empty where key_end <= key_begin.
+  __device__ __forceinline__ int key_begin(int i) const { return clamp(i + low_offset, 0, keys); }
+  __device__ __forceinline__ int key_end(int i) const { return clamp(i + high_offset + 1, 0, keys); }
+  // Keys [begin, end) are seen by queries [query_begin(begin), query_end(end)) only.
+  __device__ __forceinline__ int query_begin(int j) const { return clamp(j - high_offset, 0, queries); }
+  __device__ __forceinline__ int query_end(int j) const { return clamp(j - low_offset, 0, queries); }
 
   struct Span {
     int begin, end;
   };
-  // The keys that query i sees, the queries that see key j; none where there is no such query or key.
-  __device__ __forceinline__ Span keys_of(int i) const { return {low(i), i < queries ? high(i) : 0}; }
-  __device__ __forceinline__ Span queries_of(int j) const { return {first(j), j < keys ? last(j + 1) : 0}; }
+  // The keys that query i sees, and the queries that see key j. Empty where the query or key does not exist.
+  __device__ __forceinline__ Span visible_keys(int i) const { return {key_begin(i), i < queries ? key_end(i) : 0}; }
+  __device__ __forceinline__ Span visible_queries(int j) const {
+    return {query_begin(j), j < keys ? query_end(j + 1) : 0};
+  }
 
-  // Whether queries [i, i + rows) all see keys [j, j + columns).
-  __device__ __forceinline__ bool sees_all(int i, int rows, int j, int columns) const {
+  // True if all queries [i, i + rows) see all keys [j, j + columns).
+  __device__ __forceinline__ bool all_visible(int i, int rows, int j, int columns) const {
     return j >= i + rows - 1 + low_offset && j + columns - 1 <= i + high_offset && j + columns <= keys &&
            i + rows <= queries;
   }
@@ -70,19 +71,20 @@ struct Head {
     return base + b * s.batch + kv * s.head + first_key * s.row;
   }
 
-  // Of queries or their gradients all, of keys or values those from `begin` to `end`.
+  // Rows to load: every row of query or doutput, rows [begin, end) of key or value.
   template <class T>
-  __device__ __forceinline__ Rows<T> all_queries(const void* base, const Strides& s, int64_t size, bool packets) const {
-    return {query_rows(static_cast<const T*>(base), s), s.row, 0, queries, static_cast<int>(size), packets};
+  __device__ __forceinline__ Rows<T> all_queries(const void* base, const Strides& s, int64_t size,
+                                                 bool vectorized) const {
+    return {query_rows(static_cast<const T*>(base), s), s.row, 0, queries, static_cast<int>(size), vectorized};
   }
   template <class T>
   __device__ __forceinline__ Rows<T> keys_from(const void* base, const Strides& s, int64_t size, int begin, int end,
-                                               bool packets) const {
-    return {key_rows(static_cast<const T*>(base), s), s.row, begin, end, static_cast<int>(size), packets};
+                                               bool vectorized) const {
+    return {key_rows(static_cast<const T*>(base), s), s.row, begin, end, static_cast<int>(size), vectorized};
   }
 
  private:
-  // Of a packed sequence; whatever its starts say, it stays inside the tensor.
+  // The rows of a packed sequence. They stay inside the tensor, whatever cu_seqlens says.
   static __device__ __forceinline__ void extent(const int32_t* starts, int64_t total, int64_t& first, int& rows) {
     const int most = static_cast<int>(total), begin = clamp(starts[0], 0, most);
     first = begin;
@@ -90,26 +92,26 @@ struct Head {
   }
 
   static __device__ __forceinline__ int bounded(int64_t x) {
-    return static_cast<int>(x < -kUnseen ? -kUnseen : x > kUnseen ? kUnseen : x);
+    return static_cast<int>(x < -kUnboundedOffset ? -kUnboundedOffset : x > kUnboundedOffset ? kUnboundedOffset : x);
   }
 };
 
-// What `rows` queries from i0 on see: keys [begin, end), which are in `steps` tiles of kTile from `start` on.
+// The keys that `rows` queries from i0 on see: [begin, end), in `steps` tiles of kTile keys from `start` on.
 template <int kTile>
-struct SeenKeys {
+struct VisibleKeys {
   int begin, end, start, steps;
 
-  __device__ __forceinline__ SeenKeys(const Head& head, int i0, int rows) {
+  __device__ __forceinline__ VisibleKeys(const Head& head, int i0, int rows) {
     const int last = (i0 + rows < head.queries ? i0 + rows : head.queries) - 1;
-    begin = head.low(i0), end = head.high(last), start = begin / kTile * kTile;
+    begin = head.key_begin(i0), end = head.key_end(last), start = begin / kTile * kTile;
     steps = begin < end ? (end - start + kTile - 1) / kTile : 0;
   }
 };
 
-// Whose scores the elements of an accumulator are: its rows from `row` on are queries of `head`, its columns from
-// `column` on are keys; of a transposed one the rows are keys.
+// The query and key of each element of an accumulator. Rows from `row` on are queries of `of` and columns from `column`
+// on are keys; with kTransposed rows are keys and columns are queries.
 template <bool kTransposed_>
-struct Cells {
+struct ScorePositions {
   static constexpr bool kTransposed = kTransposed_;
   const Head& of;
   int row, column;
@@ -119,9 +121,9 @@ struct Cells {
     return kTransposed ? column_of(n, e) : row_of(m, e);
   }
   __device__ __forceinline__ int key(int m, int n, int e) const { return kTransposed ? row_of(m, e) : column_of(n, e); }
-  // What a row sees, or is seen by; counted from this lane's first column.
+  // The columns that a row sees, or is seen by, counted from this lane's first column.
   __device__ __forceinline__ Head::Span span(int m, int e) const {
-    const Head::Span all = kTransposed ? of.queries_of(row_of(m, e)) : of.keys_of(row_of(m, e));
+    const Head::Span all = kTransposed ? of.visible_queries(row_of(m, e)) : of.visible_keys(row_of(m, e));
     return {all.begin - column_of(0, 0), all.end - column_of(0, 0)};
   }
 
@@ -130,7 +132,7 @@ struct Cells {
   __device__ __forceinline__ int column_of(int n, int e) const { return column + 8 * n + lane_column() + e % 2; }
 };
 
-// f(m, n, e) for every element of an accumulator.
+// Calls f(m, n, e) for every element of an accumulator.
 template <int MT, int NT, class F>
 __device__ __forceinline__ void for_each(F&& f) {
 #pragma unroll
@@ -141,19 +143,21 @@ __device__ __forceinline__ void for_each(F&& f) {
       for (int e = 0; e < 4; ++e) f(m, n, e);
 }
 
-// Whether scores are products times a positive scale (one that a float can bear when log2(e) is multiplied to it) and
-// nothing else, and no weight is dropped: what has a kernel of its own.
+// A plain call: scores are products times a positive scale (one that fits a float after the factor log2(e)), and there
+// is no dropout. Plain calls have kernels of their own.
 __host__ __device__ inline bool is_plain(const AttentionInputs& p) {
   return p.scale > 1e-30f && p.scale < 1e30f && p.softcap == 0 && p.bias_type == MaskType::none &&
          p.alibi_slopes == nullptr && p.dropout.seed == nullptr;
 }
 
-// Scores are kept as they are where the weights are made: as products, or as what `modify` made of them. exp(score) is
-// exp2(unit * that), and the score itself natural * that.
-__host__ __device__ inline float natural_of(const AttentionInputs& p, bool plain) { return plain ? p.scale : 1.0f; }
-__host__ __device__ inline float unit_of(const AttentionInputs& p, bool plain) { return natural_of(p, plain) * kLog2e; }
+// Kernels keep products (plain) or what modify_scores() returns. The score is score_scale times that number, and
+// exp(score) is exp2(scale_log2 times that number).
+__host__ __device__ inline float score_scale_of(const AttentionInputs& p, bool plain) { return plain ? p.scale : 1.0f; }
+__host__ __device__ inline float scale_log2_of(const AttentionInputs& p, bool plain) {
+  return score_scale_of(p, plain) * kLog2e;
+}
 
-// Two neighbouring elements of a bias; of a mask, whether they may be attended to.
+// Two neighbouring elements of a bias. Of a boolean mask: not 0 if the key may be attended to.
 template <class T>
 __device__ __forceinline__ float2 bias_pair(const T* at) {
   if constexpr (sizeof(T) == 4) {
@@ -171,33 +175,34 @@ __device__ __forceinline__ float bias_element(const T* at) {
   if constexpr (sizeof(T) == 1) {
     return __ldg(at);
   } else {
-    Run<T, 1> one;
+    Vector<T, 1> one;
     one.load(at);
     return one[0];
   }
 }
 
-// `whole`: all cells are of queries and keys that exist. What is not is hidden later, whatever is added here.
-template <class T, class Cells, int MT, int NT>
-__device__ __forceinline__ void add_bias(const AttentionInputs& p, const Cells& cells, bool whole,
+// unmasked: every position is an existing query and a visible key. Other positions are masked later, whatever this
+// adds to them.
+template <class T, class ScorePositions, int MT, int NT>
+__device__ __forceinline__ void add_bias(const AttentionInputs& p, const ScorePositions& positions, bool unmasked,
                                          float (&s)[MT][NT][4]) {
   auto add = [](float& score, float bias) {
     if constexpr (sizeof(T) == 1)
-      score = bias == 0.0f ? -infinity() : score;  // whatever it is, NaN too
+      score = bias == 0.0f ? -infinity() : score;  // replaces NaN too
     else
       score += bias;
   };
   const T* base = static_cast<const T*>(p.bias);
   const Strides& strides = p.bias_strides;
-  const int64_t next = Cells::kTransposed ? strides.row : p.bias_step;  // to the next column
+  const int64_t next = ScorePositions::kTransposed ? strides.row : p.bias_step;  // from one column to the next
   const auto bits = reinterpret_cast<uintptr_t>(base) | (strides.batch | strides.head | strides.row) * sizeof(T);
-  const bool pairs = whole && !Cells::kTransposed && next == 1 && bits % (2 * sizeof(T)) == 0;
+  const bool pairs = unmasked && !ScorePositions::kTransposed && next == 1 && bits % (2 * sizeof(T)) == 0;
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
     for (int e = 0; e < 4; e += 2) {
-      const Head& head = cells.head(m, e);
-      const int i = cells.query(m, 0, e), j = cells.key(m, 0, e);
+      const Head& head = positions.head(m, e);
+      const int i = positions.query(m, 0, e), j = positions.key(m, 0, e);
       const T* row = base + head.b * strides.batch + head.h * strides.head + i * strides.row + j * p.bias_step;
       if (pairs) {
 #pragma unroll
@@ -211,26 +216,26 @@ __device__ __forceinline__ void add_bias(const AttentionInputs& p, const Cells& 
         for (int n = 0; n < NT; ++n)
 #pragma unroll
           for (int c = 0; c < 2; ++c)
-            if (whole || (cells.query(m, n, e + c) < head.queries && cells.key(m, n, e + c) < head.keys))
+            if (unmasked || (positions.query(m, n, e + c) < head.queries && positions.key(m, n, e + c) < head.keys))
               add(s[m][n][e + c], bias_element(row + (8 * n + c) * next));
       }
     }
 }
 
-// What follows says where it rounds: scores must have the same bits in the forward and in the backward, which subtracts
-// the forward's maximum, and the compiler would fuse products with sums in one of them and not in the other.
+// The roundings below are explicit: a score must have the same bits in the forward and in the backward, which subtracts
+// the forward's maximum. Otherwise the compiler would fuse products with sums in one of them only.
 
-// tanh to about 1e-7, for one exponential and one reciprocal: scores are as exact beside their cap.
+// tanh with an error of about 1e-7, which is that of a score beside its softcap: one exponential, one reciprocal.
 __device__ __forceinline__ float tanh_of(float x) {
   return __fmaf_rn(-2.0f, ptx::reciprocal(1.0f + ptx::exp2(2.0f * kLog2e * x)), 1.0f);
 }
 
-// Products to scores; `whole` as above. ds, of the same layout, is multiplied by the softcap's derivative if it is to
-// be that of the products (`capped`). An array is passed where it is, never behind a pointer chosen at run time: it
-// would leave the registers.
-template <class Cells, int MT, int NT>
-__device__ __forceinline__ void modify(const AttentionInputs& p, const Cells& cells, bool whole, float (&s)[MT][NT][4],
-                                       float (*ds)[NT][4] = nullptr, bool capped = true) {
+// Products to scores; `unmasked` as above. `capped`: also multiplies ds by the derivative of the softcap, so that it
+// becomes the gradient of the product. ds is passed as an array: a pointer chosen at run time would move it from
+// registers to local memory.
+template <class ScorePositions, int MT, int NT>
+__device__ __forceinline__ void modify_scores(const AttentionInputs& p, const ScorePositions& positions, bool unmasked,
+                                              float (&s)[MT][NT][4], float (*ds)[NT][4] = nullptr, bool capped = true) {
   const float softcap = p.softcap, inverse = softcap != 0 ? p.scale / softcap : p.scale;
   for_each<MT, NT>([&](int m, int n, int e) { s[m][n][e] = __fmul_rn(s[m][n][e], inverse); });
   if (softcap != 0)
@@ -243,35 +248,35 @@ __device__ __forceinline__ void modify(const AttentionInputs& p, const Cells& ce
     case MaskType::none:
       break;
     case MaskType::boolean:
-      add_bias<uint8_t>(p, cells, whole, s);
+      add_bias<uint8_t>(p, positions, unmasked, s);
       break;
     case MaskType::float32:
-      add_bias<float>(p, cells, whole, s);
+      add_bias<float>(p, positions, unmasked, s);
       break;
     case MaskType::bfloat16:
-      add_bias<__nv_bfloat16>(p, cells, whole, s);
+      add_bias<__nv_bfloat16>(p, positions, unmasked, s);
       break;
     case MaskType::float16:
-      add_bias<__half>(p, cells, whole, s);
+      add_bias<__half>(p, positions, unmasked, s);
       break;
   }
   if (p.alibi_slopes != nullptr)
     for_each<MT, NT>([&](int m, int n, int e) {
-      const Head& head = cells.head(m, e);
-      const int distance = cells.query(m, n, e) + head.shift - cells.key(m, n, e);
+      const Head& head = positions.head(m, e);
+      const int distance = positions.query(m, n, e) + head.shift - positions.key(m, n, e);
       const float slope = p.alibi_slopes[head.b * p.alibi_batch_stride + head.h];
       s[m][n][e] = __fmaf_rn(-slope, fabsf(static_cast<float>(distance)), s[m][n][e]);
     });
 }
 
-// `value` in place of what belongs to a query that does not see the key.
-template <class Cells, int MT, int NT>
-__device__ __forceinline__ void hide(const Cells& cells, float (&s)[MT][NT][4], float value) {
+// Writes `value` at every position whose query does not see its key.
+template <class ScorePositions, int MT, int NT>
+__device__ __forceinline__ void mask_out(const ScorePositions& positions, float (&s)[MT][NT][4], float value) {
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
     for (int e = 0; e < 4; e += 2) {
-      const Head::Span span = cells.span(m, e);
+      const Head::Span span = positions.span(m, e);
       const auto width = static_cast<unsigned>(span.end > span.begin ? span.end - span.begin : 0);
 #pragma unroll
       for (int n = 0; n < NT; ++n)
@@ -281,4 +286,4 @@ __device__ __forceinline__ void hide(const Cells& cells, float (&s)[MT][NT][4], 
     }
 }
 
-}  // namespace torchweld::cuda
+}  // namespace torchweld::cuda::attention

@@ -1,33 +1,21 @@
-// Tiles of rows in shared memory: how they lie, are loaded, and go back to global memory.
+// Tiles of rows in shared memory: their layout, how they are loaded, and how accumulators go back to global memory.
 //
-// A tile is R rows of D elements (the head size, padded with zeros), in chunks of 16 bytes; chunk c of row r lies at
-// place c ^ (r % 8), so that the eight rows that an ldmatrix reads at once are in different banks.
+// A tile is R rows of D elements (the head size, padded with zeros) in chunks of 16 bytes. Chunk c of row r is at place
+// c ^ (r % 8), so the eight rows that one ldmatrix reads lie in different banks.
 #pragma once
 
-#include "cuda/attention/instances.h"
 #include "cuda/ptx.cuh"
 
-namespace torchweld::cuda {
+namespace torchweld::cuda::attention {
 
-constexpr int kLanes = 32;
-
-// Whether a kernel of this type and head size is being compiled for Hopper, which has one of its own: it stays empty.
-#ifdef __CUDA_ARCH_FEAT_SM90_ALL
-template <class T, int D>
-constexpr bool kOnHopper = kHasSm90<T, D>;
-#else
-template <class T, int D>
-constexpr bool kOnHopper = false;
-#endif
-
-__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kLanes; }
-__device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kLanes; }
+__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+__device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kWarpSize; }
 __device__ __forceinline__ int lane_row() { return lane() / 4; }         // g
 __device__ __forceinline__ int lane_column() { return lane() % 4 * 2; }  // 2t
 
-// The lane, but the compiler cannot know that it always is: what follows from it is worked out where it is needed, not
-// kept in registers that the accumulators need.
-__device__ __forceinline__ int lane_anew() { return ptx::opaque(lane()); }
+// The lane, hidden from the compiler. What follows from it is computed where it is used, and does not occupy registers
+// that the accumulators need.
+__device__ __forceinline__ int opaque_lane() { return ptx::opaque(lane()); }
 
 __device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 
@@ -39,17 +27,17 @@ struct Tile {
   static constexpr int kChunk = 16 / static_cast<int>(sizeof(T));  // elements
   static constexpr int kChunks = D / kChunk;                       // per row
   static constexpr int kSteps = D * static_cast<int>(sizeof(T)) / 32;
-  static constexpr int kTurns = kChunks < 8 ? kChunks : 8;
+  static constexpr int kSwizzle = kChunks < 8 ? kChunks : 8;
   static_assert(kChunks >= 2, "a row is at least 32 bytes");
 
   // Offset of a chunk of the tile.
   static __device__ __forceinline__ uint32_t at(int row, int chunk) {
-    const int turn = row / (8 / kTurns) % kTurns;  // shorter rows share the banks
-    return static_cast<uint32_t>(row * kRowBytes + ((chunk ^ turn) << 4));
+    const int swizzle = row / (8 / kSwizzle) % kSwizzle;  // shorter rows share the banks
+    return static_cast<uint32_t>(row * kRowBytes + ((chunk ^ swizzle) << 4));
   }
 
-  // What a lane reads in a loop: a row within 16 and chunk 0 or 1, moved by constants: whole groups of 8 rows, and an
-  // even number of chunks. Splitting the sum this way leaves the loop one xor in each of four steps.
+  // The place that a lane reads in a loop: a row below 16 and chunk 0 or 1, moved by a multiple of 8 rows and an even
+  // number of chunks. With the sum split in this way the loop needs one xor in four steps.
   struct Cursor {
     uint32_t row, chunk;
 
@@ -58,23 +46,22 @@ struct Tile {
           chunk(Tile::at(row, chunk) - static_cast<uint32_t>(row * kRowBytes)) {}
 
     __device__ __forceinline__ uint32_t at(int rows, int chunks) const {
-      constexpr int kMask = kTurns - 1;
+      constexpr int kMask = kSwizzle - 1;
       return row + (chunk ^ static_cast<uint32_t>((chunks & kMask) << 4)) +
              static_cast<uint32_t>(rows * kRowBytes + ((chunks & ~kMask) << 4));
     }
   };
 };
 
-// Where the rows of one head lie: row i at base + i * stride; of those only [begin, end) may be read, and `size`
-// elements.
+// The rows of one head: row i is at base + i * stride. Only rows [begin, end) and `size` elements of each may be read.
 template <class T>
 struct Rows {
   const T* base;
   int64_t stride;
   int begin, end, size;
-  bool packets;  // every row begins on 16 bytes
+  bool vectorized;  // every row begins on 16 bytes
 
-  // Row i, then every `step`-th after it.
+  // Row i, then every `step`-th row after it.
   struct Walk {
     const T* row;
     int64_t ahead;
@@ -87,11 +74,11 @@ struct Rows {
   }
 };
 
-// A chunk to the address `to`: `elements` from `from` on, zeros after them. The copy belongs to the group that the
-// caller ends; where `from` is not on 16 bytes (`packets`) it goes element by element, at once.
+// Copies a chunk to the address `to`: `elements` elements, then zeros. The copy joins the cp.async group that the
+// caller commits. Without alignment to 16 bytes (`vectorized`) it copies element by element, at once.
 template <class T>
-__device__ __forceinline__ void load_chunk(uint32_t to, const T* from, int elements, bool packets) {
-  if (packets) return ptx::cp_async<16>(to, from, elements * static_cast<int>(sizeof(T)));
+__device__ __forceinline__ void load_chunk(uint32_t to, const T* from, int elements, bool vectorized) {
+  if (vectorized) return ptx::cp_async<16>(to, from, elements * static_cast<int>(sizeof(T)));
 #pragma unroll 1
   for (int e = 0; e < 16 / static_cast<int>(sizeof(T)); ++e) {
     using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint16_t>;
@@ -99,8 +86,8 @@ __device__ __forceinline__ void load_chunk(uint32_t to, const T* from, int eleme
   }
 }
 
-// Rows [first, first + R) into the tile at `tile`, zeros for what may not be read; the first kThreads threads share the
-// work. Tiles of which nothing is missing, most of all, cost a few instructions per chunk.
+// Loads rows [first, first + R) into the tile at `tile`, with zeros for what may not be read. kThreads threads share
+// the work. A tile without missing parts, the usual case, costs a few instructions per chunk.
 template <class T, int D, int R, int kThreads, class Layout = Tile<T, D>, class Source = Rows<T>>
 __device__ __forceinline__ void load_tile(uint32_t tile, const Source& rows, int first) {
   constexpr int kChunk = 16 / static_cast<int>(sizeof(T)), kChunks = D / kChunk, kRowsAtOnce = kThreads / kChunks;
@@ -108,9 +95,9 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const Source& rows, int
   const int thread = ptx::opaque(static_cast<int>(threadIdx.x)), chunk = thread % kChunks, row0 = thread / kChunks;
   auto walk = rows.walk(first + row0, kRowsAtOnce);
   auto is_here = [&](int r) { return R % kRowsAtOnce == 0 || row0 + r < R; };
-  // Groups of 8 rows lie alike.
+  // Groups of 8 rows have the same layout.
   auto place = [&](int r) { return tile + Layout::at(row0 + r % 8, chunk) + Layout::at(r / 8 * 8, 0); };
-  if (rows.packets && rows.size == D && first >= rows.begin && first + R <= rows.end) {
+  if (rows.vectorized && rows.size == D && first >= rows.begin && first + R <= rows.end) {
 #pragma unroll
     for (int r = 0; r < R; r += kRowsAtOnce, walk.next())
       if (is_here(r)) ptx::cp_async(place(r), walk.here() + chunk * kChunk);
@@ -121,7 +108,7 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const Source& rows, int
   for (int r = 0; r < R; r += kRowsAtOnce, walk.next()) {
     if (!is_here(r)) break;
     const bool exists = here > 0 && first + row0 + r >= rows.begin && first + row0 + r < rows.end;
-    load_chunk(place(r), exists ? walk.here() + chunk * kChunk : rows.base, exists ? here : 0, rows.packets);
+    load_chunk(place(r), exists ? walk.here() + chunk * kChunk : rows.base, exists ? here : 0, rows.vectorized);
   }
 }
 
@@ -129,13 +116,13 @@ __device__ __forceinline__ void load_tile(uint32_t tile, const Source& rows, int
 
 template <class T>
 __device__ __forceinline__ void store_one(T* to, float value) {
-  Run<T, 1> one;
+  Vector<T, 1> one;
   one.set([&](int) { return value; });
   one.store(to);
 }
 
-// An accumulator times `factor(m, half)` to rows of T: row 16 * m + g + 8 * half of it to `row(m, half)`, nullptr:
-// none.
+// Stores an accumulator times factor(m, half) to rows of T: row 16 * m + g + 8 * half goes to row(m, half), unless
+// that is nullptr.
 template <class T, int MT, int NT, class Row, class Factor>
 __device__ __forceinline__ void store_rows(const float (&acc)[MT][NT][4], int size, bool pairs, Row&& row,
                                            Factor&& factor) {
@@ -163,4 +150,4 @@ __device__ __forceinline__ void store_rows(const float (&acc)[MT][NT][4], int si
     }
 }
 
-}  // namespace torchweld::cuda
+}  // namespace torchweld::cuda::attention

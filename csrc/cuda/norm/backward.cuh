@@ -1,30 +1,30 @@
-// Layer norm backward: the kernel that does most of it. backward.cu says how it is used.
+// Layer norm backward: the main kernel. backward.cu explains its modes and launches it.
 #pragma once
 
 #include "cuda/norm/layer_norm.cuh"
 
-namespace torchweld::cuda {
+namespace torchweld::cuda::norm {
 namespace {
 
-constexpr int kSlice = 8, kSharedSlice = 32;  // columns per lane: of registers and slab; of shared
-constexpr int kRowThreads = 256;              // of registers and slab
-constexpr int kMaxThreads = 512;              // of shared and sums_of_rows
+constexpr int kSlice = 8, kSharedSlice = 32;  // columns per lane: modes registers and slab; mode shared
+constexpr int kRowThreads = 256;              // modes registers and slab
+constexpr int kMaxThreads = 512;              // mode shared, sums_of_rows
 constexpr int kRegisterColumns = kSlice * kRowThreads, kSlab = kRegisterColumns;
 constexpr int kSharedColumns = kSharedSlice * kMaxThreads;
 
-// How many blocks of kRowThreads a multiprocessor holds at once: its registers are what limits them.
-constexpr int row_blocks(bool packets) { return packets ? 3 : 2; }
+// How many blocks of kRowThreads a multiprocessor holds at once. Registers are the limit.
+constexpr int row_blocks(bool vectorized) { return vectorized ? 3 : 2; }
 
 enum class Mode { registers, shared, slab };
 
 struct Backward : LayerNormBackwardParams {
-  float* row_sums;  // [M, 2] mean(g) and mean(g * xhat) of each row, slabs only
-  float* parts;     // [M, parts_per_row, 2] what they are the sums of
+  float* row_sums;  // [M, 2] mean(g) and mean(g * xhat) of each row, mode slab only
+  float* parts;     // [M, parts_per_row, 2] the sums of each part
   int64_t parts_per_row;
-  bool weights;  // whether weight gradients are wanted
+  bool weights;  // true if weight gradients are wanted
 };
 
-// What a lane has read of one row; nothing (zeros) of a row past the end.
+// What a lane reads of one row. Past the last row it is zeros.
 template <class T, class R, int E, int V>
 struct Row {
   Slice<R, E, V> x;
@@ -39,12 +39,12 @@ struct Row {
     rstd = m < end ? p.rstd[m] : 0.0f;
   }
 
-  __device__ __forceinline__ float xhat(int c, int i) const { return (x.runs[c][i] - mean) * rstd; }
+  __device__ __forceinline__ float xhat(int c, int i) const { return (x.vectors[c][i] - mean) * rstd; }
 };
 
 template <class WT, int V>
-__device__ __forceinline__ Run<WT, V> load_weight(const Backward& p, int64_t column, bool exists) {
-  Run<WT, V> w{};
+__device__ __forceinline__ Vector<WT, V> load_weight(const Backward& p, int64_t column, bool exists) {
+  Vector<WT, V> w{};
   if (p.weight == nullptr) {
     w.set([](int) { return 1.0f; });
   } else if (exists) {
@@ -53,27 +53,27 @@ __device__ __forceinline__ Run<WT, V> load_weight(const Backward& p, int64_t col
   return w;
 }
 
-// A lane's weight gradients: E columns, in registers or in shared memory. There a warp has a piece of its own, in which
-// its lanes' packets of 4 columns are neighbours, so that no two lanes meet in a bank.
+// A lane's weight gradients: E columns, in registers or in shared memory. In shared memory each warp has its own range,
+// where the vectors of 4 columns of neighbouring lanes are neighbours: no bank conflicts.
 template <int E, bool kShared>
 struct WeightGradients {
-  static constexpr int kBytes = 2 * E * sizeof(float);  // of a lane
+  static constexpr int kBytes = 2 * E * sizeof(float);  // per lane
   float registers[2][kShared ? 1 : E] = {};
-  float4* memory;  // the block's, for sums over its rows; or this lane's first packet
+  float4* memory;  // memory that the block's rows share, or this lane's first vector
 
   __device__ __forceinline__ explicit WeightGradients(int offset)
       : memory(reinterpret_cast<float4*>(shared_memory) + offset) {
     if constexpr (kShared) {
-      memory += threadIdx.x / kWarp * (kWarp * E / 2) + threadIdx.x % kWarp;
+      memory += threadIdx.x / kWarpSize * (kWarpSize * E / 2) + threadIdx.x % kWarpSize;
 #pragma unroll
-      for (int q = 0; q < E / 2; ++q) memory[q * kWarp] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+      for (int q = 0; q < E / 2; ++q) memory[q * kWarpSize] = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
     }
   }
 
-  // v[0..4) to elements e..e + 3.
+  // Adds v[0..4) to elements e..e + 3.
   __device__ __forceinline__ void add(int which, int e, const float* v) {
     if constexpr (kShared) {
-      float4& total = memory[(which * E + e) / 4 * kWarp];
+      float4& total = memory[(which * E + e) / 4 * kWarpSize];
       total = make_float4(total.x + v[0], total.y + v[1], total.z + v[2], total.w + v[3]);
     } else {
 #pragma unroll
@@ -82,11 +82,11 @@ struct WeightGradients {
   }
 
   __device__ __forceinline__ float get(int which, int e) const {
-    if constexpr (kShared) return reinterpret_cast<const float*>(memory + (which * E + e) / 4 * kWarp)[e % 4];
+    if constexpr (kShared) return reinterpret_cast<const float*>(memory + (which * E + e) / 4 * kWarpSize)[e % 4];
     return registers[which][e];
   }
 
-  // Sums over the rows that the block works on at once, in their order; true in the lanes that end up with them.
+  // Sums over the rows that the block processes at once, in order. Returns true in the lanes that hold the result.
   __device__ __forceinline__ bool sum_over_rows() {
     if constexpr (kShared) return true;
     const int lanes = static_cast<int>(blockDim.x), rows = static_cast<int>(blockDim.y);
@@ -95,13 +95,13 @@ struct WeightGradients {
     // The rows of one warp.
 #pragma unroll
     for (int k = 0; k < 2 * E; ++k)
-      for (int offset = lanes; offset < kWarp; offset *= 2)
+      for (int offset = lanes; offset < kWarpSize; offset *= 2)
         registers[k / E][k % E] += __shfl_xor_sync(0xffffffffu, registers[k / E][k % E], offset);
 
-    // Team after team, a team being a row, or a warp of several.
-    const int team = lanes < kWarp ? thread / kWarp : static_cast<int>(threadIdx.y);
-    const int teams = lanes < kWarp ? rows * lanes / kWarp : rows;
-    const bool member = lanes >= kWarp || thread % kWarp < lanes;
+    // Team after team. A team is a row, or a warp of several rows.
+    const int team = lanes < kWarpSize ? thread / kWarpSize : static_cast<int>(threadIdx.y);
+    const int teams = lanes < kWarpSize ? rows * lanes / kWarpSize : rows;
+    const bool member = lanes >= kWarpSize || thread % kWarpSize < lanes;
     float* sums = reinterpret_cast<float*>(memory) + threadIdx.x;
     for (int t = 0; t < teams; ++t) {
       if (t == team && member) {
@@ -121,7 +121,7 @@ template <class T, class R, class WT, int E, int V, Mode kMode>
 __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThreads,
                                   kMode == Mode::shared ? 1 : row_blocks(V > 1))
     backward_rows(const __grid_constant__ Backward p) {
-  // Grid (slabs, row blocks): rows [begin, end), blockDim.y at a time; columns from `column`.
+  // Grid (slabs, ranges of rows): rows [begin, end), blockDim.y at a time, and columns from `column` on.
   const int64_t begin = p.rows * blockIdx.y / gridDim.y, end = p.rows * (blockIdx.y + 1) / gridDim.y;
   const int64_t column = static_cast<int64_t>(blockIdx.x) * kSlab;
   const int64_t count = kMode == Mode::slab && p.cols - column > kSlab ? kSlab : p.cols - column;
@@ -129,9 +129,9 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
   RowSums<2> sum_over_row;
   WeightGradients<E, kMode == Mode::shared> gradients(sum_over_row.floats(blockDim.x * blockDim.y) / 4);
 
-  // Weight: once where registers are left for it, else with every row.
+  // Weight. Loaded once where registers allow it, else with every row.
   constexpr bool kKeepWeight = kMode != Mode::shared && V > 1 && sizeof(WT) == sizeof(T);
-  Run<WT, V> kept[kKeepWeight ? E / V : 1];
+  Vector<WT, V> kept[kKeepWeight ? E / V : 1];
 #pragma unroll
   for (int c = 0; c < (kKeepWeight ? E / V : 0); ++c)
     kept[c] = load_weight<WT, V>(p, column + own.first(c), own.has(c));
@@ -140,33 +140,33 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
     return load_weight<WT, V>(p, column + own.first(c), own.has(c));
   };
 
-  constexpr bool kAhead = V > 1 && sizeof(R) == 2;  // elsewhere it would take too many registers
+  constexpr bool kPrefetch = V > 1 && sizeof(R) == 2;  // other instances lack the registers
   Row<T, R, E, V> row, next;
-  if (kAhead) next.load(p, begin + threadIdx.y, end, column, own);
+  if (kPrefetch) next.load(p, begin + threadIdx.y, end, column, own);
   for (int64_t base = begin; base < end; base += blockDim.y) {
     const int64_t m = base + threadIdx.y;
 
     // Load.
-    const Mask<E, V> mask(p.dropout, m, column, own);
-    if (kAhead) {
+    const DropoutMask<E, V> mask(p.dropout, m, column, own);
+    if (kPrefetch) {
       row = next;
       next.load(p, m + blockDim.y, end, column, own);
     } else {
       row.load(p, m, end, column, own);
     }
 
-    // Sums over the row, and weight gradients. Columns that do not exist have doutput = 0.
+    // Sums over the row, and weight gradients. Missing columns have doutput = 0.
     float sums[2] = {};
-    constexpr int kStep = V < 4 ? 4 : V;  // whole runs, and whole packets of the weight gradients
+    constexpr int kStep = V < 4 ? 4 : V;  // whole vectors of x and of the weight gradients
 #pragma unroll
     for (int first = 0; first < E; first += kStep) {
       float dweight[kStep], dbias[kStep];
 #pragma unroll
       for (int c = 0; c < kStep / V; ++c) {
-        const Run<WT, V> w = weight(first / V + c);
+        const Vector<WT, V> w = weight(first / V + c);
 #pragma unroll
         for (int i = 0; i < V; ++i) {
-          const float d = row.doutput.runs[first / V + c][i], xhat = row.xhat(first / V + c, i);
+          const float d = row.doutput.vectors[first / V + c][i], xhat = row.xhat(first / V + c, i);
           const float g = d * (w[i] + p.weight_offset);
           sums[0] += g;
           sums[1] += g * xhat;
@@ -181,7 +181,7 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
       }
     }
     if (p.dinput == nullptr && p.dx == nullptr) continue;
-    constexpr int kDepth = E / V > 2 && V > 1 ? 2 : E / V;  // how many runs of dsum are on their way at once
+    constexpr int kDepth = E / V > 2 && V > 1 ? 2 : E / V;  // vectors of dsum in flight
     Slice<R, kDepth * V, V> dsum{};
     if (p.dsum != nullptr)
       dsum.load_once(at<R>(p.dsum, m * p.cols + column), {own.start, own.stride, m < end ? own.count : 0});
@@ -199,26 +199,26 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
 #pragma unroll
     for (int c = 0; c < E / V; ++c) {
       if (!own.has(c)) continue;
-      const Run<WT, V> w = weight(c);
+      const Vector<WT, V> w = weight(c);
       float v[V];
 #pragma unroll
       for (int i = 0; i < V; ++i) {
-        const float g = row.doutput.runs[c][i] * (w[i] + p.weight_offset);
-        v[i] = (g - sums[0] - row.xhat(c, i) * sums[1]) * row.rstd + dsum.runs[c % kDepth][i];
+        const float g = row.doutput.vectors[c][i] * (w[i] + p.weight_offset);
+        v[i] = (g - sums[0] - row.xhat(c, i) * sums[1]) * row.rstd + dsum.vectors[c % kDepth][i];
       }
       const int64_t start = m * p.cols + column + own.first(c);
       if (p.dinput != nullptr) {
-        Run<R, V> dinput;
+        Vector<R, V> dinput;
         dinput.set([&](int i) { return v[i]; });
         dinput.store(at<R>(p.dinput, start));
       }
       if (p.dx != nullptr) {
-        Run<T, V> dx;
+        Vector<T, V> dx;
         dx.set([&](int i) { return mask(c * V + i, v[i], p.dropout); });
         dx.store(at<T>(p.dx, start));
       }
       if (c + kDepth < E / V && p.dsum != nullptr && own.has(c + kDepth))
-        dsum.runs[c % kDepth].load_once(at<R>(p.dsum, m * p.cols + column) + own.first(c + kDepth));
+        dsum.vectors[c % kDepth].load_once(at<R>(p.dsum, m * p.cols + column) + own.first(c + kDepth));
     }
   }
 
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
 #pragma unroll
     for (int c = 0; c < E / V; ++c) {
       if (!own.has(c)) continue;
-      Run<float, V> v;
+      Vector<float, V> v;
       v.set([&](int i) { return gradients.get(which, c * V + i); });
       v.store(partial + own.first(c));
     }
@@ -238,4 +238,4 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
 }
 
 }  // namespace
-}  // namespace torchweld::cuda
+}  // namespace torchweld::cuda::norm

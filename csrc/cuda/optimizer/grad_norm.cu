@@ -1,17 +1,17 @@
 // The norm of a list of gradients.
 //
-// square_sums  block b of kGradNormBlocks -> chunks b, b + kGradNormBlocks, ..: one partial sum each
-// finish_norm  one block adds the partials in a fixed order
+// square_sums  block b of kGradNormBlocks -> chunks b, b + kGradNormBlocks, ...: one partial sum each
+// finish_norm  one block adds the partial sums in a fixed order
 //
-// One read of the gradients; grad_scale is read on the device.
+// Gradients are read once; grad_scale is read on the device.
 
 #include "cuda/kernels.h"
 #include "cuda/optimizer/optimizer.cuh"
 
-namespace torchweld::cuda {
+namespace torchweld::cuda::optimizer {
 namespace {
 
-struct Norm {
+struct NormParams {
   const OptimizerTensor* table;
   int64_t count, chunks;
   const float* grad_scale;
@@ -19,31 +19,20 @@ struct Norm {
   float* norm;      // []
 };
 
-// The block's sum, in the order of a tree; thread 0 has it.
-__device__ __forceinline__ double block_sum(double v) {
-  double* sums = reinterpret_cast<double*>(shared_memory);
-  sums[threadIdx.x] = v;
-  for (int half = static_cast<int>(blockDim.x) / 2; half > 0; half /= 2) {
-    __syncthreads();
-    if (static_cast<int>(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
-  }
-  return threadIdx.x == 0 ? sums[0] : 0.0;
-}
-
 template <class GT, int V>
 __device__ __forceinline__ float squares_of(void* grad, int64_t begin, int64_t end) {
   float sum = 0.0f;
 #pragma unroll 4
   for (int64_t i = begin + threadIdx.x * V; i < end; i += kThreads * V) {
-    Run<GT, V> g;
-    g.load(at<GT>(grad, i));  // kept in the caches: step reads it next
+    Vector<GT, V> g;
+    g.load(at<GT>(grad, i));  // stays in the caches: step() reads it next
 #pragma unroll
     for (int k = 0; k < V; ++k) sum += g[k] * g[k];
   }
   return sum;
 }
 
-__global__ void __launch_bounds__(kThreads) square_sums(const __grid_constant__ Norm p) {
+__global__ void __launch_bounds__(kThreads) square_sums(const __grid_constant__ NormParams p) {
   double squares = 0.0;
   for (int64_t chunk = blockIdx.x; chunk < p.chunks; chunk += kGradNormBlocks) {
     const OptimizerTensor t = p.table[index_at(p.table, p.count, chunk * kOptimizerChunkCuda)];
@@ -52,27 +41,31 @@ __global__ void __launch_bounds__(kThreads) square_sums(const __grid_constant__ 
     with_type(t.grad_dtype, [&](auto tag) {
       using GT = typename decltype(tag)::type;
       constexpr int V = 16 / sizeof(GT);
-      const bool packets = reinterpret_cast<uintptr_t>(t.grad) % 16 == 0;
-      const int64_t whole = packets ? begin + (end - begin) / V * V : begin;
-      squares += squares_of<GT, V>(t.grad, begin, whole);
-      squares += squares_of<GT, 1>(t.grad, whole, end);
+      const bool vectorized = reinterpret_cast<uintptr_t>(t.grad) % 16 == 0;
+      const int64_t vector_end = vectorized ? begin + (end - begin) / V * V : begin;
+      squares += squares_of<GT, V>(t.grad, begin, vector_end);
+      squares += squares_of<GT, 1>(t.grad, vector_end, end);
     });
   }
-  squares = block_sum(squares);
+  squares = block_sum(squares, blockDim.x);
   if (threadIdx.x == 0) p.partial[blockIdx.x] = squares;
 }
 
-__global__ void __launch_bounds__(kGradNormBlocks) finish_norm(const __grid_constant__ Norm p) {
-  const double total = block_sum(p.partial[threadIdx.x]);
+__global__ void __launch_bounds__(kGradNormBlocks) finish_norm(const __grid_constant__ NormParams p) {
+  const double total = block_sum(p.partial[threadIdx.x], blockDim.x);
   if (threadIdx.x == 0)
     *p.norm = static_cast<float>(sqrt(total)) / (p.grad_scale != nullptr ? fabsf(*p.grad_scale) : 1.0f);
 }
 
 }  // namespace
+}  // namespace torchweld::cuda::optimizer
+
+namespace torchweld::cuda {
 
 void grad_norm(const GradNormParams& p, Stream stream) {
-  fill_table("grad_norm", p.tensors, p.count, Counting{}, p.table, stream);
-  const Norm n{p.table, p.count, p.total / kOptimizerChunkCuda, p.grad_scale, p.partial, p.norm};
+  using namespace optimizer;
+  fill_table("grad_norm", p.tensors, p.count, StepSizes{}, p.table, stream);
+  const NormParams n{p.table, p.count, p.total / kOptimizerChunkCuda, p.grad_scale, p.partial, p.norm};
   launch("grad_norm", square_sums, dim3(kGradNormBlocks), dim3(kThreads), kThreads * sizeof(double), stream, n);
   launch("grad_norm", finish_norm, dim3(1), dim3(kGradNormBlocks), kGradNormBlocks * sizeof(double), stream, n);
 }

@@ -20,7 +20,7 @@ import torch.nn.attention
 from torch import Tensor
 
 from torchweld import _torch, backend
-from torchweld.ops._attention import Modifiers, Options, refusal, row_statistics, run_backward, run_forward
+from torchweld.ops._attention import Modifiers, Options, refusal, row_statistics, run_backward, run_forward, wide_output
 from torchweld.reference.philox import draw_seed
 
 NAME = "torchweld"
@@ -82,11 +82,9 @@ def _serves(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = Non
 
 def _arguments(
     query: Tensor, mask: Tensor | None, seed: Tensor | None, dropout_p: float, is_causal: bool, scale: float | None
-) -> tuple[Any, ...]:
-    """Modifiers and options of the kernels."""
+) -> tuple[Modifiers, Options]:
     scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
-    options = Options(scale, 0.0, -1, 0 if is_causal else -1, False, dropout_p, -1, -1)
-    return *Modifiers(bias=mask, seed=seed), *options
+    return Modifiers(bias=mask, seed=seed), Options(scale, right=0 if is_causal else -1, dropout_p=dropout_p)
 
 
 # ---- CPU. Outputs have the strides that torch's fake kernels promise: compiled graphs rely on them.
@@ -106,8 +104,8 @@ def cpu_forward(
     if dropout_p > 0 or not _serves(query, key, value, attn_mask):
         return None
     statistics = row_statistics(query, 1)
-    rest = _arguments(query, attn_mask, None, 0.0, is_causal, scale)
-    output = run_forward(query, key, value, torch.empty_like(query), statistics, rest)
+    modifiers, options = _arguments(query, attn_mask, None, 0.0, is_causal, scale)
+    output = run_forward(query, key, value, torch.empty_like(query), None, statistics, modifiers, options)
     lse = statistics[0]
     if attn_mask is not None:  # torch's backward, should it follow, wants a number for a row that sees nothing
         lse.masked_fill_(lse == -math.inf, 0.0)
@@ -131,18 +129,18 @@ def cpu_backward(
     if dropout_p > 0 or not _serves(query, key, value, attn_mask):
         return None
     grads = [torch.empty_permuted(t.shape, (0, 2, 1, 3), dtype=t.dtype, device=t.device) for t in (query, key, value)]
-    rest = _arguments(query, attn_mask, None, 0.0, is_causal, scale)
+    modifiers, options = _arguments(query, attn_mask, None, 0.0, is_causal, scale)
     statistics = logsumexp.contiguous().unsqueeze(0)
     if logsumexp.numel() > 0 and bool(logsumexp.abs().amax() > _LARGE):
-        statistics = row_statistics(query, 2)
-        run_forward(query, key, value, torch.empty_like(query), statistics, rest)
-    run_backward(grad_out, None, out, statistics, query, key, value, grads, (*rest, _MASK, True))
+        output, wide, statistics = torch.empty_like(query), wide_output(query), row_statistics(query, 2)
+        run_forward(query, key, value, output, wide, statistics, modifiers, options)
+        out = output if wide is None else wide
+    run_backward(grad_out, None, out, statistics, query, key, value, grads, modifiers, options, (), True)
     return tuple(grads)
 
 
 # A rounding of lse is a relative error of the weights that the backward makes of it; from here on of more than 2^-17.
 _LARGE = 256.0
-_MASK = (True, True, True, False, False, False)
 
 # ---- CUDA
 
@@ -165,8 +163,8 @@ def cuda_forward(
     if seed is not None:
         state[:1] = seed
     statistics = row_statistics(query, 1)
-    rest = _arguments(query, None, seed, dropout_p, is_causal, scale)
-    output = run_forward(query, key, value, torch.empty_like(query), statistics, rest)
+    modifiers, options = _arguments(query, None, seed, dropout_p, is_causal, scale)
+    output = run_forward(query, key, value, torch.empty_like(query), None, statistics, modifiers, options)
     unused = torch.zeros((), dtype=torch.uint64, device=query.device)
     return (
         output,
@@ -204,7 +202,7 @@ def cuda_backward(
         return None
     seed = philox_seed.view(torch.int64)[:1] if dropout_p > 0 else None
     grads = [torch.empty_like(t) for t in (query, key, value)]
-    rest = _arguments(query, None, seed, dropout_p, is_causal, scale)
+    modifiers, options = _arguments(query, None, seed, dropout_p, is_causal, scale)
     statistics = logsumexp.contiguous().unsqueeze(0)
-    run_backward(grad_out, None, out, statistics, query, key, value, grads, (*rest, _MASK, True))
+    run_backward(grad_out, None, out, statistics, query, key, value, grads, modifiers, options, (), True)
     return tuple(grads)

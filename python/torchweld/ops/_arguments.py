@@ -170,7 +170,7 @@ def _check_plain(op: str, arguments: Mapping[str, Any], error: Exception) -> Non
         home = t.device if home is None else home
         if t.is_quantized:
             expected, got = "a tensor that is not quantized", f"{t.dtype}; convert it with .dequantize()"
-        elif t.device != home:
+        elif t.device != home and t.numel() > 1:  # a scalar may be anywhere
             expected, got = f"a tensor on {home}", f"{t.device}; move it with .to()"
         elif t.is_conj():
             expected, got = "a tensor in memory", "a lazily conjugated one; call .resolve_conj()"

@@ -1,12 +1,12 @@
 """The registered ops behind `torchweld.ops.attention`: implementation, fake, autograd, and the choice of the backend.
 
-All of them take query, key and value, then the tensors of `Modifiers` and then the numbers of `Options`. With
-cu_seqlens, (B, H, N, D) is (total, H, D) and (B, H, Nq) is (H, total_q): packed sequences.
+The schema of an op lists query, key and value, then the fields of `Modifiers`, then those of `Options`; `_named` makes
+records of them again. With cu_seqlens, (B, H, N, D) is (total, H, D) and (B, H, Nq) is (H, total_q): packed sequences.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,7 +27,7 @@ ALIGNMENTS = ("top_left", "bottom_right")
 
 
 class Modifiers(NamedTuple):
-    """The tensors that every op takes after query, key and value."""
+    """The tensors that modify the scores or the softmax, the dropout's seed, and where packed sequences start."""
 
     bias: Tensor | None = None
     alibi_slopes: Tensor | None = None
@@ -38,21 +38,28 @@ class Modifiers(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The numbers that follow them. -1: no bound, or a length that is not known."""
+    """The numbers. -1 is a band without a bound, or a length that is not known."""
 
     scale: float
-    softcap: float
-    left: int
-    right: int
-    bottom_right: bool
-    dropout_p: float
-    max_seqlen_q: int
-    max_seqlen_k: int
+    softcap: float = 0.0
+    left: int = -1
+    right: int = -1
+    bottom_right: bool = False
+    dropout_p: float = 0.0
+    max_seqlen_q: int = -1
+    max_seqlen_k: int = -1
 
 
-_COUNT = len(Modifiers._fields)
 PLAIN = Modifiers()
-_GRADS = 6  # of query, key, value, bias, alibi_slopes and sinks
+_DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes", "sinks")  # in the order of the schemas
+_MODIFIERS, _OPTIONS = len(Modifiers._fields), len(Options._fields)
+
+
+def _named(arguments: tuple[Any, ...]) -> tuple[Modifiers, Options, tuple[Any, ...]]:
+    """Modifiers, options and what else an op was given after query, key and value."""
+    end = _MODIFIERS + _OPTIONS
+    return Modifiers(*arguments[:_MODIFIERS]), Options(*arguments[_MODIFIERS:end]), arguments[end:]
+
 
 # ---- Implementation. The kernels read any strides but the last; they fill what is allocated here.
 
@@ -84,6 +91,18 @@ def row_statistics(query: Tensor, rows: int) -> Tensor:
     return query.new_empty((rows, *shape), dtype=torch.float32)
 
 
+def wide_output(output: Tensor) -> Tensor | None:
+    """float32 of output's shape, for the output before it is rounded to 16 bits. None: the kernels do without.
+
+    The backward takes it in output's place. Of the rounded output its delta would be off by more than the gradients of
+    the scores are where one key has nearly all the weight, or where values are far from zero.
+    """
+    kernels = backend.kernels.get(output.device.type)
+    if output.element_size() > 2 or not getattr(kernels, "leaves_wide_output", False):
+        return None
+    return torch.empty_like(output, dtype=torch.float32)
+
+
 def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
     """As the kernels want them: (B, H, Nq, Nk), float32 (B, H), float32 (H); broadcast by stride 0, without copies."""
     bias, alibi_slopes, sinks, seed, lens_q, lens_k = modifiers
@@ -106,72 +125,68 @@ def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
 
 
 def run_forward(
-    query: Tensor, key: Tensor, value: Tensor, output: Tensor, statistics: Tensor | None, rest: tuple[Any, ...]
-) -> Tensor:
-    """`output`, filled. `rest`: modifiers and options."""
+    query: Tensor, key: Tensor, value: Tensor, output: Tensor, wide: Tensor | None, statistics: Tensor | None,
+    modifiers: Modifiers, options: Options,
+) -> Tensor:  # fmt: skip
+    """Fills `output`, `wide` (see `wide_output`) and `statistics`; returns `output`."""
     q, k, v = operand(query, "query"), operand(key, "key"), operand(value, "value")
-    modifiers, options = rest[:_COUNT], rest[_COUNT:]
     if modifiers != PLAIN:  # None is compared by identity: cheap
-        modifiers = _prepared(q, k, Modifiers(*modifiers))
-    kernels = backend.kernels[q.device.type]
-    size = kernels.attention_forward_workspace(q, k, v, modifiers[-2], modifiers[-1], statistics)
-    workspace = torch.empty(size, dtype=torch.float32, device=q.device)
-    kernels.attention_forward(q, k, v, modifiers, options, output, statistics, workspace)
+        modifiers = _prepared(q, k, modifiers)
+    backend.kernels[q.device.type].attention_forward(q, k, v, modifiers, options, output, wide, statistics)
     return output
 
 
 def _inference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    return run_forward(query, key, value, heads_like(query, value.shape[-1]), None, rest)
+    modifiers, options, _ = _named(rest)
+    return run_forward(query, key, value, heads_like(query, value.shape[-1]), None, None, modifiers, options)
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    statistics = row_statistics(query, rest[-1])
-    return run_forward(query, key, value, heads_like(query, value.shape[-1]), statistics, rest[:-1]), statistics
+def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    modifiers, options, _ = _named(rest)
+    output, wide, statistics = found = _forward_fake(query, key, value, *rest)
+    run_forward(query, key, value, output, wide if wide.dim() > 1 else None, statistics, modifiers, options)
+    return found
 
 
 def _backward(
     doutput: Tensor, dlse: Tensor | None, output: Tensor, statistics: Tensor, query: Tensor, key: Tensor, value: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    mask = rest[-2]
-    grads = [
-        heads_like(t, t.shape[-1]) if wanted else None for t, wanted in zip((query, key, value), mask, strict=False)
-    ]
-    others = run_backward(doutput, dlse, output, statistics, query, key, value, grads, rest)
+    modifiers, options, (mask, deterministic) = _named(rest)
+    wanted = {name for name, needed in zip(_DIFFERENTIABLE, mask, strict=True) if needed}
+    inputs = {"query": query, "key": key, "value": value}
+    grads = [heads_like(t, t.shape[-1]) if name in wanted else None for name, t in inputs.items()]
+    others = run_backward(
+        doutput, dlse, output, statistics, query, key, value, grads, modifiers, options, wanted, deterministic
+    )  # fmt: skip
     return tuple(query.new_empty(0) if g is None else g for g in (*grads, *others))
 
 
 def run_backward(
     doutput: Tensor, dlse: Tensor | None, output: Tensor, statistics: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    grads: Sequence[Tensor | None], rest: tuple[Any, ...],
+    grads: Sequence[Tensor | None], modifiers: Modifiers, options: Options, wanted: Container[str], deterministic: bool,
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
-    """Fills `grads` of query, key and value; returns those of bias, alibi_slopes and sinks. `rest`: see `_backward`."""
+    """Fills `grads` of query, key and value; returns those of bias, alibi_slopes and sinks that are `wanted`."""
     q, k, v = operand(query, "query"), operand(key, "key"), operand(value, "value")
     doutput, output = operand(doutput, "gradient of the output"), operand(output, "output")
-    modifiers, options, (mask, deterministic) = Modifiers(*rest[:_COUNT]), rest[_COUNT:-2], rest[-2:]
     deterministic = deterministic or torch.are_deterministic_algorithms_enabled()
-    bias, alibi_slopes, sinks = modifiers[:3]
+    bias, alibi_slopes, sinks = modifiers.bias, modifiers.alibi_slopes, modifiers.sinks
     dbias = dalibi = dsinks = None
     if modifiers != PLAIN:
         modifiers = _prepared(q, k, modifiers)
         batch = q.shape[0] if modifiers.cu_seqlens_q is None else modifiers.cu_seqlens_q.numel() - 1
-        if bias is not None and mask[3]:
+        if bias is not None and "bias" in wanted:
             dbias = torch.empty((1,) * (4 - bias.dim()) + bias.shape, dtype=bias.dtype, device=bias.device)
-        if alibi_slopes is not None and mask[4]:
+        if alibi_slopes is not None and "alibi_slopes" in wanted:
             dalibi = torch.empty((batch, q.shape[1]), dtype=torch.float32, device=q.device)
-        if sinks is not None and mask[5]:
+        if sinks is not None and "sinks" in wanted:
             dsinks = torch.empty((batch, q.shape[1]), dtype=torch.float32, device=q.device)
-    kernels = backend.kernels[q.device.type]
-    size = kernels.attention_backward_workspace(
-        q, k, v, modifiers.cu_seqlens_q, modifiers.cu_seqlens_k, doutput, deterministic
-    )
-    workspace = torch.empty(size, dtype=torch.float32, device=q.device)
     dquery, dkey, dvalue = grads
     if dlse is not None:
         dlse = settle(dlse, "[attention] gradient of lse")
-    kernels.attention_backward(
+    backend.kernels[q.device.type].attention_backward(
         doutput, dlse, q, k, v, modifiers, options, output, settle(statistics, "[attention] statistics"),
-        dquery, dkey, dvalue, dbias, dalibi, dsinks, deterministic, workspace,
+        dquery, dkey, dvalue, dbias, dalibi, dsinks, deterministic,
     )  # fmt: skip
     if bias is not None and dbias is not None:
         dbias = dbias.view(bias.shape)
@@ -189,18 +204,23 @@ def _inference_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tenso
     return heads_like(query, value.shape[-1])
 
 
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return heads_like(query, value.shape[-1]), row_statistics(query, rest[-1])
+def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    _, _, (rows,) = _named(rest)
+    output = heads_like(query, value.shape[-1])
+    wide = wide_output(output) if rows > 1 else None  # of one row: no backward will follow
+    return output, query.new_empty(0) if wide is None else wide, row_statistics(query, rows)
 
 
 def _backward_fake(
     doutput: Tensor, dlse: Tensor | None, output: Tensor, statistics: Tensor, query: Tensor, key: Tensor, value: Tensor,
     *rest: Any,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    mask = rest[-2]
-    heads = (heads_like(t, t.shape[-1]) if m else query.new_empty(0) for t, m in zip((query, key, value), mask))  # noqa: B905
-    others = (query.new_empty(0) if t is None or not m else t.new_empty(t.shape) for t, m in zip(rest, mask[3:]))  # noqa: B905
-    return *heads, *others
+    modifiers, _, (mask, _) = _named(rest)
+    heads = [heads_like(t, t.shape[-1]) for t in (query, key, value)]
+    others = [None if t is None else t.new_empty(t.shape) for t in modifiers[: len(mask) - len(heads)]]
+    return tuple(
+        query.new_empty(0) if t is None or not wanted else t for t, wanted in zip((*heads, *others), mask, strict=True)
+    )
 
 
 # ---- Registration
@@ -212,7 +232,9 @@ _INPUTS = (
 )
 inference_op = register(f"attention({_INPUTS}) -> Tensor", _inference, _inference_fake)
 forward_op = register(
-    f"attention_forward({_INPUTS}, int rows) -> (Tensor output, Tensor statistics)", _forward, _forward_fake
+    f"attention_forward({_INPUTS}, int rows) -> (Tensor output, Tensor wide_output, Tensor statistics)",
+    _forward,
+    _forward_fake,
 )
 _backward_op = register(
     f"attention_backward(Tensor doutput, Tensor? dlse, Tensor output, Tensor statistics, {_INPUTS}, bool[6] mask, "
@@ -227,7 +249,7 @@ _backward_op = register(
 
 def _on_reference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     """(out, lse) by the definition, from the arguments of the ops."""
-    modifiers, options = Modifiers(*rest[:_COUNT]), Options(*rest[_COUNT:])
+    modifiers, options, _ = _named(rest)
     left, right = options.left, options.right
     result = reference.attention(
         query,
@@ -247,27 +269,28 @@ def _on_reference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, options: tuple[Any, ...], *inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
-        # One argument, the last of them `deterministic` and `return_lse`: each costs a call as much as a tensor.
-        ctx.options, (ctx.deterministic, return_lse) = options[:-2], options[-2:]
-        output, statistics = forward_op(*inputs, *ctx.options, 3 if return_lse else 2)
-        ctx.save_for_backward(output, statistics, *inputs)
+    def forward(ctx: Any, numbers: tuple[Options, bool, bool], *inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
+        # One argument for all numbers: each would cost a call as much as a tensor.
+        ctx.options, ctx.deterministic, return_lse = numbers
+        output, wide, statistics = forward_op(*inputs, *ctx.options, 3 if return_lse else 2)
+        ctx.save_for_backward(wide if wide.dim() > 1 else output, statistics, *inputs)
         ctx.set_materialize_grads(False)
         return (output, statistics[2]) if return_lse else output
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         output, statistics, *inputs = ctx.saved_tensors
-        mask = ctx.needs_input_grad[1 : 1 + _GRADS]
+        count = len(_DIFFERENTIABLE)
+        mask = ctx.needs_input_grad[1 : 1 + count]
         if wants_definition(doutput, dlse):
 
             def function(*leaves: Any) -> tuple[Tensor, ...]:
-                return _on_reference(*leaves, *inputs[_GRADS:], *ctx.options)
+                return _on_reference(*leaves, *inputs[count:], *ctx.options)
 
-            grads = double_backward(function, inputs[:_GRADS], (doutput, dlse), mask)
+            grads = double_backward(function, inputs[:count], (doutput, dlse), mask)
         else:
             if doutput is None:  # only lse was used
-                doutput = torch.zeros_like(output)
+                doutput = torch.zeros_like(output, dtype=inputs[0].dtype)
             grads = _backward_op(doutput, dlse, output, statistics, *inputs, *ctx.options, mask, ctx.deterministic)
         found = [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
         return None, *found, None, None, None
@@ -295,18 +318,18 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    modifiers: tuple[Tensor | None, ...],
-    *options: Any,
+    modifiers: Modifiers,
+    options: Options,
     deterministic: bool = True,
 ) -> Any:
-    """output or (output, lse) of checked arguments, by whichever backend serves them. `options`: those of `Options`."""
+    """output or (output, lse) of checked arguments, by whichever backend serves them."""
     if backend.choose(op, query.device, refusal(query, value)) == "reference":
-        tensors = {"query": query, "key": key, "value": value, **Modifiers(*modifiers)._asdict()}
+        tensors = {"query": query, "key": key, "value": value, **modifiers._asdict()}
         both = defined(_on_reference, op, tensors, query, key, value, *modifiers, *options)
         return both if return_lse else both[0]
-    if wants_grad(query, key, value, *modifiers[: _GRADS - 3]):
-        return _attention_with_grad((*options, deterministic, return_lse), query, key, value, *modifiers)
+    if wants_grad(query, key, value, modifiers.bias, modifiers.alibi_slopes, modifiers.sinks):
+        return _attention_with_grad((options, deterministic, return_lse), query, key, value, *modifiers)
     if return_lse:
-        output, statistics = forward_op(query, key, value, *modifiers, *options, 1)
+        output, _, statistics = forward_op(query, key, value, *modifiers, *options, 1)
         return output, statistics[0]
     return inference_op(query, key, value, *modifiers, *options)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchweld.ops._arguments import check_dense, flag, integer, number, shown
-from torchweld.ops._attention import ALIGNMENTS, attend
+from torchweld.ops._attention import ALIGNMENTS, Modifiers, Options, attend
 from torchweld.ops._attention_checks import (
     check_band,
     check_bias,
@@ -132,23 +132,18 @@ def attention(
             fail(op, "seed", "int64 of one element", f"{seed.dtype} of shape {list(seed.shape)}")
     elif dropout_p > 0:
         seed = draw_seed(query.device)
-    return attend(
-        op,
-        return_lse,
-        query,
-        key,
-        value,
-        (bias, alibi_slopes, sinks, seed if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k),
-        1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale,
-        softcap,
-        left,
-        right,
-        causal_align == "bottom_right",
-        dropout_p,
-        longest_q,
-        longest_k,
-        deterministic=deterministic,
+    modifiers = Modifiers(bias, alibi_slopes, sinks, seed if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k)
+    options = Options(
+        scale=1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale,
+        softcap=softcap,
+        left=left,
+        right=right,
+        bottom_right=causal_align == "bottom_right",
+        dropout_p=dropout_p,
+        max_seqlen_q=longest_q,
+        max_seqlen_k=longest_k,
     )
+    return attend(op, return_lse, query, key, value, modifiers, options, deterministic)
 
 
 def _check_layout(op: str, tensors: tuple[Tensor, Tensor, Tensor], shape: str, dims: int) -> None:

@@ -47,8 +47,7 @@ def _run(
     if sinks is not None:
         sinks = settle(sinks, "[paged_attention] sinks", torch.float32)
     kernels = backend.kernels[q.device.type]
-    workspace = torch.empty(kernels.paged_attention_workspace(*cache), dtype=torch.float32, device=q.device)
-    kernels.paged_attention(*cache, alibi_slopes, sinks, options, output, lse, workspace)
+    kernels.paged_attention(*cache, alibi_slopes, sinks, options, output, lse)
     return output, lse
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from torchweld.ops._arguments import NotDenseError, as_torch_does, check_dense, check_memory, flag, number
-from torchweld.ops._attention import attend
+from torchweld.ops._attention import Modifiers, Options, attend
 from torchweld.ops._attention_checks import check_bias, check_common, check_dropout, check_heads, fail
 from torchweld.ops._register import elsewhere, under_autocast
 from torchweld.reference.philox import draw_seed
@@ -113,7 +113,7 @@ def scaled_dot_product_attention(
     if is_causal and attn_mask is not None:
         fail(op, "attn_mask", "None beside is_causal=True", "a tensor", "put the causal mask into it, or drop one")
     scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
-    options = (scale, 0.0, -1, 0 if is_causal else -1, False, dropout_p, -1, -1)
+    options = Options(scale, right=0 if is_causal else -1, dropout_p=dropout_p)
     seed = draw_seed(query.device) if dropout_p > 0 else None
 
     # The common case: 4 dimensions, nothing to broadcast.
@@ -128,8 +128,8 @@ def scaled_dot_product_attention(
             check_heads(op, query, key, value)
         if attn_mask is not None:
             check_bias(op, "attn_mask", attn_mask, query, (*query.shape[:3], key.shape[2]))
-        return attend(op, False, query, key, value, (attn_mask, None, None, seed, None, None), *options)
+        return attend(op, False, query, key, value, Modifiers(bias=attn_mask, seed=seed), options)
     q, k, v, mask, batch = _fold(op, query, key, value, attn_mask, enable_gqa)
     check_heads(op, q, k, v)
-    out: Tensor = attend(op, False, q, k, v, (mask, None, None, seed, None, None), *options)
+    out: Tensor = attend(op, False, q, k, v, Modifiers(bias=mask, seed=seed), options)
     return out.reshape(*batch, query.shape[-2], value.shape[-1])

@@ -257,7 +257,9 @@ class AttentionCase(Case):
         if self.batch * self.heads * self.queries * self.keys > _BY_HEAD:
             return {}
         shape = (self.batch, self.heads, self.queries, self.keys)
-        seen = ~self.mask(x).isneginf().expand(shape)
+        # In float64, where a finite bias stays finite whatever is added to it.
+        wide = {n: t.double() if t.is_floating_point() else t for n, t in x.items()}
+        seen = ~self.mask(wide).isneginf().expand(shape)
         return attention_rounding.zeros(x, seen, self._kept(x), self.sinks or self.lse, self.heads // key_heads(x))
 
 

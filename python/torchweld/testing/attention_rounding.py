@@ -27,15 +27,20 @@ def sizes(
     A relative error e of every product makes one of e * size, size being sum|q||k| * scale for a score. An error d of
     the scores makes one of P_j * ((1 - P_j) d_j - sum over the other k of P_k d_k) of a weight: nothing where one key
     has all of it. Each weight, product and sum has an error of its own beside that. The backward makes the weights
-    again from lse, whose logarithm of the sum (not its maximum, which the scores have in common) was rounded.
+    again from lse, whose logarithm of the sum (not its maximum, which the scores have in common) was rounded. The slope
+    of the softcap, 1 - tanh(x)^2, moves by 2 tanh(x) times the error of x, as a share of itself.
     """
     q, do, k, v = (t.abs() for t in (x["query"], x["doutput"], key, value))
     dlse = x["dlse"].unsqueeze(-1) if "dlse" in x else torch.zeros((), dtype=q.dtype, device=q.device)
 
     score = q @ k.mT * abs(scale)
+    slope: Tensor | float = 1.0
+    moved: Tensor | float = 0.0
     if softcap:
         capped = torch.tanh(x["query"] @ key.mT * (scale / softcap))
-        score = score * (1 - capped.square()) + softcap * capped.abs()
+        slope = 1 - capped.square()
+        moved = slope * (1 + 2 * capped.abs() * score / softcap)
+        score = score * slope + softcap * capped.abs()
     shared = (weights * score).sum(-1, keepdim=True)
     inexact = weights * (1 + score * (1 - weights).abs() + (shared - weights * score).abs())
     again = inexact + weights * _log_of_sum(weights)
@@ -44,12 +49,13 @@ def sizes(
     gap = (signed - (weights * signed).sum(-1, keepdim=True) + dlse).abs()
     row = (weights * dweights).sum(-1, keepdim=True) + (again * gap).sum(-1, keepdim=True)
     ds = weights * (dweights + row + dlse.abs()) + again * gap
+    dproduct = ds * slope + weights * gap * moved
 
     found = {
         "output": (kept * inexact) @ v,
         "lse": 1 + shared.squeeze(-1),
-        "dquery": ds @ k * abs(scale),
-        "dkey": _by_key_head(ds.mT @ q * abs(scale), group),
+        "dquery": dproduct @ k * abs(scale),
+        "dkey": _by_key_head(dproduct.mT @ q * abs(scale), group),
         "dvalue": _by_key_head((kept * again).mT @ do, group),
     }
     if "bias" in x and x["bias"].is_floating_point():

@@ -36,13 +36,13 @@ int main() {
   f.output = out.data();
   f.output_strides = strides;
   f.lse = lse.data();
-  std::vector<float> work(f.workspace_size = cpu::baseline::attention_forward_workspace(f));
+  std::vector<float> work(cpu::baseline::attention_forward_workspace(f));
   f.workspace = work.data();
   cpu::baseline::attention_forward(f);
-  p.output = out.data(), p.doutput = dout.data(), p.lse = lse.data();
+  p.output = out.data(), p.doutput = dout.data(), p.max = lse.data();
   p.dquery = dq.data(), p.dkey = dk.data(), p.dvalue = dv.data();
   p.output_strides = p.doutput_strides = p.dquery_strides = p.dkey_strides = p.dvalue_strides = strides;
-  work.resize(p.workspace_size = cpu::baseline::attention_backward_workspace(p));
+  work.resize(cpu::baseline::attention_backward_workspace(p));
   p.workspace = work.data();
   cpu::baseline::attention_backward(p);
 

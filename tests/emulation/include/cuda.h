@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name: contexts and tensor maps.
+// Replaces CUDA's header of this name: contexts and tensor maps.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,7 @@ using cuuint64_t = uint64_t;
 
 enum CUresult { CUDA_SUCCESS = 0, CUDA_ERROR_INVALID_VALUE = 1 };
 
-// A context is that of a device, the device's primary one.
+// A context stands for its device: the device's primary context.
 using CUdevice = int;
 using CUcontext = struct CUctx_st*;
 CUresult cuDevicePrimaryCtxRetain(CUcontext* context, CUdevice device);

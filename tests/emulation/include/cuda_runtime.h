@@ -1,4 +1,4 @@
-// Stands in for CUDA's header of this name: as much of it as csrc/cuda uses, for g++ and the machine in machine.cpp.
+// Replaces CUDA's header of this name: the part that csrc/cuda uses, for g++ and the machine.
 #pragma once
 
 #include <algorithm>
@@ -16,7 +16,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __shared__ \
-  thread_local  // so a local array is static, as it must be, and the machine knows it from other memory
+  thread_local  // a local array is then static, as in CUDA, and the machine can tell it from other memory
 
 struct uint2 {
   unsigned x, y;
@@ -96,10 +96,10 @@ cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, cudaMemcpyKind 
 
 namespace emulation {
 
-// What a launch may not ask for is the host's error; what a kernel may not do is an exception.
+// A launch beyond the limits is an error code of the host; a mistake of a kernel is an exception.
 cudaError_t launch(const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& thread);
 
-// How often a device's context is held: a thread that never touched the device must not make it.
+// How often a device's context is retained.
 int contexts_of(int device);
 
 }  // namespace emulation

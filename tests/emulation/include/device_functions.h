@@ -1,11 +1,11 @@
-// What a kernel may call of CUDA's own functions, with the names and the semantics of the CUDA C++ Programming Guide;
-// its sections are named.
+// The functions of CUDA that a kernel may call, with the semantics of the CUDA C++ Programming Guide. Section titles
+// are those of the guide.
 #pragma once
 
 #include "cuda_runtime.h"
 
-// Plain variables: a kernel sees its own values, which the machine puts there before the thread goes on. They are const
-// here, so that reading them is no access to memory.
+// Plain variables. The machine sets them before a thread continues. They are const here, so that reading them is no
+// checked access.
 extern const uint3 threadIdx, blockIdx, blockDim, gridDim;
 constexpr int warpSize = 32;
 
@@ -26,7 +26,7 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
   emulation::collective("__syncwarp", mask, nothing, [](auto&) {});
 }
 
-// ---- Memory fence functions. Threads run one at a time here and memory has one order: there is nothing to do.
+// ---- Memory fence functions. Threads run one at a time and memory has one order, so there is nothing to do.
 
 inline void __threadfence_block() {}
 inline void __threadfence() {}
@@ -60,7 +60,7 @@ T shuffle(const char* name, unsigned mask, T value, int from) {
 
 }  // namespace emulation
 
-// Lanes in groups of `width`; a lane beyond its group gets its own value.
+// Lanes in groups of `width`. A lane whose source is outside of its group gets its own value.
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int lane_mask, int width = 32) {
   const int lane = emulation::lane_id(), from = lane ^ lane_mask;
@@ -135,7 +135,7 @@ inline unsigned __reduce_max_sync(unsigned mask, unsigned value) {
   return emulation::reduce("__reduce_max_sync", mask, value, [](unsigned a, unsigned b) { return std::max(a, b); });
 }
 
-// ---- Atomic functions: what was there before
+// ---- Atomic functions: they return the old value
 
 namespace emulation {
 
@@ -171,7 +171,7 @@ T atomicCAS(T* p, T compare, T value) {
   return emulation::atomic(p, [&](T old) { return old == compare ? value : old; });
 }
 
-// ---- Loads and stores with cache hints. The compiler may split what they move, so their alignment is checked here.
+// ---- Loads and stores with cache hints. The compiler may split them, so alignment is checked here.
 
 namespace emulation {
 

@@ -1,5 +1,5 @@
-// The guard of the current device (cuda/device.h): which contexts it makes, and what is current after it. For the
-// machine.
+// The guard of the current device (cuda/device.h): which contexts it creates, and what is current afterwards. Runs on
+// the machine.
 #include "harness.cuh"
 
 int main() {

@@ -1,5 +1,5 @@
-// What the instruction tests share: buffers, and results that are held to what the documentation says. A program prints
-// one line per instruction and ends with 1 if one was wrong; it is built by nvcc for a GPU, and by g++ for the machine.
+// Shared by the instruction tests: buffers, and results that are compared with what the documentation says. A program
+// prints one line per instruction and exits with 1 if one is wrong. nvcc builds it for a GPU, g++ for the machine.
 #pragma once
 
 #include <cstdio>
@@ -56,7 +56,7 @@ void expect(const char* instruction, const std::vector<T>& found, const std::vec
   std::printf("%s: right\n", instruction);
 }
 
-// Runs kernel(out, arguments...) in one block; `out` has as many elements as are expected.
+// Runs kernel(out, arguments...) in one block. `out` has as many elements as `expected`.
 template <class T, class... Params, class... Arguments>
 void expect_of(const char* instruction, void (*kernel)(T*, Params...), int threads, size_t shared,
                const std::vector<T>& expected, const Arguments&... arguments) {

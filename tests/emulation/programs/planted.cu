@@ -1,4 +1,4 @@
-// Kernels with one mistake each, which the machine must find: planted NAME runs one and prints the error.
+// Kernels with one mistake each, which the machine must find. `planted NAME` runs one and prints the error.
 #include <cstdio>
 
 #include "cuda/ptx.cuh"
@@ -26,7 +26,7 @@ __global__ void missing_syncwarp(float* out) {
 
 __global__ void race_of_two_writers(float*) { floats()[threadIdx.x / 2] = static_cast<float>(threadIdx.x); }
 
-// A loop that reuses its memory needs a second barrier, lest the next round overwrites what is still read.
+// A loop that reuses its memory needs a second barrier: the next round overwrites what other threads still read.
 __global__ void missing_second_barrier(float* out) {
   for (int round = 0; round < 2; ++round) {
     floats()[threadIdx.x] = static_cast<float>(round);
@@ -35,7 +35,7 @@ __global__ void missing_second_barrier(float* out) {
   }
 }
 
-// ---- Collectives and barriers that not all reach
+// ---- Collectives and barriers that some threads do not reach
 
 __global__ void divergent_barrier(float*) {
   if (threadIdx.x != 5) __syncthreads();
@@ -105,7 +105,7 @@ __device__ void begin(uint32_t count) {
   __syncthreads();
 }
 
-// The first phase has parity 0: who waits for parity 1 does not wait.
+// The first phase has parity 0, so a wait for parity 1 returns at once.
 __global__ void phase_error(float* out) {
   begin(1);
   if (threadIdx.x == 0) {
@@ -133,7 +133,7 @@ __global__ void too_many_arrive(float*) {
 
 __global__ void mbarrier_without_init(float*) { ptx::mbarrier_arrive(barrier(1)); }
 
-// The next load goes where some still read: the wait for the empty barrier is missing.
+// The second load overwrites a slot that some threads still read: no barrier says that the slot is empty.
 __global__ void slot_reused_too_early(float* out) {
   begin(1);
   for (uint32_t round = 0; round < 2; ++round) {
@@ -156,7 +156,7 @@ __global__ void missing_proxy_fence(float* out) {
   }
 }
 
-// What cp.async copies is no more known to the asynchronous than what a thread stores.
+// Without a fence, asynchronous instructions do not see what cp.async has copied.
 __global__ void missing_fence_of_a_copy(float* out) {
   ptx::cp_async<4>(tile() + 4 * threadIdx.x, out + threadIdx.x, 4);
   ptx::cp_async_commit();
@@ -191,7 +191,7 @@ __global__ void store_not_waited_for(float* out) {
   }
 }
 
-// Each pair of warps has a barrier of its own, and one comes to the other's.
+// Each pair of warps has its own barrier, and one warp comes to the wrong one.
 __global__ void wrong_named_barrier(float*) { ptx::barrier_sync(threadIdx.x < 32 ? 1 : 2, 64); }
 
 template <bool kFence, bool kWait>
@@ -224,7 +224,7 @@ __global__ void matrix_overwritten_too_early(float* out) {
   out[threadIdx.x] = c[0][0];
 }
 
-// A matrix in lines of 64 bytes is read as one in lines of 128.
+// The matrix has rows of 64 bytes, and the descriptor says 128.
 __global__ void wrong_swizzle(float* out) {
   for (int i = 0; i < 8; ++i) tile_floats()[8 * threadIdx.x + i] = 0.0f;
   ptx::fence_proxy_async();

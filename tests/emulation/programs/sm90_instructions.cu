@@ -1,4 +1,4 @@
-// Hopper's instructions (cuda/ptx_sm90.cuh), each held to the PTX ISA, whose sections are named there.
+// Hopper's instructions (cuda/ptx_sm90.cuh) against the PTX ISA. Section names are those of cuda/ptx_sm90.cuh.
 #include "cuda/ptx_sm90.cuh"
 #include "harness.cuh"
 
@@ -7,7 +7,7 @@ namespace {
 
 using Bfloat16 = __nv_bfloat16;
 
-// The first shared address that is a multiple of 1024; what lies before it is for barriers.
+// The first shared address that is a multiple of 1024. The memory before it holds barriers.
 __device__ uint32_t tiles() {
   return (static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory)) + 64 + 1023) / 1024 * 1024;
 }
@@ -20,7 +20,7 @@ constexpr size_t kShared = 40 * 1024;
 
 // ---- Barriers
 
-// Warp 0 brings and goes on, warp 1 waits for it.
+// Warp 0 arrives and continues; warp 1 waits for it.
 __global__ void named_barriers(int* out) {
   int* values = at<int>(tiles());
   if (threadIdx.x < 32) {
@@ -32,7 +32,7 @@ __global__ void named_barriers(int* out) {
   }
 }
 
-// Two phases: the parity of the one that is waited for goes 0, 1, 0.
+// Two phases: the awaited parity is 0, 1, 0.
 __global__ void mbarrier_phases(int* out) {
   int* value = at<int>(tiles());
   if (threadIdx.x == 0) {
@@ -83,7 +83,7 @@ __global__ void bulk_add(float* out, int rounds) {
   }
 }
 
-// A box as it lies in shared memory.
+// The layout of a box in shared memory.
 __global__ void tensor_load(float* out, const __grid_constant__ CUtensorMap map, int x, int y, int floats) {
   if (threadIdx.x == 0) {
     ptx::mbarrier_init(barrier(0), 1);
@@ -109,7 +109,7 @@ __global__ void tensor_load_of_4(float* out, const __grid_constant__ CUtensorMap
   out[threadIdx.x] = at<float>(tiles())[threadIdx.x];
 }
 
-// A box of 8 rows of 32 floats whose value says where it lay in shared memory.
+// A box of 8 rows of 32 floats. Each float is its own place in shared memory.
 __global__ void tensor_store(float*, const __grid_constant__ CUtensorMap map, int x, int y, bool add) {
   for (int i = static_cast<int>(threadIdx.x); i < 256; i += 32) at<float>(tiles())[i] = static_cast<float>(1 + i);
   ptx::fence_proxy_async();
@@ -138,8 +138,8 @@ CUtensorMap map_of(float* memory, std::vector<cuuint64_t> sizes, std::vector<cuu
   return map;
 }
 
-// Where element `i` of row `row` of a box lies, rows being `width` floats: chunks of 16 bytes change places by the
-// number of the 128-byte line that they lie in.
+// The place of element `i` of row `row` in a box whose rows have `width` floats: chunks of 16 bytes are permuted by the
+// number of their 128-byte line.
 int swizzled(int row, int i, int width) {
   const int line = row * width / 32, chunks = width / 4;
   return row * width + ((i / 4) ^ (line % chunks)) * 4 + i % 4;
@@ -186,23 +186,23 @@ void test_4_dimensions() {
   expect_of("cp.async.bulk.tensor.4d load", tensor_load_of_4, 32, kShared, expected, map);
 }
 
-// ---- Products. Matrices of small whole numbers, whose products are exact.
+// ---- Products of matrices of small whole numbers, which are exact.
 
 __host__ __device__ int left_of(int i, int k) { return (i * 3 + k * 5) % 7 - 3; }
 __host__ __device__ int right_of(int n, int k) { return (n * 2 + k * 3) % 5 - 2; }
 
-// Byte of element (i, k) of `rows` rows, K-major, `width` bytes wide swizzled; 16: not swizzled, by columns of 16
-// bytes.
+// The byte of element (i, k) of `rows` rows, K-major and swizzled, `width` bytes wide. Width 16: not swizzled, in
+// columns of 16 bytes.
 __device__ uint32_t k_major(int i, int k, int rows, int width) {
   if (width == 16) return (k / 8 * rows + i) * 16 + k % 8 * 2;
   return i * width + ((k / 8) ^ (i * width / 128 % (width / 16))) * 16 + k % 8 * 2;
 }
-// Likewise with the columns of B as neighbours, 64 to a line.
+// The same with neighbouring columns of B, 64 per line.
 __device__ uint32_t n_major(int n, int k, int depth) {
   return n / 64 * depth * 128 + k * 128 + ((n % 64 / 8) ^ (k % 8)) * 16 + n % 8 * 2;
 }
 
-// Of one swizzle: as many products as kWidth bytes hold, 16 columns each, one after the other.
+// For one swizzle: as many products as kWidth bytes hold, 16 columns each, one after the other.
 template <class T, int N, bool kRegisters, bool kTransposed, int kWidth>
 __global__ void product(float* out) {
   constexpr int kDepth = kWidth == 16 ? 16 : kWidth / 2, kSteps = kDepth / 16;
@@ -224,7 +224,7 @@ __global__ void product(float* out) {
                                       : ptx::Swizzle::none;
   float c[N / 8][4];
   const int lane = static_cast<int>(threadIdx.x) % 32, row = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;
-  // All of A before the first product: its registers belong to the products until they are waited for.
+  // All of A is loaded before the first product: its registers belong to the products until they are waited for.
   uint32_t a[kSteps][4] = {};
   if constexpr (kRegisters)
     for (int step = 0; step < kSteps; ++step)
@@ -261,7 +261,7 @@ void test_product(const char* name) {
   expect_of(name, product<T, N, kRegisters, kTransposed, kWidth>, 128, kShared, expected);
 }
 
-// More registers for two warpgroups, fewer for the third: of the 168 that a block of 384 threads begins with.
+// More registers for two warpgroups, fewer for the third. A block of 384 threads begins with 168.
 __global__ void __launch_bounds__(384, 1) registers(int* out) {
   if (threadIdx.x < 256) {
     ptx::registers_increase<240>();

@@ -1,4 +1,4 @@
-// CUDA's functions for warps and blocks, each held to the CUDA C++ Programming Guide, whose sections are named.
+// CUDA's functions for warps and blocks against the CUDA C++ Programming Guide, whose sections are named.
 #include "harness.cuh"
 
 namespace torchweld::cuda {
@@ -8,13 +8,13 @@ constexpr unsigned kAll = 0xffffffffu;
 
 __device__ int lane() { return static_cast<int>(threadIdx.x % 32); }
 
-// "Warp Shuffle Functions": a lane gets the value of lane ^ mask; groups of `width` do not see each other beyond.
+// "Warp Shuffle Functions": a lane gets the value of lane ^ mask, within groups of `width`.
 __global__ void shuffle_xor(int* out) { out[threadIdx.x] = __shfl_xor_sync(kAll, 100 + lane(), 5); }
 __global__ void shuffle_xor_of_8(int* out) { out[threadIdx.x] = __shfl_xor_sync(kAll, 100 + lane(), 3, 8); }
-// Up and down do not wrap around: who has no source keeps its own value.
+// Up and down do not wrap around: a lane without a source keeps its own value.
 __global__ void shuffle_down(int* out) { out[threadIdx.x] = __shfl_down_sync(kAll, 100 + lane(), 3, 16); }
 __global__ void shuffle_up(int* out) { out[threadIdx.x] = __shfl_up_sync(kAll, 100 + lane(), 3, 16); }
-// The source is taken modulo the width, within the lane's own group.
+// The source lane is taken modulo the width, within the lane's own group.
 __global__ void shuffle_index(int* out) { out[threadIdx.x] = __shfl_sync(kAll, 100 + lane(), 9, 8); }
 __global__ void shuffle_of_8_bytes(double* out) { out[threadIdx.x] = __shfl_xor_sync(kAll, lane() + 0.5, 1); }
 __global__ void shuffle_of_half_a_warp(int* out) {
@@ -41,7 +41,7 @@ __global__ void syncthreads_votes(int* out) {
   out[threadIdx.x] = count + 1000 * (all != 0) + 2000 * (any != 0);
 }
 
-// "Atomic Functions": each gets what was there before; the sum is whole.
+// "Atomic Functions": each thread gets the old value, and no addition is lost.
 __global__ void atomics(int* out) {
   __shared__ int total, largest;
   if (threadIdx.x == 0) total = 0, largest = -1;

@@ -1,26 +1,27 @@
-// Tiles of keys and values on their way through shared memory: by turns into a ring of slots, by cp.async, so that the
-// next ones land while one is multiplied.
+// A ring of shared-memory slots for the tiles of keys and values: cp.async fills the next slots while the block
+// multiplies one.
 #pragma once
 
 #include "cuda/attention/scores.cuh"
 
-namespace torchweld::cuda {
+namespace torchweld::cuda::attention::sm80 {
 
-// Item 2n is tile n of the keys, of kKeys rows from `start` on; item 2n + 1 is its values.
+// Item 2n is tile n of the keys (kKeys rows, tile 0 begins at row `start`), item 2n + 1 the same tile of the values.
 template <class T, int D, int kKeys, int kSlots, int kThreads, class Source>
 struct Ring {
-  static constexpr int kSlotBytes = kKeys * Tile<T, D>::kRowBytes;
-  uint32_t slots;
+  using Slots = uint8_t[kSlots][kKeys * Tile<T, D>::kRowBytes];
+  uint32_t slots;  // address of the Slots
   const Source &key, &value;
   int start, steps;
 
-  // Until item `advance` is asked for; what else this thread copies before is there with the first.
+  // Starts the first copies. Copies that this thread started earlier arrive with item 0.
   __device__ __forceinline__ void fill() const {
 #pragma unroll
     for (int item = 0; item < kSlots - 1; ++item) load(item);
   }
 
-  // Where the item is: it is there for all, and all are done with the one before it, whose slot is filled anew.
+  // The address of the item. All threads see the item, and all have finished the item before it, whose slot is
+  // refilled.
   __device__ __forceinline__ uint32_t advance(int item) const {
     ptx::cp_async_wait<kSlots - 2>();
     __syncthreads();
@@ -30,7 +31,7 @@ struct Ring {
 
  private:
   __device__ __forceinline__ uint32_t slot(int item) const {
-    return slots + static_cast<uint32_t>(item % kSlots * kSlotBytes);
+    return slots + static_cast<uint32_t>(item % kSlots * static_cast<int>(sizeof(Slots) / kSlots));
   }
   __device__ __forceinline__ void load(int item) const {
     if (item < 2 * steps)
@@ -39,4 +40,4 @@ struct Ring {
   }
 };
 
-}  // namespace torchweld::cuda
+}  // namespace torchweld::cuda::attention::sm80

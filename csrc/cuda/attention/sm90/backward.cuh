@@ -1,61 +1,67 @@
-// Attention, backward, on Hopper: what keys and queries (see attention/backward.cuh) share where wgmma makes their
-// products.
+// What the kernels backward_keys and backward_queries on Hopper share (attention/backward.cuh lists the kernels).
 //
-// Own rows, 64 to a warpgroup, stay in shared memory; tiles of the others go through slots that one more warpgroup
-// fills. Scores and dP of a tile are on their way together, and weights are made beside dP; what else stands still in
-// one warpgroup is the other's time at the tensor cores.
+// A block owns 64 rows per warpgroup in shared memory. Tiles of the other rows are streamed through slots that one more
+// warpgroup fills. The products for the scores and for dP of a tile run together, and the probabilities are computed
+// beside dP. While one warpgroup waits, the other uses the tensor cores.
 #pragma once
 
 #include "cuda/attention/backward.cuh"
-#include "cuda/attention/sm90/ring.cuh"
+#include "cuda/attention/sm90/pipeline.cuh"
 
-namespace torchweld::cuda {
+namespace torchweld::cuda::attention::sm90 {
 
-// Item 2n is tile n of the streamed rows that scores are made of, item 2n + 1 that of those of dP; each with two
-// floats for every row, `softmax` or `gradient`.
-template <int D, int kOthers_>
-struct BackwardShapeSm90 {
-  static constexpr int kGroups = 2, kThreads = (1 + kGroups) * kWarpgroup, kRows = kGroups * 64, kOthers = kOthers_;
-  static constexpr int kSlots = D <= 128 ? (kOthers_ <= 64 ? 6 : 4) : 3;
+// Item 2n holds tile n of the streamed rows that make scores, item 2n + 1 tile n of those that make dP. Each item
+// carries the softmax or gradient statistics of its rows.
+template <int D, int kStreamed_>
+struct BackwardShape {
+  static constexpr int kGroups = 2, kThreads = (1 + kGroups) * kWarpgroup, kRows = kGroups * 64;
+  static constexpr int kStreamed = kStreamed_, kSlots = D <= 128 ? (kStreamed <= 64 ? 6 : 4) : 3;
   static constexpr int kRegisters = 240, kLoaderRegisters = 24;
   using Own = Panels<D, kRows>;
-  using Others = Panels<D, kOthers>;
-  using Ring = Slots<kSlots, kGroups * 4>;
-  static constexpr int kValueBytes = kOthers * static_cast<int>(sizeof(float2));
-  static constexpr int kBytes =
-      AlignedMemory::kBytes + 2 * Own::kBytes + kSlots * (Others::kBytes + kValueBytes) + Ring::kBarrierBytes;
+  using Streamed = Panels<D, kStreamed>;
+  using Pipeline = LoadPipeline<kSlots, kGroups * 4>;
+
+  // Shared memory, from a multiple of 1024 bytes on.
+  struct Memory {
+    uint8_t own[2][Own::kBytes];
+    uint8_t slots[kSlots][Streamed::kBytes];
+    float2 statistics[kSlots][kStreamed];
+    typename Pipeline::Barriers barriers;
+  };
+  static constexpr int kBytes = AlignedMemory::kBytes + static_cast<int>(sizeof(Memory));
   static_assert(kBytes <= 227 * 1024);
 };
 
-// Shared memory: two tiles of own rows, the slots, and the floats of each.
+// The addresses in a Memory that begins at `begin`.
 template <class Shape>
-struct BackwardMemorySm90 {
-  uint32_t own[2], slots, values;
-  typename Shape::Ring ring;
+struct BackwardMemory {
+  using Memory = typename Shape::Memory;
+  uint32_t own[2], slots, statistics;
+  typename Shape::Pipeline pipeline;
 
-  __device__ __forceinline__ BackwardMemorySm90(uint32_t begin) {
+  __device__ __forceinline__ BackwardMemory(uint32_t begin) {
     own[0] = begin;
-    own[1] = own[0] + Shape::Own::kBytes;
-    slots = own[1] + Shape::Own::kBytes;
-    values = slots + Shape::kSlots * Shape::Others::kBytes;
-    ring.barriers = values + Shape::kSlots * Shape::kValueBytes;
+    own[1] = begin + static_cast<uint32_t>(sizeof(Memory::own[0]));
+    slots = begin + static_cast<uint32_t>(offsetof(Memory, slots));
+    statistics = begin + static_cast<uint32_t>(offsetof(Memory, statistics));
+    pipeline.barriers = begin + static_cast<uint32_t>(offsetof(Memory, barriers));
   }
   __device__ __forceinline__ uint32_t item(int n) const {
-    return slots + static_cast<uint32_t>(n % Shape::kSlots * Shape::Others::kBytes);
+    return slots + static_cast<uint32_t>(n % Shape::kSlots * static_cast<int>(sizeof(Memory::slots[0])));
   }
-  __device__ __forceinline__ uint32_t values_of(int n) const {
-    return values + static_cast<uint32_t>(n % Shape::kSlots * Shape::kValueBytes);
+  __device__ __forceinline__ uint32_t statistics_of(int n) const {
+    return statistics + static_cast<uint32_t>(n % Shape::kSlots * static_cast<int>(sizeof(Memory::statistics[0])));
   }
 };
 
-// acc = own rows @ other rows^T, of a warpgroup whose own rows begin at `row`. Both operands are read from shared
-// memory: ptxas overwrites a left operand that stays in registers for the whole loop (attention_sm90.md).
+// acc = own rows @ streamed rows^T, for a warpgroup whose own rows begin at `row`. Both operands come from shared
+// memory: ptxas overwrites a left operand that stays in registers for the whole loop (measured.md).
 template <class T, int D, class Shape, int NT>
-__device__ __forceinline__ void begin_own_rows(float (&acc)[1][NT][4], const BackwardMemorySm90<Shape>& memory,
-                                               int which, int row, uint32_t others) {
+__device__ __forceinline__ void begin_own_rows(float (&acc)[1][NT][4], const BackwardMemory<Shape>& memory, int which,
+                                               int row, uint32_t streamed) {
   ptx::wgmma_fence();
-  begin_rows<T, D, Shape::kRows>(acc, memory.own[which], row, others);
+  begin_rows<T, D, Shape::kRows>(acc, memory.own[which], row, streamed);
   ptx::wgmma_commit();
 }
 
-}  // namespace torchweld::cuda
+}  // namespace torchweld::cuda::attention::sm90

@@ -1,51 +1,58 @@
-// The gradient of a bias on Hopper: sm80/backward_bias.cuh with the products of wgmma, and the tiles of the next
-// scores on their way meanwhile.
+// The kernel backward_bias on Hopper: as in sm80/, with wgmma, and the loads of the next tile overlap the products.
 #pragma once
 
-#include "cuda/attention/sm80/backward_bias.cuh"
-#include "cuda/attention/sm90/ring.cuh"
+#include "cuda/attention/backward_bias.cuh"
+#include "cuda/attention/sm90/pipeline.cuh"
 
-namespace torchweld::cuda {
+namespace torchweld::cuda::attention::sm90 {
 
-// Items 4n to 4n + 3: queries, keys, doutput and values of tile n of scores.
+// Items 4n to 4n + 3 are the queries, keys, doutput and values of tile n of scores.
 template <int D>
-struct BiasShapeSm90 {
+struct BiasShape {
   static constexpr int kGroups = 2, kThreads = (1 + kGroups) * kWarpgroup, kRows = 128, kKeys = 128;
   static constexpr int kSlots = D <= 64 ? 8 : D <= 128 ? 6 : 3;
   static constexpr int kRegisters = 240, kLoaderRegisters = 24;
   using Item = Panels<D, 128>;
-  using Ring = Slots<kSlots, kGroups * 4>;
-  static constexpr int kBytes = AlignedMemory::kBytes + kSlots * Item::kBytes + Ring::kBarrierBytes;
-  static_assert(kBytes <= 227 * 1024 && BiasTile<kRows, kKeys>::kBytes <= kSlots * Item::kBytes);
+  using Pipeline = LoadPipeline<kSlots, kGroups * 4>;
+
+  // Shared memory, from a multiple of 1024 bytes on. After the loop the slots hold BiasTile::Sums.
+  struct Memory {
+    uint8_t slots[kSlots][Item::kBytes];
+    typename Pipeline::Barriers barriers;
+  };
+  static constexpr int kBytes = AlignedMemory::kBytes + static_cast<int>(sizeof(Memory));
+  static_assert(kBytes <= 227 * 1024 && sizeof(typename BiasTile<kRows, kKeys>::Sums) <= sizeof(Memory::slots));
 };
 
 template <class T, int D>
-__global__ void __launch_bounds__(BiasShapeSm90<D>::kThreads, 1)
-    differentiate_bias_sm90(const __grid_constant__ Backward p) {
-  using Shape = BiasShapeSm90<D>;
+__global__ void __launch_bounds__(BiasShape<D>::kThreads, 1) backward_bias(const __grid_constant__ Backward p) {
+  using Shape = BiasShape<D>;
+  using Memory = typename Shape::Memory;
   constexpr int NT = Shape::kKeys / 8;
   const BiasTile<Shape::kRows, Shape::kKeys> tile(p, blockIdx.x);
   const uint32_t slots = AlignedMemory::begin();
-  const typename Shape::Ring ring{slots + Shape::kSlots * Shape::Item::kBytes};
-  auto slot = [&](int item) { return slots + static_cast<uint32_t>(item % Shape::kSlots * Shape::Item::kBytes); };
-  ring.init();
+  const typename Shape::Pipeline pipeline{slots + static_cast<uint32_t>(offsetof(Memory, barriers))};
+  auto slot = [&](int item) {
+    return slots + static_cast<uint32_t>(item % Shape::kSlots * static_cast<int>(sizeof(Memory::slots[0])));
+  };
+  pipeline.init();
 
   if (warpgroup() == 0) {
     ptx::registers_decrease<Shape::kLoaderRegisters>();
-    typename Shape::Ring::Filling filling{ring};
+    typename Shape::Pipeline::Producer producer{pipeline};
     tile.for_each_score([&](const Head& head, int i0, int j0) {
-      const SeenKeys<1> seen(head, i0, Shape::kRows);
-      const BackwardRows<T> all(p, head, seen.begin, seen.end);
+      const VisibleKeys<1> visible(head, i0, Shape::kRows);
+      const BackwardRows<T> all(p, head, visible.begin, visible.end);
 #pragma unroll 1
       for (int which = 0; which < 4; ++which)
-        filling.add([&](int item) {
+        producer.load([&](int item) {
           const Rows<T> queries = which < 2 ? Rows<T>(all.query) : Rows<T>(all.doutput);
           const Rows<T> keys = which < 2 ? Rows<T>(all.key) : Rows<T>(all.value);
           const Rows<T> rows = which % 2 == 0 ? Rows<T>(queries) : Rows<T>(keys);
           load_tile<T, D, 128, kWarpgroup, typename Shape::Item>(slot(item), rows, which % 2 == 0 ? i0 : j0);
         });
     });
-    filling.end();
+    producer.finish();
     return;
   }
   ptx::registers_increase<Shape::kRegisters>();
@@ -56,18 +63,18 @@ __global__ void __launch_bounds__(BiasShapeSm90<D>::kThreads, 1)
     // Products.
     float s[1][NT][4], ds[1][NT][4];
     auto begin = [&](float (&acc)[1][NT][4], int left) {
-      ring.await(left);
-      ring.await(left + 1);
+      pipeline.wait(left);
+      pipeline.wait(left + 1);
       ptx::wgmma_fence();
       begin_rows<T, D, Shape::kRows>(acc, slot(left), row, slot(left + 1));
       ptx::wgmma_commit();
     };
     auto release = [&](int left) {
-      ring.release(left);
-      ring.release(left + 1);
+      pipeline.release(left);
+      pipeline.release(left + 1);
     };
     begin(s, item);
-    if constexpr (Shape::kSlots < 4) {  // there is no room for all
+    if constexpr (Shape::kSlots < 4) {  // the slots do not hold all four items
       ptx::wgmma_wait<0>();
       release(item);
     }
@@ -78,36 +85,35 @@ __global__ void __launch_bounds__(BiasShapeSm90<D>::kThreads, 1)
     item += 4;
 
     // Gradients of scores.
-    const RowValues<1> values(p, head, i0 + warp_row);
-    const Cells<false> cells{head, i0 + warp_row, j0};
-    const bool whole = head.sees_all(i0 + row, 64, j0, Shape::kKeys), drops = p.dropout.seed != nullptr;
-    Kept<false, 1, NT> kept;
-    if (drops) kept.draw(p.dropout, head.values, i0 + warp_row, j0);
-    subtract_delta(p, ds, drops, kept, [&](int m, int, int e) { return values.gradient[m][e / 2]; });
-    modify(p, cells, whole, s, ds, false);
-    if (!whole) {
-      hide(cells, s, -infinity());
-      hide(cells, ds, 0.0f);
+    const RowStatistics<1> statistics(p, head, i0 + warp_row);
+    const ScorePositions<false> positions{head, i0 + warp_row, j0};
+    const bool unmasked = head.all_visible(i0 + row, 64, j0, Shape::kKeys), uses_dropout = p.dropout.seed != nullptr;
+    DropoutMask<false, 1, NT> keep;
+    if (uses_dropout) keep.generate(p.dropout, head.statistics_begin, i0 + warp_row, j0);
+    subtract_delta(p, ds, uses_dropout, keep, [&](int m, int, int e) { return statistics.gradient[m][e / 2]; });
+    modify_scores(p, positions, unmasked, s, ds, false);
+    if (!unmasked) {
+      mask_out(positions, s, -infinity());
+      mask_out(positions, ds, 0.0f);
     }
-    weigh(s, p.unit, [&](int m, int, int e) { return values.softmax[m][e / 2]; });
+    recompute_probabilities(s, p.scale_log2, [&](int m, int, int e) { return statistics.softmax[m][e / 2]; });
     for_each<1, NT>([&](int m, int n, int e) { sum[m][n][e] += ds[m][n][e] * s[m][n][e]; });
   });
 
-  // Store, from where the last tiles have been.
-  constexpr int kStoring = Shape::kGroups * kWarpgroup;
-  ptx::barrier_sync(1, kStoring);
+  // Store, through the memory of the slots.
+  sync_consumers<Shape::kGroups>();
   tile.leave(slots, warp_row, sum);
-  ptx::barrier_sync(1, kStoring);
-  tile.template store<kStoring>(slots, static_cast<int>(threadIdx.x) - kWarpgroup);
+  sync_consumers<Shape::kGroups>();
+  tile.template store<Shape::kGroups * kWarpgroup>(slots, static_cast<int>(threadIdx.x) - kWarpgroup);
 }
 
 template <class T, int D>
-void launch_bias_sm90(Backward p, Stream stream) {
-  using Shape = BiasShapeSm90<D>;
-  p.packets = reads_packets<T>(p);
+void launch_bias(Backward p, Stream stream) {
+  using Shape = BiasShape<D>;
+  p.vectorized = reads_vectorized<T>(p);
   const dim3 grid = BiasTile<Shape::kRows, Shape::kKeys>::grid(p);
   if (grid.x == 0) return;
-  launch("attention_backward", differentiate_bias_sm90<T, D>, grid, dim3(Shape::kThreads), Shape::kBytes, stream, p);
+  launch("attention_backward", backward_bias<T, D>, grid, dim3(Shape::kThreads), Shape::kBytes, stream, p);
 }
 
-}  // namespace torchweld::cuda
+}  // namespace torchweld::cuda::attention::sm90

@@ -1,17 +1,17 @@
-// Tiles as Hopper's tensor cores read them, out of shared memory by descriptor, and their products.
+// Tiles of shared memory as wgmma reads them by descriptor, and their products.
 //
-// A tile of R rows is cut into panels of 64 columns: a panel's rows are 128 bytes, and chunk c (16 bytes) of row r lies
-// at place c ^ r % 8, which wgmma calls the swizzle of 128 bytes. Tiles begin on 1024 bytes.
+// A tile of R rows is cut into panels of 64 columns. A panel's row has 128 bytes, and chunk c (16 bytes) of row r is at
+// place c ^ r % 8: the 128-byte swizzle of wgmma. Tiles begin on 1024 bytes.
 #pragma once
 
 #include "cuda/attention/scores.cuh"
 #include "cuda/ptx_sm90.cuh"
 
-namespace torchweld::cuda {
+namespace torchweld::cuda::attention::sm90 {
 
 constexpr int kWarpgroup = 128;  // threads
 
-// The same for all lanes of a warp, as the compiler is told.
+// The shuffle tells the compiler that all lanes of a warp have the same number.
 __device__ __forceinline__ int warpgroup() {
   return __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / kWarpgroup, 0);
 }
@@ -26,8 +26,8 @@ struct Panels {
     return static_cast<uint32_t>(chunk / 8 * kPanelBytes + row * kRowBytes + ((chunk % 8 ^ row % 8) << 4));
   }
 
-  // An operand whose K runs along the columns of the tile, or along its rows: of the 16 of a step. Addresses in a
-  // descriptor count 16 bytes, and no sum runs over into the next field: there are less than 256 KB.
+  // The descriptor of step `step` (16 elements of K) of an operand whose K runs along the columns, or along the rows,
+  // of the tile. A descriptor counts addresses in 16 bytes; below 256 KB no sum overflows into the next field.
   static __device__ __forceinline__ uint64_t columns(uint64_t tile, int step) {
     return tile + (step / 4 * kPanelBytes + step % 4 * 32) / 16;
   }
@@ -37,13 +37,13 @@ struct Panels {
   }
 };
 
-// A left operand in registers: 16 rows per warp of an accumulator's columns, 16 to a step.
+// A left operand in registers: 16 rows per warp of an accumulator, 16 columns per step.
 template <int NT>
-struct Lefts {
+struct RegisterOperand {
   uint32_t words[NT / 2][4];
 
   template <class T>
-  __device__ __forceinline__ void take(const float (&acc)[1][NT][4]) {
+  __device__ __forceinline__ void from_accumulator(const float (&acc)[1][NT][4]) {
 #pragma unroll
     for (int n = 0; n < NT; ++n)
 #pragma unroll
@@ -52,9 +52,9 @@ struct Lefts {
   }
 };
 
-// Its columns, 8 * NT, to 16 rows of a tile of one panel, from `row` on.
+// Stores 8 * NT columns to 16 rows, from `row` on, of a tile of one panel.
 template <int NT>
-__device__ __forceinline__ void store_panel(uint32_t tile, int row, const Lefts<NT>& left) {
+__device__ __forceinline__ void store_panel(uint32_t tile, int row, const RegisterOperand<NT>& left) {
   static_assert(NT == 8);
 #pragma unroll
   for (int n = 0; n < NT; ++n)
@@ -64,8 +64,9 @@ __device__ __forceinline__ void store_panel(uint32_t tile, int row, const Lefts<
                         left.words[n / 2][n % 2 * 2 + half]);
 }
 
-// acc = left @ right^T: 64 rows of the tile at `left`, from `row` on, with all 8 * NT rows of the one at `right`. Like
-// all products here it is begun, not awaited: acc, and words of a left operand, may not be touched before that.
+// acc = left @ right^T for 64 rows of the tile at `left`, from `row` on, and all 8 * NT rows of the tile at `right`.
+// This and begin_columns() start a product: acc and a left operand in registers may not be touched until it is waited
+// for.
 template <class T, int D, int L, int NT>
 __device__ __forceinline__ void begin_rows(float (&acc)[1][NT][4], uint32_t left, int row, uint32_t right) {
   const uint64_t a = Panels<D, L>::descriptor(left + row * Panels<D, L>::kRowBytes);
@@ -77,11 +78,12 @@ __device__ __forceinline__ void begin_rows(float (&acc)[1][NT][4], uint32_t left
 
 // acc += left @ tile, over the 8 * NT rows of the tile.
 template <class T, int D, int NT>
-__device__ __forceinline__ void begin_columns(float (&acc)[1][D / 8][4], const Lefts<NT>& left, uint32_t tile) {
+__device__ __forceinline__ void begin_columns(float (&acc)[1][D / 8][4], const RegisterOperand<NT>& left,
+                                              uint32_t tile) {
   const uint64_t b = Panels<D, 8 * NT>::descriptor(tile);
 #pragma unroll
   for (int step = 0; step < NT / 2; ++step)
     ptx::wgmma<T, D, true>(acc[0], left.words[step], Panels<D, 8 * NT>::rows(b, step), true);
 }
 
-}  // namespace torchweld::cuda
+}  // namespace torchweld::cuda::attention::sm90

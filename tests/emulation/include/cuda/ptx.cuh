@@ -1,4 +1,4 @@
-// Stands in for csrc/cuda/ptx.cuh: each of its instructions in C++, on what the lanes of a warp bring together.
+// Replaces csrc/cuda/ptx.cuh: each of its instructions in C++, on top of the machine's collectives.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -19,7 +19,7 @@ inline float4 load_shared_floats(uint32_t address) {
   return shared<float4>(address);
 }
 
-// Said to the machine, since an ldmatrix may read it and not every variant watches plain accesses.
+// Checked explicitly: an ldmatrix may read it, and not every variant checks plain accesses.
 template <class T>
 void store_shared(uint32_t address, T value) {
   emulation::check_write(emulation::shared_pointer(address), sizeof(T), sizeof(T));
@@ -32,7 +32,7 @@ struct LoadLane {
   uint32_t words[4], address;
 };
 
-// element(row, lane) is what of a row of 16 bytes goes to a lane, row by row of each matrix.
+// element(rows, lane) is the word that a lane gets of a matrix of 8 rows.
 template <class F>
 void load_matrices(const char* name, uint32_t (&words)[4], uint32_t address, F&& element) {
   emulation::check_read(emulation::shared_pointer(address), 16, 16);
@@ -64,7 +64,7 @@ struct MultiplyLane {
   uint32_t a[4], b[2];
 };
 
-// c += a @ b over K columns of a; a_of(lane, word, k) and b_of are the numbers that words hold, K / 8 to a word.
+// c += a @ b over the K columns of a. number(word, p) is number p of the K / 8 numbers in a word.
 template <int K, class Number>
 __attribute__((no_sanitize_thread)) void multiply_lanes(const emulation::Lanes<MultiplyLane>& lanes, Number&& number) {
   typedef double Row __attribute__((vector_size(64)));

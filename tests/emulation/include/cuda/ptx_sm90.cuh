@@ -1,4 +1,4 @@
-// Stands in for csrc/cuda/ptx_sm90.cuh: each of its instructions in C++, on the asynchronous part of the machine.
+// Replaces csrc/cuda/ptx_sm90.cuh: each of its instructions in C++, on top of the machine's asynchronous part.
 #pragma once
 
 #include <cuda.h>

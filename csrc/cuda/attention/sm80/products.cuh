@@ -1,33 +1,45 @@
-// Products of tiles by tensor cores.
+// Products of tiles on tensor cores.
 //
-// They are accumulated as mma leaves them: acc[m][n][e] of lane 4 * g + t is row 16 * m + g (+ 8 if e > 1), column
+// Accumulators have the layout of mma: acc[m][n][e] of lane 4 * g + t is row 16 * m + g (+ 8 if e > 1), column
 // 8 * n + 2 * t (+ 1 if e is odd).
 //
-// A step of a product takes 32 bytes of a row: 16 elements of 16 bits, or 8 floats. Floats go through TF32 as two
-// numbers each, high + low, and three products (low * low is below fp32's own rounding). Tensor cores round sums
-// towards zero, errors that add up: with floats they sum one step from zero, and steps are added outside of them.
-// (Ootomo, Yokota: Recovering single precision accuracy from Tensor Cores, arXiv:2203.03341.)
+// A step of a product takes 32 bytes of each row: 16 elements of 16 bits, or 8 floats. A float is split into two TF32
+// numbers, high + low, and a product of floats into three products (low * low is below the rounding of fp32). Tensor
+// cores round sums towards zero, and these errors add up. So a product of floats sums one step from zero on tensor
+// cores and adds the steps outside of them. (Ootomo, Yokota: Recovering single precision accuracy from Tensor Cores,
+// arXiv:2203.03341.)
 #pragma once
 
+#include "cuda/attention/instances.h"
 #include "cuda/attention/tile.cuh"
 
-namespace torchweld::cuda {
+namespace torchweld::cuda::attention::sm80 {
 
-// The left operand of one step: 16 rows by 32 bytes, as mma takes it. low: floats only.
+// True while the sm_90a code of a kernel that sm90/ replaces is compiled: its body stays empty.
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+template <class T, int D>
+constexpr bool kReplacedOnHopper = kHasSm90<T, D>;
+#else
+template <class T, int D>
+constexpr bool kReplacedOnHopper = false;
+#endif
+
+// The left operand of one step: 16 rows by 32 bytes, in the layout of mma. Floats are split into high and low.
 template <class T>
-struct Left {
+struct LeftOperand {
   static constexpr bool kSplit = sizeof(T) == 4;
   uint32_t high[4], low[kSplit ? 4 : 1];
 
-  // `address`: that of chunk lane / 16 of row lane % 16.
+  // address: chunk lane / 16 of row lane % 16.
   __device__ __forceinline__ void load(uint32_t address) {
     ptx::ldmatrix(high, address);
     if constexpr (kSplit) split();
   }
 
-  // Of an accumulator: its next two tiles of 8 columns are 16 columns of 16 bits, the next one is 8 floats. Of those
-  // column 2t takes the place of t, and 2t + 1 that of t + 4; `multiply_columns` orders the right operand likewise.
-  __device__ __forceinline__ void take(const float (*c)[4]) {
+  // Takes 16 columns (16-bit elements: the next two tiles of 8) or 8 columns (floats: the next tile) of an accumulator.
+  // With floats column 2t takes the place of column t and 2t + 1 that of t + 4; multiply_columns permutes the rows of
+  // the right operand in the same way.
+  __device__ __forceinline__ void from_accumulator(const float (*c)[4]) {
     if constexpr (kSplit) {
       for (int w = 0; w < 4; ++w) high[w] = __float_as_uint(c[0][w / 2 + w % 2 * 2]);
       split();
@@ -47,10 +59,10 @@ struct Left {
   }
 };
 
-// kTransposed: the sums are those of the product of the right rows with the left ones, to the last bit.
+// kTransposed: the result has the bits of the product with its operands exchanged.
 template <class T, bool kTransposed = false>
-__device__ __forceinline__ void multiply(float (&c)[4], const Left<T>& a, uint32_t b0, uint32_t b1) {
-  if constexpr (Left<T>::kSplit) {
+__device__ __forceinline__ void multiply(float (&c)[4], const LeftOperand<T>& a, uint32_t b0, uint32_t b1) {
+  if constexpr (LeftOperand<T>::kSplit) {
     const float v0 = __uint_as_float(b0), v1 = __uint_as_float(b1);
     const uint32_t high0 = ptx::to_tf32(v0), high1 = ptx::to_tf32(v1);
     float sum[4] = {};
@@ -66,7 +78,7 @@ __device__ __forceinline__ void multiply(float (&c)[4], const Left<T>& a, uint32
   }
 }
 
-// acc = left @ right^T: the products of 16 * MT rows of the tile at `left` with 8 * NT rows of the tile at `right`.
+// acc = left @ right^T for 16 * MT rows of the tile at `left` and 8 * NT rows of the tile at `right`.
 template <class T, int D, bool kTransposed = false, int MT, int NT>
 __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t left, uint32_t right) {
   static_assert(NT % 2 == 0);
@@ -76,13 +88,14 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t 
     for (int n = 0; n < NT; ++n)
 #pragma unroll
       for (int e = 0; e < 4; ++e) acc[m][n][e] = 0.0f;
-  const int own = lane_anew();
+  const int own = opaque_lane();
   const typename Tile<T, D>::Cursor lefts(left, own % 16, own / 16);
   const typename Tile<T, D>::Cursor rights(right, own % 16, own / 16);
-  constexpr int kUnroll = Left<T>::kSplit ? 1 : Tile<T, D>::kSteps;  // sums of many steps would not fit the registers
+  constexpr int kUnroll =
+      LeftOperand<T>::kSplit ? 1 : Tile<T, D>::kSteps;  // the sums of many steps would not fit the registers
 #pragma unroll kUnroll
   for (int step = 0; step < Tile<T, D>::kSteps; ++step) {
-    Left<T> a[MT];
+    LeftOperand<T> a[MT];
 #pragma unroll
     for (int m = 0; m < MT; ++m) a[m].load(lefts.at(16 * m, 2 * step));
 #pragma unroll
@@ -98,28 +111,28 @@ __device__ __forceinline__ void multiply_rows(float (&acc)[MT][NT][4], uint32_t 
   }
 }
 
-// acc += weights @ tile: weights, 16 * MT by 8 * NT, as an accumulator; the tile's first 8 * NT rows, of which columns
-// from `size` on are zeros. With floats it stops there, and has fewer columns in registers at once.
+// acc += probabilities @ tile, for the first 8 * NT rows of the tile. Its columns from `size` on are zeros. With floats
+// the loop stops there: fewer columns are in registers at once.
 template <class T, int D, int MT, int NT>
-__device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], const float (&weights)[MT][NT][4],
+__device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], const float (&probabilities)[MT][NT][4],
                                                  uint32_t tile, int size) {
-  constexpr int kTiles = Left<T>::kSplit ? 1 : 2;  // of 8 columns, that one step takes
+  constexpr int kTiles = LeftOperand<T>::kSplit ? 1 : 2;  // tiles of 8 columns per step
   static_assert(NT % kTiles == 0);
-  const int own = lane_anew();
-  const typename Tile<T, D>::Cursor even = Left<T>::kSplit
+  const int own = opaque_lane();
+  const typename Tile<T, D>::Cursor even = LeftOperand<T>::kSplit
                                                ? typename Tile<T, D>::Cursor(tile, lane_column(), lane_row() / 4)
                                                : typename Tile<T, D>::Cursor(tile, own % 16, own / 16);
   const typename Tile<T, D>::Cursor odd(tile, lane_column() + 1, lane_row() / 4);  // floats only
 #pragma unroll
   for (int step = 0; step < NT / kTiles; ++step) {
-    Left<T> a[MT];
+    LeftOperand<T> a[MT];
 #pragma unroll
-    for (int m = 0; m < MT; ++m) a[m].take(weights[m] + step * kTiles);
+    for (int m = 0; m < MT; ++m) a[m].from_accumulator(probabilities[m] + step * kTiles);
 #pragma unroll
     for (int n = 0; n < D / 8; n += 2) {
-      if (Left<T>::kSplit && n % 4 == 0 && 8 * n >= size) break;
+      if (LeftOperand<T>::kSplit && n % 4 == 0 && 8 * n >= size) break;
       uint32_t b[4];
-      if constexpr (Left<T>::kSplit) {
+      if constexpr (LeftOperand<T>::kSplit) {
         // Rows 2t and 2t + 1 at column g; two chunks hold 8 columns.
 #pragma unroll
         for (int w = 0; w < 4; ++w)
@@ -136,10 +149,10 @@ __device__ __forceinline__ void multiply_columns(float (&acc)[MT][D / 8][4], con
   }
 }
 
-// An accumulator to the first 16 * MT rows of the tile at `tile`, of 8 * NT elements of 16 bits.
+// Stores an accumulator to the first 16 * MT rows of the tile at `tile`, which has 8 * NT elements of 16 bits per row.
 template <class T, int MT, int NT>
 __device__ __forceinline__ void store_tile(uint32_t tile, const float (&acc)[MT][NT][4]) {
-  const int own = lane_anew();
+  const int own = opaque_lane();
 #pragma unroll
   for (int m = 0; m < MT; ++m)
 #pragma unroll
@@ -150,17 +163,18 @@ __device__ __forceinline__ void store_tile(uint32_t tile, const float (&acc)[MT]
                           pack<T>(acc[m][n][2 * half], acc[m][n][2 * half + 1]));
 }
 
-// acc += left^T @ right, over R rows of two tiles: 16 columns of the left one, of L, from chunk `row` on, and 8 * NT of
-// the right one, of D, from chunk `column` on. Elements of 16 bits.
+// acc += left^T @ right over R rows of two tiles of 16-bit elements. The left tile has rows of L elements, of which 16
+// columns from chunk `row` on count; the right tile has rows of D, of which 8 * NT columns from chunk `column` on
+// count.
 template <class T, int L, int D, int R, int NT>
 __device__ __forceinline__ void multiply_transposed(float (&acc)[1][NT][4], uint32_t left, int row, uint32_t right,
                                                     int column) {
-  const int own = lane_anew();
+  const int own = opaque_lane();
   const typename Tile<T, L>::Cursor lefts(left, own % 8 + own / 16 * 8, row + own / 8 % 2);
   const typename Tile<T, D>::Cursor rights(right, own % 16, column + own / 16);
 #pragma unroll
   for (int step = 0; step < R / 16; ++step) {
-    Left<T> a;
+    LeftOperand<T> a;
     ptx::ldmatrix_transposed(a.high, lefts.at(16 * step, 0));
 #pragma unroll
     for (int n = 0; n < NT; n += 2) {
@@ -172,4 +186,4 @@ __device__ __forceinline__ void multiply_transposed(float (&acc)[1][NT][4], uint
   }
 }
 
-}  // namespace torchweld::cuda
+}  // namespace torchweld::cuda::attention::sm80
