@@ -25,8 +25,8 @@ if os.environ.get("CI"):
     settings.load_profile("same")
 
 
-# Files that are slow as a whole: they compile, or sweep torch's data bases of operators, modules and optimizers, families
-# of models, trainers and sizes.
+# Files that are slow as a whole: they compile, or sweep torch's data bases (operators, modules, optimizers), families of
+# models, trainers and sizes.
 SLOW = {
     *("test_op_db.py", "test_module_db.py", "test_optim_db.py", "test_large_shapes.py"),
     *("test_hugging_face_families.py", "test_trainers.py", "test_models.py", "test_accelerate.py"),

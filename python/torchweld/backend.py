@@ -59,9 +59,7 @@ if TYPE_CHECKING:
         GRAD_NORM_BLOCKS: int
         adamw_ = staticmethod(_cpu.adamw_)
         attention_backward = staticmethod(_cpu.attention_backward)
-        attention_backward_workspace = staticmethod(_cpu.attention_backward_workspace)
         attention_forward = staticmethod(_cpu.attention_forward)
-        attention_forward_workspace = staticmethod(_cpu.attention_forward_workspace)
         cross_entropy_backward = staticmethod(_cpu.cross_entropy_backward)
         cross_entropy_forward = staticmethod(_cpu.cross_entropy_forward)
         gelu_backward = staticmethod(_cpu.gelu_backward)
@@ -72,7 +70,6 @@ if TYPE_CHECKING:
         layer_norm_forward_workspace = staticmethod(_cpu.layer_norm_forward_workspace)
         layer_norm_workspace = staticmethod(_cpu.layer_norm_workspace)
         paged_attention = staticmethod(_cpu.paged_attention)
-        paged_attention_workspace = staticmethod(_cpu.paged_attention_workspace)
         sgd_ = staticmethod(_cpu.sgd_)
 
 
