@@ -25,12 +25,10 @@ if os.environ.get("CI"):
     settings.load_profile("same")
 
 
-# Files that are slow as a whole: they compile, or sweep torch's data bases (operators, modules, optimizers), families of
-# models, trainers and sizes.
-SLOW = {
+# Files that sweep torch's data bases of operators, modules and optimizers, families of models, trainers, sizes.
+SWEEPS = {
     *("test_op_db.py", "test_module_db.py", "test_optim_db.py", "test_large_shapes.py"),
     *("test_hugging_face_families.py", "test_trainers.py", "test_models.py", "test_accelerate.py"),
-    "test_vector_functions.py",
 }
 
 
@@ -43,7 +41,7 @@ def pytest_xdist_auto_num_workers() -> int:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     reason = backend.unavailable("cuda")
     for item in items:
-        if item.path.name in SLOW:
+        if item.path.name in SWEEPS:
             item.add_marker(pytest.mark.slow)
         if reason and item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=f"no CUDA kernels here: {reason}"))

@@ -134,6 +134,15 @@ def test_nothing_is_written_outside_the_tensors(isa: str) -> None:
             assert not block[guard:-guard].isnan().any()
 
 
+def test_without_a_first_moment_the_mean_is_the_gradient(isa: str) -> None:
+    """As of torch's lerp. The old mean, plus the gradient's distance from it, would round."""
+    for dtype in (F32, BF16):
+        lists = make([(1009,)], dtype, dtype, F32)
+        lists[MEAN][0].mul_(1e5)
+        ops.adamw_(*lists, **{**HYPER, "beta1": 0.0})
+        assert torch.equal(lists[MEAN][0], lists[GRAD][0].float())
+
+
 def test_a_bad_gradient_stays_in_its_own_element(isa: str) -> None:
     clean, bad = make([(100,), (40,)]), make([(100,), (40,)])
     bad[GRAD][0][7], bad[GRAD][0][20], bad[GRAD][1][3] = math.nan, math.inf, -math.inf

@@ -67,13 +67,15 @@ void backward_row(const CrossEntropyBackwardParams& p, int64_t m, bool streaming
   const double smoothing = p.smoothing, other = smoothing / static_cast<double>(V);
   const float others = static_cast<float>(other), own = static_cast<float>(1.0 - smoothing + other);
   const float max = p.max[m], dloss = p.dloss[m], inverse = 1.0f / p.sum[m];
-  for_each_vector(V, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-    const Vec probability = exp2<6>((load(x + i, lanes) - max) * kLog2e) * inverse;
-    Vec v = probability - others;
-    if (static_cast<uint64_t>(target - i) < static_cast<uint64_t>(W)) v[target - i] = probability[target - i] - own;
-    v = v * dloss;
-    store_output(dx + i, v, lanes, streaming);
-  });
+  for_each_value(
+      V,
+      [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+        const Vec probability = exp2<6>((load(x + i, lanes) - max) * kLog2e) * inverse;
+        Vec v = probability - others;
+        if (static_cast<uint64_t>(target - i) < static_cast<uint64_t>(W)) v[target - i] = probability[target - i] - own;
+        return v * dloss;
+      },
+      [&](int64_t i, auto v, auto lanes) __attribute__((always_inline)) { store_output(dx + i, v, lanes, streaming); });
 }
 
 }  // namespace

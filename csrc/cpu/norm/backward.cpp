@@ -36,23 +36,27 @@ TW_INLINE void input_gradient(const LayerNormBackwardParams& p, int64_t m, float
   T* dx = p.dx != nullptr ? row<T>(p.dx, m, N) : nullptr;
 
   auto pass = [&](auto&& dsum, auto&& store_dx) __attribute__((always_inline)) {
-    for_each_vector(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      const Vec v = (g(i, lanes) - mean_g - xhat(i, lanes) * mean_gx) * rstd + dsum(i, lanes);
-      if (dinput != nullptr) store_output(dinput + i, v, lanes, streaming);
-      store_dx(i, v, lanes);
-    });
+    for_each_value(
+        N,
+        [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+          return (g(i, lanes) - mean_g - xhat(i, lanes) * mean_gx) * rstd + dsum(i, lanes);
+        },
+        [&](int64_t i, auto v, auto lanes) __attribute__((always_inline)) {
+          if (dinput != nullptr) store_output(dinput + i, v, lanes, streaming);
+          store_dx(i, v, lanes);
+        });
   };
   auto with_dsum = [&](auto&& store_dx) __attribute__((always_inline)) {
     if (ds == nullptr) return pass([](int64_t, auto) __attribute__((always_inline)) { return Vec{}; }, store_dx);
     pass([&](int64_t i, auto lanes) __attribute__((always_inline)) { return load(ds + i, lanes); }, store_dx);
   };
-  if (dx == nullptr) return with_dsum([](int64_t, Vec, auto) __attribute__((always_inline)) {});
+  if (dx == nullptr) return with_dsum([](int64_t, auto, auto) __attribute__((always_inline)) {});
   if (p.dropout.seed == nullptr)
-    return with_dsum([&](int64_t i, Vec v, auto lanes)
+    return with_dsum([&](int64_t i, auto v, auto lanes)
                          __attribute__((always_inline)) { store_output(dx + i, v, lanes, dx_streaming); });
   MaskRow mask(p.dropout, static_cast<uint64_t>(m));
-  with_dsum([&](int64_t i, Vec v, auto lanes)
-                __attribute__((always_inline)) { store_output(dx + i, v * mask.factors(i), lanes, dx_streaming); });
+  with_dsum([&](int64_t i, auto v, auto lanes)
+                __attribute__((always_inline)) { store_output(dx + i, mask.times(i, v), lanes, dx_streaming); });
 }
 
 // One row; dweight and dbias: where its weight gradients are added. buffer: room for two rows as floats.

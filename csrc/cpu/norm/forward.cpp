@@ -5,8 +5,8 @@
 // RMS norm is the same with mean = 0. weight stands for weight + weight_offset.
 //
 // A thread owns whole rows; a row stays in cache, as floats up to kBufferedColumns, between the passes for mean,
-// variance (about that mean, so no cancellation) and output. The pass for the variance also sums what the mean is off
-// by, which matters where the mean is far above the deviation (the corrected two-pass algorithm). Memory is read and
+// variance (about that mean, so no cancellation) and output. Where the mean is far above the deviation, one more pass
+// sums what it is off by (the corrected two-pass algorithm). Memory is read and
 // written once: 2 values per element, 4 with a residual. Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450.
 // Zhang, Sennrich: Root Mean Square Layer Normalization, arXiv:1910.07467. Chan, Golub, LeVeque: Algorithms for
 // Computing the Sample Variance.
@@ -19,18 +19,24 @@
 namespace torchweld::cpu {
 namespace {
 
+constexpr size_t kLine = 64;  // bytes that one prefetch brings
 template <class T>
 constexpr int64_t kFetchedColumns = sizeof(T) == 2 ? 2048 : 16384;
 
-// The moments of s, given the sum of its elements.
+// The moments of s, given the sum of its elements. A mean that is not far above the deviation is off by nothing that
+// shows; else a pass over the deviations finds out by how much.
 template <class S>
 TW_INLINE Moments moments_of(const S* s, int64_t N, float total) {
+  constexpr float kFar = 4.0f;  // squares of twice the deviation
   const float count = static_cast<float>(N), mean = total / count;
-  const PairOfSums sums = sum_over(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-    const Vec centred = load(s + i, lanes) - mean;
-    return Pair{centred, centred * centred};
+  auto centred = [&](int64_t i, auto lanes) __attribute__((always_inline)) { return load(s + i, lanes) - mean; };
+  const float squares = sum_over(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    const Vec v = centred(i, lanes);
+    return v * v;
   });
-  return corrected(mean, sums.first, sums.second, count);
+  const float variance = squares / count;
+  if (__builtin_expect(mean * mean < kFar * variance && squares < __builtin_inff(), 1)) return {mean, 0.0f, variance};
+  return corrected(mean, sum_over(N, centred), squares, count);
 }
 
 // Reads s once by load_s(i, lanes), which leaves it at `s` as well; then the variance and the output. Memory would be
@@ -55,14 +61,30 @@ TW_INLINE void normalise(const LayerNormForwardParams& p, int64_t m, const Weigh
     moments.variance = squares / static_cast<float>(N);
   }
   const float rstd = 1.0f / __builtin_sqrtf(moments.variance + p.eps);
-  const float rest = p.centred ? moments.rest * rstd : 0.0f;  // rstd may be infinite
 
-  // Normalise.
-  for_each_vector(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-    if (fetch) __builtin_prefetch(next + i);
-    const Vec xhat = (load(s + i, lanes) - moments.mean) * rstd - rest;
-    store_output(y + i, xhat * weights.weight(i, lanes) + weights.bias(i, lanes), lanes, streaming);
-  });
+  // Normalise. Few rows have a rest, and RMS norm has neither mean nor bias: each loop has what it needs.
+  auto write = [&](auto&& value) __attribute__((always_inline)) {
+    for_each_value(
+        N,
+        [&](int64_t i, auto lanes)
+            __attribute__((always_inline)) { return value(load(s + i, lanes), weights.weight(i, lanes), i, lanes); },
+        [&](int64_t i, auto v, auto lanes) __attribute__((always_inline)) {
+          if (fetch) __builtin_prefetch(next + i);
+          if (fetch && 2 * W * sizeof(T) > kLine) __builtin_prefetch(next + i + W);
+          store_output(y + i, v, lanes, streaming);
+        });
+  };
+  if (!p.centred && p.bias == nullptr) {
+    write([&](Vec v, Vec weight, int64_t, auto) __attribute__((always_inline)) { return v * rstd * weight; });
+  } else if (moments.rest == 0.0f) {
+    write([&](Vec v, Vec weight, int64_t i, auto lanes)
+              __attribute__((always_inline)) { return (v - moments.mean) * rstd * weight + weights.bias(i, lanes); });
+  } else {
+    const float rest = moments.rest * rstd;
+    write([&](Vec v, Vec weight, int64_t i, auto lanes) __attribute__((always_inline)) {
+      return ((v - moments.mean) * rstd - rest) * weight + weights.bias(i, lanes);
+    });
+  }
   if (p.mean != nullptr) p.mean[m] = moments.mean + moments.rest;
   if (p.rstd != nullptr) p.rstd[m] = rstd;
 }

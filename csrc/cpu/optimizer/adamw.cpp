@@ -1,7 +1,7 @@
 // AdamW and Adam, one step over a list of tensors.
 //
 //   g = sign * clip * grad / grad_scale            (+ weight_decay * p, when it is Adam's L2 term)
-//   m = m + (1 - beta1) * (g - m)                  v = beta2 * v + (1 - beta2) * g^2
+//   m = beta1 * m + (1 - beta1) * g                v = beta2 * v + (1 - beta2) * g^2
 //   p = decay * p - step_size * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //   decay = 1 - lr * weight_decay (AdamW) or 1     step_size = lr / (1 - beta1^t)
 //   sign = -1 to maximize                          clip = min(1, max_grad_norm / (norm + 1e-6))
@@ -39,20 +39,40 @@ TW_INLINE Vec quotient(Vec a, Vec b) {
 #endif
 }
 
+// To two arrays: in bfloat16 both are rounded at once.
+template <class ST, class Lanes>
+TW_INLINE void store_both(ST* p, Vec first, ST* q, Vec second, Lanes lanes) {
+  store(p, first, lanes);
+  store(q, second, lanes);
+}
+#if defined(__SSE2__)
+template <class Lanes>
+TW_INLINE void store_both(bf16* p, Vec first, bf16* q, Vec second, Lanes lanes) {
+  VecH halves[2];
+  const VecHH both = narrow_bf16(Pair{first, second});
+  std::memcpy(halves, &both, sizeof both);
+  store_bits(p, halves[0], lanes);
+  store_bits(q, halves[1], lanes);
+}
+#endif
+
 struct AdamWRule {
   float gain1, keep2, gain2, eps, l2;
+
+  template <class ST>
+  TW_INLINE void fetch(const OptimizerTensor& t, int64_t i) const {
+    prefetch(at<ST>(t.state[0], i));
+    prefetch(at<ST>(t.state[1], i));
+  }
 
   template <class ST, class Lanes>
   TW_INLINE Vec operator()(const OptimizerTensor& t, Vec p, Vec g, int64_t i, Lanes lanes) const {
     ST *exp_avg = at<ST>(t.state[0], i), *exp_avg_sq = at<ST>(t.state[1], i);
-    prefetch(exp_avg);
-    prefetch(exp_avg_sq);
     if (l2 != 0) g = g + l2 * p;
     Vec m = load(exp_avg, lanes), v = load(exp_avg_sq, lanes);
-    m = m + gain1 * (g - m);
+    m = (m - gain1 * m) + gain1 * g;  // exactly g where beta1 is 0, as in torch
     v = keep2 * v + gain2 * g * g;
-    store(exp_avg, m, lanes);
-    store(exp_avg_sq, v, lanes);
+    store_both(exp_avg, m, exp_avg_sq, v, lanes);
     if (t.state[2] != nullptr) {
       ST* largest = at<ST>(t.state[2], i);
       v = vmax(load(largest, lanes), v);

@@ -16,7 +16,7 @@ float sum_of_squares(const GT* grad, int64_t n) {
   Vec total{};
   for (int64_t i = 0; i < quarter;) {
     Vec sums[4] = {};
-    for (const int64_t end = smaller(i + kChain, quarter); i < end; i += W) {
+    for (const int64_t end = min_of(i + kChain, quarter); i < end; i += W) {
       for (int k = 0; k < 4; ++k) {
         const Vec g = load(grad + k * quarter + i);
         sums[k] += g * g;
@@ -36,7 +36,7 @@ float sum_of_squares(const GT* grad, int64_t n) {
 namespace TORCHWELD_ISA {
 
 void grad_norm(const GradNormParams& p) {
-  const int64_t chunks = p.total / kOptimizerChunkCpu, blocks = smaller(chunks, kGradNormBlocks);
+  const int64_t chunks = p.total / kOptimizerChunkCpu, blocks = min_of(chunks, kGradNormBlocks);
   parallel_for(blocks, grain(p.total, blocks), [&](int64_t first, int64_t last) {
     for (int64_t b = first; b < last; ++b) {
       double squares = 0;

@@ -3,7 +3,10 @@
 // the threads part. An optimizer adds a rule: from parameter and gradient to the new parameter, one vector at a time.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/parallel.h"
+#include "cpu/simd/integers.h"
 #include "cpu/simd/random.h"
 #include "cpu/simd/vec.h"
 
@@ -13,8 +16,6 @@ namespace {
 // A list below the first runs on one thread: beside other programs a parallel region may wait for milliseconds, where
 // the work takes a fraction of one. A longer list gives each thread the second at least.
 constexpr int64_t kElementsAlone = 1 << 18, kElementsPerThread = 32768;
-
-inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // How many of the `units` that a list of so many elements is cut into a thread takes at least.
 inline int64_t grain(int64_t elements, int64_t units) {
@@ -26,9 +27,13 @@ T* at(void* base, int64_t index) {
   return static_cast<T*>(base) + index;
 }
 
-// The line that a stream reaches 2 KB later. The step has up to ten streams, in pages of 4 KB: more than a core's own
-// prefetching keeps ahead of.
-TW_INLINE void prefetch(const void* p) { __builtin_prefetch(static_cast<const char*>(p) + 2048); }
+// The lines that two vectors of a stream reach 2 KB later. The step has up to ten streams, in pages of 4 KB: more than
+// a core's own prefetching keeps ahead of.
+template <class T>
+TW_INLINE void prefetch(const T* p) {
+  constexpr size_t kAhead = 2048, kLine = 64, kBytes = 2 * W * sizeof(T);
+  for (size_t at = 0; at < kBytes; at += kLine) __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead + at);
+}
 
 // f(i, begin, end) for the elements of each tensor i that lie in chunks [first, last) of the concatenation.
 template <class F>
@@ -41,7 +46,7 @@ TW_INLINE void for_each_stretch(const OptimizerTensor* tensors, int64_t count, i
   }
   for (; i < count && tensors[i].begin < end; ++i) {
     const OptimizerTensor& t = tensors[i];
-    const int64_t from = begin > t.begin ? begin - t.begin : 0, to = smaller(end - t.begin, t.numel);
+    const int64_t from = begin > t.begin ? begin - t.begin : 0, to = min_of(end - t.begin, t.numel);
     if (from < to) f(i, from, to);
   }
 }
@@ -73,22 +78,45 @@ TW_INLINE VecH narrow_bf16_at_random(Vec v, VecU random) {
   return narrow((bits(v) + added) >> 16);
 }
 
+template <class Lanes>
+TW_INLINE void store_at_random(bf16* p, Vec v, RandomHalves& random, int64_t i, Lanes lanes) {
+  store_bits(p, narrow_bf16_at_random(v, random.at(i)), lanes);
+}
+TW_INLINE void store_at_random(bf16* p, Pair v, RandomHalves& random, int64_t i, Two) {
+  store_at_random(p, v.first, random, i, All{});
+  store_at_random(p + W, v.second, random, i + W, All{});
+}
+
 // ---- Masters
 
 TW_INLINE VecH rounding_of(Vec master, const bf16*) { return narrow_bf16(master); }
 TW_INLINE VecH rounding_of(Vec master, const f16*) { return narrow_f16(master); }
 
+TW_INLINE bool equal(VecH a, VecH b) {
+#if defined(__AVX512F__)
+  return _mm256_cmpneq_epi16_mask((__m256i)a, (__m256i)b) == 0;
+#else
+  const VecH difference = a ^ b;
+  uint64_t words[sizeof difference / 8], any = 0;
+  std::memcpy(words, &difference, sizeof words);
+  for (const uint64_t word : words) any |= word;
+  return any == 0;
+#endif
+}
+
 // What a step starts from: the master, or the parameter where that is not a rounding of the master, for then somebody
-// else has written to it. A step at random leaves one of the master's two neighbours.
+// else has written to it, which is rare. A step at random leaves one of the master's two neighbours.
 template <class T, class Lanes>
 TW_INLINE Vec newest(const float* master, const T* param, bool stochastic, Lanes lanes) {
   const Vec m = load(master, lanes);
-  const VecU found = widen(load_bits(param, lanes));
+  const VecH found = load_bits(param, lanes);
   if (stochastic) {
     const VecU down = widen(narrow_bf16_at_random(m, VecU{})), up = widen(narrow_bf16_at_random(m, VecU{} + 0xffffu));
-    return found == down ? m : found == up ? m : load(param, lanes);
+    return widen(found) == down ? m : widen(found) == up ? m : load(param, lanes);
   }
-  return found == widen(rounding_of(m, param)) ? m : load(param, lanes);
+  const VecH rounded = rounding_of(m, param);
+  if (__builtin_expect(equal(found, rounded), 1)) return m;
+  return widen(found) == widen(rounded) ? m : load(param, lanes);
 }
 
 template <class Lanes>
@@ -130,27 +158,26 @@ void update(const OptimizerTensor t, int64_t index, const Call call, const Rule 
   RandomHalves random(call.seed,
                       (t.step != nullptr ? static_cast<uint64_t>(*t.step) << 32 : 0) | static_cast<uint64_t>(index));
 
-  for_each_vector(end - begin, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-    // Load.
-    prefetch(master != nullptr ? static_cast<const void*>(master + i) : param + i);
-    prefetch(grad + i);
-    Vec p = master != nullptr ? newest(master + i, param + i, call.stochastic, lanes) : load(param + i, lanes);
-    Vec g = load(grad + i, lanes) * call.unscale;
+  auto updated = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    const Vec p = master != nullptr ? newest(master + i, param + i, call.stochastic, lanes) : load(param + i, lanes);
+    const Vec g = load(grad + i, lanes) * call.unscale;
     if (call.write_grad) store(grad + i, call.zero_grads ? zero() : g, lanes);
-
-    // Update.
-    p = rule.template operator()<ST>(t, p, g * call.clip, begin + i, lanes);
-
-    // Store.
-    if (master != nullptr) store(master + i, p, lanes);
-    if constexpr (sizeof(T) == 2) {
-      if (call.stochastic) {
-        store_bits(param + i, narrow_bf16_at_random(p, random.at(begin + i)), lanes);
-        return;
-      }
-    }
-    store(param + i, p, lanes);
-  });
+    return rule.template operator()<ST>(t, p, g * call.clip, begin + i, lanes);
+  };
+  auto put = [&](auto&& store_param) __attribute__((always_inline)) {
+    for_each_value(end - begin, updated, [&](int64_t i, auto p, auto lanes) __attribute__((always_inline)) {
+      master != nullptr ? prefetch(master + i) : prefetch(param + i);
+      prefetch(grad + i);
+      rule.template fetch<ST>(t, begin + i);
+      if (master != nullptr) store(master + i, p, lanes);
+      store_param(i, p, lanes);
+    });
+  };
+  if constexpr (std::is_same_v<T, bf16>)
+    if (call.stochastic)
+      return put([&](int64_t i, auto p, auto lanes)
+                     __attribute__((always_inline)) { store_at_random(param + i, p, random, begin + i, lanes); });
+  put([&](int64_t i, auto p, auto lanes) __attribute__((always_inline)) { store(param + i, p, lanes); });
 }
 
 // One step of the whole list.

@@ -17,12 +17,16 @@ struct SgdRule {
   float lr, weight_decay, momentum, gain;
   bool nesterov;
 
+  template <class ST>
+  TW_INLINE void fetch(const OptimizerTensor& t, int64_t i) const {
+    if (t.state[0] != nullptr) prefetch(at<ST>(t.state[0], i));
+  }
+
   template <class ST, class Lanes>
   TW_INLINE Vec operator()(const OptimizerTensor& t, Vec p, Vec g, int64_t i, Lanes lanes) const {
     if (weight_decay != 0) g = g + weight_decay * p;
     if (t.state[0] != nullptr) {
       ST* buffer = at<ST>(t.state[0], i);
-      prefetch(buffer);
       const Vec b = momentum * load(buffer, lanes) + gain * g;
       store(buffer, b, lanes);
       g = nesterov ? g + momentum * b : b;

@@ -13,10 +13,7 @@ constexpr float kLog2e = 1.44269504088896341f, kLog2eRest = 1.44269504088896341 
                 kLn2 = 0.693147180559945309f;
 
 // NaN stays.
-TW_INLINE Vec within(Vec x, float least, float most) {
-  x = x < splat(least) ? splat(least) : x;
-  return x > splat(most) ? splat(most) : x;
-}
+TW_INLINE Vec within(Vec x, float least, float most) { return vmin(splat(most), vmax(splat(least), x)); }
 
 template <int kDegree>
 TW_INLINE Vec exp2(Vec x) {

@@ -68,7 +68,7 @@ def adamw_(
             else:
                 g = g + weight_decay * p
 
-        m = m + (1 - beta1) * (g - m)
+        m = m.lerp(g, 1 - beta1)
         v = beta2 * v + (1 - beta2) * g * g
         largest = v
         if amsgrad:
