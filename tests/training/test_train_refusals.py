@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from commands import Run
+from torchweld import cli
 from torchweld.training import checkpoint
 
 
@@ -87,6 +89,17 @@ def test_resume_refuses_another_model_or_text(home: Path, train: Run, command: R
     assert code == 2 and "No such file" in error
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step, on the text of the fixture `text`."""
+    folder = tmp_path_factory.mktemp("trained")
+    words = ["train", "gpt2", "--config", "tiny", "--device", "cpu", "--data", argparse.__file__, "--steps", "1"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        assert cli.main([*words, "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
 def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
@@ -117,9 +130,9 @@ def drop_moments(path: Path) -> None:
     ],
 )
 def test_generate_refuses_a_damaged_checkpoint(
-    train: Run, command: Run, damage: Callable[[Path], Any], message: str
+    trained: Path, command: Run, damage: Callable[[Path], Any], message: str
 ) -> None:
-    train("--steps", 1, "--out", "run")
+    shutil.copytree(trained, "run")
     damage(Path("run/checkpoint-1"))
     code, out, error = command("generate", "--checkpoint", "run/checkpoint-1", "--device", "cpu")
     assert code == 2 and out == "" and re.search(message, error)
@@ -140,8 +153,10 @@ def test_generate_refuses_a_damaged_checkpoint(
         ),
     ],
 )
-def test_resume_refuses_a_damaged_checkpoint(train: Run, damage: Callable[[Path], Any], message: str) -> None:
-    train("--steps", 1, "--out", "run")
+def test_resume_refuses_a_damaged_checkpoint(
+    trained: Path, train: Run, damage: Callable[[Path], Any], message: str
+) -> None:
+    shutil.copytree(trained, "run")
     damage(Path("run/checkpoint-1"))
     code, _, error = train("--resume", "run", "--steps", 2)
     assert code == 2 and re.search(message, error)
