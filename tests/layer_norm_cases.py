@@ -10,7 +10,7 @@ from torch import Tensor
 import torchweld
 from torchweld.reference.philox import dropout_factors
 
-# Columns of a row, each with the code path that it reaches (csrc/cuda/layer_norm_{forward,backward}.cu). float32 rows
+# Columns of a row, each with the code path that it reaches (csrc/cuda/norm/forward.cu, backward.cu). float32 rows
 # divisible by 4 and 16-bit rows divisible by 8 are accessed in packets of 16 bytes, the others element by element.
 COLUMNS = {
     1: "one lane, one column",

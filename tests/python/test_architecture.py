@@ -55,7 +55,7 @@ INCLUDES = {
     "cuda": {"params.h", "philox.h"},
     "cuda/attention": DEVICE,
     "cuda/attention/sm80": DEVICE | {"cuda/attention"},
-    "cuda/attention/sm90": DEVICE | {"cuda/attention", "cuda/attention/sm80"},
+    "cuda/attention/sm90": DEVICE | {"cuda/attention"},
     "cuda/norm": DEVICE | {"moments.h"},
     "cuda/activation": DEVICE,
     "cuda/loss": DEVICE,
