@@ -1,7 +1,7 @@
 // AdamW and Adam, one step over a list of tensors.
 //
 //   g = sign * clip * grad / grad_scale            (+ weight_decay * p, when it is Adam's L2 term)
-//   m = beta1 * m + (1 - beta1) * g                v = beta2 * v + (1 - beta2) * g^2
+//   m = m + (1 - beta1) * (g - m)                  v = beta2 * v + (1 - beta2) * g^2
 //   p = decay * p - step_size * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //   decay = 1 - lr * weight_decay (AdamW) or 1     step_size = lr / (1 - beta1^t)
 //   sign = -1 to maximize                          clip = min(1, max_grad_norm / (norm + 1e-6))
@@ -70,7 +70,9 @@ struct AdamWRule {
     ST *exp_avg = at<ST>(t.state[0], i), *exp_avg_sq = at<ST>(t.state[1], i);
     if (l2 != 0) g = g + l2 * p;
     Vec m = load(exp_avg, lanes), v = load(exp_avg_sq, lanes);
-    m = (m - gain1 * m) + gain1 * g;  // exactly g where beta1 is 0, as in torch
+    // From the nearer end, as torch's lerp: exactly g where beta1 is 0.
+    const Vec step = g - m;
+    m = gain1 < 0.5f ? m + gain1 * step : g - (1 - gain1) * step;
     v = keep2 * v + gain2 * g * g;
     store_both(exp_avg, m, exp_avg_sq, v, lanes);
     if (t.state[2] != nullptr) {

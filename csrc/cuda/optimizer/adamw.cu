@@ -43,7 +43,10 @@ struct AdamWRule {
   template <class State>
   __device__ __forceinline__ void operator()(const OptimizerTensor& t, float& p, float g, State& state, int k) const {
     if (l2 != 0.0f) g = __fmaf_rn(l2, p, g);
-    const float m = __fmaf_rn(one_minus_beta1, g, __fmaf_rn(-one_minus_beta1, state.exp_avg[k], state.exp_avg[k]));
+    // From the nearer end, as torch's lerp: exactly g where beta1 is 0.
+    const bool from_mean = one_minus_beta1 < 0.5f;
+    const float from = from_mean ? state.exp_avg[k] : g, gain = from_mean ? one_minus_beta1 : one_minus_beta1 - 1.0f;
+    const float m = __fmaf_rn(gain, __fsub_rn(g, state.exp_avg[k]), from);
     const float v = __fmaf_rn(__fmul_rn(one_minus_beta2, g), g, __fmul_rn(beta2, state.exp_avg_sq[k]));
     const float top = state.max_exp_avg_sq[k] > v ? state.max_exp_avg_sq[k] : v;  // NaN in v stays
     p = __fmaf_rn(t.decay, p, -__fmul_rn(t.step_size, m) / __fmaf_rn(sqrtf(top), t.inv_sqrt_bias2, eps));
