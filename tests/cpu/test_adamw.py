@@ -134,13 +134,17 @@ def test_nothing_is_written_outside_the_tensors(isa: str) -> None:
             assert not block[guard:-guard].isnan().any()
 
 
-def test_without_a_first_moment_the_mean_is_the_gradient(isa: str) -> None:
-    """As of torch's lerp. The old mean, plus the gradient's distance from it, would round."""
-    for dtype in (F32, BF16):
-        lists = make([(1009,)], dtype, dtype, F32)
-        lists[MEAN][0].mul_(1e5)
-        ops.adamw_(*lists, **{**HYPER, "beta1": 0.0})
-        assert torch.equal(lists[MEAN][0], lists[GRAD][0].float())
+@pytest.mark.parametrize("beta1", [0.0, 0.3, 0.9])
+def test_the_mean_goes_from_its_nearer_end(isa: str, beta1: float) -> None:
+    """As torch's lerp does: it is the gradient where beta1 is 0, and else rounds once, but for the smaller term."""
+    for scale in (1.0, 1e5):
+        lists = make([(1009,)], F32)
+        mean, grad = lists[MEAN][0].mul_(scale).double(), lists[GRAD][0].double()
+        smaller = min(beta1, 1 - beta1) * (grad - mean).abs()
+        exact = mean.lerp(grad, 1 - beta1)
+        ops.adamw_(*lists, **{**HYPER, "beta1": beta1})
+        half_ulp = torch.finfo(F32).eps / 2
+        assert ((lists[MEAN][0] - exact).abs() <= half_ulp * (exact.abs() + 3 * smaller)).all()
 
 
 def test_a_bad_gradient_stays_in_its_own_element(isa: str) -> None:
