@@ -32,8 +32,8 @@ Call = tuple[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]]
 LEVELS = ("function", "reference", "op", "kernel")
 _SMALL = 30000  # elements of a case that is called thousands of times
 _GRAMMAR = re.compile(r"^\[\w+\] ")
-# What torch says of a fake tensor beside others or beside one of another mode, and of one that autograd cannot keep; what an
-# argument itself raises.
+# What torch says of a fake tensor beside others or beside one of another mode, and of one that autograd cannot keep;
+# what an argument itself raises.
 _OTHERS = (
     "Please convert all Tensors to FakeTensors first",
     "Mixing fake modes NYI",
