@@ -35,6 +35,7 @@ _GRAMMAR = re.compile(r"^\[\w+\] ")
 # What torch says of a fake tensor beside others, and of one that autograd cannot keep; what an argument itself raises.
 _OTHERS = (
     "Please convert all Tensors to FakeTensors first",
+    "Mixing fake modes NYI",
     "Inference tensors cannot be saved for backward",
     Odd.TEXT,
 )
