@@ -223,8 +223,8 @@ void bind_attention(Module& m) {
   // As above, but output may be the forward's wide_output, and of one row statistics is lse. dlse: float32 (B, H, Nq),
   // packed (H, total_q); dbias: contiguous, 4 dimensions; dalibi_slopes, dsinks: (B, H).
   m.def(
-      "attention_backward(doutput, dlse, query, key, value, modifiers, options, output, statistics, "
-      "dquery, dkey, dvalue, dbias, dalibi_slopes, dsinks, deterministic)",
+      "attention_backward(doutput, dlse, query, key, value, modifiers, options, output, statistics, dquery, dkey, "
+      "dvalue, dbias, dalibi_slopes, dsinks, deterministic)",
       [](const TensorView& doutput, const OptionalTensor& dlse, const TensorView& query, const TensorView& key,
          const TensorView& value, const Modifiers& modifiers, const Options& options, const TensorView& output,
          const TensorView& statistics, const OptionalTensor& dquery, const OptionalTensor& dkey,
@@ -235,8 +235,8 @@ void bind_attention(Module& m) {
         p.deterministic = deterministic;
         fill_inputs<Backend>(args, p, query, key, value, modifiers, options);
         fill_scores(args, p, modifiers, options);
-        p.output_dtype = Backend::leaves_wide_output ? args.dtype(output, "output") : p.dtype;
-        if (p.output_dtype != DType::float32) p.output_dtype = p.dtype;
+        const bool wide = Backend::leaves_wide_output && args.dtype(output, "output") == DType::float32;
+        p.output_dtype = wide ? DType::float32 : p.dtype;
         p.output =
             rows_of(args, p, p.output_dtype, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
         p.doutput = rows_of(args, p, p.dtype, doutput, "doutput", p.heads, p.total_q, p.value_dim, p.doutput_strides);

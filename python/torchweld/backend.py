@@ -57,6 +57,7 @@ if TYPE_CHECKING:
 
         OPTIMIZER_TABLE_WORDS: int
         GRAD_NORM_BLOCKS: int
+        leaves_wide_output: bool
         adamw_ = staticmethod(_cpu.adamw_)
         attention_backward = staticmethod(_cpu.attention_backward)
         attention_forward = staticmethod(_cpu.attention_forward)

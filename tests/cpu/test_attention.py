@@ -175,11 +175,14 @@ def test_registered_ops_pass_opcheck() -> None:
     bias, slopes, sinks = torch.randn(4, 1, 12), torch.rand(4), torch.randn(4)
     full = (bias, slopes, sinks, None, None, None, 0.3, 2.0, 5, 0, True, 0.0, -1, -1)
     masked = (bias > 0, None, sinks, None, None, None, 0.3, 0.0, -1, -1, False, 0.0, -1, -1)
-    for operands, rest in (((q, k, v), full), ((merged, k, v), masked)):
+    halves = (q.bfloat16(), k.bfloat16(), v.bfloat16())  # whose backward takes the output in float32
+    for operands, rest in (((q, k, v), full), ((merged, k, v), masked), (halves, masked)):
         torch.library.opcheck(library.attention.default, (*operands, *rest))
         torch.library.opcheck(library.attention_forward.default, (*operands, *rest, 3))
-        out, _, statistics = library.attention_forward(*operands, *rest, 2)
-        arguments = (torch.randn_like(out), torch.randn_like(statistics[0]), out, statistics, *operands, *rest)
+        out, wide, statistics = library.attention_forward(*operands, *rest, 2)
+        assert (wide.shape == out.shape) == (operands is halves)
+        saved = (wide if operands is halves else out, statistics)
+        arguments = (torch.randn_like(out), torch.randn_like(statistics[0]), *saved, *operands, *rest)
         for mask in (
             [True, True, True, rest is full, False, True],
             [True, False, True, False, False, False],

@@ -56,6 +56,9 @@ TW_INLINE void store_both(bf16* p, Vec first, bf16* q, Vec second, Lanes lanes) 
 }
 #endif
 
+// The mean goes towards the gradient from the nearer end, as torch's lerp does: it is rounded once but for the smaller
+// term, and for beta1 = 0 it is the gradient.
+template <bool kFromMean>
 struct AdamWRule {
   float gain1, keep2, gain2, eps, l2;
 
@@ -70,9 +73,7 @@ struct AdamWRule {
     ST *exp_avg = at<ST>(t.state[0], i), *exp_avg_sq = at<ST>(t.state[1], i);
     if (l2 != 0) g = g + l2 * p;
     Vec m = load(exp_avg, lanes), v = load(exp_avg_sq, lanes);
-    // From the nearer end, as torch's lerp: exactly g where beta1 is 0.
-    const Vec step = g - m;
-    m = gain1 < 0.5f ? m + gain1 * step : g - (1 - gain1) * step;
+    m = kFromMean ? m + gain1 * (g - m) : g - (1.0f - gain1) * (g - m);
     v = keep2 * v + gain2 * g * g;
     store_both(exp_avg, m, exp_avg_sq, v, lanes);
     if (t.state[2] != nullptr) {
@@ -110,8 +111,11 @@ namespace TORCHWELD_ISA {
 void adamw(const AdamWParams& p) {
   if (overflowed(p)) return;
   advance(p);
-  step(p, AdamWRule{static_cast<float>(1 - p.beta1), static_cast<float>(p.beta2), static_cast<float>(1 - p.beta2),
-                    static_cast<float>(p.eps), p.decoupled ? 0.0f : static_cast<float>(p.weight_decay)});
+  const float gain1 = static_cast<float>(1 - p.beta1), keep2 = static_cast<float>(p.beta2),
+              gain2 = static_cast<float>(1 - p.beta2), eps = static_cast<float>(p.eps),
+              l2 = p.decoupled ? 0.0f : static_cast<float>(p.weight_decay);
+  gain1 < 0.5f ? step(p, AdamWRule<true>{gain1, keep2, gain2, eps, l2})
+               : step(p, AdamWRule<false>{gain1, keep2, gain2, eps, l2});
 }
 
 }  // namespace TORCHWELD_ISA

@@ -77,8 +77,8 @@ def is_freed(t: Tensor) -> bool:
     if torch.compiler.is_compiling() or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return False
     try:
-        with no_torch_function():  # nobody's business
-            # A view of an empty storage starts a little past null.
+        with no_torch_function():  # code of a subclass or a mode is not to run for this question
+            # A view of an empty storage has a small address, not null.
             null = t.device.type in ("cpu", "cuda") and t.data_ptr() < 4096 and t.numel() > 0
             return null and not is_zero_tensor(t)
     except RuntimeError:  # of a tracer or a transform: it has no pointer

@@ -98,9 +98,17 @@ def wide_output(output: Tensor) -> Tensor | None:
     the scores are where one key has nearly all the weight, or where values are far from zero.
     """
     kernels = backend.kernels.get(output.device.type)
-    if output.element_size() > 2 or not getattr(kernels, "leaves_wide_output", False):
+    if output.element_size() > 2 or kernels is None or not kernels.leaves_wide_output:
         return None
     return torch.empty_like(output, dtype=torch.float32)
+
+
+def _outputs(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """What the training forward returns, not filled: output, wide output (or nothing) and row statistics."""
+    _, _, (rows,) = _named(rest)
+    output = heads_like(query, value.shape[-1])
+    wide = wide_output(output) if rows > 1 else None  # of one row: no backward will follow
+    return output, query.new_empty(0) if wide is None else wide, row_statistics(query, rows)
 
 
 def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
@@ -143,7 +151,7 @@ def _inference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
 
 def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     modifiers, options, _ = _named(rest)
-    output, wide, statistics = found = _forward_fake(query, key, value, *rest)
+    output, wide, statistics = found = _outputs(query, key, value, *rest)
     run_forward(query, key, value, output, wide if wide.dim() > 1 else None, statistics, modifiers, options)
     return found
 
@@ -204,13 +212,6 @@ def _inference_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tenso
     return heads_like(query, value.shape[-1])
 
 
-def _forward_fake(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _, _, (rows,) = _named(rest)
-    output = heads_like(query, value.shape[-1])
-    wide = wide_output(output) if rows > 1 else None  # of one row: no backward will follow
-    return output, query.new_empty(0) if wide is None else wide, row_statistics(query, rows)
-
-
 def _backward_fake(
     doutput: Tensor, dlse: Tensor | None, output: Tensor, statistics: Tensor, query: Tensor, key: Tensor, value: Tensor,
     *rest: Any,
@@ -234,7 +235,7 @@ inference_op = register(f"attention({_INPUTS}) -> Tensor", _inference, _inferenc
 forward_op = register(
     f"attention_forward({_INPUTS}, int rows) -> (Tensor output, Tensor wide_output, Tensor statistics)",
     _forward,
-    _forward_fake,
+    _outputs,
 )
 _backward_op = register(
     f"attention_backward(Tensor doutput, Tensor? dlse, Tensor output, Tensor statistics, {_INPUTS}, bool[6] mask, "

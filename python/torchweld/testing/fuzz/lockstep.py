@@ -111,6 +111,9 @@ def _load(player: _Player, other: _Player) -> None:
     state = copy.deepcopy(other.optimizer.state_dict())
     player.optimizer = player.again()
     player.optimizer.load_state_dict(state)
+    # The groups of a state say how its optimizer was to be run; the player keeps its own way.
+    for group in player.optimizer.param_groups:
+        group.update({name: player.options[name] for name in ("foreach", "fused") if name in player.options})
 
 
 def _deepcopy(player: _Player, how: Callable[[Any], Any]) -> None:
