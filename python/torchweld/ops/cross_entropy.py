@@ -141,7 +141,12 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
     elif target.shape != rows and (len(shape) > 1 or target.shape != (1,)):
         other = f" for classes, or {list(shape)} for probabilities" if dtype.is_floating_point else ""
         expected = f"shape {list(rows)}{other}"
-        raise ValueError(f"[cross_entropy] target: expected {expected}, but got {list(target.shape)}")
+        # torch's kinds of error, by the number of rows: of a target without dimensions none.
+        count = target.shape[0] if target.dim() > 0 else 0
+        other_rows = count != shape[0] if len(shape) > 1 else target.dim() == 1 and count != shape[0]
+        raise (ValueError if other_rows else RuntimeError)(
+            f"[cross_entropy] target: expected {expected}, but got {list(target.shape)}"
+        )
     elif dtype not in (torch.int64, torch.uint8):
         remedy = "convert classes with .long()"
         raise RuntimeError(f"[cross_entropy] target: expected dtype torch.int64, but got {dtype}; {remedy}")
@@ -191,7 +196,7 @@ def cross_entropy(
         raise ValueError(f"[cross_entropy] reduction: expected 'mean', 'sum' or 'none', but got {shown(reduction)}")
     label_smoothing = number("cross_entropy", "label_smoothing", label_smoothing)
     if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"[cross_entropy] label_smoothing: expected a number in [0, 1], but got {label_smoothing}")
+        raise RuntimeError(f"[cross_entropy] label_smoothing: expected a number in [0, 1], but got {label_smoothing}")
     ignore_index = integer("cross_entropy", "ignore_index", ignore_index)
     if theirs := elsewhere(cross_entropy, _twin, ("input", "target", "weight"), input, target, weight):
         options = {"ignore_index": ignore_index, "reduction": reduction, "label_smoothing": label_smoothing}
