@@ -16,7 +16,9 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     x = input.to(torch.promote_types(input.dtype, torch.float32))
     # Without the cancellation of 1 + tanh and 1 + erf far below zero.
     if approximate == "tanh":
-        phi = torch.sigmoid(2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3))
+        u = 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+        below = torch.sigmoid(torch.where(u < 0, u, -u))  # far above zero its slope would cancel
+        phi = torch.where(u < 0, below, 1 - below)
     else:
         phi = 0.5 * torch.special.erfc(-x / math.sqrt(2))
     return (x * phi).to(input.dtype)
