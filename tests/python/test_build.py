@@ -93,8 +93,10 @@ def test_no_weak_symbol_leaks_from_an_instruction_set(isa: str, tmp_path: Path) 
         assert compiled.returncode == 0, compiled.stderr
         return [line.split() for line in run("nm", str(target)).stdout.splitlines()]
 
-    # isa.cpp is compiled once, for the baseline.
+    # isa.cpp is compiled once, for the baseline; amx has its own kernels of matrix products alone.
     sources = [path for path in sorted((ROOT / "csrc" / "cpu").rglob("*.cpp")) if path.name != "isa.cpp"]
+    if isa == "amx":
+        sources = [path for path in sources if "TORCHWELD_ISA {" in path.read_text()]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for found in pool.map(symbols, sources):
             assert not [s[-1] for s in found if s[-2] in "WVu"]

@@ -90,7 +90,7 @@ void for_chunks(int64_t numel, F&& f) {
 
 }  // namespace
 
-namespace TORCHWELD_ISA {
+namespace TORCHWELD_VECTOR_ISA {
 
 void gelu_forward(const GeluForwardParams& p) {
   dispatch_gelu(p.dtype, p.exact, [&](auto tag, auto form) {
@@ -125,5 +125,5 @@ void gelu_backward(const GeluBackwardParams& p) {
   });
 }
 
-}  // namespace TORCHWELD_ISA
+}  // namespace TORCHWELD_VECTOR_ISA
 }  // namespace torchweld::cpu

@@ -26,7 +26,12 @@ struct Kernels {
 };
 
 #ifdef TORCHWELD_ISA  // baseline, avx2, avx512, avx512_bf16 or amx: set by the build for each of the compilations
-namespace TORCHWELD_ISA {
+  // The set whose kernels without matrix products it has: its own, but amx has those of avx512_bf16.
+  #ifndef TORCHWELD_VECTOR_ISA
+    #define TORCHWELD_VECTOR_ISA TORCHWELD_ISA
+  #endif
+
+namespace TORCHWELD_VECTOR_ISA {
 
 void layer_norm_forward(const LayerNormForwardParams& p);
 void layer_norm_backward(const LayerNormBackwardParams& p);
@@ -37,6 +42,11 @@ void cross_entropy_forward(const CrossEntropyForwardParams& p);
 void cross_entropy_backward(const CrossEntropyBackwardParams& p);
 void gelu_forward(const GeluForwardParams& p);
 void gelu_backward(const GeluBackwardParams& p);
+
+}  // namespace TORCHWELD_VECTOR_ISA
+
+namespace TORCHWELD_ISA {
+
 int64_t attention_forward_workspace(const AttentionForwardParams& p);
 void attention_forward(const AttentionForwardParams& p);
 int64_t attention_backward_workspace(const AttentionBackwardParams& p);

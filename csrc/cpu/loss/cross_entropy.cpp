@@ -80,7 +80,7 @@ void backward_row(const CrossEntropyBackwardParams& p, int64_t m, bool streaming
 
 }  // namespace
 
-namespace TORCHWELD_ISA {
+namespace TORCHWELD_VECTOR_ISA {
 
 void cross_entropy_forward(const CrossEntropyForwardParams& p) {
   dispatch(p.dtype, [&](auto tag) {
@@ -101,5 +101,5 @@ void cross_entropy_backward(const CrossEntropyBackwardParams& p) {
   });
 }
 
-}  // namespace TORCHWELD_ISA
+}  // namespace TORCHWELD_VECTOR_ISA
 }  // namespace torchweld::cpu

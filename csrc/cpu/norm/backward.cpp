@@ -24,10 +24,39 @@ constexpr int64_t kChain = 4096;  // columns added up in one chain of roundings
 // The weight gradients that a block adds up.
 enum class Gradients { none, weight, both };
 
-// Passes over g(i, lanes) and xhat(i, lanes), whose sums are known: the input gradient.
-template <class T, class R, class G, class X>
-TW_INLINE void input_gradient(const LayerNormBackwardParams& p, int64_t m, float mean_g, float mean_gx, G&& g,
-                              X&& xhat) {
+// Where the second pass finds g and xhat: as the first pass left them, or made again.
+struct BufferedRow {
+  const float *g_, *xhat_;
+  template <class Lanes>
+  TW_INLINE Vec g(int64_t i, Lanes lanes) const {
+    return load(g_ + i, lanes);
+  }
+  template <class Lanes>
+  TW_INLINE Vec xhat(int64_t i, Lanes lanes) const {
+    return load(xhat_ + i, lanes);
+  }
+};
+
+template <class T, class R, class Weights>
+struct DirectRow {
+  const T* doutput;
+  const R* input;
+  float mean, rstd;
+  Weights weights;
+  template <class Lanes>
+  TW_INLINE Vec g(int64_t i, Lanes lanes) const {
+    return load(doutput + i, lanes) * weights.weight(i, lanes);
+  }
+  template <class Lanes>
+  TW_INLINE Vec xhat(int64_t i, Lanes lanes) const {
+    return (load(input + i, lanes) - mean) * rstd;
+  }
+};
+
+// The second pass: the input gradient.
+template <class T, class R, class Row>
+TW_NOINLINE void input_gradient(const LayerNormBackwardParams& p, int64_t m, float mean_g, float mean_gx,
+                                const Row& of) {
   const int64_t N = p.cols;
   const float rstd = p.rstd[m];
   const bool streaming = past_cache<R>(p.dinput, p.rows, N), dx_streaming = past_cache<T>(p.dx, p.rows, N);
@@ -35,28 +64,39 @@ TW_INLINE void input_gradient(const LayerNormBackwardParams& p, int64_t m, float
   R* dinput = p.dinput != nullptr ? row<R>(p.dinput, m, N) : nullptr;
   T* dx = p.dx != nullptr ? row<T>(p.dx, m, N) : nullptr;
 
-  auto pass = [&](auto&& dsum, auto&& store_dx) __attribute__((always_inline)) {
-    for_each_value(
-        N,
-        [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-          return (g(i, lanes) - mean_g - xhat(i, lanes) * mean_gx) * rstd + dsum(i, lanes);
-        },
-        [&](int64_t i, auto v, auto lanes) __attribute__((always_inline)) {
-          if (dinput != nullptr) store_output(dinput + i, v, lanes, streaming);
-          store_dx(i, v, lanes);
-        });
+  // loop(value), where value(i, lanes) is of one basic block for either dsum, so that its products and sums contract
+  // alike.
+  auto with_dsum = [&](auto&& loop) __attribute__((always_inline)) {
+    auto value = [&](auto&& dsum) __attribute__((always_inline)) {
+      loop([&](int64_t i, auto lanes) __attribute__((always_inline)) {
+        return (of.g(i, lanes) - mean_g - of.xhat(i, lanes) * mean_gx) * rstd + dsum(i, lanes);
+      });
+    };
+    if (ds == nullptr) return value([](int64_t, auto) __attribute__((always_inline)) { return Vec{}; });
+    value([&](int64_t i, auto lanes) __attribute__((always_inline)) { return load(ds + i, lanes); });
   };
-  auto with_dsum = [&](auto&& store_dx) __attribute__((always_inline)) {
-    if (ds == nullptr) return pass([](int64_t, auto) __attribute__((always_inline)) { return Vec{}; }, store_dx);
-    pass([&](int64_t i, auto lanes) __attribute__((always_inline)) { return load(ds + i, lanes); }, store_dx);
+  auto pass = [&](auto&& store_dx) __attribute__((always_inline)) {
+    with_dsum([&](auto&& value) __attribute__((always_inline)) {
+      for_each_value(N, value, [&](int64_t i, auto v, auto lanes) __attribute__((always_inline)) {
+        if (dinput != nullptr) store_output(dinput + i, v, lanes, streaming);
+        store_dx(i, v, lanes);
+      });
+    });
   };
-  if (dx == nullptr) return with_dsum([](int64_t, auto, auto) __attribute__((always_inline)) {});
+  if (dx == nullptr) return pass([](int64_t, auto, auto) __attribute__((always_inline)) {});
   if (p.dropout.seed == nullptr)
-    return with_dsum([&](int64_t i, auto v, auto lanes)
-                         __attribute__((always_inline)) { store_output(dx + i, v, lanes, dx_streaming); });
+    return pass([&](int64_t i, auto v, auto lanes)
+                    __attribute__((always_inline)) { store_output(dx + i, v, lanes, dx_streaming); });
+
+  // Random bits take the time here: vectors one by one, the shorter code.
   MaskRow mask(p.dropout, static_cast<uint64_t>(m));
-  with_dsum([&](int64_t i, auto v, auto lanes)
-                __attribute__((always_inline)) { store_output(dx + i, mask.times(i, v), lanes, dx_streaming); });
+  with_dsum([&](auto&& value) __attribute__((always_inline)) {
+    for_each_vector(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      const Vec v = value(i, lanes);
+      if (dinput != nullptr) store_output(dinput + i, v, lanes, streaming);
+      store_output(dx + i, v * mask.factors(i), lanes, dx_streaming);
+    });
+  });
 }
 
 // One row; dweight and dbias: where its weight gradients are added. buffer: room for two rows as floats.
@@ -99,19 +139,10 @@ void backward_row(const LayerNormBackwardParams& p, int64_t m, const Weights& we
   float mean_g = p.mean != nullptr ? sum(sum_g) / count : 0.0f;
   const float mean_gx = sum(sum_gx) / count - mean_x * mean_g;
   mean_g -= mean_x * mean_gx;
-  if constexpr (kBuffered) {
-    input_gradient<T, R>(
-        p, m, mean_g, mean_gx,
-        [&](int64_t i, auto lanes) __attribute__((always_inline)) { return load(buffer + i, lanes); },
-        [&](int64_t i, auto lanes)
-            __attribute__((always_inline)) { return load(buffer + kBufferedColumns + i, lanes); });
-  } else {
-    input_gradient<T, R>(
-        p, m, mean_g, mean_gx,
-        [&](int64_t i, auto lanes)
-            __attribute__((always_inline)) { return load(doutput + i, lanes) * weights.weight(i, lanes); },
-        [&](int64_t i, auto lanes) __attribute__((always_inline)) { return (load(input + i, lanes) - mean) * rstd; });
-  }
+  if constexpr (kBuffered)
+    input_gradient<T, R>(p, m, mean_g, mean_gx, BufferedRow{buffer, buffer + kBufferedColumns});
+  else
+    input_gradient<T, R>(p, m, mean_g, mean_gx, DirectRow<T, R, Weights>{doutput, input, mean, rstd, weights});
 }
 
 // Rows [begin, end) of one block; partial: its dweight and dbias, nullptr when none are wanted.
@@ -144,6 +175,14 @@ void reduce_partials(const LayerNormBackwardParams& p) {
   });
 }
 
+template <class Weights>
+Weights weights_of(const LayerNormBackwardParams& p) {
+  if constexpr (std::is_same_v<Weights, BufferedWeights>)
+    return BufferedWeights(p.weight, nullptr, p.weight_dtype, p.weight_offset, p.cols);
+  else
+    return Weights(p.weight, nullptr, p.weight_offset);
+}
+
 // The blocks of rows, and their partials if there are any.
 template <class T, class R, Gradients kGradients, class Weights>
 void backward_blocks(const LayerNormBackwardParams& p) {
@@ -151,7 +190,7 @@ void backward_blocks(const LayerNormBackwardParams& p) {
   const int64_t blocks = partials ? p.blocks : p.rows,
                 rows_per_block = partials && p.rows > p.blocks ? p.rows / p.blocks : 1;
   parallel_for(blocks, row_grain(p.cols * rows_per_block), [&](int64_t begin, int64_t end) {
-    const Weights weights(p.weight, nullptr, p.weight_dtype, p.weight_offset, p.cols);
+    const auto weights = weights_of<Weights>(p);
     if constexpr (!partials) return backward_rows<T, R, kGradients>(p, begin, end, weights, nullptr);
     for (int64_t b = begin; b < end; ++b)
       backward_rows<T, R, kGradients>(p, p.rows * b / p.blocks, p.rows * (b + 1) / p.blocks, weights,
@@ -161,21 +200,24 @@ void backward_blocks(const LayerNormBackwardParams& p) {
 
 }  // namespace
 
-namespace TORCHWELD_ISA {
+namespace TORCHWELD_VECTOR_ISA {
 
 void layer_norm_backward(const LayerNormBackwardParams& p) {
   dispatch_sum(p.dtype, p.sum_dtype, [&](auto t, auto r) {
     using T = typename decltype(t)::type;
     using R = typename decltype(r)::type;
-    dispatch_weights<T>(p.cols, p.dtype, p.weight_dtype, [&](auto w) {
-      using Weights = typename decltype(w)::type;
+    auto blocks = [&](auto weights) {
+      using Weights = typename decltype(weights)::type;
       p.partial == nullptr ? backward_blocks<T, R, Gradients::none, Weights>(p)
       : p.dbias == nullptr ? backward_blocks<T, R, Gradients::weight, Weights>(p)
                            : backward_blocks<T, R, Gradients::both, Weights>(p);
-    });
+    };
+    if (p.cols <= kBufferedColumns) return blocks(Tag<BufferedWeights>{});
+    dispatch_weights<T>(p.dtype, p.weight_dtype,
+                        [&](auto wt) { blocks(Tag<DirectWeights<typename decltype(wt)::type>>{}); });
   });
   if (p.partial != nullptr) dispatch(p.weight_dtype, [&](auto wt) { reduce_partials<typename decltype(wt)::type>(p); });
 }
 
-}  // namespace TORCHWELD_ISA
+}  // namespace TORCHWELD_VECTOR_ISA
 }  // namespace torchweld::cpu

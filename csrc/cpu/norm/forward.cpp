@@ -23,10 +23,28 @@ constexpr size_t kLine = 64;  // bytes that one prefetch brings
 template <class T>
 constexpr int64_t kFetchedColumns = sizeof(T) == 2 ? 2048 : 16384;
 
+// A row's first pass depends on all types. What follows depends on fewer, and is compiled once for those.
+
+// The sum of a row as load_s(i, lanes) reads it, or that of its squares.
+template <class Load>
+TW_INLINE float first_sum(int64_t N, bool squares, Load&& load_s) {
+  if (!squares) return sum_over(N, load_s);
+  return sum_over(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    const Vec v = load_s(i, lanes);
+    return v * v;
+  });
+}
+
+template <class S>
+TW_NOINLINE float first_sum_of(const S* s, int64_t N, bool squares) {
+  return first_sum(N, squares,
+                   [&](int64_t i, auto lanes) __attribute__((always_inline)) { return load(s + i, lanes); });
+}
+
 // The moments of s, given the sum of its elements. A mean that is not far above the deviation is off by nothing that
 // shows; else a pass over the deviations finds out by how much.
 template <class S>
-TW_INLINE Moments moments_of(const S* s, int64_t N, float total) {
+TW_NOINLINE Moments moments_of(const S* s, int64_t N, float total) {
   constexpr float kFar = 4.0f;  // squares of twice the deviation
   const float count = static_cast<float>(N), mean = total / count;
   auto centred = [&](int64_t i, auto lanes) __attribute__((always_inline)) { return load(s + i, lanes) - mean; };
@@ -39,30 +57,17 @@ TW_INLINE Moments moments_of(const S* s, int64_t N, float total) {
   return corrected(mean, sum_over(N, centred), squares, count);
 }
 
-// Reads s once by load_s(i, lanes), which leaves it at `s` as well; then the variance and the output. Memory would be
-// idle meanwhile, so the next row is fetched, unless that would drive this one, or its floats, from the caches.
-template <class T, class S, class Weights, class LoadS>
-TW_INLINE void normalise(const LayerNormForwardParams& p, int64_t m, const Weights& weights, bool streaming, const S* s,
-                         LoadS&& load_s) {
+// The output. Memory would be idle meanwhile, so the next row is fetched, unless that would drive this one, or its
+// floats, from the caches.
+template <class T, class S, class Weights>
+TW_NOINLINE void write_row(const LayerNormForwardParams& p, int64_t m, const Weights& weights, const S* s,
+                           Moments moments, float rstd) {
   const int64_t N = p.cols;
   const T* next = row<T>(p.input, m + 1, N);
-  const bool fetch = N <= kFetchedColumns<T>;
+  const bool fetch = N <= kFetchedColumns<T>, streaming = past_cache<T>(p.output, p.rows, N);
   T* y = row<T>(p.output, m, N);
 
-  // Mean and variance; or the mean square.
-  Moments moments{};
-  if (p.centred) {
-    moments = moments_of(s, N, sum_over(N, load_s));
-  } else {
-    const float squares = sum_over(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      const Vec v = load_s(i, lanes);
-      return v * v;
-    });
-    moments.variance = squares / static_cast<float>(N);
-  }
-  const float rstd = 1.0f / __builtin_sqrtf(moments.variance + p.eps);
-
-  // Normalise. Few rows have a rest, and RMS norm has neither mean nor bias: each loop has what it needs.
+  // Few rows have a rest, and RMS norm has neither mean nor bias: each loop has what it needs.
   auto write = [&](auto&& value) __attribute__((always_inline)) {
     for_each_value(
         N,
@@ -85,70 +90,106 @@ TW_INLINE void normalise(const LayerNormForwardParams& p, int64_t m, const Weigh
       return ((v - moments.mean) * rstd - rest) * weight + weights.bias(i, lanes);
     });
   }
+}
+
+// What a thread keeps for its rows.
+struct Buffers {
+  const BufferedWeights* weights;  // nullptr: the rows are too long
+  float* row;                      // room for one, of floats
+};
+
+// Statistics and output of a row, from its first sum. s: what was summed.
+template <class T, class S>
+TW_INLINE void finish_row(const LayerNormForwardParams& p, int64_t m, const Buffers& buffers, const S* s, float sum) {
+  const Moments moments =
+      p.centred ? moments_of(s, p.cols, sum) : Moments{0.0f, 0.0f, sum / static_cast<float>(p.cols)};
+  const float rstd = 1.0f / __builtin_sqrtf(moments.variance + p.eps);
+  if (std::is_same_v<S, float> && buffers.weights != nullptr) {
+    if constexpr (std::is_same_v<S, float>) write_row<T>(p, m, *buffers.weights, s, moments, rstd);
+  } else {
+    dispatch_weights<T>(p.dtype, p.weight_dtype, [&](auto wt) {
+      using WT = typename decltype(wt)::type;
+      write_row<T>(p, m, DirectWeights<WT>(p.weight, p.bias, p.weight_offset), s, moments, rstd);
+    });
+  }
   if (p.mean != nullptr) p.mean[m] = moments.mean + moments.rest;
   if (p.rstd != nullptr) p.rstd[m] = rstd;
 }
 
-// buffer: room for one row as floats, nullptr: its elements are loaded from memory as they are.
-template <class T, class R, class Weights>
-void forward_row(const LayerNormForwardParams& p, int64_t m, const Weights& weights, float* buffer, bool streaming) {
-  constexpr bool kBuffered = std::is_same_v<Weights, BufferedWeights>;
-  const int64_t N = p.cols;
-  const T* x = row<T>(p.input, m, N);
-  if (std::is_same_v<T, R> && p.residual == nullptr) {
-    if constexpr (kBuffered && sizeof(T) == 2) {
-      normalise<T>(p, m, weights, streaming, buffer, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-        return store_rounded(buffer + i, load(x + i, lanes), lanes);
-      });
-    } else {
-      normalise<T>(p, m, weights, streaming, x,
-                   [&](int64_t i, auto lanes) __attribute__((always_inline)) { return load(x + i, lanes); });
-    }
-    return;
-  }
+// sum = residual + input * factors(i), rounded before it is normalised: the backward sees what was stored. Returns the
+// vector as rounded; `copy`, where S is not R, gets it too.
+template <class R, class S, class T, class Lanes, class Factors>
+TW_INLINE Vec add(R* sum, S* copy, const R* residual, const T* x, int64_t i, Lanes lanes, Factors&& factors) {
+  const Vec s = store_rounded(sum + i, load(residual + i, lanes) + factors(load(x + i, lanes), i), lanes);
+  if constexpr (!std::is_same_v<S, R>) store(copy + i, s, lanes);
+  return s;
+}
 
-  // The sum is rounded before it is normalised: the backward sees what was stored.
-  const R* r = row<R>(p.residual, m, N);
-  R* sum = row<R>(p.sum, m, N);
-  auto add = [&](auto&& factors) __attribute__((always_inline)) {
-    auto load_s = [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      const Vec s = store_rounded(sum + i, load(r + i, lanes) + factors(load(x + i, lanes), i), lanes);
-      if constexpr (kBuffered && sizeof(R) == 2) store(buffer + i, s, lanes);
-      return s;
-    };
-    if constexpr (kBuffered && sizeof(R) == 2) {
-      normalise<T>(p, m, weights, streaming, buffer, load_s);
-    } else {
-      normalise<T>(p, m, weights, streaming, sum, load_s);
+// The same of a whole row through the dropout, whose random bits take the time.
+template <class T, class R, class S>
+TW_NOINLINE void add_dropped(const LayerNormForwardParams& p, int64_t m, S* copy) {
+  MaskRow mask(p.dropout, static_cast<uint64_t>(m));
+  const int64_t N = p.cols;
+  for_each_vector(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+    add(row<R>(p.sum, m, N), copy, row<R>(p.residual, m, N), row<T>(p.input, m, N), i, lanes,
+        [&](Vec v, int64_t at) __attribute__((always_inline)) { return v * mask.factors(at); });
+  });
+}
+
+// S: what stays in the caches between the passes. Of rows that fit, floats, converted once.
+template <class T, class R, class S>
+TW_NOINLINE void forward_rows(const LayerNormForwardParams& p, int64_t begin, int64_t end, const Buffers& buffers) {
+  const int64_t N = p.cols;
+  const bool squares = !p.centred;
+  for (int64_t m = begin; m < end; ++m) {
+    const T* x = row<T>(p.input, m, N);
+    if (std::is_same_v<T, R> && p.residual == nullptr) {
+      if constexpr (std::is_same_v<T, S>) {
+        finish_row<T>(p, m, buffers, x, first_sum_of(x, N, squares));
+      } else {
+        S* s = buffers.row;
+        finish_row<T>(p, m, buffers, s,
+                      first_sum(N, squares, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+                        return store_rounded(s + i, load(x + i, lanes), lanes);
+                      }));
+      }
+      continue;
     }
-  };
-  if (p.dropout.seed == nullptr) {
-    add([](Vec v, int64_t) __attribute__((always_inline)) { return v; });
-  } else {
-    MaskRow mask(p.dropout, static_cast<uint64_t>(m));
-    add([&](Vec v, int64_t i) __attribute__((always_inline)) { return v * mask.factors(i); });
+    R* sum = row<R>(p.sum, m, N);
+    S* s;
+    if constexpr (std::is_same_v<R, S>)
+      s = sum;
+    else
+      s = buffers.row;
+    if (p.dropout.seed == nullptr) {
+      const R* residual = row<R>(p.residual, m, N);
+      finish_row<T>(p, m, buffers, s, first_sum(N, squares, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+                      return add(sum, s, residual, x, i, lanes,
+                                 [](Vec v, int64_t) __attribute__((always_inline)) { return v; });
+                    }));
+    } else {
+      add_dropped<T, R>(p, m, s);
+      finish_row<T>(p, m, buffers, s, first_sum_of(s, N, squares));
+    }
   }
 }
 
 }  // namespace
 
-namespace TORCHWELD_ISA {
+namespace TORCHWELD_VECTOR_ISA {
 
 void layer_norm_forward(const LayerNormForwardParams& p) {
   dispatch_sum(p.dtype, p.sum_dtype, [&](auto t, auto r) {
     using T = typename decltype(t)::type;
     using R = typename decltype(r)::type;
-    const bool streaming = past_cache<T>(p.output, p.rows, p.cols);
-    dispatch_weights<T>(p.cols, p.dtype, p.weight_dtype, [&](auto w) {
-      using Weights = typename decltype(w)::type;
-      parallel_for(p.rows, row_grain(p.cols), [&](int64_t begin, int64_t end) {
-        const Weights weights(p.weight, p.bias, p.weight_dtype, p.weight_offset, p.cols);
-        alignas(64) float buffer[std::is_same_v<Weights, BufferedWeights> ? kBufferedColumns : 1];
-        for (int64_t m = begin; m < end; ++m) forward_row<T, R>(p, m, weights, buffer, streaming);
-      });
+    parallel_for(p.rows, row_grain(p.cols), [&](int64_t begin, int64_t end) {
+      if (p.cols > kBufferedColumns) return forward_rows<T, R, R>(p, begin, end, {nullptr, nullptr});
+      const BufferedWeights weights(p.weight, p.bias, p.weight_dtype, p.weight_offset, p.cols);
+      alignas(64) float buffer[kBufferedColumns];
+      forward_rows<T, R, float>(p, begin, end, {&weights, buffer});
     });
   });
 }
 
-}  // namespace TORCHWELD_ISA
+}  // namespace TORCHWELD_VECTOR_ISA
 }  // namespace torchweld::cpu

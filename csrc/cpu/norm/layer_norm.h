@@ -58,7 +58,7 @@ class BufferedWeights {
 template <class WT>
 class DirectWeights {
  public:
-  DirectWeights(const void* weight, const void* bias, DType, float offset, int64_t)
+  DirectWeights(const void* weight, const void* bias, float offset)
       : weight_(static_cast<const WT*>(weight)), bias_(static_cast<const WT*>(bias)), offset_(offset) {}
   template <class Lanes>
   TW_INLINE Vec weight(int64_t i, Lanes lanes) const {
@@ -80,11 +80,10 @@ void dispatch_sum(DType dtype, DType sum_dtype, F&& f) {
   dispatch(dtype, [&](auto t) { sum_dtype == dtype ? f(t, t) : f(t, Tag<float>{}); });
 }
 
-// f(Tag<Weights>): how they are read.
+// f(Tag<WT>): weights are float32 or of the activations' type T.
 template <class T, class F>
-void dispatch_weights(int64_t cols, DType dtype, DType weight_dtype, F&& f) {
-  if (cols <= kBufferedColumns) return f(Tag<BufferedWeights>{});
-  weight_dtype == dtype ? f(Tag<DirectWeights<T>>{}) : f(Tag<DirectWeights<float>>{});
+TW_INLINE void dispatch_weights(DType dtype, DType weight_dtype, F&& f) {
+  weight_dtype == dtype ? f(Tag<T>{}) : f(Tag<float>{});
 }
 
 }  // namespace

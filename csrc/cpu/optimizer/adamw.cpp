@@ -106,7 +106,7 @@ void advance(const AdamWParams& p) {
 
 }  // namespace
 
-namespace TORCHWELD_ISA {
+namespace TORCHWELD_VECTOR_ISA {
 
 void adamw(const AdamWParams& p) {
   if (overflowed(p)) return;
@@ -118,5 +118,5 @@ void adamw(const AdamWParams& p) {
                : step(p, AdamWRule<false>{gain1, keep2, gain2, eps, l2});
 }
 
-}  // namespace TORCHWELD_ISA
+}  // namespace TORCHWELD_VECTOR_ISA
 }  // namespace torchweld::cpu

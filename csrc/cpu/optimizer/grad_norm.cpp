@@ -33,7 +33,7 @@ float sum_of_squares(const GT* grad, int64_t n) {
 
 }  // namespace
 
-namespace TORCHWELD_ISA {
+namespace TORCHWELD_VECTOR_ISA {
 
 void grad_norm(const GradNormParams& p) {
   const int64_t chunks = p.total / kOptimizerChunkCpu, blocks = min_of(chunks, kGradNormBlocks);
@@ -56,5 +56,5 @@ void grad_norm(const GradNormParams& p) {
       static_cast<float>(__builtin_sqrt(total) / (p.grad_scale != nullptr ? __builtin_fabsf(*p.grad_scale) : 1.0f));
 }
 
-}  // namespace TORCHWELD_ISA
+}  // namespace TORCHWELD_VECTOR_ISA
 }  // namespace torchweld::cpu

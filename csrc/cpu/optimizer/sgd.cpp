@@ -37,7 +37,7 @@ struct SgdRule {
 
 }  // namespace
 
-namespace TORCHWELD_ISA {
+namespace TORCHWELD_VECTOR_ISA {
 
 void sgd(const SgdParams& p) {
   if (overflowed(p)) return;
@@ -46,5 +46,5 @@ void sgd(const SgdParams& p) {
                p.first_step ? 1.0f : static_cast<float>(1 - p.dampening), p.nesterov});
 }
 
-}  // namespace TORCHWELD_ISA
+}  // namespace TORCHWELD_VECTOR_ISA
 }  // namespace torchweld::cpu

@@ -19,10 +19,6 @@ class MaskRow {
     return load(factors_ + col % (4 * W));
   }
 
-  // v, of one vector or two from column col on, through the dropout.
-  TW_INLINE Vec times(int64_t col, Vec v) { return v * factors(col); }
-  TW_INLINE Pair times(int64_t col, Pair v) { return {times(col, v.first), times(col + W, v.second)}; }
-
  private:
   __attribute__((noinline)) void fill(int64_t batch) {
     batch_ = batch;

@@ -34,6 +34,7 @@ struct f16 {
 };
 
 #define TW_INLINE inline __attribute__((always_inline))
+#define TW_NOINLINE __attribute__((noinline))  // compiled once, for all who call it
 
 TW_INLINE Vec splat(float x) { return x - Vec{}; }  // which keeps the sign of zero
 TW_INLINE Vec zero() { return Vec{}; }
