@@ -87,9 +87,11 @@ def keep_memory() -> KeptMemory:
     model is made, in a program that trains on a CPU; `torchweld train` and `torchweld bench` do. Importing torchweld
     or patching a model never does.
 
-    What it costs is memory that the process keeps although nothing uses it. MEASURED. Memory that other threads than
-    the main one allocate is kept in part only. `numpy.zeros` writes its zeros at once. VmSize, which counts addresses,
-    grows by three quarters of the machine's memory where there are huge pages; memory in use does not.
+    What it costs is memory that the process keeps although nothing uses it. Training a GPT-2 of 4 layers on 2 x 256
+    tokens, resident memory is 2.7 GB at its peak, 2.3 GB without, and stays there between the steps, 1.8 GB without; in
+    bfloat16 it is 1.7 GB, 1.5 GB and 1.1 GB. A step takes a fifth to a quarter less of the CPU's time in bfloat16.
+    Memory that other threads than the main one allocate is kept in part only. `numpy.zeros` writes its zeros at once.
+    VmSize, which counts addresses, grows by three quarters of the machine's memory where there are huge pages.
 
     Only glibc on Linux is changed. Where another library serves malloc (jemalloc and tcmalloc keep memory by
     themselves) or there is another libc, nothing is; the result says so, and the logger `torchweld` at INFO.
