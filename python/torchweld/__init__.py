@@ -12,10 +12,11 @@ from torchweld.integrations import torch_sdpa
 if TYPE_CHECKING:
     from torchweld import nn, optim
     from torchweld.integrations import hugging_face
+    from torchweld.memory import keep_memory
     from torchweld.patching import patch
 
 __version__ = "0.1.0"
-__all__ = ["hugging_face", "nn", "ops", "optim", "patch", "reference", "use_backend"]
+__all__ = ["hugging_face", "keep_memory", "nn", "ops", "optim", "patch", "reference", "use_backend"]
 
 torch_sdpa.register()
 
@@ -26,6 +27,8 @@ def __getattr__(name: str) -> Any:
         return importlib.import_module(f"torchweld.{name}")
     if name == "hugging_face":
         return importlib.import_module("torchweld.integrations.hugging_face")
+    if name == "keep_memory":
+        return importlib.import_module("torchweld.memory").keep_memory
     if name == "patch":
         return importlib.import_module("torchweld.patching").patch
     raise AttributeError(f"module 'torchweld' has no attribute {name!r}")

@@ -24,6 +24,7 @@ ALLOWED = {
     "errors": set(),
     "console": set(),
     "environment": {"backend"},
+    "memory": set(),
     "ops": {"ops", "backend", "reference"},
     "nn": {"nn", "ops"},
     "integrations": {"integrations", "nn", "ops", "backend", "reference"},
@@ -31,9 +32,9 @@ ALLOWED = {
     "optim": {"optim", "ops", "backend"},
     "models": {"models", "nn", "ops", "optim", "errors"},
     "testing": {"testing", "ops", "nn", "optim", "reference", "backend", "_cpu", "console"},
-    "training": {"training", "models", "nn", "ops", "optim", "backend", "errors", "console", "environment"},
+    "training": {"training", "models", "nn", "ops", "optim", "backend", "errors", "console", "environment", "memory"},
     "bench": {"bench", "testing", "patching", "models", "nn", "optim", "ops", "reference", "backend"}
-    | {"errors", "console", "environment"},
+    | {"errors", "console", "environment", "memory"},
     "cli": {"cli", "testing", "ops", "backend", "errors", "console", "environment"},
 }
 # What the files of each folder of csrc may include besides their own folder and the system's headers.

@@ -55,5 +55,6 @@ def command(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def train(text: str, command: Run) -> Run:
-    """Runs `torchweld train gpt2 --config tiny` on the text."""
-    return lambda *words: command("train", "gpt2", "--config", "tiny", "--device", "cpu", "--data", text, *words)
+    """Runs `torchweld train gpt2 --config tiny` on the text; the process of the tests keeps its malloc."""
+    options = ("--config", "tiny", "--device", "cpu", "--no-keep-memory", "--data", text)
+    return lambda *words: command("train", "gpt2", *options, *words)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import json
 import math
+import platform
 import re
 import signal
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -174,6 +177,19 @@ def test_compare_notices_a_difference(train: Run, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(stock, "layer_norm", lambda x, *rest: x)
     code, out, _ = train("--steps", 3, "--compare", "torch", "--out", "run")
     assert code == 1 and "they DIFFER" in out
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another libc is left as it is")
+def test_compare_shows_stock_with_the_default_malloc_beside(text: str) -> None:
+    options = ["--config", "tiny", "--device", "cpu", "--steps", "4", "--data", text, "--compare", "torch"]
+    done = subprocess.run(
+        [sys.executable, "-m", "torchweld", "train", "gpt2", *options], check=False, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"memory: glibc \S+ keeps what is freed", done.stdout)
+    for rival in ("torch", "torch, default malloc"):
+        assert re.search(rf"torchweld / {rival} = [\d.]+", done.stdout)
+        assert f"loss curves of torchweld and {rival}: they agree" in done.stdout
 
 
 # ---- Schedule and report

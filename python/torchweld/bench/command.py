@@ -99,7 +99,8 @@ def sources() -> dict[str, Callable[[Settings], Iterator[Work]]]:
 def run(args: argparse.Namespace) -> int:
     """Measures and prints; 1 if a result was wrong, which is then not timed."""
     from torchweld.bench import report  # noqa: PLC0415
-    from torchweld.bench.harness import Settings, keep_freed_memory, measure  # noqa: PLC0415
+    from torchweld.bench.harness import Settings, measure  # noqa: PLC0415
+    from torchweld.memory import keep_memory  # noqa: PLC0415
 
     if args.markdown is not None:
         print(report.markdown(rows := report.read(args.markdown)))
@@ -117,8 +118,9 @@ def run(args: argparse.Namespace) -> int:
         compile=args.device == "cuda" if args.compile is None else args.compile,
         seconds=0.3 if args.quick else 2.0,
     )
-    keep_freed_memory()
+    kept = keep_memory()
     out, rows, wrong, skipped = console(), [], 0, set()
+    out.print(f"memory, for all providers: {kept}")
     for op in args.op or OPS:
         found = []
         for work in sources()[op](settings):

@@ -4,8 +4,8 @@ One `Work` is one op at one size in one direction. Its providers (torchweld, tor
 round, in an order that moves on by one each round: whatever else the machine does in the meantime hits all of them
 alike. A round ends with the limit, a plain copy of as many bytes or a matrix product in the same dtype, so that the
 share of the limit is one of the same seconds too. Warm-up goes by time, results are medians with the 20th and 80th
-percentiles. Outputs are allocated inside the timed call, as a user's are; `keep_freed_memory` sees to it that this
-measures the kernels and not the page faults of the system's allocator.
+percentiles. Outputs are allocated inside the timed call, as a user's are; the command calls `torchweld.keep_memory`, so
+that this measures the kernels and not the page faults of the system's allocator.
 
 On a GPU a launch is timed by CUDA events. Before it the second-level cache is flushed, by a write so large that the
 host has queued the launch long before it ends: events then see kernels, not Python. `wall=True` times with the host.
@@ -13,8 +13,6 @@ host has queued the launch long before it ends: events then see kernels, not Pyt
 
 from __future__ import annotations
 
-import ctypes
-import platform
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -67,15 +65,6 @@ class Limit:
 
     call: Call
     amount: float
-
-
-def keep_freed_memory() -> None:
-    """Has glibc keep freed memory rather than return it: else every large output costs a page fault per 4 KB."""
-    if platform.libc_ver()[0] == "glibc":
-        m_trim_threshold, m_mmap_max = -1, -4
-        libc = ctypes.CDLL(None)
-        libc.mallopt(m_mmap_max, 0)
-        libc.mallopt(m_trim_threshold, -1)
 
 
 @lru_cache(maxsize=1)

@@ -33,6 +33,7 @@ class Report:
     swapped: list[Entry] = field(default_factory=list)
     left: list[Entry] = field(default_factory=list)
     title: str = "torchweld.patch"
+    advice: str = ""
     _changes: list[tuple[Entry, Change]] = field(default_factory=list, repr=False)
 
     @property
@@ -73,6 +74,7 @@ class Report:
         from rich.table import Table  # noqa: PLC0415  (only a report that is shown needs it)
 
         table = Table("modules", "", "was", "now", title=self.title, title_justify="left", show_edge=False)
+        table.caption_justify = "left"
         for entries, style in ((self.swapped, None), (self.left, "yellow")):
             groups: dict[tuple[str, str, str], int] = {}
             for e in entries:
@@ -83,6 +85,7 @@ class Report:
                 table.add_row(name, f"x {count}" if count > 1 else "", was, now, style=style)
         if not self.swapped and not self.left:
             table.add_row("nothing to swap", "", "", "")
+        table.caption = self.advice
         return table
 
     def __str__(self) -> str:

@@ -17,6 +17,7 @@ from torchweld.patching.subclasses import Swapped
 
 # What each kind of swap runs on, by the names of the compiled modules' functions.
 _KERNELS = {"norms": "layer_norm_forward", "attention": "attention_forward", "activations": "gelu_forward"}
+_ADVICE = "One line more: torchweld.keep_memory(), first in a program that trains on a CPU."
 
 
 def _full_name(cls: type) -> str:
@@ -53,8 +54,9 @@ class _Walk:
     """One call of `patch`."""
 
     def __init__(self, model: torch.nn.Module, asked: dict[str, bool]) -> None:
-        self.model, self.report, self.hugging_face = model, Report(ref(model)), hugging_face()
         self.kind = next((p.device.type for p in model.parameters()), "cpu")
+        advice = _ADVICE if self.kind == "cpu" else ""
+        self.model, self.report, self.hugging_face = model, Report(ref(model), advice=advice), hugging_face()
         self.not_now = {kind: self._why_not(kind, wanted) for kind, wanted in asked.items()}
         self.found: dict[type, DropIn | None] = {}
         self.done: set[int] = set()  # the modules inside of what is dealt with as a whole

@@ -48,6 +48,12 @@ def add_train_parser(subparsers: Subparsers) -> None:
         help="train stock PyTorch beside it, step by step: speed and losses; torch, torch.compile (default: both)",
     )
     parser.add_argument("--dtype", default="float32", help="float32 (default), or bfloat16 by autocast")
+    parser.add_argument(
+        "--keep-memory",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="on a CPU, call torchweld.keep_memory() first, for both sides of --compare",
+    )
     _add_machine_options(parser)
     parser.set_defaults(func=_train)
 

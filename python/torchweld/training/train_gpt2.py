@@ -13,8 +13,10 @@ from torch import Tensor
 
 from torchweld import backend
 from torchweld.errors import UserError
+from torchweld.memory import KeptMemory, keep_memory
 from torchweld.models.gpt2 import CONFIGS, GPT2Config
 from torchweld.training import checkpoint, corpus, report
+from torchweld.training.apart import ApartTrainer
 from torchweld.training.generate import continuation
 from torchweld.training.machine import deferred_interrupt, forced_backend, pick_device
 from torchweld.training.processes import Processes, joined
@@ -23,6 +25,7 @@ from torchweld.training.trainer import DTYPES, RIVALS, Trainer
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 DEFAULT_OUT = "torchweld-gpt2"
+DEFAULT_MALLOC = "torch, default malloc"
 VALIDATE_EVERY = 100
 VALIDATION_TOKENS = 16384
 SAMPLE_TOKENS = 160
@@ -58,8 +61,8 @@ class Job:
         return checkpoint.save(self.out, ours.step, ours.model, self.text.tokenizer, moments, training)
 
 
-def start(args: argparse.Namespace, processes: Processes) -> Job:
-    """A fresh run in an output directory of its own."""
+def start(args: argparse.Namespace, processes: Processes, kept: KeptMemory | None) -> Job:
+    """A fresh run in an output directory of its own. `kept`: what malloc keeps in this process, if it was asked to."""
     settings, out = Settings.fresh(args, processes.count), Path(args.out)
     if not args.overwrite and (found := checkpoint.checkpoints(out)):
         raise UserError(
@@ -75,6 +78,8 @@ def start(args: argparse.Namespace, processes: Processes) -> Job:
     for name in _rivals(args):
         trainers.append(Trainer(config, settings, processes, args.dtype, name))
         trainers[-1].model.load_state_dict(trainers[0].model.state_dict())
+        if name == "torch" and kept is not None and kept.kept and processes.count == 1:
+            trainers.append(ApartTrainer(config, settings, args.dtype, name, DEFAULT_MALLOC))
     if processes.first:
         checkpoint.prepare_output(out)
         if args.overwrite:
@@ -91,7 +96,7 @@ def _rivals(args: argparse.Namespace) -> list[str]:
     return [name for name in RIVALS if not args.compare or name in args.compare]
 
 
-def resume(args: argparse.Namespace, processes: Processes) -> Job:
+def resume(args: argparse.Namespace, processes: Processes, kept: KeptMemory | None) -> Job:
     """The run of a checkpoint, at the step where it was saved."""
     if args.compare is not None:
         raise UserError(
@@ -199,8 +204,12 @@ def run(args: argparse.Namespace) -> int:
     try:
         with forced_backend(args.backend, device), joined(device) as processes:
             console.quiet = not processes.first
-            job = (start if args.resume is None else resume)(args, processes)
+            on_cpu = torch.device(device).type == "cpu"
+            kept = keep_memory() if args.keep_memory and on_cpu else None
+            job = (start if args.resume is None else resume)(args, processes, kept)
             _introduce(job, device, args.dtype, console)
+            if kept is not None:
+                console.print(f"memory: {kept}")
             complete = train(job, console)
             agree = True
             if len(job.trainers) > 1:
