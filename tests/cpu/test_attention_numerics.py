@@ -108,23 +108,30 @@ def test_scores_far_from_zero(case: Extreme, dtype: torch.dtype, each_isa: Itera
         oracle.check()
 
 
-SIXTEEN = [  # each with a seed for which gradients from the rounded output, or lse of coarse weights, miss the rule
+SIXTEEN = [  # each with a seed for which what is too coarse, of output, weights or their sum, misses the rule
     (SdpaCase(name="one key has nearly all", regime="", heads=1, queries=501, keys=512, dim=80, logits=1e4,
               layout="transposed"), 298600),
     (AttentionCase(name="lse of like scores", regime="", heads=1, queries=7, keys=129, lse=True, scale=0.001), 618413),
     (AttentionCase(name="sinks", regime="", queries=90, keys=400, sinks=True), 0),
     (AttentionCase(name="a bias in float32", regime="", queries=90, keys=400, bias=(1, 2, 90, 400),
                    bias_dtype=torch.float32), 0),
+    (SdpaCase(name="a bias in float32, few keys", regime="", queries=4, keys=7, bias=(1, 4, 7),
+              bias_dtype=torch.float32, values="integers"), 606609),
+    (SdpaCase(name="values with a common part", regime="", heads=1, queries=127, keys=127, values="shifted",
+              layout="strided", dtypes=(torch.bfloat16,)), 369576),
     (AttentionCase(name="slopes", regime="", queries=90, keys=400, alibi=True), 0),
     (PackedAttentionCase(name="packed", regime="", queries=509, keys=600, dim=80, logits=1e4,
                          lengths=((8, 0), (501, 512), (0, 88))), 1),
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize(("case", "seed"), SIXTEEN, ids=lambda value: getattr(value, "name", ""))
+@pytest.mark.parametrize(
+    ("case", "seed", "dtype"),
+    [(case, seed, dtype) for case, seed in SIXTEEN for dtype in DTYPES[1:] if dtype in case.dtypes],
+    ids=lambda value: getattr(value, "name", str(value)),
+)
 def test_16_bits_keep_their_digits(case: AttentionCase, seed: int, dtype: torch.dtype, each_isa: Iterator[str]) -> None:
-    """Over several tiles of keys: delta is of an output that was not rounded."""
+    """Gradients are of an output that was not rounded, and sums are of the weights that made it."""
     oracle = Oracle(case, dtype, seed=seed)
     for _ in each_isa:
         oracle.check()

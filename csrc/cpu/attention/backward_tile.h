@@ -38,7 +38,8 @@ class GradientTile {
         keys_(keys),
         width_(round_up(keys, Compute::column_unit)),
         tile_keys_(tile_keys),
-        stride_(tile_keys + 32) {
+        stride_(tile_keys + 32),
+        exact_(Compute::exp_degree < kExactDegree<Compute> && exact_softmax(p)) {
     auto take = [&](int64_t words) {
       float* part = scratch;
       scratch += words;
@@ -99,7 +100,8 @@ class GradientTile {
         Vec signed_distance = scores.distance(i + n, j0_ + span.begin), total[3] = {};
         for (int64_t j = span.begin; j < span.end; j += W, signed_distance += static_cast<float>(W)) {
           const int64_t at = (r + n) * stride_ + j;
-          const Vec p = probability(at, row), distance = from_bits(bits(signed_distance) & 0x7fffffffu);
+          const Vec p = probability<kExactDegree<Compute>>(at, row),
+                    distance = from_bits(bits(signed_distance) & 0x7fffffffu);
           const Vec gradient = p == zero() ? zero() : p * load(dprobability_ + at);
           total[0] += gradient * distance;
           total[1] += p * distance;
@@ -121,7 +123,7 @@ class GradientTile {
         const Row row(rows, i + n, scores.unit());
         for (int64_t j = span.begin; j < span.end; j += W) {
           const int64_t at = (r + n) * stride_ + j;
-          store(out + j, load(out + j) + dscore(at, row, probability(at, row)).gradient);
+          store(out + j, load(out + j) + dscore(at, row, probability<kExactDegree<Compute>>(at, row)).gradient);
         }
       }
     });
@@ -219,8 +221,9 @@ class GradientTile {
           dlse(splat(rows.dlse != nullptr ? rows.dlse[i] : 0.0f)) {}
   };
 
+  template <int kDegree>
   TW_INLINE Vec probability(int64_t at, const Row& row) const {
-    return weight<Compute::exp_degree>(load(products_ + at), row.max, row.unit) * row.inverse;
+    return weight<kDegree>(load(products_ + at), row.max, row.unit) * row.inverse;
   }
 
   // P * (dP - delta). Where P is 1 but for roundings, delta is dP - dlse: of the difference nothing else than the
@@ -237,14 +240,14 @@ class GradientTile {
     return low < high && j0_ <= low && high <= j0_ + keys_;
   }
 
-  // P of query i in the place of its scores, row r. Returns the sum of P * dP.
+  // P of query i, exact, in the place of its scores, row r. Returns the sum of P * dP.
   __attribute__((noinline)) float sum_gradients(const Queries& rows, int64_t i, float unit, int64_t r,
                                                 Span span) const {
     const Row row(rows, i, unit);
     Vec total{};
     for (int64_t j = span.begin; j < span.end; j += W) {
       const int64_t at = r * stride_ + j;
-      const Vec p = probability(at, row);
+      const Vec p = probability<kExactDegree<Compute>>(at, row);
       store(products_ + at, p);
       total += p == zero() ? zero() : p * load(dprobability_ + at);
     }
@@ -258,18 +261,18 @@ class GradientTile {
     const bool capped = p_.softcap != 0, dropping = scores.dropout.active();
     float factors[kCount][kTileKeysMost];
     Row row[kCount];
-    bool summed = false;  // P is there already
+    bool made = exact_;  // P, before the loop that writes it
     for (int n = 0; n < kCount; ++n) {
       if (n >= count) continue;
       row[n] = Row(rows, i + n, scores.unit());
       scores.finish(products_ + (r + n) * stride_, i + n, j0_, span, capped ? slopes_ + (r + n) * stride_ : nullptr);
       if (dropping) drop(scores, i + n, r + n, span, factors[n]);
-      summed |= Queries::summed && holds_all(scores.band, i + n);
+      made |= Queries::summed && holds_all(scores.band, i + n);
     }
     for (int n = 0; n < kCount; ++n) {
-      if (n >= count || !summed) continue;
+      if (n >= count || !made) continue;
       const float total = sum_gradients(rows, i + n, scores.unit(), r + n, span);
-      if (!holds_all(scores.band, i + n)) continue;
+      if (!Queries::summed || !holds_all(scores.band, i + n)) continue;
       rows.delta[i + n] += total;
       row[n].delta = splat(rows.delta[i + n]);
     }
@@ -289,10 +292,10 @@ class GradientTile {
         write(t, j, score);
       }
     };
-    if (summed)
+    if (made)
       write_scores([&](int64_t at, const Row&) { return load(products_ + at); });
     else
-      write_scores([&](int64_t at, const Row& one) { return probability(at, one); });
+      write_scores([&](int64_t at, const Row& one) { return probability<Compute::exp_degree>(at, one); });
     for (int64_t j = span.end; j < width_; j += W) write(t, j, nothing);
     if (dbias != nullptr)
       for (int64_t n = 0; n < count; ++n) store_dbias(dprobability_ + (r + n) * stride_, i + n, span);
@@ -337,6 +340,7 @@ class GradientTile {
 
   const AttentionInputs& p_;
   const int64_t j0_, keys_, width_, tile_keys_, stride_;
+  const bool exact_;                           // P is made before it is written, and not with what the words ask for
   Right key_, value_, key_steps_;              // key^T, value^T, key
   float *products_, *dprobability_, *slopes_;  // [kScoreRows, stride]
   float *probability_, *dscore_;               // [words_of(kQueries), stride] words along the queries

@@ -152,7 +152,7 @@ class Forward {
                 kPanel};
     const Right keys{packed, Compute::panel, Compute::panel * plan_.steps};
     Softmax<Compute> softmax;
-    softmax.init(rows, p_.lse != nullptr);
+    softmax.init(rows, p_.lse != nullptr || exact_softmax(p_));
     std::memset(o, 0, sizeof(float) * rows * plan_.value_width);
 
     const TileScope tiles;

@@ -49,6 +49,16 @@ inline bool plain(const AttentionInputs& p) {
 // A score is this times what Scores::finish leaves in the row.
 inline float score_unit(const AttentionInputs& p) { return plain(p) ? p.scale : 1.0f; }
 
+// Whether the softmax is to be as exact as float32, whatever words P is kept in: a gradient may be in float32 beside
+// operands in 16 bits, or weigh keys by their distance. Forward and backward agree on it.
+inline bool exact_softmax(const AttentionInputs& p) {
+  return p.bias_type == MaskType::float32 || p.alibi_slopes != nullptr || p.sinks != nullptr;
+}
+
+// Of exp where the softmax is exact.
+template <class Compute>
+constexpr int kExactDegree = max_of(Compute::exp_degree, 5);
+
 // exp(score - max), from what finish() leaves of both, and unit() of Scores. The difference comes first: it is exact
 // where it counts, and 0 at the maximum however large that is. From a product with the unit, a rounding of the maximum
 // would be one of the exponent.

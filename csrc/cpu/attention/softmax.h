@@ -67,9 +67,10 @@ class Softmax {
     }
   };
 
-  // lse: whether the logarithm of the sums is wanted, in float32. P alone may be as exact as the words it is kept in.
-  void init(int64_t rows, bool lse) {
-    lse_ = lse;
+  // exact: whether the sums are wanted in float32. Else P is as exact as the words it is kept in, and the sums are of
+  // those words: a common part of the values is then not weighed by what P loses in them.
+  void init(int64_t rows, bool exact) {
+    exact_ = exact;
     for (int64_t r = 0; r < round_up(rows, W); ++r) {
       max_[r] = -kInfinity;
       sum_[r] = zero();
@@ -128,21 +129,30 @@ class Softmax {
 
   // P of a row of scores; returns its sums. In place, a row of P is never ahead of its scores, also where it takes half
   // the room.
-  template <int kDegree>
+  template <bool kExact>
   static TW_INLINE Vec exponentiate(const float* row, float* p, Span span, Vec unit, Vec max) {
+    constexpr int kDegree = kExact ? kExactDegree<Compute> : Compute::exp_degree;
+    constexpr bool kOfWords = !kExact && Compute::per_word == 2 && Compute::parts == 1;
     Vec a{}, b{};
     int64_t j = span.begin;
     for (; j + 2 * W <= span.end; j += 2 * W) {
       const Vec first = weight<kDegree>(load(row + j), max, unit);
       const Vec second = weight<kDegree>(load(row + j + W), max, unit);
-      a += first;
-      b += second;
       Compute::store_row(p, j, first, second);
+      if constexpr (kOfWords) {
+        a = Compute::dot(load(p + Compute::element(j) / 2), from_bits(VecU{} + 0x3f803f80u), a);  // times 1, in pairs
+      } else {
+        a += first;
+        b += second;
+      }
     }
     if (j < span.end) {
       const Vec last = weight<kDegree>(load(row + j), max, unit);
-      a += last;
       Compute::store_row(p, j, last);
+      if constexpr (kOfWords)
+        a += load(reinterpret_cast<const bf16*>(p) + Compute::element(j));
+      else
+        a += last;
     }
     return a + b;
   }
@@ -152,8 +162,8 @@ class Softmax {
                           const float* row) const {
     float* p = Compute::row_of(at.weights, weight_stride, r) + Compute::element(c) / Compute::per_word;
     const Vec unit = splat(scores.unit()), max = splat(subtract(r));
-    const Vec sums = lse_ ? exponentiate<max_of(Compute::exp_degree, 5)>(row, p, span, unit, max)
-                          : exponentiate<Compute::exp_degree>(row, p, span, unit, max);
+    const Vec sums =
+        exact_ ? exponentiate<true>(row, p, span, unit, max) : exponentiate<false>(row, p, span, unit, max);
     if (scores.dropout.active()) scores.dropout.template drop<Compute>(p, at.i0 + r, at.j0 + c, span);
     return sums;
   }
@@ -273,7 +283,7 @@ class Softmax {
   // m is as finish() of Scores leaves it, l a sum per lane; weights are those of the tile at hand.
   alignas(64) float max_[kTileQueries<Compute>];
   Vec sum_[kTileQueries<Compute>], weight_[kTileQueries<Compute>];
-  bool lse_;
+  bool exact_;
 };
 
 }  // namespace

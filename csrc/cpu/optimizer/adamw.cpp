@@ -71,7 +71,7 @@ struct AdamWRule {
   template <class ST, class Lanes>
   TW_INLINE Vec operator()(const OptimizerTensor& t, Vec p, Vec g, int64_t i, Lanes lanes) const {
     ST *exp_avg = at<ST>(t.state[0], i), *exp_avg_sq = at<ST>(t.state[1], i);
-    if (l2 != 0) g = g + l2 * p;
+    if (l2 != 0) g = fused(splat(l2), p, g);
     Vec m = load(exp_avg, lanes), v = load(exp_avg_sq, lanes);
     m = kFromMean ? m + gain1 * (g - m) : g - (1.0f - gain1) * (g - m);
     v = keep2 * v + gain2 * g * g;

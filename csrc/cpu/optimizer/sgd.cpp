@@ -24,7 +24,7 @@ struct SgdRule {
 
   template <class ST, class Lanes>
   TW_INLINE Vec operator()(const OptimizerTensor& t, Vec p, Vec g, int64_t i, Lanes lanes) const {
-    if (weight_decay != 0) g = g + weight_decay * p;
+    if (weight_decay != 0) g = fused(splat(weight_decay), p, g);
     if (t.state[0] != nullptr) {
       ST* buffer = at<ST>(t.state[0], i);
       const Vec b = momentum * load(buffer, lanes) + gain * g;

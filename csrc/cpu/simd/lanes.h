@@ -78,6 +78,18 @@ TW_INLINE Vec vsqrt(Vec v) {
 #endif
 }
 
+// a * b + c of terms that may cancel, rounded once, as the contraction of an expression is where there is the
+// instruction.
+TW_INLINE Vec fused(Vec a, Vec b, Vec c) {
+#if defined(__AVX2__) || !defined(__SSE2__)
+  return a * b + c;
+#else
+  typedef double Wide __attribute__((vector_size(8 * W)));
+  return __builtin_convertvector(
+      __builtin_convertvector(a, Wide) * __builtin_convertvector(b, Wide) + __builtin_convertvector(c, Wide), Vec);
+#endif
+}
+
 // Lanes folded in halves, log2(W) times, by `op`: the order of a tree.
 template <class Op>
 TW_INLINE float fold(Vec v, Op&& op) {

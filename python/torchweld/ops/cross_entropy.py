@@ -218,8 +218,9 @@ def cross_entropy(
         losses = _row_losses(input, target, ignore_index, label_smoothing)
     else:
         losses = _forward_op(input, target, ignore_index, label_smoothing)[0]
+    # Summed in float64: what a row's loss was rounded by may be the same for all.
     if reduction == "mean":
-        losses = losses.sum() / (target != ignore_index).sum()
+        losses = losses.sum(dtype=torch.float64) / (target != ignore_index).sum()
     elif reduction == "sum":
-        losses = losses.sum()
+        losses = losses.sum(dtype=torch.float64)
     return losses.to(dtype)

@@ -28,7 +28,8 @@ def sizes(
     the scores makes one of P_j * ((1 - P_j) d_j - sum over the other k of P_k d_k) of a weight: nothing where one key
     has all of it. Each weight, product and sum has an error of its own beside that. The backward makes the weights
     again from lse, whose logarithm of the sum (not its maximum, which the scores have in common) was rounded. The slope
-    of the softcap, 1 - tanh(x)^2, moves by 2 tanh(x) times the error of x, as a share of itself.
+    of the softcap, 1 - tanh(x)^2, moves by 2 tanh(x) times the error of x, as a share of itself; and the definition's,
+    a difference in float64, is off by a rounding of that.
     """
     q, do, k, v = (t.abs() for t in (x["query"], x["doutput"], key, value))
     dlse = x["dlse"].unsqueeze(-1) if "dlse" in x else torch.zeros((), dtype=q.dtype, device=q.device)
@@ -40,6 +41,7 @@ def sizes(
         capped = torch.tanh(x["query"] @ key.mT * (scale / softcap))
         slope = 1 - capped.square()
         moved = slope * (1 + 2 * capped.abs() * score / softcap)
+        moved = moved + torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         score = score * slope + softcap * capped.abs()
     shared = (weights * score).sum(-1, keepdim=True)
     inexact = weights * (1 + score * (1 - weights).abs() + (shared - weights * score).abs())

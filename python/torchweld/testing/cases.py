@@ -20,7 +20,7 @@ Provider = Callable[[Tensors], Tensors]
 # Elements below which a case is drawn several times; elements from which torch works on it with all threads.
 _SMALL, _DRAWS, _LARGE = 1 << 17, 4, 1 << 22
 # A miss of an output with fewer elements in all draws is judged again over more draws, if those are not too large.
-_FEW, _MORE_DRAWS, _MORE = 4096, 32, 1 << 23
+_FEW, _MORE_DRAWS, _MORE = 4096, 32, 1 << 25
 
 
 @dataclass(frozen=True, kw_only=True)

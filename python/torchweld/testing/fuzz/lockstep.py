@@ -233,4 +233,8 @@ class Lockstep(Trial):
         # The factor of clipping is one number, rounded once or twice, and in all of the moments.
         clipped = any(name == "max_grad_norm" for name, _ in self.options)
         terms = {n: 2 * float(t.abs().amax()) for n, t in right.items() if clipped and n != "params" and t.numel()}
+        # SGD's step may be far larger than what is left of the parameter, and is rounded before it is taken.
+        if "momentum_buffer" in right:
+            rate = max(group["lr"] for group in exact.optimizer.param_groups)
+            terms["params"] = rate * float(right["momentum_buffer"].abs().amax())
         assert_parity(found, expected, right, op=self.name, case=what, terms=terms)
