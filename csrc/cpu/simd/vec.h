@@ -35,12 +35,12 @@ TW_INLINE void for_each_value(int64_t n, Value&& value, Put&& put) {
   }
 }
 
-// Sum over [0, n) of term(i, lanes), a Vec or a Pair. Four chains hide the latency of the adder. They have 16 vectors,
+// Sum over [0, n) of term(i, lanes), a Vec or a Pair. Four chains hide the latency of the adder. They have 32 vectors,
 // and what they come to is added up in pairs: the roundings of equal terms would not cancel over a longer one.
 template <class Term>
 TW_INLINE auto sum_over(int64_t n, Term&& term) {
   using Terms = decltype(term(n, All{}));
-  constexpr int64_t kStep = 4 * W, kChain = 16 * kStep;
+  constexpr int64_t kStep = 4 * W, kChain = 32 * kStep;
   Terms partial[56];  // [k]: the sum of 2^k chains, where bit k of `chains` is set
   Terms total{};
   int64_t i = 0, chains = 0;
