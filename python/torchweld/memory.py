@@ -83,7 +83,7 @@ def keep_memory() -> KeptMemory:
     """Has the system's malloc keep freed memory, on huge pages where it can; for the whole process, from now on.
 
     glibc gives every freed block of more than 32 MB, and often smaller ones, back to the system. The next one is then
-    faulted in page by page, 0.25 ms per MB, several times in each training step on a CPU. Call this once, before the
+    faulted in page by page, several times in each training step on a CPU. Call this once, before the
     model is made, in a program that trains on a CPU; `torchweld train` and `torchweld bench` do. Importing torchweld
     or patching a model never does.
 

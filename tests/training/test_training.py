@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import multiprocessing
 import platform
 import re
 import signal
@@ -20,8 +21,9 @@ from rich.console import Console
 from safetensors.torch import load_file
 
 from commands import Run
+from torchweld.errors import UserError
 from torchweld.models import CONFIGS, GPT2, stock
-from torchweld.training import checkpoint, report, settings, train_gpt2, trainer
+from torchweld.training import apart, checkpoint, report, settings, train_gpt2, trainer
 from torchweld.training.processes import Processes
 
 pytestmark = pytest.mark.slow
@@ -190,6 +192,17 @@ def test_compare_shows_stock_with_the_default_malloc_beside(text: str) -> None:
     for rival in ("torch", "torch, default malloc"):
         assert re.search(rf"torchweld / {rival} = [\d.]+", done.stdout)
         assert f"loss curves of torchweld and {rival}: they agree" in done.stdout
+
+
+def test_a_process_apart_that_ends_is_named() -> None:
+    """A rival whose process is gone is an error with a remedy, not a wait for ever."""
+    recipe = settings.Settings(**asdict(settings.RECIPES["tiny"]), config="tiny", seed=0, data=None)
+    rival = apart.ApartTrainer(CONFIGS["tiny"], recipe, "float32", "torch", "torch, default malloc")
+    (child,) = multiprocessing.active_children()
+    child.kill()
+    child.join()
+    with pytest.raises(UserError, match=r"'torch, default malloc' has ended .*--no-keep-memory"):
+        rival.advance(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64))
 
 
 # ---- Schedule and report

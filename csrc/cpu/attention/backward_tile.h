@@ -261,7 +261,7 @@ class GradientTile {
     const bool capped = p_.softcap != 0, dropping = scores.dropout.active();
     float factors[kCount][kTileKeysMost];
     Row row[kCount];
-    bool made = exact_;  // P, before the loop that writes it
+    bool made = exact_;  // whether P is there before the loop that writes it
     for (int n = 0; n < kCount; ++n) {
       if (n >= count) continue;
       row[n] = Row(rows, i + n, scores.unit());
@@ -340,7 +340,7 @@ class GradientTile {
 
   const AttentionInputs& p_;
   const int64_t j0_, keys_, width_, tile_keys_, stride_;
-  const bool exact_;                           // P is made before it is written, and not with what the words ask for
+  const bool exact_;                           // P is made to kExactDegree, in a pass of its own
   Right key_, value_, key_steps_;              // key^T, value^T, key
   float *products_, *dprobability_, *slopes_;  // [kScoreRows, stride]
   float *probability_, *dscore_;               // [words_of(kQueries), stride] words along the queries

@@ -55,7 +55,7 @@ inline bool exact_softmax(const AttentionInputs& p) {
   return p.bias_type == MaskType::float32 || p.alibi_slopes != nullptr || p.sinks != nullptr;
 }
 
-// Of exp where the softmax is exact.
+// The degree of exp2's polynomial where the softmax is exact.
 template <class Compute>
 constexpr int kExactDegree = max_of(Compute::exp_degree, 5);
 

@@ -68,7 +68,7 @@ class Softmax {
   };
 
   // exact: whether the sums are wanted in float32. Else P is as exact as the words it is kept in, and the sums are of
-  // those words: a common part of the values is then not weighed by what P loses in them.
+  // those words: the weights that values are multiplied by then add up to 1.
   void init(int64_t rows, bool exact) {
     exact_ = exact;
     for (int64_t r = 0; r < round_up(rows, W); ++r) {

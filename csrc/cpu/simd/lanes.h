@@ -78,8 +78,8 @@ TW_INLINE Vec vsqrt(Vec v) {
 #endif
 }
 
-// a * b + c of terms that may cancel, rounded once, as the contraction of an expression is where there is the
-// instruction.
+// a * b + c of terms that may cancel: the product is not rounded. Where there is no fused multiply-add, the sum is
+// taken in float64.
 TW_INLINE Vec fused(Vec a, Vec b, Vec c) {
 #if defined(__AVX2__) || !defined(__SSE2__)
   return a * b + c;

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchweld.errors import UserError
 from torchweld.models.gpt2 import GPT2Config
 from torchweld.training.processes import Processes
 from torchweld.training.settings import Settings
@@ -50,11 +51,16 @@ class ApartTrainer(Trainer):
         arguments = (theirs, config, settings, dtype, name, torch.get_num_threads())
         spawned.Process(target=_serve, args=arguments, daemon=True).start()
         theirs.close()
-        self._child.recv()  # ready
+        self._ask(None)  # until it is ready
 
     def _ask(self, batches: object) -> Any:
-        self._child.send(batches)
-        answer = self._child.recv()
+        try:
+            if batches is not None:
+                self._child.send(batches)
+            answer = self._child.recv()
+        except (EOFError, OSError):
+            message = f"the process of '{self.name}' has ended (out of memory?); --no-keep-memory does without it"
+            raise UserError(message) from None
         if isinstance(answer, Exception):
             raise answer
         return answer
