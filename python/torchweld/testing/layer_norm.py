@@ -98,7 +98,7 @@ class LayerNormCase(Case):
         return {"output": found[0], "sum": found[1]} if self.add else {"output": found}
 
     def _sum(self, x: Tensors, dtype: torch.dtype) -> Tensor:
-        """The residual and x, which is of `dtype`, as torch adds them: it has no dropout by a seed, and is given the mask."""
+        """residual + dropout(x), x in `dtype`, as torch computes it; torch is given the mask, for it knows no seed."""
         added = x["x"].to(dtype)
         if self.dropout_p > 0:
             cols = max(math.prod(self.shape), 1)
