@@ -16,7 +16,7 @@ import torchweld.ops
 from leaves import gradient
 from torchweld.errors import UserError
 from torchweld.models import CONFIGS, GPT2, GPT2Config, stock
-from torchweld.models.gpt2 import KVCache, sample
+from torchweld.models.decoding import KVCache, sample
 
 TINY = CONFIGS["tiny"]
 

@@ -29,8 +29,8 @@ from torchweld.training.trainer import Trainer
 
 advance = Trainer.advance
 
-def interrupted(self, *batch):
-    advance(self, *batch)
+def interrupted(self, parts):
+    advance(self, parts)
     if self.step == 3 and self.processes.rank == 1:
         signal.raise_signal(signal.SIGINT)
 
@@ -80,7 +80,11 @@ def test_two_processes_learn_what_one_does(text: str, capsys: pytest.CaptureFixt
     assert cli.main([*words, "--out", "one"]) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     result = subprocess.run(
-        [*torchrun, "-m", "torchweld", *words, "--out", "two"], capture_output=True, text=True, timeout=120, check=False
+        [*torchrun, "-m", "torchweld", *words, "--accumulate", "2", "--out", "two"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
     )
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("model: tiny") == result.stdout.count("checkpoint: ") == 1

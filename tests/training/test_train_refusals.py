@@ -47,6 +47,8 @@ from torchweld.training import checkpoint
         (["--resume", "run", "--compare"], "--compare: expected a fresh run"),
         (["--resume", "run", "--overwrite"], "--overwrite: expected a fresh run"),
         (["--resume", "run", "--out", "other"], "--out: expected none beside --resume run.* got 'other'"),
+        (["--optimizer", "lion"], "--optimizer: expected one of adamw, adam, sgd, but got 'lion'"),
+        (["--accumulate", "3"], "--batch-size: expected a multiple of the parts of --accumulate, 3, but got 8"),
         (["--compare", "jax"], "--compare: expected names out of torch, torch.compile, but got 'jax'"),
     ],
 )
@@ -66,7 +68,7 @@ def test_train_refuses(home: Path, train: Run, words: list[str], message: str) -
 
 def test_train_refuses_an_unknown_program(command: Run) -> None:
     code, _, error = command("train", "gpt5")
-    assert code == 2 and "gpt2, but got 'gpt5'" in error
+    assert code == 2 and "one of gpt2, gpt3, but got 'gpt5'" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal of a GPU needs a machine without one")
@@ -80,10 +82,13 @@ def test_resume_refuses_another_model_or_text(home: Path, train: Run, command: R
     for words, message in (
         (["--config", "small"], "--config: expected 'tiny'"),
         (["--data", __file__], "expected the text that the run was started with"),
+        (["--optimizer", "sgd"], "--optimizer: expected 'adamw', with which the run was started, but got 'sgd'"),
         (["--steps", 2], "--steps: expected at least the 4 that the run has done, but got 2"),
     ):
         code, _, error = command("train", "gpt2", "--resume", "run", *words)
         assert code == 2 and message in error
+    code, _, error = command("train", "gpt3", "--resume", "run")
+    assert code == 2 and "expected a run of `train gpt3`, but got one of `train gpt2`" in error
     (home / "text.py").unlink()
     code, _, error = command("train", "gpt2", "--resume", "run")
     assert code == 2 and "No such file" in error

@@ -22,12 +22,15 @@ from safetensors.torch import load_file
 
 from commands import Run
 from torchweld.errors import UserError
-from torchweld.models import CONFIGS, GPT2, stock
-from torchweld.training import apart, checkpoint, report, settings, train_gpt2, trainer
+from torchweld.models import CONFIGS, GPT2, GPT2Config, stock
+from torchweld.training import apart, checkpoint, report, settings, trainer
 from torchweld.training.processes import Processes
+from torchweld.training.program import Batch
+from torchweld.training.programs import PROGRAMS
 
 pytestmark = pytest.mark.slow
 
+TINY = settings.Settings(**asdict(PROGRAMS["gpt2"].recipes["tiny"]), config="tiny", seed=0, data=None)
 FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json", "training.json")
 
 
@@ -35,8 +38,8 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) 
     """Sends SIGINT to this process from within that step."""
     advance = trainer.Trainer.advance
 
-    def interrupted(self: trainer.Trainer, *batch: torch.Tensor) -> None:
-        advance(self, *batch)
+    def interrupted(self: trainer.Trainer, parts: list[Batch]) -> None:
+        advance(self, parts)
         if self.step == step:
             for _ in range(times):
                 signal.raise_signal(signal.SIGINT)
@@ -79,7 +82,7 @@ def test_checkpoint_is_a_hugging_face_model(train: Run) -> None:
     transformers = pytest.importorskip("transformers", reason="loads the checkpoint with transformers, a test extra")
     train("--steps", 3, "--out", "run")
     theirs = transformers.GPT2LMHeadModel.from_pretrained("run/checkpoint-3").eval()
-    config, weights, tokenizer = checkpoint.load_model(Path("run/checkpoint-3"))
+    config, weights, tokenizer = checkpoint.load_model(Path("run/checkpoint-3"), GPT2Config.from_hugging_face)
     ours = GPT2(config).eval()
     ours.load_hugging_face(weights)
     ids = torch.tensor([tokenizer.encode("import argparse as _argparse\n").ids])
@@ -87,14 +90,20 @@ def test_checkpoint_is_a_hugging_face_model(train: Run) -> None:
         torch.testing.assert_close(ours(ids), theirs(ids).logits, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_resume_continues_bit_for_bit(train: Run, monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+@pytest.mark.parametrize(
+    "dropout, options",
+    [(0.0, ()), (0.2, ()), (0.0, ("--accumulate", 2, "--optimizer", "sgd"))],
+    ids=["plain", "dropout", "in parts, sgd"],
+)
+def test_resume_continues_bit_for_bit(
+    train: Run, monkeypatch: pytest.MonkeyPatch, dropout: float, options: tuple[object, ...]
+) -> None:
     monkeypatch.setitem(CONFIGS, "tiny", replace(CONFIGS["tiny"], dropout=dropout))
-    monkeypatch.setattr(train_gpt2, "VALIDATE_EVERY", 5)
-    assert train("--steps", 12, "--out", "straight")[0] == 0
+    steps = ("--steps", 12, "--validate-every", 5, *options)
+    assert train(*steps, "--out", "straight")[0] == 0
     with monkeypatch.context() as patch:
         interrupt_after(patch, 7)
-        code, out, _ = train("--steps", 12, "--out", "broken")
+        code, out, _ = train(*steps, "--out", "broken")
     assert code == 130
     assert "interrupted after step 7 of 12" in out and "--resume broken" in out
     assert [p.name for p in Path("broken").iterdir()] == ["checkpoint-7"]
@@ -104,6 +113,42 @@ def test_resume_continues_bit_for_bit(train: Run, monkeypatch: pytest.MonkeyPatc
     for name in FILES:
         straight, broken = (Path(out, "checkpoint-12", name).read_bytes() for out in ("straight", "broken"))
         assert straight == broken, name
+
+
+def test_a_batch_in_parts_is_the_same_batch(train: Run) -> None:
+    for parts in (1, 4):
+        assert train("--steps", 4, "--accumulate", parts, "--out", parts)[0] == 0
+    whole, parts = (json.loads(Path(out, "checkpoint-4/training.json").read_text()) for out in "14")
+    assert whole["losses"] == pytest.approx(parts["losses"], rel=1e-5)
+    assert whole["validation"][0][1] == pytest.approx(parts["validation"][0][1], rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_other_optimizers_learn_as_torchs_do(train: Run, optimizer: str) -> None:
+    code, out, _ = train("--steps", 40, "--optimizer", optimizer, "--compare", "torch", "--out", "run")
+    assert code == 0 and "they agree" in out and f"of 8 x 64 tokens, {optimizer}" in out
+    losses = json.loads(Path("run/checkpoint-40/training.json").read_text())["losses"]
+    assert losses[-1] < losses[0] - 0.3
+
+
+def test_the_best_weights_are_kept_and_used(train: Run, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Validation gets worse after the second of three: the weights of that one are kept beside the last ones."""
+    losses = iter([3.0, 2.0, 4.0])
+
+    def validate(self: trainer.Trainer, batches: list[Batch]) -> float:
+        self.validation.append((self.step, next(losses)))
+        return self.validation[-1][1]
+
+    monkeypatch.setattr(trainer.Trainer, "validate", validate)
+    code, out, _ = train("--steps", 6, "--validate-every", 2, "--keep-best", "--out", "run")
+    assert code == 0 and "best validation: run/best-4, loss 2.0000" in out
+    assert "validation loss 2.000 nats per token" in out
+    assert sorted(p.name for p in Path("run").iterdir()) == ["best-4", "checkpoint-6", "loss.png"]
+    best, last = (Path("run", name, "model.safetensors").read_bytes() for name in ("best-4", "checkpoint-6"))
+    assert best != last
+    say = ("generate", "--tokens", 20, "--seed", 1, "--device", "cpu", "--checkpoint")
+    assert command(*say, "run") == command(*say, "run/best-4")
+    assert checkpoint.locate(Path("run")).name == "checkpoint-6"
 
 
 def test_a_second_interrupt_ends_at_once(train: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,13 +241,13 @@ def test_compare_shows_stock_with_the_default_malloc_beside(text: str) -> None:
 
 def test_a_process_apart_that_ends_is_named() -> None:
     """A rival whose process is gone is an error with a remedy, not a wait for ever."""
-    recipe = settings.Settings(**asdict(settings.RECIPES["tiny"]), config="tiny", seed=0, data=None)
-    rival = apart.ApartTrainer(CONFIGS["tiny"], recipe, "float32", "torch", "torch, default malloc")
+    program = PROGRAMS["gpt2"]
+    rival = apart.ApartTrainer(program, CONFIGS["tiny"], TINY, "float32", "torch", "torch, default malloc")
     (child,) = multiprocessing.active_children()
     child.kill()
     child.join()
     with pytest.raises(UserError, match=r"'torch, default malloc' has ended .*--no-keep-memory"):
-        rival.advance(torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.int64))
+        rival.advance([Batch((torch.zeros(1, 2), torch.zeros(1, 2)), {"loss": 2}, 2)])
 
 
 # ---- Schedule and report
@@ -219,12 +264,11 @@ def test_schedule() -> None:
 
 
 def test_a_terminal_gets_a_live_bar() -> None:
-    recipe = settings.Settings(**asdict(settings.RECIPES["tiny"]), config="tiny", seed=0, data=None)
-    runner = trainer.Trainer(CONFIGS["tiny"], recipe, Processes(), "float32")
-    runner.losses, runner.seconds = [5.0, 4.0], [0.5, 0.5]
+    runner = trainer.Trainer(PROGRAMS["gpt2"], CONFIGS["tiny"], TINY, Processes(), "float32")
+    runner.losses, runner.seconds, runner.tokens = [5.0, 4.0], [0.5, 0.5], [1000, 1000]
     shown = io.StringIO()
     with report.Reporter(Console(file=shown, force_terminal=True, width=120), 0, 10) as reporter:
-        reporter.step([runner], 1000)
+        reporter.step([runner])
     assert "2/10" in shown.getvalue() and "loss 4.500, 2,000 tokens/s" in shown.getvalue()
     assert "step 2/10" not in shown.getvalue()
 

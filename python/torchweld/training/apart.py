@@ -9,33 +9,35 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from torchweld.errors import UserError
-from torchweld.models.gpt2 import GPT2Config
 from torchweld.training.processes import Processes
+from torchweld.training.program import Batch, Program
 from torchweld.training.settings import Settings
 from torchweld.training.trainer import DTYPES, Trainer
 
 
-def _serve(parent: Connection, config: GPT2Config, settings: Settings, dtype: str, name: str, threads: int) -> None:
+def _serve(
+    parent: Connection, program: Program, config: Any, settings: Settings, dtype: str, name: str, threads: int
+) -> None:
     """Advances and validates as `parent` asks, until it is gone; answers with a result or with what was raised."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's
     torch.set_num_threads(threads)
     torch.manual_seed(settings.seed)  # so the weights are those of the parent's first model
-    trainer = Trainer(config, settings, Processes(), dtype, name)
+    trainer = Trainer(program, config, settings, Processes(), dtype, name)
     parent.send(None)
     while True:
         try:
-            batches = parent.recv()
+            task, batches = parent.recv()
         except EOFError:
             return
         try:
-            if isinstance(batches, tuple):
-                trainer.advance(*map(torch.from_numpy, batches))
-                parent.send((trainer.losses[-1], trainer.seconds[-1]))
+            batches = [batch.map(torch.from_numpy) for batch in batches]
+            if task == "advance":
+                trainer.advance(batches)
+                parent.send((trainer.losses[-1], trainer.tokens[-1], trainer.seconds[-1]))
             else:
-                parent.send(trainer.validate([(torch.from_numpy(x), torch.from_numpy(y)) for x, y in batches]))
+                parent.send(trainer.validate(batches))
         except Exception as error:  # the parent raises it
             parent.send(error)
 
@@ -43,20 +45,20 @@ def _serve(parent: Connection, config: GPT2Config, settings: Settings, dtype: st
 class ApartTrainer(Trainer):
     """The trainer `name` of the same seed, apart. Takes its turn like the others: they wait for each other."""
 
-    def __init__(self, config: GPT2Config, settings: Settings, dtype: str, name: str, label: str) -> None:
+    def __init__(self, program: Program, config: Any, settings: Settings, dtype: str, name: str, label: str) -> None:
         self.name, self.settings, self.dtype = label, settings, DTYPES[dtype]
-        self.losses, self.seconds, self.validation = [], [], []
+        self.losses, self.seconds, self.tokens, self.named, self.validation = [], [], [], {}, []
         spawned = multiprocessing.get_context("spawn")  # a fork would have the parent's malloc
         self._child, theirs = spawned.Pipe()
-        arguments = (theirs, config, settings, dtype, name, torch.get_num_threads())
+        arguments = (theirs, program, config, settings, dtype, name, torch.get_num_threads())
         spawned.Process(target=_serve, args=arguments, daemon=True).start()
         theirs.close()
-        self._ask(None)  # until it is ready
+        self._ask()  # until it is ready
 
-    def _ask(self, batches: object) -> Any:
+    def _ask(self, task: str | None = None, batches: Sequence[Batch] = ()) -> Any:
         try:
-            if batches is not None:
-                self._child.send(batches)
+            if task is not None:
+                self._child.send((task, [batch.map(torch.Tensor.numpy) for batch in batches]))
             answer = self._child.recv()
         except (EOFError, OSError):
             message = f"the process of '{self.name}' has ended (out of memory?); --no-keep-memory does without it"
@@ -65,14 +67,15 @@ class ApartTrainer(Trainer):
             raise answer
         return answer
 
-    def advance(self, inputs: Tensor, targets: Tensor) -> None:
+    def advance(self, parts: Sequence[Batch]) -> None:
         """As `Trainer.advance`."""
-        loss, seconds = self._ask((inputs.numpy(), targets.numpy()))
+        loss, tokens, seconds = self._ask("advance", parts)
         self.losses.append(loss)
+        self.tokens.append(tokens)
         self.seconds.append(seconds)
 
-    def validate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
+    def validate(self, batches: Sequence[Batch]) -> float:
         """As `Trainer.validate`."""
-        loss: float = self._ask([(x.numpy(), y.numpy()) for x, y in batches])
+        loss: float = self._ask("validate", batches)
         self.validation.append((self.step, loss))
         return loss

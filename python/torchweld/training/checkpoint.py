@@ -1,10 +1,10 @@
 """A training run on disk: OUT/checkpoint-STEP, a directory that appears whole or not at all.
 
-    config.json model.safetensors tokenizer.json    a GPT-2 that Hugging Face's transformers loads too
-    optimizer.safetensors                           the optimizer's moments by parameter name
+    config.json model.safetensors tokenizer.json    a model that Hugging Face's transformers loads too
+    optimizer.safetensors                           the optimizer's state by parameter name
     training.json                                   settings, step, losses
 
-Only the newest is kept.
+Only the newest is kept. OUT/best-STEP is the model alone, of the best validation so far, where a run keeps that.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ import os
 import re
 import shutil
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,31 +26,46 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from torchweld.errors import UserError
-from torchweld.models.gpt2 import GPT2, GPT2Config
-from torchweld.training.corpus import end_of_text
+from torchweld.models.published import Published
+from torchweld.training.optimizers import choice
 
-_NAME = re.compile(r"checkpoint-(\d+)")
+_NAME = re.compile(r"(checkpoint|best)-(\d+)")
 
 
-def checkpoints(out: Path) -> list[Path]:
-    """The checkpoints in `out`, oldest first."""
-    found = [(int(match[1]), path) for path in out.glob("checkpoint-*") if (match := _NAME.fullmatch(path.name))]
+@dataclass(frozen=True)
+class Weights:
+    """What of a model is kept. `config`: the contents of config.json."""
+
+    config: dict[str, Any]
+    model: Published
+    tokenizer: Tokenizer
+
+
+def checkpoints(out: Path, kind: str = "checkpoint") -> list[Path]:
+    """The checkpoints in `out`, oldest first; or those of the kind "best"."""
+    found = [(int(match[2]), path) for path in out.glob(f"{kind}-*") if (match := _NAME.fullmatch(path.name))]
     return [path for _, path in sorted(found)]
 
 
-def locate(directory: Path) -> Path:
-    """`directory` itself if it is a checkpoint, else the newest one in it.
+def best(out: Path) -> Path | None:
+    """The model of the best validation, where a run keeps it."""
+    found = checkpoints(out, "best")
+    return found[-1] if found else None
+
+
+def locate(directory: Path, to_use: bool = False) -> Path:
+    """`directory` itself if it is a checkpoint, else the newest one in it; `to_use`: rather the best model, if kept.
 
     Raises:
         UserError: there is none.
     """
     if (directory / "config.json").is_file():
         return directory
-    if found := checkpoints(directory):
+    if found := (to_use and checkpoints(directory, "best")) or checkpoints(directory):
         return found[-1]
     got = "an empty or foreign directory" if directory.is_dir() else "no such directory"
     raise UserError(
-        f"checkpoint {directory}: expected a directory of `torchweld train` or of a Hugging Face GPT-2 (config.json, "
+        f"checkpoint {directory}: expected a directory of `torchweld train` or of a Hugging Face model (config.json, "
         f"model.safetensors, tokenizer.json), but got {got}"
     )
 
@@ -68,51 +85,58 @@ def prepare_output(out: Path) -> None:
 
 
 def remove(out: Path) -> None:
-    """Removes every checkpoint in `out`."""
-    for path in checkpoints(out):
+    """Removes every checkpoint and every best model in `out`."""
+    for path in checkpoints(out) + checkpoints(out, "best"):
         shutil.rmtree(path)
 
 
-def save(
-    out: Path,
-    step: int,
-    model: GPT2,
-    tokenizer: Tokenizer,
-    optimizer_state: dict[str, Tensor],
-    training: dict[str, Any],
-) -> Path:
-    """Writes OUT/checkpoint-`step` aside, renames it, then removes older ones. Returns its path."""
-    target = out / f"checkpoint-{step}"
+def save(out: Path, step: int, weights: Weights, optimizer_state: dict[str, Tensor], training: dict[str, Any]) -> Path:
+    """Writes OUT/checkpoint-`step`, a run that can go on; returns its path."""
+
+    def write(directory: Path) -> None:
+        _write_json(directory / "training.json", {"step": step, **training})
+        _write_tensors(directory / "optimizer.safetensors", optimizer_state)
+
+    return _replace(out, "checkpoint", step, weights, write)
+
+
+def save_best(out: Path, step: int, weights: Weights) -> Path:
+    """Writes OUT/best-`step`, a model alone; returns its path."""
+    return _replace(out, "best", step, weights, lambda directory: None)
+
+
+def _replace(out: Path, kind: str, step: int, weights: Weights, more: Callable[[Path], None]) -> Path:
+    """Writes OUT/KIND-`step` aside, renames it, then removes older ones."""
+    target = out / f"{kind}-{step}"
     if target.exists():  # written by this run at this very step
         return target
     aside = out / f".{target.name}-{os.getpid()}"
     try:
         aside.mkdir()
-        end = end_of_text(tokenizer)
-        config = {**model.config.to_hugging_face(), "bos_token_id": end, "eos_token_id": end}
-        _write_json(aside / "config.json", config)
-        _write_json(aside / "training.json", {"step": step, **training})
-        tokenizer.save(str(aside / "tokenizer.json"))
-        _write_tensors(aside / "model.safetensors", model.to_hugging_face())
-        _write_tensors(aside / "optimizer.safetensors", optimizer_state)
+        _write_json(aside / "config.json", weights.config)
+        weights.tokenizer.save(str(aside / "tokenizer.json"))
+        _write_tensors(aside / "model.safetensors", weights.model.to_hugging_face())
+        more(aside)
         aside.rename(target)
     except (OSError, SafetensorError) as error:
         raise _unwritable(out, error) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    for path in checkpoints(out):
+    for path in checkpoints(out, kind):
         if path != target:
             shutil.rmtree(path)
     return target
 
 
-def load_model(checkpoint: Path) -> tuple[GPT2Config, dict[str, Tensor], Tokenizer]:
-    """The config, the weights in Hugging Face's layout and the tokenizer.
+def load_model(
+    checkpoint: Path, read_config: Callable[[dict[str, Any]], Any]
+) -> tuple[Any, dict[str, Tensor], Tokenizer]:
+    """The config as `read_config` takes it, the weights in Hugging Face's layout and the tokenizer.
 
     Raises:
         UserError: a file is missing, damaged or of another model.
     """
-    config = GPT2Config.from_hugging_face(_read_json(checkpoint / "config.json"))
+    config = read_config(_read_json(checkpoint / "config.json"))
     path = checkpoint / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -150,25 +174,28 @@ def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) 
     }
 
 
-def restore_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    """The inverse of `optimizer_tensors`.
+def restore_optimizer(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, name: str, tensors: dict[str, Tensor]
+) -> None:
+    """The inverse of `optimizer_tensors`, for the optimizer `name`.
 
     Raises:
-        UserError: the tensors belong to another model.
+        UserError: the tensors belong to another model or optimizer.
     """
     states: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        parameter, _, key = name.rpartition("/")
+    for path, tensor in tensors.items():
+        parameter, _, key = path.rpartition("/")
         states.setdefault(parameter, {})[key] = tensor
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    expected = {(name, key) for name in names.values() for key in ("step", "exp_avg", "exp_avg_sq")}
+    names, kept = {parameter: name for name, parameter in model.named_parameters()}, choice(name)
+    expected = {(name, key) for name in names.values() for key in (*kept.scalars, *kept.wide)}
     fits = {(name, key) for name, state in states.items() for key in state} == expected and all(
-        states[name]["exp_avg"].shape == states[name]["exp_avg_sq"].shape == p.shape for p, name in names.items()
+        states[name][key].shape == p.shape for p, name in names.items() for key in kept.wide
     )
     if not fits:
+        what = "momentum" if name == "sgd" else "Adam's moments"
         raise UserError(
-            "optimizer.safetensors: expected Adam's moments of every parameter, but got others; the checkpoint is "
-            "damaged or of another kind"
+            f"optimizer.safetensors: expected {what} of every parameter, but got others; the checkpoint is damaged or "
+            f"of another kind"
         )
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
     state = {index: states[names[parameter]] for index, parameter in enumerate(ordered)}

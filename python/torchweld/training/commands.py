@@ -8,7 +8,9 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torchweld.errors import UserError
-from torchweld.training import generate, train_gpt2
+from torchweld.training import generate, run
+from torchweld.training.optimizers import OPTIMIZERS
+from torchweld.training.programs import PROGRAMS
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -25,18 +27,30 @@ def add_train_parser(subparsers: Subparsers) -> None:
         epilog="Ctrl-C saves a checkpoint after the step it falls in and ends with exit code 130; a second one ends at "
         "once. Other exit codes: 0 done, 1 --compare found loss curves that differ, 2 bad input.",
     )
-    parser.add_argument("name", metavar="NAME", help="what to train: gpt2")
+    parser.add_argument("name", metavar="NAME", help=f"what to train: {', '.join(PROGRAMS)}")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="UTF-8 text files (default: the standard library)")
-    parser.add_argument("--config", help="tiny, small (default), medium, gpt2, gpt2-medium, gpt2-large or gpt2-xl")
-    parser.add_argument(
-        "--out", default=train_gpt2.DEFAULT_OUT, metavar="DIR", help="where it all goes (default: %(default)s)"
-    )
+    sizes = "; ".join(f"{name}: {', '.join(program.configs)}" for name, program in PROGRAMS.items())
+    parser.add_argument("--config", help=f"the size (default: small). {sizes}")
+    parser.add_argument("--out", metavar="DIR", help="where it all goes (default: torchweld-NAME)")
     parser.add_argument("--steps", type=whole(1), metavar="N", help="updates in all (default: the config's)")
     parser.add_argument(
         "--batch-size", type=whole(1), metavar="N", help="sequences per step, of all processes (default: the config's)"
     )
+    parser.add_argument(
+        "--accumulate",
+        type=whole(1),
+        metavar="N",
+        help="work on each batch in N parts, in the memory of one (default: 1)",
+    )
+    parser.add_argument("--optimizer", help=f"{', '.join(OPTIMIZERS)} (default: adamw)")
     parser.add_argument("--learning-rate", type=number(0.0, above=True), metavar="X", help="at its peak")
     parser.add_argument("--seed", type=whole(0), metavar="N", help="of weights, data order and sample (default: 0)")
+    parser.add_argument("--validate-every", type=whole(1), metavar="N", help="steps (default: 100)")
+    parser.add_argument(
+        "--keep-best",
+        action=argparse.BooleanOptionalAction,
+        help="keep the weights of the best validation too, and show and use them in the end",
+    )
     parser.add_argument(
         "--resume", nargs="?", const="", metavar="DIR", help="continue the run in DIR (default: --out), bit for bit"
     )
@@ -86,9 +100,9 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
-    if args.name != "gpt2":
-        raise UserError(f"train: expected the name of a training program, gpt2, but got {args.name!r}")
-    return train_gpt2.run(args)
+    if args.name not in PROGRAMS:
+        raise UserError(f"train: expected the name of a program, one of {', '.join(PROGRAMS)}, but got {args.name!r}")
+    return run.run(args, PROGRAMS[args.name])
 
 
 def _generate(args: argparse.Namespace) -> int:

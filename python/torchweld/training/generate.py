@@ -14,20 +14,28 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
 
 from torchweld.errors import UserError
-from torchweld.models.gpt2 import GPT2
+from torchweld.models import GPT2, GPT3, GPT2Config, GPT3Config
+from torchweld.models.decoding import Decoder
 from torchweld.training import checkpoint
 from torchweld.training.corpus import end_of_text
 from torchweld.training.machine import forced_backend, pick_device
 
 
-def continuation(model: GPT2, tokenizer: Tokenizer, prompt: str, count: int, **sampling: Any) -> Iterator[str]:
+def read_config(values: dict[str, Any]) -> GPT2Config:
+    """That of a GPT-2 or a GPT-3, from the contents of config.json."""
+    if (kind := values.get("model_type")) not in ("gpt2", "gpt_neo"):
+        raise UserError(f"config.json: model_type: expected 'gpt2' or 'gpt_neo', but got {kind!r}")
+    return (GPT2Config if kind == "gpt2" else GPT3Config).from_hugging_face(values)
+
+
+def continuation(model: Decoder, tokenizer: Tokenizer, prompt: str, count: int, **sampling: Any) -> Iterator[str]:
     """Pieces of text that follow `prompt`: at most `count` tokens, fewer if the model ends the document.
 
-    A piece is whole characters, so it can be of several tokens. `sampling`: as in `GPT2.stream`.
+    A piece is whole characters, so it can be of several tokens. `sampling`: as in `Decoder.stream`.
     """
     end = end_of_text(tokenizer)
     ids = tokenizer.encode(prompt, add_special_tokens=False).ids or [end]
-    tokens = torch.tensor([ids], device=model.wte.weight.device)
+    tokens = torch.tensor([ids], device=next(model.parameters()).device)
     decoder = DecodeStream(skip_special_tokens=True)
     for token in islice(model.stream(tokens, **sampling), count):
         if (drawn := int(token)) == end:
@@ -43,9 +51,10 @@ def run(args: argparse.Namespace) -> int:
         args.prompt.encode()
     except UnicodeEncodeError:  # bytes of the command line that were no text
         raise UserError("--prompt: expected text in the terminal's encoding (UTF-8), but got other bytes") from None
-    config, weights, tokenizer = checkpoint.load_model(checkpoint.locate(Path(args.checkpoint)))
+    directory = checkpoint.locate(Path(args.checkpoint), to_use=True)
+    config, weights, tokenizer = checkpoint.load_model(directory, read_config)
     with forced_backend(args.backend, device):
-        model = GPT2(config).eval()
+        model = (GPT3 if isinstance(config, GPT3Config) else GPT2)(config).eval()
         model.load_hugging_face(weights)
         model.to(device)
         sys.stdout.write(args.prompt)

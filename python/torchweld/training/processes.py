@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,10 @@ class Processes:
     def first(self) -> bool:
         return self.rank == 0
 
-    def share(self, batch: Tensor) -> Tensor:
-        """This process's rows of a batch of all: (B, N) to (B / count, N)."""
-        return batch.chunk(self.count)[self.rank]
+    def share(self, parts: Sequence[T]) -> Sequence[T]:
+        """This process's ones of the parts of all, whose number is a multiple of the processes'."""
+        each = len(parts) // self.count
+        return parts[self.rank * each : (self.rank + 1) * each]
 
     def mean(self, *values: float) -> list[float]:
         """The mean over all processes of each value."""

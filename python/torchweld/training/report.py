@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from torchweld.errors import UserError
+from torchweld.training.program import Program
 from torchweld.training.trainer import Trainer
 
 _RECENT = 20
@@ -29,7 +30,8 @@ MEAN_LIMIT = 0.03
 class Reporter:
     """Prints lines, with a live bar below them on a terminal and a line every `every` steps elsewhere."""
 
-    def __init__(self, console: Console, done: int, total: int) -> None:
+    def __init__(self, console: Console, done: int, total: int, perplexities: bool = True) -> None:
+        self.perplexities = perplexities
         self.console, self.total, self.every = console, total, max(1, round(total / 20))
         self.bar = Progress(
             TextColumn("training"),
@@ -49,12 +51,14 @@ class Reporter:
     def __exit__(self, *error: object) -> None:
         self.bar.stop()
 
-    def step(self, trainers: Sequence[Trainer], tokens: int) -> None:
-        """After a step of every trainer, each of `tokens` tokens."""
-        losses = trainers[0].losses
+    def step(self, trainers: Sequence[Trainer]) -> None:
+        """After a step of every trainer."""
+        losses, named = trainers[0].losses, trainers[0].named
         text = f"loss {fmean(losses[-_RECENT:]):.3f}"
+        if len(named) > 1:
+            text += f" (now {', '.join(f'{name} {loss:.3f}' for name, loss in named.items())})"
         for trainer in trainers:
-            text += f", {tokens / median(trainer.seconds[-_RECENT:]):,.0f} tokens/s"
+            text += f", {median(trainer.rates[-_RECENT:]):,.0f} tokens/s"
             text += f" ({trainer.name})" if len(trainers) > 1 else ""
         self.bar.update(self.task, completed=len(losses), description=text)
         if not self.console.is_terminal and len(losses) % self.every == 0:
@@ -65,8 +69,8 @@ class Reporter:
         for trainer in trainers:
             step, loss = trainer.validation[-1]
             name = f" ({trainer.name})" if len(trainers) > 1 else ""
-            result = f"validation loss {loss:.4f}, perplexity {perplexity(loss)}{name}"
-            self.console.print(f"step {step}/{self.total}: {result}")
+            exponential = f", perplexity {perplexity(loss)}" if self.perplexities else ""
+            self.console.print(f"step {step}/{self.total}: validation loss {loss:.4f}{exponential}{name}")
 
 
 def perplexity(loss: float) -> str:
@@ -74,21 +78,21 @@ def perplexity(loss: float) -> str:
     return f"{math.exp(loss):.1f}" if loss < 50 else "inf"
 
 
-def compare(console: Console, trainers: Sequence[Trainer], tokens: int) -> bool:
-    """Prints the speed of ours and of its rivals, and how far their losses differ; returns whether all agree.
+def compare(console: Console, trainers: Sequence[Trainer]) -> bool:
+    """Prints the speed of ours and of its rivals after the same steps, and how far their losses differ.
 
-    Args:
-        trainers: ours and the rivals, after the same steps.
-        tokens: in one step.
+    Returns:
+        Whether all agree.
     """
     ours, *rivals = trainers
+    tokens = round(fmean(ours.tokens))
     table = Table(title=f"{ours.step} steps of {tokens:,} tokens each, from the same weights in the same order")
     for heading in ("", "median tokens/s", "20% .. 80%", "training loss", "validation loss"):
         table.add_column(heading, justify="right")
     for trainer in trainers:
-        slow, fast = (tokens / s for s in _spread(trainer.seconds)[::-1])
+        slow, fast = _spread(trainer.rates)
         validation = f"{trainer.validation[-1][1]:.4f}" if trainer.validation else "-"
-        rate = f"{tokens / median(trainer.seconds):,.0f}"
+        rate = f"{median(trainer.rates):,.0f}"
         table.add_row(trainer.name, rate, f"{slow:,.0f} .. {fast:,.0f}", f"{trainer.losses[-1]:.4f}", validation)
     console.print(table)
     for rival in rivals:
@@ -131,18 +135,19 @@ def _spread(values: Sequence[float]) -> tuple[float, float]:
     return fifths[0], fifths[-1]
 
 
-def plot(path: Path, trainers: Sequence[Trainer], unigram: float) -> bool:
-    """Draws the loss curves into a PNG; False where matplotlib, an optional extra, is not installed."""
+def plot(path: Path, program: Program, trainers: Sequence[Trainer], baselines: Mapping[str, float]) -> bool:
+    """Draws losses and baselines into a PNG; False where matplotlib, an optional extra, is not installed."""
     if find_spec("matplotlib") is None:
         return False
     figure = import_module("matplotlib.figure").Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title="GPT-2 on torchweld")
+    axes = figure.add_subplot(xlabel="step", ylabel=f"loss ({program.unit})", title=f"{program.title} on torchweld")
     for trainer, style in zip(trainers, ("-", "--", ":"), strict=False):
         steps = range(1, trainer.step + 1)
         axes.plot(steps, trainer.losses, style, linewidth=0.8, alpha=0.6, label=f"training, {trainer.name}")
         if trainer.validation:
             axes.plot(*zip(*trainer.validation, strict=True), style, marker="o", label=f"validation, {trainer.name}")
-    axes.axhline(unigram, color="grey", linestyle=":", label="unigram entropy of the validation tokens")
+    for (name, loss), style in zip(baselines.items(), (":", "-.", "--"), strict=False):
+        axes.axhline(loss, color="grey", linestyle=style, label=name)
     axes.legend()
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:

@@ -4,24 +4,41 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torchweld.errors import UserError
-from torchweld.models.gpt2 import CONFIGS
 
 WARM_UP = 0.1
 FINAL_RATE = 0.05
+SGD_RATE = 100.0  # times Adam's, whose steps do not shrink with the gradient
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a model is trained, whatever its text and its seed. `batch_size`: of all processes together."""
+    """How a model is trained, whatever its text and its seed.
+
+    Attributes:
+        batch_size: of all processes together.
+        learning_rate: at its peak.
+        accumulate: each batch is worked on in as many parts, one after another.
+        optimizer: a name out of `optimizers.OPTIMIZERS`.
+        beta2: of Adam; lower than usual: a run of a few hundred steps has no long memory to keep.
+        validate_every: steps between validations.
+        keep_best: the weights of the best validation are kept as well.
+    """
 
     steps: int
     batch_size: int
     learning_rate: float
+    accumulate: int = 1
+    optimizer: str = "adamw"
+    weight_decay: float = 0.1
+    beta2: float = 0.99
+    validate_every: int = 100
+    keep_best: bool = False
 
     @property
     def warm_up(self) -> int:
@@ -37,38 +54,37 @@ class Recipe:
         return self.learning_rate * (FINAL_RATE + (1.0 - FINAL_RATE) * cosine)
 
 
-# "small" is made for two CPU cores and three minutes, "medium" for fifteen; the published sizes want a GPU. Their rates
-# follow Brown et al., arXiv:2005.14165, table 2.1.
-RECIPES = {
-    "tiny": Recipe(steps=200, batch_size=8, learning_rate=3e-3),
-    "small": Recipe(steps=900, batch_size=4, learning_rate=3e-3),
-    "medium": Recipe(steps=600, batch_size=4, learning_rate=1.5e-3),
-    "gpt2": Recipe(steps=2000, batch_size=16, learning_rate=6e-4),
-    "gpt2-medium": Recipe(steps=2000, batch_size=16, learning_rate=3e-4),
-    "gpt2-large": Recipe(steps=2000, batch_size=8, learning_rate=2.5e-4),
-    "gpt2-xl": Recipe(steps=2000, batch_size=8, learning_rate=2e-4),
-}
-
-
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Settings(Recipe):
-    """All choices that the weights depend on; a checkpoint keeps them. `data`: files, None for the standard library."""
+    """All choices that the weights depend on; a checkpoint keeps them.
 
+    Attributes:
+        program: its name.
+        config: the name of a size.
+        data: files; None for what the program has by itself.
+    """
+
+    program: str = "gpt2"
     config: str
     seed: int
     data: list[str] | None
 
     @classmethod
-    def fresh(cls, args: argparse.Namespace, processes: int) -> Settings:
+    def fresh(cls, args: argparse.Namespace, program: str, recipes: Mapping[str, Recipe], processes: int) -> Settings:
         """From the command line, and from the config's recipe where it says nothing."""
         name = args.config or "small"
-        if name not in CONFIGS:
-            raise UserError(f"--config: expected one of {', '.join(CONFIGS)}, but got {name!r}")
-        settings = cls(**{**asdict(RECIPES[name]), "config": name, "seed": 0, "data": None, **_given(args)})
+        if name not in recipes:
+            raise UserError(f"--config: expected one of {', '.join(recipes)}, but got {name!r}")
+        chosen = {"program": program, "config": name, "seed": 0, "data": None}
+        settings = cls(**{**asdict(recipes[name]), **chosen, **_given(args)})
+        if settings.optimizer == "sgd" and args.learning_rate is None:
+            settings = replace(settings, learning_rate=SGD_RATE * settings.learning_rate)
         return settings._divided_among(processes)
 
     @classmethod
-    def resumed(cls, args: argparse.Namespace, stored: dict[str, Any], step: int, processes: int) -> Settings:
+    def resumed(
+        cls, args: argparse.Namespace, program: str, stored: dict[str, Any], step: int, processes: int
+    ) -> Settings:
         """Those of the stored run, which has done `step` steps; the command line may replace all but the model."""
         try:
             settings = cls(**stored)
@@ -76,27 +92,37 @@ class Settings(Recipe):
             raise UserError(
                 f"training.json: expected the settings of `torchweld train`, but got others: {error}"
             ) from None
-        if args.config not in (None, settings.config):
+        if settings.program != program:
             raise UserError(
-                f"--config: expected {settings.config!r}, with which the run was started, but got {args.config!r}; "
-                f"leave it out with --resume"
+                f"--resume: expected a run of `train {program}`, but got one of `train {settings.program}`; "
+                f"resume it with that"
             )
+        for name, given in (("config", args.config), ("optimizer", args.optimizer)):
+            if given not in (None, was := getattr(settings, name)):
+                raise UserError(
+                    f"--{name}: expected {was!r}, with which the run was started, but got {given!r}; "
+                    f"leave it out with --resume"
+                )
         settings = replace(settings, **_given(args))
         if settings.steps < step:
             raise UserError(f"--steps: expected at least the {step} that the run has done, but got {settings.steps}")
         return settings._divided_among(processes)
 
     def _divided_among(self, processes: int) -> Settings:
-        if self.batch_size % processes:
-            raise UserError(
-                f"--batch-size: expected a multiple of the number of processes, {processes}, but got {self.batch_size}"
-            )
+        for option, parts in (
+            ("number of processes", processes),
+            ("parts of --accumulate", processes * self.accumulate),
+        ):
+            if self.batch_size % parts:
+                raise UserError(
+                    f"--batch-size: expected a multiple of the {option}, {parts}, but got {self.batch_size}"
+                )
         return self
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("steps", "batch_size", "learning_rate", "seed", "data")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    names = ("steps", "batch_size", "learning_rate", "seed", "data", "accumulate", "optimizer", "validate_every")
+    given = {name: getattr(args, name) for name in (*names, "keep_best") if getattr(args, name) is not None}
     if "data" in given:  # the run may be resumed from elsewhere
         given["data"] = [str(Path(path).absolute()) for path in given["data"]]
     return given

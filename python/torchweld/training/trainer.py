@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -14,60 +14,56 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import torchweld
-import torchweld.optim
 from torchweld.errors import UserError
 from torchweld.models import stock
-from torchweld.models.gpt2 import GPT2, GPT2Config
+from torchweld.training import optimizers
 from torchweld.training.processes import Processes
+from torchweld.training.program import Batch, Program
 from torchweld.training.settings import Settings
-
-MAX_GRAD_NORM = 1.0
-WEIGHT_DECAY = 0.1
-BETAS = (0.9, 0.99)  # the second one lower than usual: a run of a few hundred steps has no long memory to keep
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OURS, RIVALS = "torchweld", ("torch", "torch.compile")
 
 
-class _Loss(nn.Module):
-    """The model as a function of inputs and targets, (B, N) each, that DistributedDataParallel can wrap."""
+class _Losses(nn.Module):
+    """The model as a function of a batch's tensors, which DistributedDataParallel can wrap."""
 
-    def __init__(self, model: GPT2, compiled: bool) -> None:
+    def __init__(self, program: Program, model: nn.Module, compiled: bool) -> None:
         super().__init__()
         self.model = model
-        self.loss = torch.compile(model.loss) if compiled else model.loss
+        self.losses = torch.compile(program.losses) if compiled else program.losses
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
-        return self.loss(inputs, targets)
+    def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
+        return self.losses(self.model, *tensors)
 
 
 class Trainer:
-    """Trains a GPT-2: on torchweld's functions and optimizer, or as one of `RIVALS` on torch's own.
+    """Trains the model of a program: on torchweld's functions and optimizer, or as one of `RIVALS` on torch's own.
 
     Several processes share each batch; DistributedDataParallel averages their gradients.
 
     Attributes:
-        losses, seconds: of each step; `seconds` only of those that this process ran.
+        losses, seconds, tokens: of each step; the latter two only of those that this process ran.
+        named: the losses of the last step by name.
         validation: (step, loss) pairs.
     """
 
     def __init__(
-        self, config: GPT2Config, settings: Settings, processes: Processes, dtype: str, name: str = OURS
+        self, program: Program, config: Any, settings: Settings, processes: Processes, dtype: str, name: str = OURS
     ) -> None:
         self.name, self.settings, self.processes, self.dtype = name, settings, processes, DTYPES[dtype]
-        self.device = torch.device(processes.device)
-        self.model = GPT2(config, torchweld.ops if name == OURS else stock).to(self.device)
-        self.loss: nn.Module = _Loss(self.model, compiled=name == "torch.compile")
+        self.program, self.device = program, torch.device(processes.device)
+        self.model = program.model(config, torchweld.ops if name == OURS else stock).to(self.device)
+        self.loss: nn.Module = _Losses(program, self.model, compiled=name == "torch.compile")
         if processes.count > 1:
             self.loss = DistributedDataParallel(self.loss)
-        groups, rate = self.model.parameter_groups(WEIGHT_DECAY), settings.learning_rate
-        self.optimizer: torch.optim.Optimizer
-        if name == OURS:
-            self.optimizer = torchweld.optim.AdamW(groups, rate, BETAS, max_grad_norm=MAX_GRAD_NORM)
-        else:
-            self.optimizer = torch.optim.AdamW(groups, rate, BETAS, fused=True)
+        self.optimizer: torch.optim.Optimizer = optimizers.build(
+            settings, self.model.parameter_groups, ours=name == OURS
+        )
         self.losses: list[float] = []
         self.seconds: list[float] = []
+        self.tokens: list[int] = []
+        self.named: dict[str, float] = {}
         self.validation: list[tuple[int, float]] = []
 
     @property
@@ -75,8 +71,8 @@ class Trainer:
         """How many updates the weights have had."""
         return len(self.losses)
 
-    def advance(self, inputs: Tensor, targets: Tensor) -> None:
-        """One update from the inputs and targets (B, N) of all processes.
+    def advance(self, parts: Sequence[Batch]) -> None:
+        """One update from the parts of a batch, as many for each process: this one takes its own, one after another.
 
         Raises:
             UserError: the loss is not finite; going on would only spend time.
@@ -87,13 +83,23 @@ class Trainer:
         # Dropout, like the batches, is a function of seed and step alone, so resuming is free.
         seed = np.random.default_rng((self.settings.seed, self.step, self.processes.rank)).integers(2**63)
         torch.manual_seed(int(seed))
-        loss = self._evaluate(self.loss, self.processes.share(inputs), self.processes.share(targets))
         self.optimizer.zero_grad()
-        loss.backward()
+        totals, own = _total(parts), self.processes.share(parts)
+        shares: list[dict[str, Tensor]] = []
+        for index, part in enumerate(own):
+            with self._unshared() if index < len(own) - 1 else nullcontext():
+                losses = self._evaluate(self.loss, part)
+                # A mean over a part counts as much as its part of all items; DDP divides by the processes.
+                weights = {name: part.weights[name] / totals[name] * self.processes.count for name in losses}
+                losses = {name: loss * weights[name] for name, loss in losses.items()}
+                torch.stack([*losses.values()]).sum().backward()
+            shares.append({name: loss.detach() for name, loss in losses.items()})
         if self.name != OURS:
-            torch.nn.utils.clip_grad_norm_(self.model.parameters(), MAX_GRAD_NORM)
+            torch.nn.utils.clip_grad_norm_(self.model.parameters(), optimizers.MAX_GRAD_NORM)
         self.optimizer.step()
-        (value,) = self.processes.mean(loss.item())
+        sums = [sum(share[name].item() for share in shares) for name in totals]
+        self.named = dict(zip(totals, self.processes.mean(*sums), strict=True))
+        value = sum(self.named.values())
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)  # item() waits for the loss, not for the update that follows it
         if not math.isfinite(value):
@@ -102,25 +108,46 @@ class Trainer:
                 f"lower --learning-rate (now {self.settings.learning_rate:g})"
             )
         self.losses.append(value)
+        self.tokens.append(sum(part.tokens for part in parts))
         self.seconds.append(time.perf_counter() - start)
 
     @torch.no_grad()
-    def validate(self, batches: Sequence[tuple[Tensor, Tensor]]) -> float:
-        """The mean loss in nats per token over batches of inputs and targets (B, N); also kept in `validation`."""
+    def validate(self, batches: Sequence[Batch]) -> float:
+        """The sum of the mean losses over the batches; also kept in `validation`."""
         self.model.eval()
-        total, count = 0.0, 0.0
-        for inputs, targets in batches[self.processes.rank :: self.processes.count]:
-            total += self._evaluate(self.model.loss, inputs, targets).item() * targets.numel()
-            count += targets.numel()
-        total, count = self.processes.mean(total, count)
+        totals = _total(batches)
+        sums = dict.fromkeys(totals, 0.0)
+        for batch in batches[self.processes.rank :: self.processes.count]:
+            for name, loss in self._evaluate(self.program_losses, batch).items():
+                sums[name] += loss.item() * batch.weights[name]
+        summed = [each * self.processes.count for each in self.processes.mean(*sums.values())]
+        mean = math.fsum(part / total for part, total in zip(summed, totals.values(), strict=True))
         self.model.train()
-        self.validation.append((self.step, total / count))
-        return total / count
+        self.validation.append((self.step, mean))
+        return mean
 
-    def _evaluate(self, loss: Callable[..., Any], inputs: Tensor, targets: Tensor) -> Tensor:
+    def program_losses(self, *tensors: Tensor) -> dict[str, Tensor]:
+        """The losses of the model itself, neither compiled nor shared among processes."""
+        return self.program.losses(self.model, *tensors)
+
+    @property
+    def rates(self) -> list[float]:
+        """Tokens a second of each step that this process ran."""
+        return [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
+
+    def _unshared(self) -> AbstractContextManager[None]:
+        """Gradients stay with the process: the last part of a step adds them up over all."""
+        return self.loss.no_sync() if isinstance(self.loss, DistributedDataParallel) else nullcontext()
+
+    def _evaluate(self, losses: Callable[..., dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
         # bfloat16 is autocast over float32 weights: most updates of AdamW are too small for a weight of 8 bits to move.
         precision: AbstractContextManager[None] = torch.autocast(
             self.device.type, self.dtype, enabled=self.dtype != torch.float32
         )
         with precision:
-            return loss(inputs.to(self.device), targets.to(self.device))
+            return losses(*(tensor.to(self.device) for tensor in batch.tensors))
+
+
+def _total(batches: Sequence[Batch]) -> dict[str, float]:
+    """The weight of each named loss over all batches."""
+    return {name: sum(batch.weights[name] for batch in batches) for name in batches[0].weights}

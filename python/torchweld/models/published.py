@@ -1,0 +1,94 @@
+"""What the models share: weights in the layout that `transformers` publishes, and the groups of an optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from torchweld.errors import UserError
+
+
+class Published(nn.Module):
+    """A model that `transformers` has too: its weights go there and back.
+
+    Attributes:
+        config: a dataclass with `from_hugging_face` and `to_hugging_face`, the contents of `config.json`.
+        title: what error messages call it.
+        prefix: of the parameter names in a checkpoint of the whole model; the bare one lacks it.
+        ignored: ends of names of stored tensors that are no parameters.
+        head: the output layer's weight, which `tied` names as well.
+    """
+
+    title: ClassVar[str]
+    prefix: ClassVar[str] = ""
+    ignored: ClassVar[tuple[str, ...]] = ()
+    head: ClassVar[str] = "lm_head.weight"
+    tied: ClassVar[str]
+    config: Any
+
+    def published(self) -> dict[str, Tensor]:
+        """The parameters by their published names, without `prefix`, in the published layout."""
+        raise NotImplementedError
+
+    def load_published(self, stored: Mapping[str, Tensor]) -> None:
+        """The inverse of `published`; names and shapes are right."""
+        raise NotImplementedError
+
+    def to_hugging_face(self) -> dict[str, Tensor]:
+        """The state_dict that `transformers` and `load_hugging_face` read; tensors share memory where they can."""
+        return {self.prefix + name: tensor for name, tensor in self.published().items()}
+
+    def load_hugging_face(self, state: Mapping[str, Tensor]) -> None:
+        """Loads the state_dict of the same model of `transformers`, or of a published checkpoint.
+
+        Raises:
+            UserError: a parameter is missing, unknown or of another shape.
+        """
+        stored = {name.removeprefix(self.prefix): tensor for name, tensor in state.items()}
+        stored = {name: tensor for name, tensor in stored.items() if not name.endswith(self.ignored)}
+        head = stored.pop(self.head, None)
+        with torch.no_grad():
+            check_tensors(self.title, self.published(), stored)
+        if head is not None and not torch.equal(head, stored[self.tied]):
+            raise UserError(f"{self.title} weights: {self.head}: expected it tied to {self.tied}, but it differs")
+        self.load_published(stored)
+
+    def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
+        """For an optimizer: matrices and embeddings decay, biases and norms do not."""
+        decayed = [p for p in self.parameters() if p.dim() > 1]
+        others = [p for p in self.parameters() if p.dim() <= 1]
+        return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def check_tensors(title: str, expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Raises UserError unless `stored` has the names and the shapes of `expected`."""
+    if missing := sorted(expected.keys() - stored.keys()):
+        raise UserError(f"{title} weights: expected {len(expected)} tensors, but {missing[0]!r} is missing")
+    if unknown := sorted(stored.keys() - expected.keys()):
+        raise UserError(f"{title} weights: expected {len(expected)} tensors, but {unknown[0]!r} is not one of them")
+    for name, tensor in expected.items():
+        if stored[name].shape != tensor.shape:
+            raise UserError(
+                f"{title} weights: {name}: expected shape {list(tensor.shape)}, but got {list(stored[name].shape)}; "
+                f"the config belongs to another model"
+            )
+
+
+def check_config(title: str, values: Mapping[str, Any], expected: Mapping[str, list[Any]], names: list[str]) -> None:
+    """Raises UserError unless `config.json` has one of the values `expected` of each key, and all of `names`."""
+    for name, allowed in expected.items():
+        if (got := values.get(name)) not in allowed:
+            raise UserError(f"config.json: {name}: expected {allowed[0]!r} (a {title}), but got {got!r}")
+    if missing := [name for name in names if name not in values]:
+        raise UserError(f"config.json: expected the keys {', '.join(names)}, but {', '.join(missing)} is missing")
+
+
+def check_sizes(config: object, names: list[str]) -> None:
+    """Raises UserError unless the fields `names` of a config are positive whole numbers."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or value < 1:
+            raise UserError(f"{type(config).__name__}: {name}: expected a positive whole number, but got {value!r}")

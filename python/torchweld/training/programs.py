@@ -1,0 +1,8 @@
+"""The training programs by name."""
+
+from __future__ import annotations
+
+from torchweld.training.language_model import GPT2, GPT3
+from torchweld.training.program import Program
+
+PROGRAMS: dict[str, Program] = {program.name: program for program in (GPT2, GPT3)}
