@@ -15,15 +15,19 @@ using Stream = void*;
 
 // y = (s - mean) * rstd * (weight + weight_offset) + bias over rows of N, where s = input, or residual +
 // dropout(input). RMS norm is a layer norm that is not centred: its mean is 0, and rstd that of the mean square. M
-// rows, N columns. `dtype` is that of the activations, `weight_dtype` that of weight, bias and their gradients,
-// `sum_dtype` that of residual and sum: float32 or `dtype`, which it is without a residual.
-struct LayerNormForwardParams {
+// rows, N columns.
+struct LayerNormParams {
   int64_t rows, cols;
   float eps;
   bool centred;
   float weight_offset;  // 1 for a zero-centred weight, else 0
-  DType dtype, weight_dtype, sum_dtype;
-  Dropout dropout;         // of the input, only with a residual; element (row, column) of its mask is that of the input
+  DType dtype;          // of the activations: input, output, doutput and dx
+  DType weight_dtype;   // of weight, bias and their gradients
+  DType sum_dtype;      // of s: residual, sum, dsum and dinput; float32 or `dtype`, which it is without a residual
+  Dropout dropout;      // of the input, only with a residual; element (row, column) of its mask is that of the input
+};
+
+struct LayerNormForwardParams : LayerNormParams {
   const void* input;       // [M, N]
   const void* residual;    // [M, N], nullptr: plain layer norm
   const void* weight;      // [N], nullptr: ones
@@ -36,14 +40,10 @@ struct LayerNormForwardParams {
   int64_t workspace_size;  // at least what layer_norm_forward_workspace asks for
 };
 
-struct LayerNormBackwardParams {
-  int64_t rows, cols;
-  float weight_offset;
-  DType dtype, weight_dtype, sum_dtype;  // of doutput and dx; of weight, dweight, dbias; of dsum, input, dinput
-  Dropout dropout;
+struct LayerNormBackwardParams : LayerNormParams {
   const void* doutput;  // [M, N]
   const void* dsum;     // [M, N] gradient that reaches the sum from elsewhere, nullptr: none
-  const void* input;    // [M, N] what was normalised
+  const void* input;    // [M, N] what was normalised, of sum_dtype
   const void* weight;   // [N], nullptr: ones
   const float* mean;    // [M], nullptr: not centred
   const float* rstd;    // [M]

@@ -13,9 +13,14 @@ using OptionalTensor = std::optional<TensorView>;
 struct Modifiers {
   OptionalTensor bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k;
 
-  static constexpr const char* kFields[] = {"bias", "alibi_slopes", "sinks", "seed", "cu_seqlens_q", "cu_seqlens_k"};
-  using Tuple =
-      std::tuple<OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor, OptionalTensor>;
+  static constexpr auto fields() {
+    return std::tuple{Field{"bias", &Modifiers::bias},
+                      Field{"alibi_slopes", &Modifiers::alibi_slopes},
+                      Field{"sinks", &Modifiers::sinks},
+                      Field{"seed", &Modifiers::seed},
+                      Field{"cu_seqlens_q", &Modifiers::cu_seqlens_q},
+                      Field{"cu_seqlens_k", &Modifiers::cu_seqlens_k}};
+  }
 };
 
 // The numbers. left, right: -1 where the band has no bound; max_seqlen_*: -1 where it is not known.
@@ -26,15 +31,17 @@ struct Options {
   double dropout_p = 0;
   int64_t max_seqlen_q = -1, max_seqlen_k = -1;
 
-  static constexpr const char* kFields[] = {"scale",        "softcap",   "left",         "right",
-                                            "bottom_right", "dropout_p", "max_seqlen_q", "max_seqlen_k"};
-  using Tuple = std::tuple<float, float, int64_t, int64_t, bool, double, int64_t, int64_t>;
+  static constexpr auto fields() {
+    return std::tuple{Field{"scale", &Options::scale},
+                      Field{"softcap", &Options::softcap},
+                      Field{"left", &Options::left},
+                      Field{"right", &Options::right},
+                      Field{"bottom_right", &Options::bottom_right},
+                      Field{"dropout_p", &Options::dropout_p},
+                      Field{"max_seqlen_q", &Options::max_seqlen_q},
+                      Field{"max_seqlen_k", &Options::max_seqlen_k}};
+  }
 };
-
-template <>
-struct Reader<Modifiers> : RecordReader<Modifiers> {};
-template <>
-struct Reader<Options> : RecordReader<Options> {};
 
 // Where the packed sequences start. On the CPU also checks what it says, and leaves the length of the longest in
 // `most`.

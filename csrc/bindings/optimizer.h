@@ -13,30 +13,98 @@ inline const float* scalar(const Arguments& args, const OptionalView& t, const c
   return static_cast<const float*>(args.flat(t, name, DType::float32, 1));
 }
 
-// What every step is told besides its own lists and hyper-parameters: lr, lr_tensor, weight_decay, maximize,
-// max_grad_norm, grad_norm, grad_scale, found_inf, zero_grads, rounding_seed, table.
-using StepOptions = std::tuple<double, OptionalView, double, bool, double, OptionalView, OptionalView, OptionalView,
-                               bool, std::optional<int64_t>, OptionalView>;
+// What every step is told besides its lists and the numbers of its own rule.
+struct Step {
+  double lr;               // beside an lr_tensor of no account
+  OptionalView lr_tensor;  // float32, one element; so are the other tensors
+  double weight_decay;
+  bool maximize;
+  double max_grad_norm;  // 0: no clipping
+  OptionalView grad_norm, grad_scale, found_inf;
+  bool zero_grads;
+  std::optional<int64_t> rounding_seed;  // None: bfloat16 parameters are rounded to nearest
+
+  static constexpr auto fields() {
+    return std::tuple{Field{"lr", &Step::lr},
+                      Field{"lr_tensor", &Step::lr_tensor},
+                      Field{"weight_decay", &Step::weight_decay},
+                      Field{"maximize", &Step::maximize},
+                      Field{"max_grad_norm", &Step::max_grad_norm},
+                      Field{"grad_norm", &Step::grad_norm},
+                      Field{"grad_scale", &Step::grad_scale},
+                      Field{"found_inf", &Step::found_inf},
+                      Field{"zero_grads", &Step::zero_grads},
+                      Field{"rounding_seed", &Step::rounding_seed}};
+  }
+};
+
+// The lists of each optimizer, tensor for tensor, and the numbers of its rule.
+struct AdamWLists {
+  TensorList params, grads, exp_avgs, exp_avg_sqs;
+  TensorList max_exp_avg_sqs;  // empty: no AMSGrad
+  TensorList steps;
+  TensorList masters;  // empty: none
+
+  static constexpr auto fields() {
+    return std::tuple{Field{"params", &AdamWLists::params},
+                      Field{"grads", &AdamWLists::grads},
+                      Field{"exp_avgs", &AdamWLists::exp_avgs},
+                      Field{"exp_avg_sqs", &AdamWLists::exp_avg_sqs},
+                      Field{"max_exp_avg_sqs", &AdamWLists::max_exp_avg_sqs},
+                      Field{"steps", &AdamWLists::steps},
+                      Field{"masters", &AdamWLists::masters}};
+  }
+};
+
+struct AdamWOptions {
+  double beta1, beta2, eps;
+  bool decoupled;
+
+  static constexpr auto fields() {
+    return std::tuple{Field{"beta1", &AdamWOptions::beta1}, Field{"beta2", &AdamWOptions::beta2},
+                      Field{"eps", &AdamWOptions::eps}, Field{"decoupled", &AdamWOptions::decoupled}};
+  }
+};
+
+struct SgdLists {
+  TensorList params, grads;
+  TensorList momentum_buffers;  // empty: no momentum
+  TensorList masters;           // empty: none
+
+  static constexpr auto fields() {
+    return std::tuple{Field{"params", &SgdLists::params}, Field{"grads", &SgdLists::grads},
+                      Field{"momentum_buffers", &SgdLists::momentum_buffers}, Field{"masters", &SgdLists::masters}};
+  }
+};
+
+struct SgdOptions {
+  double momentum, dampening;
+  bool nesterov, first_step;
+
+  static constexpr auto fields() {
+    return std::tuple{Field{"momentum", &SgdOptions::momentum}, Field{"dampening", &SgdOptions::dampening},
+                      Field{"nesterov", &SgdOptions::nesterov}, Field{"first_step", &SgdOptions::first_step}};
+  }
+};
 
 template <class Backend>
-void fill(OptimizerParams& p, const Arguments& args, OptimizerRows<Backend>& list, const StepOptions& options) {
-  const auto& [lr, lr_tensor, weight_decay, maximize, max_grad_norm, grad_norm, grad_scale, found_inf, zero_grads,
-               rounding_seed, table] = options;
+void fill(OptimizerParams& p, const Arguments& args, OptimizerRows<Backend>& list, const Step& step,
+          const OptionalView& table) {
   p.count = static_cast<int64_t>(list.rows.size());
   p.total = list.total;
   p.tensors = list.rows.data();
   p.table = list.table(table);
-  p.lr = lr;
-  p.weight_decay = weight_decay;
-  p.max_grad_norm = max_grad_norm;
-  p.maximize = maximize;
-  p.zero_grads = zero_grads;
-  p.stochastic = rounding_seed.has_value();
-  p.rounding_seed = static_cast<uint64_t>(rounding_seed.value_or(0));
-  p.lr_tensor = scalar(args, lr_tensor, "lr");
-  p.grad_norm = scalar(args, grad_norm, "grad_norm");
-  p.grad_scale = scalar(args, grad_scale, "grad_scale");
-  p.found_inf = scalar(args, found_inf, "found_inf");
+  p.lr = step.lr;
+  p.weight_decay = step.weight_decay;
+  p.max_grad_norm = step.max_grad_norm;
+  p.maximize = step.maximize;
+  p.zero_grads = step.zero_grads;
+  p.stochastic = step.rounding_seed.has_value();
+  p.rounding_seed = static_cast<uint64_t>(step.rounding_seed.value_or(0));
+  p.lr_tensor = scalar(args, step.lr_tensor, "lr");
+  p.grad_norm = step.max_grad_norm > 0 ? scalar(args, step.grad_norm, "grad_norm") : nullptr;
+  p.grad_scale = scalar(args, step.grad_scale, "grad_scale");
+  p.found_inf = scalar(args, step.found_inf, "found_inf");
   list.refuse_shared();
   if (p.stochastic)
     for (size_t i = 0; i < list.rows.size(); ++i)
@@ -50,66 +118,69 @@ void bind_optimizers(Module& m) {
   m.attr("OPTIMIZER_TABLE_WORDS") = Rows::words;
   m.attr("GRAD_NORM_BLOCKS") = kGradNormBlocks;
 
-  // One step, in place. Returns what the kernels do not take; if there is any, nothing was done.
-  m.def(
-      "adamw_(params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, steps, masters, beta1, beta2, eps, "
-      "decoupled, options)",
-      [](const TensorList& params, const TensorList& grads, const TensorList& exp_avgs, const TensorList& exp_avg_sqs,
-         const TensorList& max_exp_avg_sqs, const TensorList& steps, const TensorList& masters, double beta1,
-         double beta2, double eps, bool decoupled, const StepOptions& options) -> Refusals {
-        if (params.empty()) return {};
-        const Arguments args("adamw_", Backend::device, params[0]);
-        Rows list(args, params);
-        list.check_length(grads, "grads");
-        list.check_length(exp_avgs, "exp_avgs");
-        list.check_length(exp_avg_sqs, "exp_avg_sqs");
-        if (!max_exp_avg_sqs.empty()) list.check_length(max_exp_avg_sqs, "max_exp_avg_sqs");
-        list.check_length(steps, "steps");
-        if (!masters.empty()) list.check_length(masters, "masters");
-        for (size_t i = 0; i < params.size(); ++i) {
-          list.base(params, grads, masters, i);
-          list.state(exp_avgs, 0, "exp_avgs", i);
-          list.state(exp_avg_sqs, 1, "exp_avg_sqs", i);
-          if (!max_exp_avg_sqs.empty()) list.state(max_exp_avg_sqs, 2, "max_exp_avg_sqs", i);
-          list.step(steps, i);
-          list.place(i);
-        }
-        AdamWParams p{};
-        fill(p, args, list, options);
-        p.beta1 = beta1;
-        p.beta2 = beta2;
-        p.eps = eps;
-        p.decoupled = decoupled;
-        if (list.refused.empty()) Backend::run(&Backend::Kernels::adamw, p, params[0].device.index);
-        return list.refused;
-      });
+  m.def_record<Step>("Step");
+  m.def_record<AdamWLists>("AdamWLists");
+  m.def_record<AdamWOptions>("AdamWOptions");
+  m.def_record<SgdLists>("SgdLists");
+  m.def_record<SgdOptions>("SgdOptions");
 
-  // Likewise; no buffers: no momentum.
-  m.def("sgd_(params, grads, momentum_buffers, masters, momentum, dampening, nesterov, first_step, options)",
-        [](const TensorList& params, const TensorList& grads, const TensorList& momentum_buffers,
-           const TensorList& masters, double momentum, double dampening, bool nesterov, bool first_step,
-           const StepOptions& options) -> Refusals {
-          if (params.empty()) return {};
-          const Arguments args("sgd_", Backend::device, params[0]);
-          Rows list(args, params);
-          list.check_length(grads, "grads");
-          if (!momentum_buffers.empty()) list.check_length(momentum_buffers, "momentum_buffers");
-          if (!masters.empty()) list.check_length(masters, "masters");
-          for (size_t i = 0; i < params.size(); ++i) {
-            list.base(params, grads, masters, i);
-            if (!momentum_buffers.empty())
-              list.state(momentum_buffers, 0, "momentum_buffers", i);
+  // One step, in place. Returns what the kernels do not take; if there is any, nothing was done. table: workspace of
+  // OPTIMIZER_TABLE_WORDS for each parameter.
+  m.def("adamw_(lists, options, step, table)",
+        [](const AdamWLists& lists, const AdamWOptions& options, const Step& step,
+           const OptionalView& table) -> Refusals {
+          if (lists.params.empty()) return {};
+          const Arguments args("adamw_", Backend::device, lists.params[0]);
+          Rows list(args, lists.params);
+          const bool amsgrad = !lists.max_exp_avg_sqs.empty();
+          list.check_length(lists.grads, "grads");
+          list.check_length(lists.exp_avgs, "exp_avgs");
+          list.check_length(lists.exp_avg_sqs, "exp_avg_sqs");
+          if (amsgrad) list.check_length(lists.max_exp_avg_sqs, "max_exp_avg_sqs");
+          list.check_length(lists.steps, "steps");
+          if (!lists.masters.empty()) list.check_length(lists.masters, "masters");
+          for (size_t i = 0; i < lists.params.size(); ++i) {
+            list.base(lists.params, lists.grads, lists.masters, i);
+            list.state(lists.exp_avgs, 0, "exp_avgs", i);
+            list.state(lists.exp_avg_sqs, 1, "exp_avg_sqs", i);
+            if (amsgrad) list.state(lists.max_exp_avg_sqs, 2, "max_exp_avg_sqs", i);
+            list.step(lists.steps, i);
+            list.place(i);
+          }
+          AdamWParams p{};
+          fill(p, args, list, step, table);
+          p.beta1 = options.beta1;
+          p.beta2 = options.beta2;
+          p.eps = options.eps;
+          p.decoupled = options.decoupled;
+          if (list.refused.empty()) Backend::run(&Backend::Kernels::adamw, p, lists.params[0].device.index);
+          return list.refused;
+        });
+
+  m.def("sgd_(lists, options, step, table)",
+        [](const SgdLists& lists, const SgdOptions& options, const Step& step, const OptionalView& table) -> Refusals {
+          if (lists.params.empty()) return {};
+          const Arguments args("sgd_", Backend::device, lists.params[0]);
+          Rows list(args, lists.params);
+          const bool momentum = !lists.momentum_buffers.empty();
+          list.check_length(lists.grads, "grads");
+          if (momentum) list.check_length(lists.momentum_buffers, "momentum_buffers");
+          if (!lists.masters.empty()) list.check_length(lists.masters, "masters");
+          for (size_t i = 0; i < lists.params.size(); ++i) {
+            list.base(lists.params, lists.grads, lists.masters, i);
+            if (momentum)
+              list.state(lists.momentum_buffers, 0, "momentum_buffers", i);
             else
               list.rows[i].state_dtype = list.rows[i].dtype;
             list.place(i);
           }
           SgdParams p{};
-          fill(p, args, list, options);
-          p.momentum = momentum;
-          p.dampening = dampening;
-          p.nesterov = nesterov;
-          p.first_step = first_step;
-          if (list.refused.empty()) Backend::run(&Backend::Kernels::sgd, p, params[0].device.index);
+          fill(p, args, list, step, table);
+          p.momentum = options.momentum;
+          p.dampening = options.dampening;
+          p.nesterov = options.nesterov;
+          p.first_step = options.first_step;
+          if (list.refused.empty()) Backend::run(&Backend::Kernels::sgd, p, lists.params[0].device.index);
           return list.refused;
         });
 

@@ -10,12 +10,11 @@ struct PagedOptions {
   float scale, softcap;
   int64_t left, right;
 
-  static constexpr const char* kFields[] = {"scale", "softcap", "left", "right"};
-  using Tuple = std::tuple<float, float, int64_t, int64_t>;
+  static constexpr auto fields() {
+    return std::tuple{Field{"scale", &PagedOptions::scale}, Field{"softcap", &PagedOptions::softcap},
+                      Field{"left", &PagedOptions::left}, Field{"right", &PagedOptions::right}};
+  }
 };
-
-template <>
-struct Reader<PagedOptions> : RecordReader<PagedOptions> {};
 
 // What the host can see of the table and the lengths: that they lead to rows of the cache. Returns the greatest length.
 inline int64_t check_cache(const Arguments& args, const PagedAttentionParams& p) {

@@ -2,9 +2,15 @@
 
 from torchweld._cpu import GRAD_NORM_BLOCKS as GRAD_NORM_BLOCKS
 from torchweld._cpu import OPTIMIZER_TABLE_WORDS as OPTIMIZER_TABLE_WORDS
+from torchweld._cpu import AdamWLists as AdamWLists
+from torchweld._cpu import AdamWOptions as AdamWOptions
 from torchweld._cpu import Modifiers as Modifiers
+from torchweld._cpu import Norm as Norm
 from torchweld._cpu import Options as Options
 from torchweld._cpu import PagedOptions as PagedOptions
+from torchweld._cpu import SgdLists as SgdLists
+from torchweld._cpu import SgdOptions as SgdOptions
+from torchweld._cpu import Step as Step
 from torchweld._cpu import adamw_ as adamw_
 from torchweld._cpu import attention_backward as attention_backward
 from torchweld._cpu import attention_forward as attention_forward

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.func import functional_call, grad, vmap
 
 from leaves import gradient
 from torchweld import _cpu, nn, ops, reference
+from torchweld.ops._norm import Norm
 from torchweld.testing import Case, Oracle, cases
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -62,24 +64,23 @@ def test_rows_far_apart_in_memory() -> None:
 def test_registered_ops_pass_opcheck() -> None:
     x, r, w, b = torch.randn(5, 4, 33), torch.randn(5, 4, 33), torch.randn(33), torch.randn(33)
     library = torch.ops.torchweld
-    torch.library.opcheck(library.layer_norm.default, (x, 33, w, b, 1e-5))
-    torch.library.opcheck(library.layer_norm.default, (x.mT.contiguous().mT, 33, None, None, 1e-5))
-    torch.library.opcheck(library.layer_norm_forward.default, (x.bfloat16(), 33, w, b, 1e-5))
-    torch.library.opcheck(library.add_layer_norm_forward.default, (x, r, 33, w, None, 1e-5))
-    torch.library.opcheck(library.layer_norm.default, (x, 33, w, None, 1e-5, False, 1.0))
-    torch.library.opcheck(library.layer_norm_forward.default, (x, 33, w, None, 1e-5, False, 0.0))
-    torch.library.opcheck(library.add_layer_norm_forward.default, (x, r, 33, w, None, 1e-5, False, 1.0))
-    _, total, stats = library.add_layer_norm_forward(x, r, 33, w, None, 1e-5, False, 1.0)
+    plain, rms, gemma = Norm(33, 1e-5), Norm(33, 1e-5, centred=False), Norm(33, 1e-5, centred=False, weight_offset=1.0)
+    dropout, seed = Norm(33, 1e-5, dropout_p=0.5), torch.tensor([7])
+    torch.library.opcheck(library.layer_norm.default, (x, w, b, *plain))
+    torch.library.opcheck(library.layer_norm.default, (x.mT.contiguous().mT, None, None, *plain))
+    torch.library.opcheck(library.layer_norm.default, (x, w, None, *gemma))
+    torch.library.opcheck(library.layer_norm_forward.default, (x.bfloat16(), w, b, *plain))
+    torch.library.opcheck(library.layer_norm_forward.default, (x, w, None, *rms))
+    torch.library.opcheck(library.add_layer_norm_forward.default, (x, r, w, None, None, *plain))
+    torch.library.opcheck(library.add_layer_norm_forward.default, (x, r, w, None, None, *gemma))
+    torch.library.opcheck(library.add_layer_norm_forward.default, (x.bfloat16(), r, w, b, seed, *dropout))
+    _, total, stats = library.add_layer_norm_forward(x, r, w, None, None, *gemma)
     backward = library.layer_norm_backward.default
-    torch.library.opcheck(backward, (r, x, total, 33, w, None, stats, [True, False, True, False], 1.0))
-    dropout = (0.5, torch.tensor([7]))
-    torch.library.opcheck(
-        library.add_layer_norm_forward.default, (x.bfloat16(), r, 33, w, b, 1e-5, True, 0.0, *dropout)
-    )
-    torch.library.opcheck(backward, (r.bfloat16(), x, r, 33, w, None, stats, [True, True, True, False], 0.0, *dropout))
-    _, total, stats = library.add_layer_norm_forward(x, r, 33, w, b, 1e-5)
+    torch.library.opcheck(backward, (r, x, total, w, None, stats, None, [True, False, True, False], *gemma))
+    _, total, stats = library.add_layer_norm_forward(x, r, w, b, None, *plain)
     for mask in ([True, False, True, True], [True, False, False, False], [False, False, False, True]):
-        torch.library.opcheck(backward, (r, x, total, 33, w, b, stats, mask))
+        torch.library.opcheck(backward, (r, x, total, w, b, stats, None, mask, *plain))
+    torch.library.opcheck(backward, (r.bfloat16(), x, r, w, None, stats, seed, [True, True, True, False], *dropout))
 
 
 @pytest.mark.slow
@@ -255,26 +256,14 @@ def test_bad_residual_is_named() -> None:
 def test_the_kernels_check_again() -> None:
     """What reaches the module past the public function is still refused before memory is touched."""
     x, out = torch.ones(3, 4), torch.empty(3, 4)
-    calls: list[tuple[tuple[Any, ...], str]] = [
-        (
-            (x, None, 4, None, None, 1e-5, True, 0.0, None, torch.empty(2, 4), None),
-            "output: expected 12 elements, but got shape",
-        ),
-        (
-            (x, None, 4, torch.ones(4).half(), None, 1e-5, True, 0.0, None, out, None),
-            "weight: expected dtype float32 or float32",
-        ),
-        (
-            (x, None, 4, torch.ones(8)[::2], None, 1e-5, True, 0.0, None, out, None),
-            "weight: expected a contiguous tensor",
-        ),
-        ((x, None, 5, None, None, 1e-5, True, 0.0, None, out, None), "input: expected 10 elements"),
-        ((x, None, 0, None, None, 1e-5, True, 0.0, None, out, None), "cols: expected at least 1"),
-        (
-            (x.double(), None, 4, None, None, 1e-5, True, 0.0, None, out, None),
-            "input: expected dtype float32, bfloat16 or float16",
-        ),
+    calls: list[tuple[Tensor, Tensor | None, int, Tensor, str]] = [
+        (x, None, 4, torch.empty(2, 4), "output: expected 12 elements, but got shape"),
+        (x, torch.ones(4).half(), 4, out, "weight: expected dtype float32 or float32"),
+        (x, torch.ones(8)[::2], 4, out, "weight: expected a contiguous tensor"),
+        (x, None, 5, out, "input: expected 10 elements"),
+        (x, None, 0, out, "cols: expected at least 1"),
+        (x.double(), None, 4, out, "input: expected dtype float32, bfloat16 or float16"),
     ]
-    for arguments, message in calls:
+    for input, weight, cols, output, message in calls:
         with pytest.raises(ValueError, match=message):
-            _cpu.layer_norm_forward(*(*arguments, 0.0, None, None))
+            _cpu.layer_norm_forward(input, None, weight, None, None, Norm(cols, 1e-5), None, output, None, None)

@@ -9,6 +9,7 @@ from torch import Tensor
 import torchweld
 from layer_norm_cases import COLUMNS, DTYPES, check, inputs, run
 from torchweld import backend
+from torchweld.ops._norm import Norm
 
 _REASON = backend.unavailable("cuda")
 pytestmark = [
@@ -175,7 +176,7 @@ def test_tensors_of_another_device_are_refused() -> None:
     module = backend.module(torch.device("cuda"))
     x = torch.randn(4, 8, device="cuda")
     with pytest.raises(ValueError, match=r"\[layer_norm_forward\] output: expected a tensor on cuda:0, but got cpu"):
-        module.layer_norm_forward(x, None, 8, None, None, 1e-5, True, 0.0, None, x.cpu(), None, 0.0, None, None)
+        module.layer_norm_forward(x, None, None, None, None, Norm(8, 1e-5), None, x.cpu(), None, None)
 
 
 @pytest.mark.filterwarnings("ignore")

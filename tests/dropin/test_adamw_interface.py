@@ -133,7 +133,7 @@ def test_registration() -> None:
     tail = (1e-2, None, 0.1, False, 1.0, one, one, zero, True)
     torch.library.opcheck(torch.ops.torchweld.adamw_.default, (*lists, masters, 0.9, 0.95, 1e-6, True, *tail, None))
     torch.library.opcheck(torch.ops.torchweld.adamw_.default, (*lists, [], 0.9, 0.95, 1e-6, True, *tail, 7))
-    torch.library.opcheck(torch.ops.torchweld.sgd_.default, (*lists[:3], masters, 0.9, 0.1, False, True, *tail))
+    torch.library.opcheck(torch.ops.torchweld.sgd_.default, (*lists[:3], masters, 0.9, 0.1, False, True, *tail, None))
     torch.library.opcheck(torch.ops.torchweld.grad_norm.default, (lists[GRAD], None))
 
 

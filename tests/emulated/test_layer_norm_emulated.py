@@ -10,6 +10,7 @@ import torch
 import torchweld
 from layer_norm_cases import COLUMNS, DTYPES, Inputs, check, inputs, run
 from leaves import gradient
+from torchweld.ops._norm import Norm
 
 
 @pytest.fixture
@@ -182,7 +183,7 @@ def test_a_forward_without_its_workspace_is_refused(kernels: ModuleType) -> None
     assert kernels.layer_norm_forward_workspace(2, 20000, 0) == 3 * 2 * 3
     message = r"\[layer_norm_forward\] workspace: expected at least 12 elements, but got 0"
     with pytest.raises(ValueError, match=message):
-        kernels.layer_norm_forward(x, None, 20000, None, None, 1e-5, True, 0.0, None, x.clone(), None, 0.0, None, None)
+        kernels.layer_norm_forward(x, None, None, None, None, Norm(20000, 1e-5), None, x.clone(), None, None)
 
 
 def test_too_small_a_workspace_is_refused(kernels: ModuleType) -> None:
@@ -191,19 +192,16 @@ def test_too_small_a_workspace_is_refused(kernels: ModuleType) -> None:
     stats, d = torch.ones(2, 4), torch.empty(20000)
     with pytest.raises(ValueError, match=r"\[layer_norm_backward\] partial: expected at least 2 blocks, but got 1"):
         kernels.layer_norm_backward(
-            i.doutput,
-            None,
-            i.x,
-            20000,
-            i.weight,
-            True,
-            0.0,
-            stats,
-            i.x,
-            None,
-            d,
-            d,
-            torch.empty(1, 2, 20000),
-            0.0,
-            None,
+            doutput=i.doutput,
+            dsum=None,
+            input=i.x,
+            weight=i.weight,
+            stats=stats,
+            seed=None,
+            norm=Norm(20000, 1e-5),
+            dinput=i.x,
+            dx=None,
+            dweight=d,
+            dbias=d,
+            partial=torch.empty(1, 2, 20000),
         )

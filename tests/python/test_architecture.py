@@ -140,8 +140,8 @@ def test_every_op_has_a_reference_of_its_name() -> None:
 
 # ---- Names
 
-# Private names of Python and of transformers, for which torch is not to blame; named tuples have the first two.
-NOT_OF_TORCH = {"_asdict", "_fields", "_exit", "_getframe", "_SubParsersAction"}
+# Private names of Python and of transformers, for which torch is not to blame; named tuples have the first three.
+NOT_OF_TORCH = {"_asdict", "_fields", "_replace", "_exit", "_getframe", "_SubParsersAction"}
 NOT_OF_TORCH |= {
     "_attn_implementation",
     "_can_set_attn_implementation",

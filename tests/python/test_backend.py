@@ -105,16 +105,17 @@ def test_a_tensor_without_memory_never_reaches_a_kernel() -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: PLC0415
 
     from torchweld import _cpu  # noqa: PLC0415
+    from torchweld.ops._norm import Norm  # noqa: PLC0415
 
     with FakeTensorMode():
         fake = torch.randn(4, 8)
     assert ops.layer_norm(fake, (8,)).shape == (4, 8)
-    rest = (None, 8, None, None, 1e-5, True, 0.0, None)
+    rest = (None, None, None, None, Norm(8, 1e-5), None, torch.empty(4, 8), None, None)
     with pytest.raises(BufferError, match="FakeTensor has no memory of its own"):
-        _cpu.layer_norm_forward(fake, *rest, torch.empty(4, 8), None, 0.0, None, None)
+        _cpu.layer_norm_forward(fake, *rest)
     with pytest.raises(TypeError, match=r"\[layer_norm_forward\] input: expected a torch.Tensor, but got list"):
         wrong: Any = [1.0]
-        _cpu.layer_norm_forward(wrong, *rest, torch.empty(4, 8), None, 0.0, None, None)
+        _cpu.layer_norm_forward(wrong, *rest)
 
 
 def test_a_subclass_of_tensor_is_served() -> None:

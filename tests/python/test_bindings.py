@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,13 +13,19 @@ import torch
 from torch import Tensor
 
 from torchweld import _cpu, ops, optim
+from torchweld.ops._attention import Options
+from torchweld.ops._norm import Norm
+from torchweld.ops._optimizer import Step
+from torchweld.ops.adamw import AdamWLists, AdamWOptions
+from torchweld.ops.sgd import SgdLists, SgdOptions
 
-STEP = (0.1, None, 0.0, False, 0.0, None, None, None, False, None, None)
+STEP = Step(0.1, None, 0.0, False, 0.0, None, None, None, False, None)
 
 
 def adamw(params: Any, grads: Any) -> Any:
     zeros, steps = [torch.zeros_like(p) for p in params], [torch.zeros(()) for _ in params]
-    return _cpu.adamw_(params, grads, zeros, list(map(torch.clone, zeros)), [], steps, [], 0.9, 0.99, 1e-8, True, STEP)
+    lists = AdamWLists(params, grads, zeros, list(map(torch.clone, zeros)), [], steps, [])
+    return _cpu.adamw_(lists, AdamWOptions(0.9, 0.99, 1e-8, decoupled=True), STEP, None)
 
 
 class Quiet(Tensor):
@@ -72,10 +79,48 @@ def test_a_sequence_that_makes_its_tensors_is_refused() -> None:
             return torch.ones(1, 2, 5, 5) if index == 0 else None
 
     q = torch.ones(1, 2, 5, 8)
-    options = (1.0, 0.0, -1, -1, False, 0.0, -1, -1)
-    with pytest.raises(TypeError, match=r"^\[attention_forward\] modifiers: expected a tuple"):
+    with pytest.raises(TypeError, match=r"^\[attention_forward\] modifiers: expected a tuple \(bias, alibi_slopes, "):
         modifiers: Any = Temporaries()
-        _cpu.attention_forward(q, q, q, modifiers, options, q.clone(), None, None)
+        _cpu.attention_forward(q, q, q, modifiers, Options(1.0), q.clone(), None, None)
+
+
+def test_arguments_may_be_named_in_any_order() -> None:
+    x = torch.randn(9)
+    expected, found = torch.empty(9), torch.empty(9)
+    _cpu.gelu_forward(x, True, expected)
+    _cpu.gelu_forward(x, output=found, exact=True)
+    assert torch.equal(found, expected)
+    found.zero_()
+    fresh: dict[str, Any] = {"".join(["out", "put"]): found, "exact": True, "".join(["in", "put"]): x}  # not interned
+    _cpu.gelu_forward(**fresh)
+    assert torch.equal(found, expected)
+    function: Any = _cpu.gelu_forward
+    signature = r"gelu_forward\(input, exact, output\)"
+    with pytest.raises(TypeError, match=rf"^\[gelu_forward\] out: expected each of {signature} once, but got another"):
+        function(x, True, out=found)
+    with pytest.raises(
+        TypeError, match=rf"^\[gelu_forward\] input: expected each of {signature} once, but got it twice"
+    ):
+        function(x, True, input=found)
+    with pytest.raises(TypeError, match=r"^\[gelu_forward\] expected 3 arguments, but got 2$"):
+        function(x, exact=True)
+
+
+def test_a_field_of_a_record_is_named() -> None:
+    x = torch.ones(4, 8)
+    for norm, message in (
+        (Norm(8, 1e-5), None),
+        (Norm("8", 1e-5), "cols: expected an integer of 64 bits, but got str"),  # type: ignore[arg-type]
+        (Norm(8, x), "eps: expected a number, but got Tensor"),  # type: ignore[arg-type]
+        ((8, 1e-5), r"norm: expected a tuple \(cols, eps, centred, weight_offset, dropout_p\), but got tuple"),
+        (None, r"norm: expected a tuple \(cols, .*, but got NoneType"),
+    ):
+        call = partial(_cpu.layer_norm_forward, x, None, None, None, None, norm, None, x.clone(), None, None)  # type: ignore[arg-type]
+        if message is None:
+            call()
+        else:
+            with pytest.raises(TypeError, match=rf"^\[layer_norm_forward\] {message}$"):
+                call()
 
 
 def test_a_list_may_change_while_a_kernel_runs() -> None:
@@ -92,7 +137,7 @@ def test_a_list_may_change_while_a_kernel_runs() -> None:
     try:
         for _ in range(20):
             try:
-                _cpu.sgd_(params, grads, [], [], 0.0, 0.0, False, False, STEP)
+                _cpu.sgd_(SgdLists(params, grads, [], []), SgdOptions(0.0, 0.0, False, False), STEP, None)
             except ValueError as error:
                 assert "64 tensors" in str(error)
     finally:
@@ -111,7 +156,7 @@ def test_a_number_that_changes_a_tensor_changes_it_before_it_is_read() -> None:
     x, out = torch.ones(64, 64), torch.empty(64, 64)
     with pytest.raises(ValueError, match="output: expected 0 elements"):
         eps: Any = Shrinks()
-        _cpu.layer_norm_forward(x, None, 64, None, None, eps, True, 0.0, None, out, None, 0.0, None, None)
+        _cpu.layer_norm_forward(x, None, None, None, None, Norm(64, eps), None, out, None, None)
 
 
 @pytest.mark.parametrize(

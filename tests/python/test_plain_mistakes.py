@@ -12,6 +12,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 
 import torchweld
 from torchweld import ops, reference
+from torchweld.ops._norm import Norm
 
 COLS = 24
 CLASSES = torch.arange(5) * 4
@@ -198,7 +199,7 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
         "[sgd_] params[0]: a leaf Variable that requires grad is being used in an in-place operation",
     ),
     (
-        lambda: torch.ops.torchweld.layer_norm_forward(None, 8, torch.ones(8), None, 1e-5),
+        lambda: torch.ops.torchweld.layer_norm_forward(None, torch.ones(8), None, *Norm(8, 1e-5)),
         TypeError,
         "[layer_norm_forward] input: expected a torch.Tensor, but got None",
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 from collections.abc import Callable
@@ -13,7 +14,8 @@ import pytest
 import torch
 
 from torchweld import _cpu, backend, ops, reference
-from torchweld.ops import _attention
+from torchweld.ops._norm import Norm
+from torchweld.ops._records import Layout
 
 ROOT = Path(__file__).resolve().parents[2]
 BINDINGS = ROOT / "csrc" / "bindings"
@@ -21,14 +23,14 @@ DEF = re.compile(r'\bm\.def\(\s*((?:"[^"]*"\s*)+)')
 
 
 def stub(name: str) -> dict[str, list[str] | None]:
-    """Names in a stub, each with its positional parameters; of a constant None."""
+    """Names in a stub, each with its parameters; of a constant None."""
     found: dict[str, list[str] | None] = {}
     for node in ast.parse((ROOT / "python" / "torchweld" / f"{name}.pyi").read_text()).body:
         if isinstance(node, ast.FunctionDef):
             args = node.args
-            assert not (args.args or args.kwonlyargs or args.defaults or args.vararg or args.kwarg), node.name
-            assert all(a.annotation is not None for a in args.posonlyargs) and node.returns is not None, node.name
-            found[node.name] = [a.arg for a in args.posonlyargs]
+            assert not (args.posonlyargs or args.kwonlyargs or args.defaults or args.vararg or args.kwarg), node.name
+            assert all(a.annotation is not None for a in args.args) and node.returns is not None, node.name
+            found[node.name] = [a.arg for a in args.args]
         elif isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
             found[node.target.id] = None
         elif isinstance(node, ast.ImportFrom) and node.module == "torchweld._cpu":
@@ -72,14 +74,41 @@ def test_a_stub_has_what_the_module_has(name: str) -> None:
             assert all(p.default is p.empty for p in signature.parameters.values()), n
 
 
+def records() -> dict[str, type[Any]]:
+    """The records that `_cpu.pyi` imports from the ops, by name."""
+    found: dict[str, type[Any]] = {}
+    for node in ast.parse((ROOT / "python" / "torchweld" / "_cpu.pyi").read_text()).body:
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("torchweld.ops"):
+            found |= {a.name: getattr(importlib.import_module(node.module), a.name) for a in node.names}
+    return found
+
+
 @pytest.mark.parametrize("name", list(backend.kernels))
-def test_records_have_the_fields_of_the_module_and_of_the_schemas(name: str) -> None:
-    module = backend.kernels[name]
-    assert module.Modifiers == _attention.Modifiers._fields
-    assert module.Options == _attention.Options._fields
-    for op, fields in (("attention", module.Modifiers + module.Options), ("paged_attention", module.PagedOptions)):
-        arguments = getattr(torch.ops.torchweld, op).default._schema.arguments
-        assert tuple(a.name for a in arguments[-len(fields) :]) == fields
+def test_records_have_the_fields_of_the_module(name: str) -> None:
+    published = {n: v for n, v in vars(backend.kernels[name]).items() if isinstance(v, tuple)}
+    assert published == {n: record._fields for n, record in records().items()}
+    assert len(published) > 8
+
+
+def test_a_schema_lists_the_fields_of_a_record_with_their_types() -> None:
+    schema = str(torch.ops.torchweld.layer_norm.default._schema)
+    assert "Tensor? bias, SymInt cols, float eps, bool centred, float weight_offset, float dropout_p) ->" in schema
+    schema = str(torch.ops.torchweld.sgd_.default._schema)
+    assert "sgd_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, " in schema
+    assert "bool first_step, float lr, Tensor? lr_tensor, " in schema and "int? rounding_seed) -> ()" in schema
+
+
+def test_arguments_are_packed_into_records_and_listed_again() -> None:
+    layout = Layout("op(Tensor x, Norm norm, bool flag=True) -> Tensor", (Norm,))
+    norm = Norm(3, 1.0, False, 2.0, 0.5)
+    assert (
+        layout.schema.startswith("op(Tensor x, SymInt cols, float eps, ")
+        and "dropout_p, bool flag=True)" in layout.schema
+    )
+    for arguments in (("x", norm, False), ("x", norm)):  # what has a default may be left out
+        flat = layout.flat(arguments)
+        assert flat == ["x", *norm, *arguments[2:]]
+        assert layout.packed(flat) == list(arguments)
 
 
 def test_the_ops_see_the_types_of_all_kernels() -> None:

@@ -1,7 +1,6 @@
 """The registered ops behind `torchweld.ops.attention`: implementation, fake, autograd, and the choice of the backend.
 
-The schema of an op lists query, key and value, then the fields of `Modifiers`, then those of `Options`; `_named` makes
-records of them again. With cu_seqlens, (B, H, N, D) is (total, H, D) and (B, H, Nq) is (H, total_q): packed sequences.
+With cu_seqlens, (B, H, N, D) is (total, H, D) and (B, H, Nq) is (H, total_q): packed sequences.
 """
 
 from __future__ import annotations
@@ -51,14 +50,7 @@ class Options(NamedTuple):
 
 
 PLAIN = Modifiers()
-_DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes", "sinks")  # in the order of the schemas
-_MODIFIERS, _OPTIONS = len(Modifiers._fields), len(Options._fields)
-
-
-def _named(arguments: tuple[Any, ...]) -> tuple[Modifiers, Options, tuple[Any, ...]]:
-    """Modifiers, options and what else an op was given after query, key and value."""
-    end = _MODIFIERS + _OPTIONS
-    return Modifiers(*arguments[:_MODIFIERS]), Options(*arguments[_MODIFIERS:end]), arguments[end:]
+_DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes", "sinks")  # in the order of the op's `mask`
 
 
 # ---- Implementation. The kernels read any strides but the last; they fill what is allocated here.
@@ -103,9 +95,10 @@ def wide_output(output: Tensor) -> Tensor | None:
     return torch.empty_like(output, dtype=torch.float32)
 
 
-def _outputs(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _outputs(
+    query: Tensor, key: Tensor, value: Tensor, modifiers: Modifiers, options: Options, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """What the training forward returns, not filled: output, wide output (or nothing) and row statistics."""
-    _, _, (rows,) = _named(rest)
     output = heads_like(query, value.shape[-1])
     wide = wide_output(output) if rows > 1 else None  # of one row: no backward will follow
     return output, query.new_empty(0) if wide is None else wide, row_statistics(query, rows)
@@ -113,7 +106,8 @@ def _outputs(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Ten
 
 def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
     """As the kernels want them: (B, H, Nq, Nk), float32 (B, H), float32 (H); broadcast by stride 0, without copies."""
-    bias, alibi_slopes, sinks, seed, lens_q, lens_k = modifiers
+    bias, alibi_slopes, sinks, seed = modifiers.bias, modifiers.alibi_slopes, modifiers.sinks, modifiers.seed
+    lens_q, lens_k = modifiers.cu_seqlens_q, modifiers.cu_seqlens_k
     heads = query.shape[1]
     if bias is not None:
         bias = (
@@ -129,7 +123,9 @@ def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
         lens_q, lens_k = settle(lens_q, "[attention] cu_seqlens_q"), settle(lens_k, "[attention] cu_seqlens_k")
     if seed is not None:
         seed = settle(seed, "[attention] seed")
-    return Modifiers(bias, alibi_slopes, sinks, seed, lens_q, lens_k)
+    return Modifiers(
+        bias=bias, alibi_slopes=alibi_slopes, sinks=sinks, seed=seed, cu_seqlens_q=lens_q, cu_seqlens_k=lens_k
+    )
 
 
 def run_forward(
@@ -140,27 +136,29 @@ def run_forward(
     q, k, v = operand(query, "query"), operand(key, "key"), operand(value, "value")
     if modifiers != PLAIN:  # None is compared by identity: cheap
         modifiers = _prepared(q, k, modifiers)
-    backend.kernels[q.device.type].attention_forward(q, k, v, modifiers, options, output, wide, statistics)
+    backend.kernels[q.device.type].attention_forward(
+        query=q, key=k, value=v, modifiers=modifiers, options=options,
+        output=output, wide_output=wide, statistics=statistics,
+    )  # fmt: skip
     return output
 
 
-def _inference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> Tensor:
-    modifiers, options, _ = _named(rest)
+def _inference(query: Tensor, key: Tensor, value: Tensor, modifiers: Modifiers, options: Options) -> Tensor:
     return run_forward(query, key, value, heads_like(query, value.shape[-1]), None, None, modifiers, options)
 
 
-def _forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    modifiers, options, _ = _named(rest)
-    output, wide, statistics = found = _outputs(query, key, value, *rest)
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, modifiers: Modifiers, options: Options, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    output, wide, statistics = found = _outputs(query, key, value, modifiers, options, rows)
     run_forward(query, key, value, output, wide if wide.dim() > 1 else None, statistics, modifiers, options)
     return found
 
 
 def _backward(
     doutput: Tensor, dlse: Tensor | None, output: Tensor, statistics: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    *rest: Any,
+    modifiers: Modifiers, options: Options, mask: Sequence[bool], deterministic: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    modifiers, options, (mask, deterministic) = _named(rest)
     wanted = {name for name, needed in zip(_DIFFERENTIABLE, mask, strict=True) if needed}
     inputs = {"query": query, "key": key, "value": value}
     grads = [heads_like(t, t.shape[-1]) if name in wanted else None for name, t in inputs.items()]
@@ -193,8 +191,9 @@ def run_backward(
     if dlse is not None:
         dlse = settle(dlse, "[attention] gradient of lse")
     backend.kernels[q.device.type].attention_backward(
-        doutput, dlse, q, k, v, modifiers, options, output, settle(statistics, "[attention] statistics"),
-        dquery, dkey, dvalue, dbias, dalibi, dsinks, deterministic,
+        doutput=doutput, dlse=dlse, query=q, key=k, value=v, modifiers=modifiers, options=options, output=output,
+        statistics=settle(statistics, "[attention] statistics"), dquery=dquery, dkey=dkey, dvalue=dvalue, dbias=dbias,
+        dalibi_slopes=dalibi, dsinks=dsinks, deterministic=deterministic,
     )  # fmt: skip
     if bias is not None and dbias is not None:
         dbias = dbias.view(bias.shape)
@@ -208,34 +207,30 @@ def run_backward(
 # ---- Fake
 
 
-def _inference_fake(query: Tensor, key: Tensor, value: Tensor, *_: Any) -> Tensor:
+def _inference_fake(query: Tensor, key: Tensor, value: Tensor, modifiers: Modifiers, options: Options) -> Tensor:
     return heads_like(query, value.shape[-1])
 
 
 def _backward_fake(
     doutput: Tensor, dlse: Tensor | None, output: Tensor, statistics: Tensor, query: Tensor, key: Tensor, value: Tensor,
-    *rest: Any,
+    modifiers: Modifiers, options: Options, mask: Sequence[bool], deterministic: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    modifiers, _, (mask, _) = _named(rest)
-    heads = [heads_like(t, t.shape[-1]) for t in (query, key, value)]
-    others = [None if t is None else t.new_empty(t.shape) for t in modifiers[: len(mask) - len(heads)]]
-    return tuple(
-        query.new_empty(0) if t is None or not wanted else t for t, wanted in zip((*heads, *others), mask, strict=True)
-    )
+    heads = {name: heads_like(t, t.shape[-1]) for name, t in (("query", query), ("key", key), ("value", value))}
+    others = {name: None if t is None else t.new_empty(t.shape) for name, t in modifiers._asdict().items()}
+    made = [(heads | others)[name] for name in _DIFFERENTIABLE]
+    return tuple(query.new_empty(0) if t is None or not wanted else t for t, wanted in zip(made, mask, strict=True))
 
 
 # ---- Registration
 
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? bias, Tensor? alibi_slopes, Tensor? sinks, Tensor? seed, "
-    "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, float scale, float softcap, SymInt left, SymInt right, "
-    "bool bottom_right, float dropout_p, SymInt max_seqlen_q, SymInt max_seqlen_k"
-)
-inference_op = register(f"attention({_INPUTS}) -> Tensor", _inference, _inference_fake)
+_INPUTS = "Tensor query, Tensor key, Tensor value, Modifiers modifiers, Options options"
+inference_op = register(f"attention({_INPUTS}) -> Tensor", _inference, _inference_fake, Modifiers, Options)
 forward_op = register(
     f"attention_forward({_INPUTS}, int rows) -> (Tensor output, Tensor wide_output, Tensor statistics)",
     _forward,
     _outputs,
+    Modifiers,
+    Options,
 )
 _backward_op = register(
     f"attention_backward(Tensor doutput, Tensor? dlse, Tensor output, Tensor statistics, {_INPUTS}, bool[6] mask, "
@@ -243,14 +238,17 @@ _backward_op = register(
     "(Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dbias, Tensor dalibi_slopes, Tensor dsinks)",
     _backward,
     _backward_fake,
+    Modifiers,
+    Options,
 )
 
 # ---- Autograd
 
 
-def _on_reference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+def _on_reference(
+    query: Tensor, key: Tensor, value: Tensor, modifiers: Modifiers, options: Options
+) -> tuple[Tensor, ...]:
     """(out, lse) by the definition, from the arguments of the ops."""
-    modifiers, options, _ = _named(rest)
     left, right = options.left, options.right
     result = reference.attention(
         query,
@@ -270,31 +268,41 @@ def _on_reference(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tupl
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, numbers: tuple[Options, bool, bool], *inputs: Any) -> Tensor | tuple[Tensor, Tensor]:
-        # One argument for all numbers: each would cost a call as much as a tensor.
+    def forward(
+        ctx: Any, numbers: tuple[Options, bool, bool], query: Tensor, key: Tensor, value: Tensor, *modifiers: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        # Autograd sees every tensor as an argument of its own, the fields of Modifiers too. One argument for all
+        # numbers: each would cost a call as much as a tensor.
         ctx.options, ctx.deterministic, return_lse = numbers
-        output, wide, statistics = forward_op(*inputs, *ctx.options, 3 if return_lse else 2)
-        ctx.save_for_backward(wide if wide.dim() > 1 else output, statistics, *inputs)
+        rows = 3 if return_lse else 2
+        output, wide, statistics = forward_op(query, key, value, Modifiers(*modifiers), ctx.options, rows)
+        ctx.save_for_backward(wide if wide.dim() > 1 else output, statistics, query, key, value, *modifiers)
         ctx.set_materialize_grads(False)
         return (output, statistics[2]) if return_lse else output
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        output, statistics, *inputs = ctx.saved_tensors
-        count = len(_DIFFERENTIABLE)
-        mask = ctx.needs_input_grad[1 : 1 + count]
+        output, statistics, query, key, value, *others = ctx.saved_tensors
+        modifiers = Modifiers(*others)
+        inputs = {"query": query, "key": key, "value": value, **modifiers._asdict()}
+        needed = dict(zip(inputs, ctx.needs_input_grad[1:], strict=True))
+        mask = [needed[name] for name in _DIFFERENTIABLE]
         if wants_definition(doutput, dlse):
 
-            def function(*leaves: Any) -> tuple[Tensor, ...]:
-                return _on_reference(*leaves, *inputs[count:], *ctx.options)
+            def function(query: Tensor, key: Tensor, value: Tensor, *leaves: Any) -> tuple[Tensor, ...]:
+                bias, alibi_slopes, sinks = leaves
+                here = modifiers._replace(bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+                return _on_reference(query, key, value, here, ctx.options)
 
-            grads = double_backward(function, inputs[:count], (doutput, dlse), mask)
+            grads = double_backward(function, [inputs[name] for name in _DIFFERENTIABLE], (doutput, dlse), mask)
         else:
             if doutput is None:  # only lse was used
-                doutput = torch.zeros_like(output, dtype=inputs[0].dtype)
-            grads = _backward_op(doutput, dlse, output, statistics, *inputs, *ctx.options, mask, ctx.deterministic)
-        found = [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
-        return None, *found, None, None, None
+                doutput = torch.zeros_like(output, dtype=query.dtype)
+            grads = _backward_op(
+                doutput, dlse, output, statistics, query, key, value, modifiers, ctx.options, mask, ctx.deterministic
+            )
+        found = {name: g for name, g in zip(_DIFFERENTIABLE, grads, strict=True) if needed[name]}
+        return None, *(found.get(name) for name in inputs)
 
 
 _attention_with_grad = applier(_Attention)
@@ -326,11 +334,11 @@ def attend(
     """output or (output, lse) of checked arguments, by whichever backend serves them."""
     if backend.choose(op, query.device, refusal(query, value)) == "reference":
         tensors = {"query": query, "key": key, "value": value, **modifiers._asdict()}
-        both = defined(_on_reference, op, tensors, query, key, value, *modifiers, *options)
+        both = defined(_on_reference, op, tensors, query, key, value, modifiers, options)
         return both if return_lse else both[0]
     if wants_grad(query, key, value, modifiers.bias, modifiers.alibi_slopes, modifiers.sinks):
         return _attention_with_grad((options, deterministic, return_lse), query, key, value, *modifiers)
     if return_lse:
-        output, _, statistics = forward_op(query, key, value, *modifiers, *options, 1)
+        output, _, statistics = forward_op(query, key, value, modifiers, options, 1)
         return output, statistics[0]
-    return inference_op(query, key, value, *modifiers, *options)
+    return inference_op(query, key, value, modifiers, options)

@@ -1,22 +1,33 @@
-"""Gradients of layer_norm, rms_norm and their add_ forms: the ops of layer_norm_op.py, for autograd."""
+"""Gradients of layer_norm, rms_norm and their add_ forms: the ops of _norm.py, for autograd."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from torchweld import reference
-from torchweld.ops._norm import add_forward_op, backward_op, forward_op
+from torchweld.ops._norm import Norm, add_forward_op, backward_op, forward_op
 from torchweld.ops._register import applier, double_backward, wants_definition
 from torchweld.reference.layer_norm import dropped
 
 
+def _normalised(norm: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """The norm by its definition, of rows as the kernels see them."""
+    rows, shape = x.reshape(-1, norm.cols), (norm.cols,)
+    weight = None if weight is None else weight.reshape(shape)
+    if norm.centred:
+        bias = None if bias is None else bias.reshape(shape)
+        output = reference.layer_norm(rows, shape, weight, bias, norm.eps)
+    else:
+        output = reference.rms_norm(rows, shape, weight, norm.eps, zero_centered_weight=norm.weight_offset != 0)
+    return output.reshape(x.shape)
+
+
 def _differentiable(
-    function: Callable[..., Tensor],
+    norm: Norm,
     inputs: Sequence[Tensor | None],
     doutput: Tensor,
     dsum: Tensor | None,
@@ -25,28 +36,16 @@ def _differentiable(
     """Gradients of what was normalised, of weight and of bias, by the reference."""
 
     def outputs(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-        return function(x, weight, bias).to(doutput.dtype), x.clone()
+        return _normalised(norm, x, weight, bias).to(doutput.dtype), x.clone()
 
     return double_backward(outputs, inputs, (doutput, dsum), mask)
 
 
-def _function(shape: Sequence[int], eps: float, centred: bool, weight_offset: float) -> Callable[..., Tensor]:
-    if centred:
-        return lambda x, weight, bias: reference.layer_norm(x, shape, weight, bias, eps)
-    return lambda x, weight, bias: reference.rms_norm(x, shape, weight, eps, zero_centered_weight=weight_offset != 0)
-
-
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        norm: tuple[Sequence[int], float, bool, float],  # as one, for autograd looks at every argument
-    ) -> Tensor:
-        shape, eps, centred, weight_offset = ctx.norm = norm
-        output, stats = forward_op(input, math.prod(shape), weight, bias, eps, centred, weight_offset)
+    def forward(ctx: Any, input: Tensor, weight: Tensor | None, bias: Tensor | None, norm: Norm) -> Tensor:
+        ctx.norm = norm
+        output, stats = forward_op(input, weight, bias, norm)
         ctx.save_for_backward(input, weight, bias, stats)
         return output
 
@@ -55,20 +54,10 @@ class _LayerNorm(torch.autograd.Function):
         need = ctx.needs_input_grad
         input, weight, bias, stats = ctx.saved_tensors  # once: a checkpoint gives them only once
         if wants_definition(doutput):
-            dx, dw, db = _differentiable(_function(*ctx.norm), (input, weight, bias), doutput, None, need[:3])
+            dx, dw, db = _differentiable(ctx.norm, (input, weight, bias), doutput, None, need[:3])
             return dx, dw, db, None
-        shape, _, _, weight_offset = ctx.norm
-        dx, _, dw, db = backward_op(
-            doutput,
-            None,
-            input,
-            math.prod(shape),
-            weight,
-            bias,
-            stats,
-            (need[0], False, need[1], need[2]),
-            weight_offset,
-        )
+        mask = (need[0], False, need[1], need[2])
+        dx, _, dw, db = backward_op(doutput, None, input, weight, bias, stats, None, mask, ctx.norm)
         return dx if need[0] else None, dw if need[1] else None, db if need[2] else None, None
 
 
@@ -78,45 +67,39 @@ class _AddLayerNorm(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         residual: Tensor,
-        shape: Sequence[int],
         weight: Tensor | None,
         bias: Tensor | None,
-        eps: float,
-        centred: bool,
-        weight_offset: float,
-        dropout_p: float,
         seed: Tensor | None,
+        norm: Norm,
     ) -> tuple[Tensor, Tensor]:
-        output, total, stats = add_forward_op(
-            x, residual, math.prod(shape), weight, bias, eps, centred, weight_offset, dropout_p, seed
-        )
+        output, total, stats = add_forward_op(x, residual, weight, bias, seed, norm)
         # Only the sum is kept for the backward: x and residual can be freed.
         ctx.save_for_backward(total, weight, bias, stats, seed)
-        ctx.norm, ctx.dropout_p, ctx.dtype = (shape, eps, centred, weight_offset), dropout_p, x.dtype
+        ctx.norm, ctx.dtype = norm, x.dtype
         ctx.set_materialize_grads(False)
         return output, total
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor | None, dsum: Tensor | None) -> tuple[Tensor | None, ...]:
         total, weight, bias, stats, seed = ctx.saved_tensors
-        need, p, (shape, _, _, weight_offset) = ctx.needs_input_grad, ctx.dropout_p, ctx.norm
-        cols = math.prod(shape)
+        norm = ctx.norm
+        need_x, need_residual, need_weight, need_bias, _, _ = ctx.needs_input_grad
         differentiable = wants_definition(doutput, dsum)
         dr, dx, dw, db = dsum, None, None, None
         if doutput is None or differentiable:
             if doutput is not None:  # else only new_residual was used
-                wanted = (need[0] or need[1], need[3], need[4])
-                dr, dw, db = _differentiable(_function(*ctx.norm), (total, weight, bias), doutput, dsum, wanted)
-            if need[0] and dr is not None:
-                dx = dropped(dr, cols, p, seed).to(ctx.dtype)
+                wanted = (need_x or need_residual, need_weight, need_bias)
+                dr, dw, db = _differentiable(norm, (total, weight, bias), doutput, dsum, wanted)
+            if need_x and dr is not None:
+                dx = dropped(dr, norm.cols, norm.dropout_p, seed).to(ctx.dtype)
         else:
             # Where x and the residual have one gradient, it is computed once.
             same = seed is None and total.dtype == doutput.dtype
-            mask = (need[1] or (same and need[0]), need[0] and not same, need[3], need[4])
-            dr, dx, dw, db = backward_op(doutput, dsum, total, cols, weight, bias, stats, mask, weight_offset, p, seed)
+            mask = (need_residual or (same and need_x), need_x and not same, need_weight, need_bias)
+            dr, dx, dw, db = backward_op(doutput, dsum, total, weight, bias, stats, seed, mask, norm)
             dx = dr if same else dx
-        found = [g if needed else None for g, needed in zip((dx, dr, None, dw, db), need[:5], strict=True)]
-        return *found, None, None, None, None, None
+        found = zip((dx, dr, dw, db), (need_x, need_residual, need_weight, need_bias), strict=True)
+        return *(g if needed else None for g, needed in found), None, None
 
 
 layer_norm_function = applier(_LayerNorm)

@@ -1,10 +1,9 @@
-"""What the optimizers' ops share: grad_norm, the arguments of every step, and who serves which tensor of a list."""
+"""What the optimizers' ops share: grad_norm, the record of a step, and who serves which tensor of a list."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -13,7 +12,8 @@ from torchweld import backend, reference
 from torchweld.ops._arguments import check_dense, check_memory, defined, flag, number
 from torchweld.ops._register import register
 
-Lists = dict[str, Sequence[Tensor]]
+Tensors = Sequence[Tensor]
+Lists = dict[str, Tensors]
 
 # ---- Implementation. The bindings check everything before they touch memory, and name what the kernels do not take:
 # those tensors go to the reference, the others to the kernels.
@@ -39,7 +39,7 @@ def _grad_norm(grads: list[Tensor] | tuple[Tensor, ...], grad_scale: Tensor | No
     partial = torch.empty(module.GRAD_NORM_BLOCKS, dtype=torch.float64, device=device)
     table = _workspace(module, len(grads), device)
     scale = _scalar("grad_norm", "grad_scale", grad_scale, device)
-    refused = module.grad_norm(grads, scale, partial, norm, table)
+    refused = module.grad_norm(grads=grads, grad_scale=scale, partial=partial, norm=norm, table=table)
     if not refused:
         return norm
     for _, reason in refused:
@@ -47,74 +47,60 @@ def _grad_norm(grads: list[Tensor] | tuple[Tensor, ...], grad_scale: Tensor | No
     return reference.grad_norm(grads, grad_scale=grad_scale).to(torch.float32)
 
 
-@dataclass
-class Common:
-    """What every step is told besides its own lists and hyper-parameters, as the schemas have it (COMMON)."""
+class Step(NamedTuple):
+    """What every step is told besides its lists and the numbers of its own rule."""
 
-    lr: float
+    lr: float  # 0 beside an lr_tensor
     lr_tensor: Tensor | None
     weight_decay: float
     maximize: bool
-    max_grad_norm: float
+    max_grad_norm: float  # 0: no clipping
     grad_norm: Tensor | None
     grad_scale: Tensor | None
     found_inf: Tensor | None
     zero_grads: bool
-    rounding_seed: int | None = None
+    rounding_seed: int | None
+
+    def of_definition(self) -> dict[str, Any]:
+        """The same as arguments of a reference."""
+        named = self._asdict()
+        lr_tensor = named.pop("lr_tensor")
+        named["lr"] = self.lr if lr_tensor is None else lr_tensor
+        named["max_grad_norm"] = self.max_grad_norm or None
+        if self.rounding_seed is None:  # which only AdamW has
+            del named["rounding_seed"]
+        return named
 
 
-COMMON = (
-    "float lr, Tensor? lr_tensor, float weight_decay, bool maximize, float max_grad_norm, Tensor? grad_norm,"
-    " Tensor? grad_scale, Tensor? found_inf, bool zero_grads"
-)
-
-
-def run_step(op: str, lists: Lists, own: dict[str, Any], common: Common, definition: Callable[..., Any]) -> None:
-    """One step by the kernels, of what they do not take by `definition`; `own` are the op's own hyper-parameters."""
-    device = lists["params"][0].device
+def run_step(op: str, lists: Any, options: Any, step: Step, definition: Callable[..., Any]) -> None:
+    """One step by the kernels, of what they do not take by `definition`; `lists` and `options` are the op's records."""
+    device = lists.params[0].device
     module = backend.module(device)
-    if common.lr_tensor is not None and common.lr_tensor.is_cpu:
-        check_memory(op, lr=common.lr_tensor)
-        common.lr, common.lr_tensor = common.lr_tensor.item(), None
-    lr_tensor, norm, grad_scale, found_inf = (
-        _scalar(op, name, t, device)
-        for name, t in (
-            ("lr", common.lr_tensor),
-            ("grad_norm", common.grad_norm),
-            ("grad_scale", common.grad_scale),
-            ("found_inf", common.found_inf),
-        )
+    if step.lr_tensor is not None and step.lr_tensor.is_cpu:
+        check_memory(op, lr=step.lr_tensor)
+        step = step._replace(lr=step.lr_tensor.item(), lr_tensor=None)
+    here = step._replace(
+        lr_tensor=_scalar(op, "lr", step.lr_tensor, device),
+        grad_norm=_scalar(op, "grad_norm", step.grad_norm, device),
+        grad_scale=_scalar(op, "grad_scale", step.grad_scale, device),
+        found_inf=_scalar(op, "found_inf", step.found_inf, device),
     )
 
-    def run(lists: Lists) -> list[tuple[int, str]]:
-        table = _workspace(module, len(lists["params"]), device)
-        first = (common.lr, lr_tensor, common.weight_decay, common.maximize, common.max_grad_norm)
-        options = (*first, norm, grad_scale, found_inf, common.zero_grads, common.rounding_seed, table)
-        return getattr(module, op)(*lists.values(), *own.values(), options)
+    def run(lists: Any) -> list[tuple[int, str]]:
+        table = _workspace(module, len(lists.params), device)
+        return getattr(module, op)(lists=lists, options=options, step=here, table=table)
 
     refused = run(lists)
     if refused:
         for _, reason in refused:
             backend.choose(op, device, reason)
         rest = {index for index, _ in refused}
-        run({name: [t for i, t in enumerate(each) if i not in rest] for name, each in lists.items()})
-        seed = {} if common.rounding_seed is None else {"rounding_seed": common.rounding_seed}
-        definition(
-            **{name: [t for i, t in enumerate(each) if i in rest] for name, each in lists.items()},
-            **own,
-            **seed,
-            lr=common.lr if common.lr_tensor is None else common.lr_tensor,
-            weight_decay=common.weight_decay,
-            maximize=common.maximize,
-            max_grad_norm=None if common.grad_norm is None else common.max_grad_norm,
-            grad_norm=common.grad_norm,
-            grad_scale=common.grad_scale,
-            found_inf=common.found_inf,
-            zero_grads=common.zero_grads,
-        )
+        run(type(lists)(*([t for i, t in enumerate(each) if i not in rest] for each in lists)))
+        slow = type(lists)(*([t for i, t in enumerate(each) if i in rest] for each in lists))
+        definition(**slow._asdict(), **options._asdict(), **step.of_definition())
     # An op that is defined by Library.define does not count its mutations for autograd by itself.
-    stored = common.zero_grads or common.grad_scale is not None
-    mutated = [t for name, each in lists.items() if stored or name != "grads" for t in each]
+    stored = step.zero_grads or step.grad_scale is not None
+    mutated = [t for name, each in lists._asdict().items() if stored or name != "grads" for t in each]
     torch.autograd.graph.increment_version(mutated)
 
 
@@ -192,43 +178,66 @@ def _check_scalar(op: str, name: str, t: Any) -> None:
         raise ValueError(f"[{op}] {name}: expected one element, but got shape {list(t.shape)}")
 
 
+def checked_step(
+    op: str,
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    maximize: bool,
+    max_grad_norm: float | None,
+    grad_norm: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    zero_grads: bool,
+    rounding_seed: int | None = None,
+) -> Step:
+    """The record of arguments that every public step has."""
+    weight_decay = number(op, "weight_decay", weight_decay)
+    maximize, zero_grads = flag(op, "maximize", maximize), flag(op, "zero_grads", zero_grads)
+    if max_grad_norm is not None:
+        max_grad_norm = number(op, "max_grad_norm", max_grad_norm, "a number or None")
+        if not max_grad_norm > 0:
+            raise ValueError(f"[{op}] max_grad_norm: expected max_grad_norm > 0, or None, but got {max_grad_norm}")
+    for name, t in (("grad_norm", grad_norm), ("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if t is not None:
+            _check_scalar(op, name, t)
+    if isinstance(lr, Tensor):
+        _check_scalar(op, "lr", lr)
+        value, lr_tensor = 0.0, lr
+    else:
+        value, lr_tensor = number(op, "lr", lr, "a number or a torch.Tensor of one element"), None
+    return Step(
+        lr=value,
+        lr_tensor=lr_tensor,
+        weight_decay=weight_decay,
+        maximize=maximize,
+        max_grad_norm=max_grad_norm or 0.0,
+        grad_norm=grad_norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        zero_grads=zero_grads,
+        rounding_seed=rounding_seed,
+    )
+
+
 def take_step(
     op: str,
     call: Callable[..., None],
     definition: Callable[..., Tensor | None],
-    lists: Lists,
-    own: dict[str, Any],
-    lr: float | Tensor,
-    common: dict[str, Any],
+    lists: Any,
+    options: Any,
+    step: Step,
 ) -> Tensor | None:
-    """The public functions, once their own arguments are checked: reference or kernels; the norm first, if needed."""
-    common["weight_decay"] = number(op, "weight_decay", common["weight_decay"])
-    for name in ("maximize", "zero_grads"):
-        common[name] = flag(op, name, common[name])
-    limit, norm = common["max_grad_norm"], common["grad_norm"]
-    if limit is not None:
-        limit = common["max_grad_norm"] = number(op, "max_grad_norm", limit, "a number or None")
-        if not limit > 0:
-            raise ValueError(f"[{op}] max_grad_norm: expected max_grad_norm > 0, or None, but got {limit}")
-    params, grads = lists["params"], lists["grads"]
-    for name in ("grad_norm", "grad_scale", "found_inf"):
-        if common[name] is not None:
-            _check_scalar(op, name, common[name])
-    if isinstance(lr, Tensor):
-        _check_scalar(op, "lr", lr)
-    else:
-        lr = number(op, "lr", lr, "a number or a torch.Tensor of one element")
+    """The public functions, once their arguments are checked: reference or kernels; the norm first, if needed."""
     if torch.is_grad_enabled():
-        _check_autograd(op, lists)
-    if len(params) == 0:
-        return norm
-    if backend.choose(op, params[0].device, None) == "reference":
-        tensors = {**lists, **{name: common[name] for name in ("grad_norm", "grad_scale", "found_inf")}, "lr": lr}
-        found = defined(definition, op, tensors, **lists, **own, lr=lr, **common)
+        _check_autograd(op, lists._asdict())
+    if len(lists.params) == 0:
+        return step.grad_norm
+    if backend.choose(op, lists.params[0].device, None) == "reference":
+        arguments = {**lists._asdict(), **options._asdict(), **step.of_definition()}
+        found = defined(definition, op, arguments, **arguments)
         return None if found is None else found.to(torch.float32)
-    if limit is not None and norm is None:
-        norm = _grad_norm_op(grads, common["grad_scale"])
-    common = common | {"max_grad_norm": limit or 0.0, "grad_norm": None if limit is None else norm}
-    tensor = lr if isinstance(lr, Tensor) else None
-    call(*lists.values(), *own.values(), 0.0 if tensor is not None else lr, tensor, *common.values())
-    return norm
+    if step.max_grad_norm and step.grad_norm is None:
+        step = step._replace(grad_norm=_grad_norm_op(lists.grads, step.grad_scale))
+    call(lists, options, step)
+    return step.grad_norm

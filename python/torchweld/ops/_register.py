@@ -12,6 +12,7 @@ from torch import Tensor
 from torchweld import _torch, reference
 from torchweld.ops._arguments import FREED, check_memory, defined, explain, is_freed
 from torchweld.ops._flops import inform_counters
+from torchweld.ops._records import Layout
 
 _library = torch.library.Library("torchweld", "DEF")
 
@@ -23,8 +24,13 @@ _profiling = _torch.profiling
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 
 
-def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+def register(
+    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], *records: type[Any]
+) -> Callable[..., Any]:
     """Defines `torchweld::<schema>` for CPU and CUDA, `fake` giving shapes, dtypes and strides; returns its caller.
+
+    Kernel, fake and caller take the arguments of `schema`. Those of a type in `records` are NamedTuples, which torch's
+    operator lists field by field.
 
     The caller goes straight to `kernel` where the dispatcher would have nothing to add (no mode, tracer or profiler
     that wants to see the op): 2.5 us saved of 8 for a small layer norm, 0.1 us per tensor of a list. The bindings raise
@@ -32,46 +38,50 @@ def register(schema: str, kernel: Callable[..., Any], fake: Callable[..., Any]) 
     What that costs: a lazily negated tensor (`z.conj().imag`) behind the first is for the kernel to `settle`.
     """
     name = schema[: schema.index("(")]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    layout = Layout(schema, records)
+    _library.define(layout.schema, tags=(torch.Tag.pt2_compliant_tag,))
     op = getattr(torch.ops.torchweld, name).default
     arguments = _torch.arguments_of(op)
     names = tuple(a.name for a in arguments)
     needed = tuple(i for i, a in enumerate(arguments) if isinstance(a.type, torch.TensorType))
 
     def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-        """The dispatcher takes None where the schema has a tensor."""
+        """The dispatcher takes None where the schema has a tensor, and knows no records."""
 
         @wraps(function)
         def call(*args: Any) -> Any:
             for i in needed:
                 if args[i] is None:
                     raise TypeError(f"[{name}] {names[i]}: expected a torch.Tensor, but got None")
-            return function(*args)
+            return function(*layout.packed(args))
 
         return call
 
     _library.impl(name, checked(kernel), "CPU")
     _library.impl(name, checked(kernel), "CUDA")
     torch.library.register_fake(f"torchweld::{name}", checked(fake), lib=_library)
-    takes_lists = "[]" in schema.partition(" ")[0]
+    takes_lists = "[]" in layout.schema.partition(" ")[0]
+
+    def named(*args: Any) -> dict[str, Any]:
+        return dict(zip(names, layout.flat(args), strict=False))
 
     def call(first: Any, *rest: Any) -> Any:
         if _compiling() or _profiling():
-            return op(first, *rest)
+            return op(*layout.flat((first, *rest)))
         if _dispatch_modes():
             inform_counters()
-            return op(first, *rest)
+            return op(*layout.flat((first, *rest)))
         try:
             if not takes_lists and first.is_neg():
                 check_memory(name, **{names[0]: first})
-                return op(first, *rest)
+                return op(*layout.flat((first, *rest)))
             try:
                 return kernel(first, *rest)
             except BufferError:
-                check_memory(name, **dict(zip(names, (first, *rest), strict=False)))  # torch prints what it refuses
-                return op(first, *rest)
+                check_memory(name, **named(first, *rest))  # torch prints what it refuses
+                return op(*layout.flat((first, *rest)))
         except Exception as error:
-            explain(name, error, dict(zip(names, (first, *rest), strict=False)))
+            explain(name, error, named(first, *rest))
 
     return call
 

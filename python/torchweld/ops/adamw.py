@@ -3,14 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from torchweld import reference
 from torchweld.ops._arguments import flag, integer, number
-from torchweld.ops._optimizer import COMMON, Common, as_lists, run_step, step_fake, take_step
+from torchweld.ops._optimizer import Step, Tensors, as_lists, checked_step, run_step, step_fake, take_step
 from torchweld.ops._register import register
+
+
+class AdamWLists(NamedTuple):
+    """The lists of one step, tensor for tensor; empty where there is nothing of the kind."""
+
+    params: Tensors
+    grads: Tensors
+    exp_avgs: Tensors
+    exp_avg_sqs: Tensors
+    max_exp_avg_sqs: Tensors
+    steps: Tensors
+    masters: Tensors
+
+
+class AdamWOptions(NamedTuple):
+    """The numbers of the rule."""
+
+    beta1: float
+    beta2: float
+    eps: float
+    decoupled: bool
+
 
 # ---- Implementation
 
@@ -19,39 +41,17 @@ def _definition(*, max_exp_avg_sqs: Sequence[Tensor], **rest: Any) -> Tensor | N
     return reference.adamw_(max_exp_avg_sqs=max_exp_avg_sqs, amsgrad=len(max_exp_avg_sqs) > 0, **rest)
 
 
-def _adamw(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    masters: Sequence[Tensor],
-    beta1: float,
-    beta2: float,
-    eps: float,
-    decoupled: bool,
-    *common: Any,
-) -> None:
-    lists = {
-        "params": params,
-        "grads": grads,
-        "exp_avgs": exp_avgs,
-        "exp_avg_sqs": exp_avg_sqs,
-        "max_exp_avg_sqs": max_exp_avg_sqs,
-        "steps": steps,
-        "masters": masters,
-    }
-    own = {"beta1": beta1, "beta2": beta2, "eps": eps, "decoupled": decoupled}
-    run_step("adamw_", lists, own, Common(*common), _definition)
+def _adamw(lists: AdamWLists, options: AdamWOptions, step: Step) -> None:
+    run_step("adamw_", lists, options, step, _definition)
 
 
 _adamw_op = register(
-    "adamw_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] exp_avgs, Tensor(d!)[] exp_avg_sqs,"
-    " Tensor(e!)[] max_exp_avg_sqs, Tensor(f!)[] steps, Tensor(g!)[] masters, float beta1, float beta2, float eps,"
-    f" bool decoupled, {COMMON}, int? rounding_seed) -> ()",
+    "adamw_(AdamWLists lists, AdamWOptions options, Step step) -> ()",
     _adamw,
     step_fake,
+    AdamWLists,
+    AdamWOptions,
+    Step,
 )
 
 # ---- Public
@@ -128,29 +128,32 @@ def adamw_(
     amsgrad, decoupled = flag(op, "amsgrad", amsgrad), flag(op, "decoupled", decoupled)
     if rounding_seed is not None:
         rounding_seed = integer(op, "rounding_seed", rounding_seed, "an integer or None")
-    lists = as_lists(
-        op,
-        params=params,
-        grads=grads,
-        exp_avgs=exp_avgs,
-        exp_avg_sqs=exp_avg_sqs,
-        max_exp_avg_sqs=max_exp_avg_sqs if amsgrad else [],
-        steps=steps,
-        masters=masters,
+    lists = AdamWLists(
+        **as_lists(
+            op,
+            params=params,
+            grads=grads,
+            exp_avgs=exp_avgs,
+            exp_avg_sqs=exp_avg_sqs,
+            max_exp_avg_sqs=max_exp_avg_sqs if amsgrad else [],
+            steps=steps,
+            masters=masters,
+        )
     )
-    if amsgrad and len(lists["max_exp_avg_sqs"]) == 0 and len(lists["params"]) > 0:
+    if amsgrad and len(lists.max_exp_avg_sqs) == 0 and len(lists.params) > 0:
         raise ValueError(
             "[adamw_] max_exp_avg_sqs: expected one tensor for each of params (amsgrad=True), but got none"
         )
-    own = {"beta1": beta1, "beta2": beta2, "eps": eps, "decoupled": decoupled}
-    common = {
-        "weight_decay": weight_decay,
-        "maximize": maximize,
-        "max_grad_norm": max_grad_norm,
-        "grad_norm": grad_norm,
-        "grad_scale": grad_scale,
-        "found_inf": found_inf,
-        "zero_grads": zero_grads,
-        "rounding_seed": rounding_seed,
-    }
-    return take_step(op, _adamw_op, _definition, lists, own, lr, common)
+    step = checked_step(
+        op,
+        lr=lr,
+        weight_decay=weight_decay,
+        maximize=maximize,
+        max_grad_norm=max_grad_norm,
+        grad_norm=grad_norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        zero_grads=zero_grads,
+        rounding_seed=rounding_seed,
+    )
+    return take_step(op, _adamw_op, _definition, lists, AdamWOptions(beta1, beta2, eps, decoupled), step)

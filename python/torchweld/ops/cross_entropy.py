@@ -40,7 +40,12 @@ def _forward(logits: Tensor, target: Tensor, ignore_index: int, smoothing: float
     loss = logits.new_empty(rows, dtype=torch.float32)
     stats = logits.new_empty((2, rows), dtype=torch.float32)
     backend.kernels[logits.device.type].cross_entropy_forward(
-        settle(logits, _LOGITS), settle(target, _TARGET), ignore_index, smoothing, loss, stats
+        logits=settle(logits, _LOGITS),
+        target=settle(target, _TARGET),
+        ignore_index=ignore_index,
+        smoothing=smoothing,
+        loss=loss,
+        stats=stats,
     )
     return loss, stats
 
@@ -48,10 +53,17 @@ def _forward(logits: Tensor, target: Tensor, ignore_index: int, smoothing: float
 def _backward(
     dloss: Tensor, logits: Tensor, target: Tensor, ignore_index: int, smoothing: float, stats: Tensor
 ) -> Tensor:
-    x, classes, stats = settle(logits, _LOGITS), settle(target, _TARGET), settle(stats, "[cross_entropy] statistics")
-    dloss = settle(dloss, "[cross_entropy] gradient of the loss")
+    x = settle(logits, _LOGITS)
     dlogits = torch.empty_like(x)
-    backend.kernels[x.device.type].cross_entropy_backward(dloss, x, classes, ignore_index, smoothing, stats, dlogits)
+    backend.kernels[x.device.type].cross_entropy_backward(
+        dloss=settle(dloss, "[cross_entropy] gradient of the loss"),
+        logits=x,
+        target=settle(target, _TARGET),
+        ignore_index=ignore_index,
+        smoothing=smoothing,
+        stats=settle(stats, "[cross_entropy] statistics"),
+        dlogits=dlogits,
+    )
     return dlogits
 
 

@@ -35,14 +35,15 @@ _twin = torch.nn.functional.gelu  # a program may give its name to ours
 def _forward(input: Tensor, exact: bool = False) -> Tensor:
     x = settle(input, "[gelu] input")
     output = torch.empty_like(x)
-    backend.kernels[x.device.type].gelu_forward(x, exact, output)
+    backend.kernels[x.device.type].gelu_forward(input=x, exact=exact, output=output)
     return output
 
 
 def _backward(doutput: Tensor, input: Tensor, exact: bool = False) -> Tensor:
     x = settle(input, "[gelu] input")
     dinput = torch.empty_like(x)
-    backend.kernels[x.device.type].gelu_backward(settle(doutput, "[gelu] gradient of the output"), x, exact, dinput)
+    doutput = settle(doutput, "[gelu] gradient of the output")
+    backend.kernels[x.device.type].gelu_backward(doutput=doutput, input=x, exact=exact, dinput=dinput)
     return dinput
 
 

@@ -20,7 +20,7 @@ from torchweld.ops._arguments import (
     number,
     shown,
 )
-from torchweld.ops._norm import add_forward_op, inference_op
+from torchweld.ops._norm import add_forward_op, inference_op, norm_of
 from torchweld.ops._norm_autograd import add_layer_norm_function, layer_norm_function
 from torchweld.ops._register import elsewhere, float32_under_autocast, wants_grad
 from torchweld.reference.philox import draw_seed
@@ -29,8 +29,8 @@ _twin = torch.nn.functional.layer_norm
 _STRIDED = torch.strided
 
 
-def sizes(op: str, shape: Sequence[int]) -> Sequence[int]:
-    """`normalized_shape` as a tuple or list of Python's integers, as it nearly always is."""
+def sizes(op: str, shape: Sequence[int]) -> tuple[int, ...]:
+    """`normalized_shape` as a tuple of Python's integers, as it nearly always is."""
     if type(shape) is tuple and len(shape) == 1 and type(shape[0]) is int:
         return shape
     expected = "a tuple of integers"
@@ -39,25 +39,26 @@ def sizes(op: str, shape: Sequence[int]) -> Sequence[int]:
         raise TypeError(f"[{op}] normalized_shape: expected {expected}, but got {shown(shape)}{remedy}")
     if len(shape) == 0:
         raise RuntimeError(f"[{op}] normalized_shape: expected at least one dimension, but got {shown(shape)}")
-    return [integer(op, "normalized_shape", n, expected) for n in shape]
+    return tuple(integer(op, "normalized_shape", n, expected) for n in shape)
 
 
 def _first(op: str) -> str:
     return "x" if op.startswith("add_") else "input"
 
 
-def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None) -> str | None:
+def refusal_of(op: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None, bias: Tensor | None) -> str | None:
     """Raises on arguments that no backend takes; returns why the kernels do not take these, None if they do."""
     if x.layout is not _STRIDED:
         check_dense(op, **{_first(op): x})
     try:
-        tail, dtype = x.shape[-len(shape) :], x.dtype
+        own, dtype = x.shape, x.dtype
     except RuntimeError:  # a nested tensor has none
         check_dense(op, **{_first(op): x})
         raise
-    if tail != shape and tuple(tail) != tuple(shape):
+    # A slice costs 0.2 us.
+    if not (len(shape) == 1 and len(own) > 0 and own[-1] == shape[0]) and own[-len(shape) :] != shape:
         expected = f"a shape that ends in normalized_shape {list(shape)}"
-        raise RuntimeError(f"[{op}] {_first(op)}: expected {expected}, but got {list(x.shape)}")
+        raise RuntimeError(f"[{op}] {_first(op)}: expected {expected}, but got {list(own)}")
     # torch composes rms_norm of operators that take more dtypes.
     if dtype not in KERNEL_DTYPES and not (op.endswith("rms_norm") and dtype.is_complex):
         check_float(op, _first(op), dtype)
@@ -65,7 +66,7 @@ def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, 
         if p is None:
             continue
         try:
-            fits = p.shape == tail
+            fits = p.shape == shape
         except RuntimeError:
             check_dense(op, **{"weight" if p is weight else "bias": p})
             raise
@@ -78,7 +79,7 @@ def refusal_of(op: str, x: Tensor, shape: Sequence[int], weight: Tensor | None, 
             return f"a parameter of dtype {p.dtype}"
     if dtype not in KERNEL_DTYPES:
         return f"input of dtype {dtype}"
-    return "rows without elements" if 0 in tail else None
+    return "rows without elements" if 0 in shape else None
 
 
 def residual_refusal(op: str, x: Tensor, residual: Tensor, dropout_p: float, seed: Tensor | None) -> str | None:
@@ -138,9 +139,10 @@ def layer_norm(
         if backend.choose("layer_norm", input.device, refusal) == "reference":
             tensors = {"input": input, "weight": weight, "bias": bias}
             return defined(reference.layer_norm, "layer_norm", tensors, input, shape, weight, bias, eps)
+        norm = norm_of(math.prod(shape), eps)
         if wants_grad(input, weight, bias):
-            return layer_norm_function(input, weight, bias, (shape, eps, True, 0.0))
-        return inference_op(input, math.prod(shape), weight, bias, eps)
+            return layer_norm_function(input, weight, bias, norm)
+        return inference_op(input, weight, bias, norm)
     except NotDenseError as error:
         if 0 in shape:  # by which torch's kernel of nested tensors divides
             raise
@@ -192,6 +194,7 @@ def add_layer_norm(
         tensors = dict(zip(names, (x, residual, weight, bias, seed), strict=True))
         definition = reference.add_layer_norm
         return defined(definition, op, tensors, x, residual, shape, weight, bias, eps, dropout_p, seed=seed)
+    norm = norm_of(math.prod(shape), eps, dropout_p=dropout_p)
     if wants_grad(x, residual, weight, bias):
-        return add_layer_norm_function(x, residual, shape, weight, bias, eps, True, 0.0, dropout_p, seed)
-    return add_forward_op(x, residual, math.prod(shape), weight, bias, eps, True, 0.0, dropout_p, seed)[:2]
+        return add_layer_norm_function(x, residual, weight, bias, seed, norm)
+    return add_forward_op(x, residual, weight, bias, seed, norm)[:2]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,16 @@ from torchweld.ops._attention_checks import (
 )
 from torchweld.ops._register import elsewhere, register, settle, wants_grad
 
+
+class PagedOptions(NamedTuple):
+    """The numbers. -1 is a band without a bound."""
+
+    scale: float
+    softcap: float
+    left: int
+    right: int
+
+
 # ---- Implementation
 
 
@@ -36,18 +46,28 @@ def _run(
     cache_seqlens: Tensor,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
-    *options: Any,
+    options: PagedOptions,
 ) -> tuple[Tensor, Tensor]:
     q, k, v = operand(query, "query"), operand(key_cache, "key_cache"), operand(value_cache, "value_cache")
     table = settle(block_table, "[paged_attention] block_table")
-    cache = (q, k, v, table, settle(cache_seqlens, "[paged_attention] cache_seqlens"))
+    lengths = settle(cache_seqlens, "[paged_attention] cache_seqlens")
     output, lse = heads_like(query, value_cache.shape[-1]), _lse_like(query)
     if alibi_slopes is not None:
         alibi_slopes = settle(alibi_slopes, "[paged_attention] alibi_slopes", torch.float32).expand(query.shape[:2])
     if sinks is not None:
         sinks = settle(sinks, "[paged_attention] sinks", torch.float32)
-    kernels = backend.kernels[q.device.type]
-    kernels.paged_attention(*cache, alibi_slopes, sinks, options, output, lse)
+    backend.kernels[q.device.type].paged_attention(
+        query=q,
+        key_cache=k,
+        value_cache=v,
+        block_table=table,
+        cache_seqlens=lengths,
+        alibi_slopes=alibi_slopes,
+        sinks=sinks,
+        options=options,
+        output=output,
+        lse=lse,
+    )
     return output, lse
 
 
@@ -62,10 +82,10 @@ def _fake(query: Tensor, key_cache: Tensor, value_cache: Tensor, *_: Any) -> tup
 
 _op = register(
     "paged_attention(Tensor query, Tensor key_cache, Tensor value_cache, Tensor block_table, Tensor cache_seqlens, "
-    "Tensor? alibi_slopes, Tensor? sinks, float scale, float softcap, SymInt left, SymInt right) "
-    "-> (Tensor output, Tensor lse)",
+    "Tensor? alibi_slopes, Tensor? sinks, PagedOptions options) -> (Tensor output, Tensor lse)",
     _run,
     _fake,
+    PagedOptions,
 )
 
 # ---- Public
@@ -154,9 +174,8 @@ def paged_attention(
             scale=scale,
             return_lse=return_lse,
         )
-    output, lse = _op(
-        query, key_cache, value_cache, block_table, cache_seqlens, alibi_slopes, sinks, scale, softcap, left, right
-    )
+    options = PagedOptions(scale=scale, softcap=softcap, left=left, right=right)
+    output, lse = _op(query, key_cache, value_cache, block_table, cache_seqlens, alibi_slopes, sinks, options)
     return (output, lse) if return_lse else output
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchweld import backend, reference
 from torchweld.ops._arguments import NotDenseError, as_torch_does, check_dense, defined, flag, number
-from torchweld.ops._norm import add_forward_op, inference_op
+from torchweld.ops._norm import add_forward_op, inference_op, norm_of
 from torchweld.ops._norm_autograd import add_layer_norm_function, layer_norm_function
 from torchweld.ops._register import elsewhere, float32_under_autocast, wants_grad
 from torchweld.ops.layer_norm import refusal_of, residual_refusal, sizes
@@ -63,9 +63,10 @@ def rms_norm(
         if backend.choose("rms_norm", input.device, refusal) == "reference":
             tensors, options = {"input": input, "weight": weight}, {"zero_centered_weight": zero_centered_weight}
             return defined(reference.rms_norm, "rms_norm", tensors, input, shape, weight, eps, **options)
+        norm = norm_of(math.prod(shape), eps, centred=False, weight_offset=float(zero_centered_weight))
         if wants_grad(input, weight):
-            return layer_norm_function(input, weight, None, (shape, eps, False, float(zero_centered_weight)))
-        return inference_op(input, math.prod(shape), weight, None, eps, False, float(zero_centered_weight))
+            return layer_norm_function(input, weight, None, norm)
+        return inference_op(input, weight, None, norm)
     except NotDenseError as error:
         if zero_centered_weight:
             raise
@@ -114,7 +115,7 @@ def add_rms_norm(
         tensors = dict(zip(names, (x, residual, weight, seed), strict=True))
         options = {"zero_centered_weight": zero_centered_weight, "seed": seed}
         return defined(reference.add_rms_norm, op, tensors, x, residual, shape, weight, eps, dropout_p, **options)
-    offset = float(zero_centered_weight)
+    norm = norm_of(math.prod(shape), eps, False, float(zero_centered_weight), dropout_p)
     if wants_grad(x, residual, weight):
-        return add_layer_norm_function(x, residual, shape, weight, None, eps, False, offset, dropout_p, seed)
-    return add_forward_op(x, residual, math.prod(shape), weight, None, eps, False, offset, dropout_p, seed)[:2]
+        return add_layer_norm_function(x, residual, weight, None, seed, norm)
+    return add_forward_op(x, residual, weight, None, seed, norm)[:2]

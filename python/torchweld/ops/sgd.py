@@ -2,40 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import Any
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from torch import Tensor
 
 from torchweld import reference
 from torchweld.ops._arguments import flag, number
-from torchweld.ops._optimizer import COMMON, Common, as_lists, run_step, step_fake, take_step
+from torchweld.ops._optimizer import Step, Tensors, as_lists, checked_step, run_step, step_fake, take_step
 from torchweld.ops._register import register
+
+
+class SgdLists(NamedTuple):
+    """The lists of one step, tensor for tensor; empty where there is nothing of the kind."""
+
+    params: Tensors
+    grads: Tensors
+    momentum_buffers: Tensors
+    masters: Tensors
+
+
+class SgdOptions(NamedTuple):
+    """The numbers of the rule."""
+
+    momentum: float
+    dampening: float
+    nesterov: bool
+    first_step: bool
+
 
 # ---- Implementation
 
 
-def _sgd(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    momentum_buffers: Sequence[Tensor],
-    masters: Sequence[Tensor],
-    momentum: float,
-    dampening: float,
-    nesterov: bool,
-    first_step: bool,
-    *common: Any,
-) -> None:
-    lists = {"params": params, "grads": grads, "momentum_buffers": momentum_buffers, "masters": masters}
-    own = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov, "first_step": first_step}
-    run_step("sgd_", lists, own, Common(*common), reference.sgd_)
+def _sgd(lists: SgdLists, options: SgdOptions, step: Step) -> None:
+    run_step("sgd_", lists, options, step, reference.sgd_)
 
 
 _sgd_op = register(
-    "sgd_(Tensor(a!)[] params, Tensor(b!)[] grads, Tensor(c!)[] momentum_buffers, Tensor(d!)[] masters,"
-    f" float momentum, float dampening, bool nesterov, bool first_step, {COMMON}) -> ()",
-    _sgd,
-    step_fake,
+    "sgd_(SgdLists lists, SgdOptions options, Step step) -> ()", _sgd, step_fake, SgdLists, SgdOptions, Step
 )
 
 # ---- Public
@@ -88,17 +92,18 @@ def sgd_(
         raise ValueError(f"[sgd_] momentum: expected momentum >= 0, but got {momentum}")
     nesterov, first_step = flag(op, "nesterov", nesterov), flag(op, "first_step", first_step)
     buffers = momentum_buffers if momentum != 0 else []
-    lists = as_lists(op, params=params, grads=grads, momentum_buffers=buffers, masters=masters)
-    if momentum != 0 and len(lists["momentum_buffers"]) == 0 and len(lists["params"]) > 0:
+    lists = SgdLists(**as_lists(op, params=params, grads=grads, momentum_buffers=buffers, masters=masters))
+    if momentum != 0 and len(lists.momentum_buffers) == 0 and len(lists.params) > 0:
         raise ValueError("[sgd_] momentum_buffers: expected one tensor for each of params (momentum > 0), but got none")
-    own = {"momentum": momentum, "dampening": dampening, "nesterov": nesterov, "first_step": first_step}
-    common = {
-        "weight_decay": weight_decay,
-        "maximize": maximize,
-        "max_grad_norm": max_grad_norm,
-        "grad_norm": grad_norm,
-        "grad_scale": grad_scale,
-        "found_inf": found_inf,
-        "zero_grads": zero_grads,
-    }
-    return take_step(op, _sgd_op, reference.sgd_, lists, own, lr, common)
+    step = checked_step(
+        op,
+        lr=lr,
+        weight_decay=weight_decay,
+        maximize=maximize,
+        max_grad_norm=max_grad_norm,
+        grad_norm=grad_norm,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        zero_grads=zero_grads,
+    )
+    return take_step(op, _sgd_op, reference.sgd_, lists, SgdOptions(momentum, dampening, nesterov, first_step), step)
