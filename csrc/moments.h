@@ -12,6 +12,13 @@ struct Moments {
   float mean, rest, variance;
 };
 
+// Whether the deviations from `mean`, summed as for corrected(), are nearly all its own roundings: then they tell
+// little of the numbers, and are to be summed about mean + sum / count.
+TW_HOST_DEVICE bool is_coarse(float sum, float squares, float count) {
+  const float rest = sum / count;
+  return rest != 0.0f && squares - sum * rest <= 0.01f * squares;
+}
+
 // Of `count` numbers, given the sums of them less `mean` and of the squares of that. `mean` is off by its roundings.
 TW_HOST_DEVICE Moments corrected(float mean, float sum, float squares, float count) {
   if (squares == __builtin_inff()) return {0.0f, 0.0f, squares};  // beyond float32, where torch gives zeros or NaN

@@ -42,19 +42,30 @@ TW_NOINLINE float first_sum_of(const S* s, int64_t N, bool squares) {
 }
 
 // The moments of s, given the sum of its elements. A mean that is not far above the deviation is off by nothing that
-// shows; else a pass over the deviations finds out by how much.
+// shows; else a pass over the deviations finds out by how much, and where that is nearly all there is to the
+// deviations, they are taken from the better mean.
 template <class S>
 TW_NOINLINE Moments moments_of(const S* s, int64_t N, float total) {
   constexpr float kFar = 4.0f;  // squares of twice the deviation
-  const float count = static_cast<float>(N), mean = total / count;
+  const float count = static_cast<float>(N);
+  float mean = total / count;
   auto centred = [&](int64_t i, auto lanes) __attribute__((always_inline)) { return load(s + i, lanes) - mean; };
-  const float squares = sum_over(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-    const Vec v = centred(i, lanes);
-    return v * v;
-  });
+  auto sum_squares = [&] {
+    return sum_over(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      const Vec v = centred(i, lanes);
+      return v * v;
+    });
+  };
+  float squares = sum_squares();
   const float variance = squares / count;
   if (__builtin_expect(mean * mean < kFar * variance && squares < __builtin_inff(), 1)) return {mean, 0.0f, variance};
-  return corrected(mean, sum_over(N, centred), squares, count);
+  float rest = sum_over(N, centred);
+  if (is_coarse(rest, squares, count)) {
+    mean += rest / count;
+    squares = sum_squares();
+    rest = sum_over(N, centred);
+  }
+  return corrected(mean, rest, squares, count);
 }
 
 // The output. Memory would be idle meanwhile, so the next row is fetched, unless that would drive this one, or its

@@ -57,7 +57,7 @@ class _Edged:
         if not callable(function) or name in ("isa", "use_isa", "available_isas", "built_isas"):
             return function
 
-        def call(*args: Any) -> Any:
+        def call(*args: Any, **named: Any) -> Any:
             moved: dict[int, tuple[Tensor, Tensor]] = {}
 
             def move(arg: Any) -> Any:
@@ -68,7 +68,7 @@ class _Edged:
                     return type(arg)(*each) if hasattr(arg, "_fields") else type(arg)(each)
                 return arg
 
-            result = function(*map(move, args))
+            result = function(*map(move, args), **{name: move(arg) for name, arg in named.items()})
             for old, new in moved.values():
                 if new is not old and not torch.equal(flat(old).view(torch.uint8), flat(new).view(torch.uint8)):
                     flat(old).copy_(flat(new))
