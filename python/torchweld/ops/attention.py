@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from torchweld.ops._arguments import check_dense, flag, integer, number, shown
-from torchweld.ops._attention import ALIGNMENTS, Modifiers, Options, attend
+from torchweld.ops._attention import ALIGNMENTS, Modifiers, Options
+from torchweld.ops._attention_autograd import attend
 from torchweld.ops._attention_checks import (
     check_band,
     check_bias,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from torchweld.ops._arguments import NotDenseError, as_torch_does, check_dense, check_memory, flag, number
-from torchweld.ops._attention import Modifiers, Options, attend
+from torchweld.ops._attention import Modifiers, Options
+from torchweld.ops._attention_autograd import attend
 from torchweld.ops._attention_checks import check_bias, check_common, check_dropout, check_heads, fail
 from torchweld.ops._register import elsewhere, under_autocast
 from torchweld.reference.philox import draw_seed
