@@ -30,7 +30,7 @@ class Modifiers(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The numbers. -1 is a band without a bound, or a length that is not known."""
+    """The numbers. -1 means: no bound of the band, an unknown length."""
 
     scale: float
     softcap: float = 0.0
@@ -54,7 +54,7 @@ def operand(t: Tensor, name: str) -> Tensor:
 
 
 def heads_like(query: Tensor, size: int) -> Tensor:
-    """(B, H, N, size), in memory (B, N, H, size) where query is so: merging the heads afterwards is then free."""
+    """An empty (B, H, N, size), in memory (B, N, H, size) if query is so: merging the heads then costs no copy."""
     if size == query.shape[-1] and query.is_contiguous():
         return torch.empty_like(query)
     if query.dim() == 3:
@@ -70,17 +70,17 @@ def heads_like(query: Tensor, size: int) -> Tensor:
 def row_statistics(query: Tensor, rows: int) -> Tensor:
     """float32 (rows, B, H, Nq), packed (rows, H, total_q).
 
-    1 row: lse; 2: what the backward makes the softmax of, which lse is too rounded for; 3: those, then lse.
+    1 row: lse. 2 rows: max and 1 / sum, of which the backward makes P; lse is too coarse. 3 rows: these, then lse.
     """
     shape = query.shape[:3] if query.dim() == 4 else query.shape[1::-1]
     return query.new_empty((rows, *shape), dtype=torch.float32)
 
 
 def wide_output(output: Tensor) -> Tensor | None:
-    """float32 of output's shape, for the output before it is rounded to 16 bits. None: the kernels do without.
+    """An empty float32 tensor for the output before its rounding to 16 bits. None: no kernel fills it.
 
-    The backward takes it in output's place. Of the rounded output its delta would be off by more than the gradients of
-    the scores are where one key has nearly all the weight, or where values are far from zero.
+    The backward reads it in place of the output. The rounding of the output would make delta wrong by more than the
+    gradients of the scores, where one key has nearly all the weight or values are far from zero.
     """
     kernels = backend.kernels.get(output.device.type)
     if output.element_size() > 2 or kernels is None or not kernels.leaves_wide_output:
@@ -91,14 +91,17 @@ def wide_output(output: Tensor) -> Tensor | None:
 def _outputs(
     query: Tensor, key: Tensor, value: Tensor, modifiers: Modifiers, options: Options, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the training forward returns, not filled: output, wide output (or nothing) and row statistics."""
+    """The results of the training forward, not filled: output, wide output (or an empty tensor) and row statistics."""
     output = heads_like(query, value.shape[-1])
-    wide = wide_output(output) if rows > 1 else None  # of one row: no backward will follow
+    wide = wide_output(output) if rows > 1 else None  # 1 row: no backward follows
     return output, query.new_empty(0) if wide is None else wide, row_statistics(query, rows)
 
 
 def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
-    """As the kernels want them: (B, H, Nq, Nk), float32 (B, H), float32 (H); broadcast by stride 0, without copies."""
+    """The modifiers in the shapes of the kernels: bias (B, H, Nq, Nk), slopes float32 (B, H), sinks float32 (H).
+
+    Broadcast dimensions get stride 0. Nothing is copied for them.
+    """
     bias, alibi_slopes, sinks, seed = modifiers.bias, modifiers.alibi_slopes, modifiers.sinks, modifiers.seed
     lens_q, lens_k = modifiers.cu_seqlens_q, modifiers.cu_seqlens_k
     heads = query.shape[1]
@@ -127,7 +130,7 @@ def run_forward(
 ) -> Tensor:  # fmt: skip
     """Fills `output`, `wide` (see `wide_output`) and `statistics`; returns `output`."""
     q, k, v = operand(query, "query"), operand(key, "key"), operand(value, "value")
-    if modifiers != PLAIN:  # None is compared by identity: cheap
+    if modifiers != PLAIN:  # compares None by identity, which is cheap
         modifiers = _prepared(q, k, modifiers)
     backend.kernels[q.device.type].attention_forward(
         query=q, key=k, value=v, modifiers=modifiers, options=options,

@@ -25,7 +25,7 @@ from torchweld.ops._register import applier, double_backward, wants_definition, 
 def _on_reference(
     query: Tensor, key: Tensor, value: Tensor, modifiers: Modifiers, options: Options
 ) -> tuple[Tensor, ...]:
-    """(out, lse) by the definition, from the arguments of the ops."""
+    """(output, lse) by the definition."""
     left, right = options.left, options.right
     result = reference.attention(
         query,
@@ -95,7 +95,7 @@ def attend(
     options: Options,
     deterministic: bool = True,
 ) -> Any:
-    """output or (output, lse) of checked arguments, by whichever backend serves them."""
+    """output, or (output, lse), of checked arguments by the backend that `choose` names."""
     if backend.choose(op, query.device, refusal(query, value)) == "reference":
         tensors = {"query": query, "key": key, "value": value, **modifiers._asdict()}
         both = defined(_on_reference, op, tensors, query, key, value, modifiers, options)
