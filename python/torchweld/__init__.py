@@ -22,7 +22,7 @@ torch_sdpa.register()
 
 
 def __getattr__(name: str) -> Any:
-    """What an import of the package need not wait for."""
+    """Names that are imported at their first use, so that `import torchweld` is short."""
     if name in ("nn", "optim"):
         return importlib.import_module(f"torchweld.{name}")
     if name == "hugging_face":

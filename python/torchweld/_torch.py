@@ -1,6 +1,6 @@
-"""Every private name of torch that torchweld uses. Each says what is public in its place, or why nothing is.
+"""Every private name of torch that torchweld uses, each with its public form, or the reason why there is none.
 
-A torch that renames one breaks this file and no other. tests/python/test_architecture.py finds private names elsewhere.
+A torch that renames one breaks only this file. tests/python/test_architecture.py finds private names elsewhere.
 """
 
 from __future__ import annotations
@@ -57,63 +57,63 @@ __all__ = [
     "zero_all",
 ]
 
-# ---- Questions asked in front of every call, each one call into C++. The classes of FakeTensor, FunctionalTensor
-# and DeviceContext above are in no public module; TorchDispatchMode is public by torch's own documentation alone.
+# ---- Checks before every call, each one call into C++. No public module has the classes FakeTensor, FunctionalTensor
+# and DeviceContext above. torch documents TorchDispatchMode, but keeps it in a private module.
 
-transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active  # nothing public asks this
-tracing: Callable[[], object] = torch._C._get_tracing_state  # torch.jit.is_tracing() asks the same; Dynamo refuses it
-dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # nothing public counts the modes
-function_modes: Callable[[], bool] = torch._C._is_torch_function_mode_enabled  # nothing public asks this
-profiling: Callable[[], bool] = torch._C._autograd._profiler_enabled  # nothing public asks this
-is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor  # nothing public asks this
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active  # no public form
+tracing: Callable[[], object] = torch._C._get_tracing_state  # torch.jit.is_tracing() is public, but Dynamo refuses it
+dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # no public form
+function_modes: Callable[[], bool] = torch._C._is_torch_function_mode_enabled  # no public form
+profiling: Callable[[], bool] = torch._C._autograd._profiler_enabled  # no public form
+is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor  # no public form
 
 
 def forward_mode_is_on() -> bool:
-    """Whether a `forward_ad.dual_level()` is open. Publicly only a tensor can be asked, by `unpack_dual`."""
+    """Whether a `forward_ad.dual_level()` is open. The public `unpack_dual` answers for one tensor only."""
     return bool(forward_ad._current_level >= 0)
 
 
 def is_zero_tensor(t: Tensor) -> bool:
-    """Whether `t` is a zero without memory, as autograd makes them. Nothing public asks this."""
+    """Whether `t` is a zero without memory, as autograd makes them. There is no public form."""
     return t._is_zerotensor()
 
 
-no_torch_function: Any = torch._C.DisableTorchFunction  # a context without such modes; nothing public is
+no_torch_function: Any = torch._C.DisableTorchFunction  # a context without function modes; no public form
 
 
 def function_mode_stack() -> list[Any]:
-    """The TorchFunctionModes around a call. Nothing public lists them."""
+    """The TorchFunctionModes around a call. There is no public form."""
     return list(torch.overrides._get_current_function_mode_stack())
 
 
 def dispatch_mode_stack() -> list[Any]:
-    """The TorchDispatchModes around a call. Nothing public lists them."""
+    """The TorchDispatchModes around a call. There is no public form."""
     return list(_get_current_dispatch_mode_stack())
 
 
 # ---- Operators and functions
 
-# What F.scaled_dot_product_attention is before anybody replaces it: that name is public, and may be replaced already.
+# The function behind F.scaled_dot_product_attention. The public name may already be replaced.
 scaled_dot_product_attention: Callable[..., Tensor] = torch._C._nn.scaled_dot_product_attention
 
 
 def arguments_of(operator: Any) -> list[Any]:
-    """The arguments of an operator, each with its name and its type. Publicly they stand in its text alone."""
+    """The arguments of an operator, each with its name and its type. The public form is a text to be parsed."""
     return list(operator._schema.arguments)
 
 
 def zero_all(tensors: list[Tensor]) -> None:
-    """`zero_()` of each tensor, which is the public form, in one launch on a GPU."""
+    """Sets all tensors to zero, on a GPU in one launch. The public form is `zero_()` of each."""
     torch._foreach_zero_(tensors)
 
 
 def lazily_zero(t: Tensor) -> Tensor:
-    """A zero without memory, of the shape and dtype of `t`. Publicly only autograd makes one."""
+    """A zero without memory, of the shape and dtype of `t`. The public form is a gradient that autograd makes."""
     return torch._efficientzerotensor(t.shape, dtype=t.dtype)
 
 
 def lazily_negated(t: Tensor) -> Tensor:
-    """-`t` as a view. The public form, `z.conj().imag`, makes one of a complex tensor only."""
+    """-`t` as a view. The public form, `z.conj().imag`, needs a complex tensor."""
     return torch._neg_view(t)
 
 
@@ -124,7 +124,7 @@ def two_tensors(t: Tensor) -> Tensor:
     return TwoTensor(t, t.clone())
 
 
-# torch's operators of FlashAttention, by name. Publicly only what calls them is known, not how to replace them.
+# torch's operators of FlashAttention, by name. There is no public way to replace them.
 FLASH = "_scaled_dot_product_flash_attention"
 FLASH_BACKWARD = f"{FLASH}_backward"
 FLASH_CPU = f"{FLASH}_for_cpu"
@@ -134,16 +134,17 @@ FLASH_CPU_BACKWARD = f"{FLASH_CPU}_backward"
 
 
 def constant_for_dynamo(function: Callable[..., Any]) -> None:
-    """Dynamo calls `function` while it traces. The public assume_constant_result imports all of Dynamo, for seconds."""
+    """Makes Dynamo call `function` while it traces. The public assume_constant_result imports Dynamo: seconds."""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-# A decorator: Dynamo leaves the function alone. The public torch.compiler.disable imports all of Dynamo, for seconds.
+# A decorator: Dynamo does not trace the function. The public torch.compiler.disable imports Dynamo, which takes
+# seconds.
 without_dynamo: Callable[..., Any] = torch._compile._disable_dynamo
 
 
 def keep_donated_buffers() -> None:
-    """Compiled backwards may be run again. torch's own error message says to set this, and names nothing public."""
+    """Lets a compiled backward run again. torch's own error message names this setting; there is no public form."""
     torch._functorch.config.donated_buffer = False
 
 
@@ -151,28 +152,28 @@ def keep_donated_buffers() -> None:
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
-    """Whether a call of `module` calls hooks. Nothing public lists them."""
+    """Whether a call of `module` calls hooks. There is no public form."""
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
 
 
-has_global_hooks: Callable[[], bool] = _has_any_global_hook  # nothing public lists the hooks of all modules
+has_global_hooks: Callable[[], bool] = _has_any_global_hook  # no public form
 
-# ---- Optimizers: the checks of torch's own steps, whose errors are to be the same. Nothing public makes them.
+# ---- Optimizers: the checks of torch's own steps, for the same errors. There is no public form.
 
 check_device_and_dtype_for_fused: Callable[[Tensor], None] = _device_dtype_check_for_fused
-scalar_dtype: Callable[..., torch.dtype] = _get_scalar_dtype  # of the state "step"
+scalar_dtype: Callable[..., torch.dtype] = _get_scalar_dtype  # dtype of the state "step"
 
 
 def check_graph_capture(optimizer: Any) -> None:
-    """Refuses a graph capture under capturable=False; torch 2.10 has the check under the second name."""
+    """Raises in a graph capture with capturable=False. torch 2.10 has this check under the second name."""
     check = getattr(optimizer, "_accelerator_graph_capture_health_check", None)
     (check or optimizer._cuda_graph_capture_health_check)()
 
 
 def check_once_for_fused(optimizer: Any, param: Tensor) -> None:
-    """check_device_and_dtype_for_fused, if `optimizer` has not asked yet: as torch, of one parameter, once."""
+    """check_device_and_dtype_for_fused of one parameter, once for each optimizer, as in torch."""
     if getattr(optimizer, "_need_device_dtype_check_for_fused", True):
         _device_dtype_check_for_fused(param)
         optimizer._need_device_dtype_check_for_fused = False

@@ -1,8 +1,8 @@
-"""Which kernels run for a call, and why: "cuda", "cpu" or "reference".
+"""The choice of the backend for a call: "cuda", "cpu" or "reference".
 
-The order is cuda (a tensor on a GPU, and `_cuda` built), cpu (a tensor on the CPU, and `_cpu` loads), reference (all
-else). `use_backend("reference")` or `TORCHWELD_BACKEND=reference` forces one. What a kernel does not take goes to the
-reference, is logged once at INFO, and raises instead under `TORCHWELD_STRICT=1` or `with strict():`.
+"cuda" serves tensors on a GPU if `_cuda` is built, "cpu" tensors on the CPU if `_cpu` loads, "reference" all others.
+`use_backend("reference")` or `TORCHWELD_BACKEND=reference` forces a backend. The reference also serves calls that the
+kernels do not take. Each reason is logged once at INFO. Under `TORCHWELD_STRICT=1` or `with strict():` it raises.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ def _load(name: str) -> tuple[ModuleType | None, str | None]:
         return importlib.import_module(f"torchweld.{name}"), None
     except ModuleNotFoundError:
         return None, f"torchweld.{name} is not built; reinstall with a compiler for it"
-    except ImportError as error:  # built, but broken: kept, and shown by the first use
+    except ImportError as error:  # built, but broken: the first use raises this error
         return None, f"torchweld.{name} does not load: {error}"
 
 
-# A missing or broken module must not stop `import torchweld`; loading one takes about a millisecond and probes nothing.
+# A missing or broken module must not stop `import torchweld`. Loading a module takes about a millisecond.
 _modules: dict[str, tuple[ModuleType | None, str | None]] = {"cpu": _load("_cpu"), "cuda": _load("_cuda")}
 
 if TYPE_CHECKING:
     from torchweld import _cpu
 
     class Kernels(ModuleType):
-        """The kernels of a compiled module, as `_cpu.pyi` has them."""
+        """The kernels of a compiled module, with the types of `_cpu.pyi`."""
 
         OPTIMIZER_TABLE_WORDS: int
         GRAD_NORM_BLOCKS: int
@@ -74,12 +74,12 @@ if TYPE_CHECKING:
         sgd_ = staticmethod(_cpu.sgd_)
 
 
-# The compiled module for each device type that has one. Callers have been through `choose`.
+# The compiled module for each device type that has one. Callers ask `choose` first.
 kernels: dict[str, Kernels] = {name: cast("Kernels", m) for name, (m, _) in _modules.items() if m is not None}
 
 
 class NotServedError(RuntimeError):
-    """No kernel takes this call, for `reason`, and the reference may not stand in for it."""
+    """The kernels do not take this call, for `reason`, and the reference is not allowed."""
 
     def __init__(self, op: str, kind: str, reason: str) -> None:
         super().__init__(
@@ -90,7 +90,7 @@ class NotServedError(RuntimeError):
 
 
 class _Settings:
-    """Read from the environment at the first call, then changed only by `use_backend` and `strict`."""
+    """Settings, read from the environment at the first call. `use_backend` and `strict` change them later."""
 
     def __init__(self) -> None:
         self.forced: str | None = None
@@ -112,7 +112,7 @@ def _load_once() -> None:
         _settings.load()
 
 
-# Dynamo calls it while it traces. Traced itself, it would hold only for the first call of a compiled function.
+# Dynamo calls this while it traces. A traced read of the environment would hold for the first call alone.
 constant_for_dynamo(_load_once)
 
 
@@ -154,7 +154,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 @contextmanager
 def strict() -> Iterator[None]:
-    """Inside the block a call that its kernels do not take raises `NotServedError`, as under `TORCHWELD_STRICT=1`."""
+    """Inside the block a call that the kernels do not take raises `NotServedError`, as with `TORCHWELD_STRICT=1`."""
     _load_once()
     before, _settings.strict = _settings.strict, True
     try:
@@ -175,7 +175,7 @@ def choose(op: str, device: torch.device, refusal: str | None) -> str:
     # torch.func's transforms, forward-mode derivatives and torch.jit.trace see the reference's operators, not a kernel.
     if forced == "reference" or transforms_active() or forward_mode_is_on() or tracing():
         return "reference"
-    kind = "cpu" if device == _CPU else device.type  # which makes a string, 0.2 us
+    kind = "cpu" if device == _CPU else device.type  # device.type makes a string, 0.2 us
     if forced is not None and forced != kind:
         raise RuntimeError(
             f"[{op}] backend {forced!r} is forced, but the tensors are on {kind!r}; move them to {forced!r}"
@@ -186,7 +186,7 @@ def choose(op: str, device: torch.device, refusal: str | None) -> str:
         refusal = _modules[kind][1] if kind in _modules else f"no kernels for device {kind!r}"
     assert refusal is not None
     if _settings.strict or (kind == "cpu" and refusal is _modules["cpu"][1]):
-        # Every install has the CPU kernels: without them something is broken, and silence would hide it.
+        # Every install has the CPU kernels. If they do not load, the error must show.
         raise NotServedError(op, kind, refusal)
     if not torch.compiler.is_compiling() and (op, refusal) not in _logged:
         _logged.add((op, refusal))
@@ -195,5 +195,5 @@ def choose(op: str, device: torch.device, refusal: str | None) -> str:
 
 
 def module(device: torch.device) -> Kernels:
-    """The compiled module for `device`; only after `choose` named it."""
+    """The compiled module for `device`. Callers ask `choose` first."""
     return kernels[device.type]

@@ -1,4 +1,4 @@
-"""Where the command line's tables go."""
+"""The console that the command line prints tables to."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from rich.console import Console
 
 
 def console() -> Console:
-    """A terminal gets its own width; a file or a pipe one that no table has to be broken for."""
+    """A console with the terminal's width, or for a file or a pipe one that is wide enough for every table."""
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False)

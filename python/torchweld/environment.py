@@ -1,4 +1,4 @@
-"""What a measurement depends on: the device by its own name, and the versions of what ran."""
+"""The device and the versions that a measurement depends on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torchweld import backend
 
 
 def cpu_name() -> str:
-    """The CPU's own name, as the operating system gives it."""
+    """The CPU's name, from the operating system."""
     cpuinfo = Path("/proc/cpuinfo")
     for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else ():
         if line.startswith("model name"):
@@ -22,12 +22,12 @@ def cpu_name() -> str:
 
 
 def device_name(device: str) -> str:
-    """The chip's own name."""
+    """The name of the CPU or GPU."""
     return torch.cuda.get_device_name() if device == "cuda" else cpu_name()
 
 
 def versions() -> dict[str, Any]:
-    """What a measurement depends on."""
+    """The versions that a measurement depends on."""
     found: dict[str, Any] = {
         "torchweld": torchweld.__version__,
         "torch": torch.__version__,

@@ -4,4 +4,4 @@ from __future__ import annotations
 
 
 class UserError(ValueError):
-    """Something that the caller can put right; the message names what was expected, what came, and the remedy."""
+    """An error that the user can correct. Its message names what was expected, what came, and the remedy."""

@@ -1,4 +1,4 @@
-"""keep_memory(): freed memory stays with the process, and is not faulted in again by the next allocation."""
+"""keep_memory(): freed memory stays with the process, so the next allocation causes no page faults."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _MADV_HUGEPAGE, _HUGE_PAGE = 14, 1 << 21
 
 @dataclass(frozen=True)
 class KeptMemory:
-    """What `keep_memory` found and did; `print` shows it as a sentence.
+    """The result of `keep_memory`; `print` shows it as a sentence.
 
     Attributes:
         allocator: the library that serves malloc in this process.
-        kept: whether it keeps freed memory from now on, by our asking.
-        huge_pages: whether what it keeps lies on huge pages.
+        kept: whether `keep_memory` has made it keep freed memory.
+        huge_pages: whether the kept memory is on huge pages.
     """
 
     allocator: str
@@ -49,17 +49,17 @@ class _Symbol(ctypes.Structure):
 
 
 def _file_of(process: ctypes.CDLL, function: str) -> str:
-    """The file that `function` comes from."""
+    """The file of the library that defines `function`."""
     found = _Symbol()
     process.dladdr(ctypes.cast(getattr(process, function), ctypes.c_void_p), ctypes.byref(found))
     return (found.file or b"an unknown library").decode(errors="replace")
 
 
 def _on_huge_pages(libc: ctypes.CDLL) -> bool:
-    """Has the heap lie on huge pages, as far as it can grow; whether that could be had.
+    """Puts the heap on huge pages, as far as it can grow. Returns whether it could.
 
-    glibc asks for them itself only where `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` was set before the start. So the heap
-    grows once, by addresses alone, and the kernel is told to back these by huge pages when they are first written.
+    glibc does this only if `GLIBC_TUNABLES=glibc.malloc.hugetlb=1` was set before the start. So this function grows the
+    heap once, by addresses alone, and asks the kernel for huge pages when these addresses are first written.
     """
     modes = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     strict = Path("/proc/sys/vm/overcommit_memory")  # 2: addresses count as memory
@@ -70,34 +70,34 @@ def _on_huge_pages(libc: ctypes.CDLL) -> bool:
     libc.free.argtypes, libc.free.restype = (ctypes.c_void_p,), None
     libc.madvise.argtypes = ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int
     block = libc.malloc(size)
-    if not block:  # a limit on the process's addresses
+    if not block:  # the process has a limit on its addresses
         return False
     first, end = -(-block // _HUGE_PAGE), (block + size) // _HUGE_PAGE
     advised = libc.madvise(first * _HUGE_PAGE, (end - first) * _HUGE_PAGE, _MADV_HUGEPAGE) == 0
-    libc.free(block)  # to the heap, which keeps it
+    libc.free(block)  # the heap keeps it
     return advised
 
 
 @cache
 def keep_memory() -> KeptMemory:
-    """Has the system's malloc keep freed memory, on huge pages where it can; for the whole process, from now on.
+    """Makes the system's malloc keep freed memory, on huge pages if possible, for the whole process and from now on.
 
     glibc gives every freed block of more than 32 MB, and often smaller ones, back to the system. The next one is then
     faulted in page by page, several times in each training step on a CPU. Call this once, before the
     model is made, in a program that trains on a CPU; `torchweld train` and `torchweld bench` do. Importing torchweld
     or patching a model never does.
 
-    What it costs is memory that the process keeps although nothing uses it. Training a GPT-2 of 4 layers on 2 x 256
-    tokens, resident memory is 2.7 GB at its peak, 2.3 GB without, and stays there between the steps, 1.8 GB without; in
-    bfloat16 it is 1.7 GB, 1.5 GB and 1.1 GB. A step takes a fifth to a quarter less of the CPU's time in bfloat16.
-    Memory that other threads than the main one allocate is kept in part only. `numpy.zeros` writes its zeros at once.
-    VmSize, which counts addresses, grows by three quarters of the machine's memory where there are huge pages.
+    The cost is memory that the process keeps without use. Training of a GPT-2 of 4 layers on 2 x 256 tokens has a peak
+    of 2.7 GB of resident memory (2.3 GB without this call), and keeps 2.7 GB between the steps (1.8 GB without). In
+    bfloat16 it is 1.7 GB (peak 1.5 GB and 1.1 GB without), and a step takes a fifth to a quarter less of the CPU's
+    time. Memory that other threads than the main one allocate is kept in part. `numpy.zeros` writes its zeros at once.
+    VmSize, which counts addresses, grows by three quarters of the machine's memory if huge pages are used.
 
-    Only glibc on Linux is changed. Where another library serves malloc (jemalloc and tcmalloc keep memory by
-    themselves) or there is another libc, nothing is; the result says so, and the logger `torchweld` at INFO.
+    Only glibc on Linux is changed. With another libc, or another library for malloc, the call changes nothing (jemalloc
+    and tcmalloc keep memory by themselves). The result says so, and the logger `torchweld` at INFO.
 
     Returns:
-        What was found and done. A second call changes nothing and returns the same.
+        The allocator, and what was changed. A second call changes nothing and returns the same.
     """
     found = _keep()
     _log.info("keep_memory: %s", found)
@@ -115,7 +115,7 @@ def _keep() -> KeptMemory:
         return KeptMemory(Path(serving).name)
     process.gnu_get_libc_version.restype = ctypes.c_char_p
     name = f"glibc {process.gnu_get_libc_version().decode()}"
-    # Without mmap a block of any size is part of the heap. M_MMAP_THRESHOLD would not do: it ends at 32 MB.
+    # Without mmap a block of any size is part of the heap. M_MMAP_THRESHOLD is not enough: its largest value is 32 MB.
     if not (process.mallopt(_M_MMAP_MAX, 0) and process.mallopt(_M_TRIM_THRESHOLD, -1)):
         return KeptMemory(name)
     return KeptMemory(name, kept=True, huge_pages=_on_huge_pages(process))

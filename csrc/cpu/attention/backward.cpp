@@ -10,50 +10,13 @@
 // threads. 2 Nq Nk (3 D + 2 Dv) FLOPs per head; memory is O(N) per chunk. Every gradient is accumulated in float32.
 // Dao: FlashAttention-2, arXiv:2307.08691.
 
-#include "cpu/attention/backward_tile.h"
-#include "cpu/attention/sequences.h"
+#include "cpu/attention/backward_bias.h"
 #include "cpu/isa/kernels.h"
 
 namespace torchweld::cpu {
 namespace {
 
-constexpr int64_t kTasks = 16;       // chunks of keys are made until there are so many tasks
-constexpr int64_t kChunkKeys = 256;  // but none shorter than this
-constexpr int64_t kTileKeys = 192;
 constexpr int64_t kPrepareRows = 192;  // of queries, per task of the first and the last pass
-
-// Sizes of a sequence, in words. share: of the work of all sequences.
-template <class T, class Compute>
-struct BackwardPlan {
-  using Tile = GradientTile<T, Compute>;
-
-  int64_t tile_keys, chunks, chunk;  // chunk: keys, a multiple of tile_keys
-  int64_t key_width, value_width;    // of a row of dquery and dkey, of dvalue
-  int64_t packed, partial;           // of each query head: packed rows; of each query head and chunk: dquery
-
-  BackwardPlan(const AttentionBackwardParams& p, double share) {
-    const int64_t tiles = max_of(ceil_div(p.keys, kTileKeys), 1);
-    tile_keys = round_up(ceil_div(max_of(p.keys, 1), tiles), kPanel);
-    const int64_t tasks = max_of(static_cast<int64_t>(kTasks * share), 1);
-    const int64_t wanted = ceil_div(tasks, max_of(p.batch * p.kv_heads, 1)), most = max_of(p.keys / kChunkKeys, 1);
-    chunk = round_up(ceil_div(max_of(p.keys, 1), min_of(wanted, most)), tile_keys);
-    chunks = max_of(ceil_div(p.keys, chunk), 1);
-    key_width = round_up(p.dim, W);
-    value_width = round_up(p.value_dim, W);
-    packed = Tile::Queries::words(p);
-    partial = round_up(p.queries, 16) * key_width;  // tiles add zeros to rows past the last
-  }
-
-  int64_t tile_words(const AttentionBackwardParams& p) const {
-    return Tile::scratch_words(p, tile_keys) +
-           max_of(tile_keys * (key_width + value_width), Tile::kQueries * tile_keys);
-  }
-  // dalibi_slopes has a sum of its own for every query head and block of its queries.
-  int64_t own_words(const AttentionBackwardParams& p) const {
-    return p.batch * p.heads * (packed + chunks * partial) +
-           round_up(p.batch * p.heads * ceil_div(p.queries, Tile::kQueries) * 2, 16);
-  }
-};
 
 template <class T, class Compute>
 class Backward {
@@ -112,9 +75,9 @@ class Backward {
         call.sum_rows(unit / call.tiles(), unit % call.tiles(), scratch(thread));
       });
     }
-    const bool broadcast = p.dbias != nullptr && !Backward(p, layout, scratch(layout.threads)).dense_dbias();
-    if (p.dbias != nullptr && !broadcast)
-      for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.clear_dbias(head); });
+    const Backward whole(p, layout, scratch(layout.threads));  // of a call that is not packed, as one with a bias is
+    if (whole.dbias_.dense())
+      for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.dbias_.clear(head); });
     // First chunks first: under a causal mask they are the longest.
     for_each_unit(chunks, [&](const Backward& call, int64_t unit, int64_t thread) {
       const int64_t kv_heads = call.p_.batch * call.p_.kv_heads;
@@ -122,7 +85,8 @@ class Backward {
     });
     if (p.dsinks != nullptr)
       for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.sink_gradient(head); });
-    if (broadcast) Backward(p, layout, scratch(layout.threads)).bias_gradient(layout.threads, layout.scratch);
+    if (whole.dbias_.wanted() && !whole.dbias_.dense())
+      whole.dbias_.sum(layout.threads, layout.scratch, [&](int64_t head) { return whole.queries(head); });
     if (p.dalibi_slopes != nullptr)
       for_each_unit(heads, [](const Backward& call, int64_t head, int64_t) { call.store_dslope(head); });
     if (p.dquery != nullptr)
@@ -136,6 +100,7 @@ class Backward {
   Backward(const Params& p, const Layout& layout, float* own)
       : p_(p),
         plan_(layout.plan(p)),
+        dbias_(p, plan_),
         group_(p.heads / p.kv_heads),
         own_(own),
         partials_(own + p.batch * p.heads * plan_.packed) {}
@@ -190,7 +155,7 @@ class Backward {
         const int64_t last = scores.band.last(j0 + keys);
         for (int64_t i0 = round_down(scores.band.first(j0), 2 * Compute::step_unit); i0 < last; i0 += Tile::kQueries) {
           const Span span{i0, min_of(i0 + Tile::kQueries, last)};
-          tile.dbias = dense_dbias() ? dbias_of(first_head + g) : nullptr;
+          tile.dbias = dbias_.dense() ? dbias_.of_head(first_head + g) : nullptr;
           tile.score(scores, rows, span);
           if (p_.dvalue != nullptr) tile.add_dvalue(rows, span, dv);
           if (p_.dkey != nullptr) tile.add_dkey(rows, span, dk);
@@ -204,50 +169,6 @@ class Backward {
         store_keys(dv, plan_.value_width, keys, p_.value_dim, 1.0f,
                    head_of<T>(p_.dvalue, p_.dvalue_strides, b, hk) + j0 * p_.dvalue_strides.row, p_.dvalue_strides.row);
     }
-  }
-
-  // Whether every score has a bias of its own: its gradient is then stored as it is made.
-  bool dense_dbias() const {
-    const int64_t* extent = p_.dbias_extents;
-    return p_.dbias != nullptr && extent[0] == p_.batch && extent[1] == p_.heads && extent[2] == p_.queries &&
-           extent[3] == p_.keys;
-  }
-  int64_t dbias_bytes() const { return p_.queries * p_.keys * (p_.bias_type == MaskType::float32 ? 4 : 2); }
-  void* dbias_of(int64_t head) const { return static_cast<char*>(p_.dbias) + head * dbias_bytes(); }
-  void clear_dbias(int64_t head) const {
-    if (p_.left < kUnbounded || p_.right < kUnbounded) std::memset(dbias_of(head), 0, dbias_bytes());
-  }
-
-  // Of a bias that is broadcast. A task owns a tile of dbias and sums over whatever bias is broadcast to, in one order.
-  // It makes the products again, which costs 2 Nq Nk (D + Dv) FLOPs per head but no memory, and needs no sum over tasks
-  // whatever the broadcast is.
-  void bias_gradient(int64_t threads, int64_t scratch_words) const {
-    const int64_t* extent = p_.dbias_extents;
-    const int64_t row_tiles = extent[2] > 1 ? ceil_div(p_.queries, Tile::kQueries) : 1;
-    const int64_t key_tiles = extent[3] > 1 ? ceil_div(p_.keys, plan_.tile_keys) : 1;
-    parallel_queue(extent[0] * extent[1] * row_tiles * key_tiles, threads, [&](int64_t task, int64_t thread) {
-      const int64_t kt = task % key_tiles, qt = task / key_tiles % row_tiles, outer = task / key_tiles / row_tiles;
-      const Span batches = slice(outer / extent[1], extent[0], 1, p_.batch),
-                 heads = slice(outer % extent[1], extent[1], 1, p_.heads);
-      const Span rows = slice(qt, extent[2], Tile::kQueries, p_.queries),
-                 keys = slice(kt, extent[3], plan_.tile_keys, p_.keys);
-      const TileScope tiles;
-      float* scratch = p_.workspace + thread * scratch_words;
-      float* sums = scratch + Tile::scratch_words(p_, plan_.tile_keys);
-      std::memset(sums, 0, sizeof(float) * Tile::kQueries * plan_.tile_keys);
-      for (int64_t b = batches.begin; b < batches.end; ++b)
-        for (int64_t h = heads.begin; h < heads.end; ++h) {
-          const Scores scores(p_, b, h);
-          for (int64_t j0 = keys.begin; j0 < keys.end; j0 += plan_.tile_keys) {
-            const int64_t width = min_of(plan_.tile_keys, keys.end - j0);
-            Tile tile(p_, b, h / group_, j0, width, plan_.tile_keys, scratch);
-            for (int64_t i0 = rows.begin; i0 < rows.end; i0 += Tile::kQueries)
-              tile.add_dbias(scores, queries(b * p_.heads + h), {i0, min_of(i0 + Tile::kQueries, rows.end)}, sums,
-                             plan_.tile_keys);
-          }
-        }
-      store_dbias(sums, outer, rows, keys);
-    });
   }
 
   int64_t tiles() const { return ceil_div(p_.queries, Tile::kQueries); }  // of queries
@@ -291,32 +212,6 @@ class Backward {
     p_.dalibi_slopes[head] = static_cast<float>(total);
   }
 
-  // Tile `index` of an axis of `size`; all of it where bias is broadcast.
-  static Span slice(int64_t index, int64_t extent, int64_t tile, int64_t size) {
-    return extent > 1 ? Span{index * tile, min_of((index + 1) * tile, size)} : Span{0, size};
-  }
-
-  // Rows of tile_keys sums; what bias is broadcast to is added up first.
-  void store_dbias(float* sums, int64_t outer, Span rows, Span keys) const {
-    const int64_t *extent = p_.dbias_extents, stride = plan_.tile_keys, width = min_of(keys.end - keys.begin, stride);
-    int64_t count = min_of(rows.end - rows.begin, Tile::kQueries), row = outer * extent[2] + rows.begin;
-    if (extent[2] == 1) {
-      for (int64_t r = 1; r < count; ++r)
-        for (int64_t j = 0; j < width; j += W) store(sums + j, load(sums + j) + load(sums + r * stride + j));
-      count = 1;
-    }
-    dispatch(p_.bias_dtype(), [&](auto t) {
-      auto* out =
-          static_cast<typename decltype(t)::type*>(p_.dbias) + row * extent[3] + (extent[3] == 1 ? 0 : keys.begin);
-      for (int64_t r = 0; r < count; ++r, out += extent[3], sums += stride) {
-        if (extent[3] == 1)
-          store(out, splat(sum_over(width, [&](int64_t j, auto lanes) { return load(sums + j, lanes); })), First{1});
-        else
-          for_each_vector(width, [&](int64_t j, auto lanes) { store(out + j, load(sums + j), lanes); });
-      }
-    });
-  }
-
   // Rows of dkey or dvalue, as the tile left them.
   void store_keys(const float* from, int64_t width, int64_t rows, int64_t dim, float factor, T* to,
                   int64_t stride) const {
@@ -351,6 +246,7 @@ class Backward {
 
   const Params& p_;
   const Plan plan_;
+  const BiasGradient<T, Compute> dbias_;
   const int64_t group_;
   float* const own_;
   float* const partials_;

@@ -1,11 +1,9 @@
-// One tile of the attention backward: some queries against some keys. From the packed operands it makes P and dscores,
-// and from those the three gradients, each a product of matmul/matmul.h. Nothing is transposed on the way: as left
-// operands, P and dscores are read by columns for dkey and dvalue and by rows for dquery. In bf16 a word holds
-// neighbours along the summed dimension, so both are kept with pairs of queries, and dscores with pairs of keys as
-// well. Tiles read left operands by rows alone: there P and dscores are right operands, and dkey and dvalue come out
-// transposed.
+// One tile of the attention backward: some queries against some keys. From the packed operands it makes P and dscores
+// (gradient_operands.h), and from those the three gradients, each a product of matmul/matmul.h. Nothing is transposed
+// on the way. With tiles dkey and dvalue come out transposed.
 #pragma once
 
+#include "cpu/attention/gradient_operands.h"
 #include "cpu/attention/queries.h"
 
 namespace torchweld::cpu {
@@ -13,21 +11,21 @@ namespace {
 
 template <class T, class Compute>
 class GradientTile {
-  static constexpr bool kPairs = Compute::per_word == 2;
+  using Operands = GradientOperands<Compute>;
+  using Score = typename Operands::Score;
   static constexpr int64_t kScoreRows =
       Compute::tiles ? (Compute::parts == 1 ? 16 : 32) : 48;  // so many rows of products at a time: they stay in L1
   static constexpr int64_t kBlockRows = Compute::block_rows;
 
  public:
-  static constexpr int64_t kQueries = Compute::per_word / Compute::parts == 2 ? 192 : 96;
+  static constexpr int64_t kQueries = Operands::kQueries;
 
   using Queries = GradientQueries<T, Compute>;
 
   static int64_t scratch_words(const AttentionInputs& p, int64_t tile_keys) {
-    const int64_t stride = tile_keys + 32;
     return tile_keys * (words_of<Compute>(p.dim) + words_of<Compute>(p.value_dim)) +  // key^T, value^T
            words_of<Compute>(tile_keys) * round_up(p.dim, W) +                        // key
-           3 * kScoreRows * stride + (kPairs ? 3 : 4) * kQueries * stride / 2 * Compute::parts;
+           3 * kScoreRows * Operands::stride_of(tile_keys) + Operands::words(tile_keys);
   }
 
   // Packs keys [j0, j0 + keys) of key head (b, hk).
@@ -38,8 +36,9 @@ class GradientTile {
         keys_(keys),
         width_(round_up(keys, Compute::column_unit)),
         tile_keys_(tile_keys),
-        stride_(tile_keys + 32),
-        exact_(Compute::exp_degree < kExactDegree<Compute> && exact_softmax(p)) {
+        stride_(Operands::stride_of(tile_keys)),
+        exact_(Compute::exp_degree < kExactDegree<Compute> && exact_softmax(p)),
+        operands_(tile_keys, scratch + scratch_words(p, tile_keys) - Operands::words(tile_keys)) {
     auto take = [&](int64_t words) {
       float* part = scratch;
       scratch += words;
@@ -60,16 +59,13 @@ class GradientTile {
     if (right_in_place<T, Compute>(p.dim)) {
       key_steps_ = {reinterpret_cast<const float*>(k), p.key_strides.row, kPanel};
     } else {
-      const int64_t panel = Compute::tiles ? 16 * words_of<Compute>(keys) : kPanel;
+      const int64_t panel = Compute::tiles ? Compute::panel * words_of<Compute>(keys) : kPanel;
       pack_rows<T, Compute>(k, p.key_strides.row, seen, p.dim, steps, panel);
-      key_steps_ = {steps, Compute::tiles ? 16 : round_up(p.dim, W), panel};
+      key_steps_ = {steps, Compute::tiles ? Compute::panel : round_up(p.dim, W), panel};
     }
     products_ = take(kScoreRows * stride_);
     dprobability_ = take(kScoreRows * stride_);
     slopes_ = take(kScoreRows * stride_);
-    probability_ = take(words_of<Compute>(kQueries) * stride_);
-    dscore_ = take(words_of<Compute>(kQueries) * stride_);
-    dscore_rows_ = kPairs ? take(kQueries * words_of<Compute>(stride_)) : dscore_;
   }
 
   // Where score() leaves the gradient of the bias of this head, [Nq, Nk]; nullptr: nowhere.
@@ -81,11 +77,11 @@ class GradientTile {
       differentiate(scores, rows, i, count, i - queries.begin, r, span);
     });
     if constexpr (Compute::tiles) {
-      // Up to whole blocks there is nothing.
+      // Zeros in the rows up to a multiple of 32: the products of tiles read whole blocks.
       const int64_t count = queries.end - queries.begin;
       const Score nothing[2] = {};
       for (int64_t t = round_up(count, 2); t < round_up(count, 32); t += 2)
-        for (int64_t j = 0; j < width_; j += W) write(t, j, nothing);
+        for (int64_t j = 0; j < width_; j += W) operands_.write(t, j, nothing);
     }
   }
 
@@ -131,10 +127,10 @@ class GradientTile {
 
   // dv: [keys, round_up(Dv, W)]; with tiles [round_up(Dv, W), tile_keys]. So dk.
   void add_dvalue(const Queries& rows, Span queries, float* dv) const {
-    add_by_key(probability_, rows.doutput_steps, rows.doutput_columns, queries, round_up(p_.value_dim, W), dv);
+    add_by_key(operands_.probability, rows.doutput_steps, rows.doutput_columns, queries, round_up(p_.value_dim, W), dv);
   }
   void add_dkey(const Queries& rows, Span queries, float* dk) const {
-    add_by_key(dscore_, rows.query_steps, rows.query_columns, queries, round_up(p_.dim, W), dk);
+    add_by_key(operands_.dscore, rows.query_steps, rows.query_columns, queries, round_up(p_.dim, W), dk);
   }
 
   // dq: the whole head's, [Nq, round_up(D, W)].
@@ -147,8 +143,8 @@ class GradientTile {
       steps[(i - queries.begin) / kBlockRows] = steps_between<Compute>(low, high);
     }
     const int64_t width = round_up(p_.dim, W);
-    gemm_accumulate<Compute>(queries.end - queries.begin, width, {dscore_rows_, words_of<Compute>(stride_), 1},
-                             key_steps_, steps, dq + queries.begin * width, width);
+    gemm_accumulate<Compute>(queries.end - queries.begin, width, operands_.by_key(), key_steps_, steps,
+                             dq + queries.begin * width, width);
   }
 
  private:
@@ -166,11 +162,12 @@ class GradientTile {
     if constexpr (Compute::tiles) {
       for (int64_t r = 0; r < keys_; r += kBlockRows)
         for (int64_t m = 0; m < width; m += kBlockRows)
-          gemm_accumulate<Compute>(
-              min_of(kBlockRows, width - m), kBlockRows, {columns.data + m * columns.row + first * 16, columns.row, 1},
-              {by_query + r * kPairRows, 16, kPairPanel}, &steps[r / kBlockRows], out + m * tile_keys_ + r, tile_keys_);
+          gemm_accumulate<Compute>(min_of(kBlockRows, width - m), kBlockRows,
+                                   {columns.data + m * columns.row + Compute::Layout::at_step(first), columns.row, 1},
+                                   operands_.right_by_query(by_query, r), &steps[r / kBlockRows],
+                                   out + m * tile_keys_ + r, tile_keys_);
     } else {
-      gemm_accumulate<Compute>(keys_, width, {by_query, 1, stride_},
+      gemm_accumulate<Compute>(keys_, width, operands_.left_by_query(by_query),
                                {right.data + first * right.step, right.step, right.panel}, steps, out, width);
     }
   }
@@ -203,10 +200,6 @@ class GradientTile {
     float* row = dprobability_ + r * stride_;
     for (int64_t j = span.begin; j < span.end; j += W) store(row + j, load(row + j) * load(factors + j));
   }
-
-  struct Score {
-    Vec probability, gradient;
-  };
 
   // What probabilities and gradients of a row's scores are made of.
   struct Row {
@@ -277,7 +270,7 @@ class GradientTile {
       row[n].delta = splat(rows.delta[i + n]);
     }
     const Score nothing[kCount] = {};
-    for (int64_t j = 0; j < span.begin; j += W) write(t, j, nothing);
+    for (int64_t j = 0; j < span.begin; j += W) operands_.write(t, j, nothing);
     auto write_scores = [&](auto&& probability_of) __attribute__((always_inline)) {
       for (int64_t j = span.begin; j < span.end; j += W) {
         Score score[kCount] = {};
@@ -289,14 +282,14 @@ class GradientTile {
           if (capped) score[n].gradient = score[n].gradient * load(slopes_ + at);
           if (dropping) score[n].probability = score[n].probability * load(factors[n] + j);
         }
-        write(t, j, score);
+        operands_.write(t, j, score);
       }
     };
     if (made)
       write_scores([&](int64_t at, const Row&) { return load(products_ + at); });
     else
       write_scores([&](int64_t at, const Row& one) { return probability<Compute::exp_degree>(at, one); });
-    for (int64_t j = span.end; j < width_; j += W) write(t, j, nothing);
+    for (int64_t j = span.end; j < width_; j += W) operands_.write(t, j, nothing);
     if (dbias != nullptr)
       for (int64_t n = 0; n < count; ++n) store_dbias(dprobability_ + (r + n) * stride_, i + n, span);
   }
@@ -312,39 +305,14 @@ class GradientTile {
     });
   }
 
-  // Row t of the tile, and its neighbour where rows go in pairs, columns [j, j + W).
-  TW_INLINE void write(int64_t t, int64_t j, const Score (&score)[Compute::per_word]) {
-    if constexpr (kPairs) {
-      const int64_t at =
-          Compute::tiles ? j / 16 * kPairPanel + t / 32 * 256 * Compute::parts + t / 2 % 16 * 16 : t / 2 * stride_ + j;
-      store_pairs(probability_ + at, score[0].probability, score[1].probability);
-      store_pairs(dscore_ + at, score[0].gradient, score[1].gradient);
-      for (int n = 0; n < 2; ++n)
-        Compute::store_row(Compute::row_of(dscore_rows_, words_of<Compute>(stride_), t + n), j, score[n].gradient);
-    } else {
-      store(probability_ + t * stride_ + j, score[0].probability);
-      store(dscore_ + t * stride_ + j, score[0].gradient);
-    }
-  }
-
-  TW_INLINE static void store_pairs(float* to, Vec even, Vec odd) {
-    VecU part[2][Compute::parts];
-    split(even, part[0]);
-    split(odd, part[1]);
-    for (int n = 0; n < Compute::parts; ++n) store(to + n * 256, pairs(part[0][n], part[1][n]));
-  }
-
   static constexpr int64_t kTileKeysMost = 192;
-  // With tiles, P and dscores by pairs of queries are right operands: columns of blocks of keys.
-  static constexpr int64_t kPairRows = kQueries / 2 * Compute::parts, kPairPanel = 16 * kPairRows;
 
   const AttentionInputs& p_;
   const int64_t j0_, keys_, width_, tile_keys_, stride_;
   const bool exact_;                           // P is made to kExactDegree, in a pass of its own
   Right key_, value_, key_steps_;              // key^T, value^T, key
   float *products_, *dprobability_, *slopes_;  // [kScoreRows, stride]
-  float *probability_, *dscore_;               // [words_of(kQueries), stride] words along the queries
-  float* dscore_rows_;                         // [kQueries, words_of(stride)] words along the keys
+  Operands operands_;                          // P and dscores
 };
 
 }  // namespace

@@ -34,7 +34,7 @@ class HeadDropout {
         store(row + j, from_bits(bits(load(row + j)) & (VecU)kept));
       } else {
         for (int part = 0; part < Compute::parts; ++part) {
-          auto* p = reinterpret_cast<uint16_t*>(row) + Compute::element(j) + part * 512;
+          auto* p = reinterpret_cast<uint16_t*>(row) + Compute::element(j) + part * 2 * TileLayout<1>::block;
           store_bits(p, load_bits(p, All{}) & narrow((VecU)kept >> 16), All{});
         }
       }

@@ -113,8 +113,8 @@ struct GradientQueries {
       pack_left<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(l.data) + begin * l.row);
     const int64_t first = words_of<Compute>(begin);
     if constexpr (Compute::tiles)
-      pack_columns<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(columns.data) + first * 16,
-                               columns.row);
+      pack_columns<T, Compute>(rows, stride, end - begin, dim,
+                               const_cast<float*>(columns.data) + Compute::Layout::at_step(first), columns.row);
     else if (!right_in_place<T, Compute>(dim))
       pack_rows<T, Compute>(rows, stride, end - begin, dim, const_cast<float*>(r.data) + first * r.step, 0);
   }

@@ -9,6 +9,8 @@
 namespace torchweld::cpu {
 namespace {
 
+constexpr int64_t kRowBytes = TileLayout<1>::side * 4;
+
 // While it lives, the thread's tiles are all 16 x 16 words. What another library had set up is put back: some do so
 // once per thread and rely on it.
 class TileScope {
@@ -24,8 +26,8 @@ class TileScope {
     Config ours{};
     ours.palette = 1;
     for (int t = 0; t < 8; ++t) {
-      ours.row_bytes[t] = 64;
-      ours.rows[t] = 16;
+      ours.row_bytes[t] = kRowBytes;
+      ours.rows[t] = TileLayout<1>::side;
     }
     _tile_loadconfig(&ours);
   }
@@ -41,8 +43,6 @@ class TileScope {
   Config before_;
 };
 
-constexpr int64_t kBlock = 256;  // words
-
 // The compiler does not know what tile loads read: stores before them must not sink below.
 TW_INLINE void fence() { asm volatile("" ::: "memory"); }
 
@@ -54,20 +54,21 @@ TW_INLINE void tile_row(int64_t steps, const float* a, const float* b, int64_t b
   if constexpr (N > 1) _tile_zero(1);
   if constexpr (N > 2) _tile_zero(2);
   if constexpr (N > 3) _tile_zero(3);
-  for (int64_t k = 0; k < steps; k += 16, a += kBlock, b += kBlock) {
-    _tile_loadd(4, a, 64);
-    _tile_loadd(5, b, 64);
+  using Layout = TileLayout<1>;
+  for (int64_t k = 0; k < steps; k += Layout::side, a += Layout::block, b += Layout::block) {
+    _tile_loadd(4, a, kRowBytes);
+    _tile_loadd(5, b, kRowBytes);
     _tile_dpbf16ps(0, 4, 5);
     if constexpr (N > 1) {
-      _tile_loadd(6, b + b_panel, 64);
+      _tile_loadd(6, b + b_panel, kRowBytes);
       _tile_dpbf16ps(1, 4, 6);
     }
     if constexpr (N > 2) {
-      _tile_loadd(7, b + 2 * b_panel, 64);
+      _tile_loadd(7, b + 2 * b_panel, kRowBytes);
       _tile_dpbf16ps(2, 4, 7);
     }
     if constexpr (N > 3) {
-      _tile_loadd(5, b + 3 * b_panel, 64);
+      _tile_loadd(5, b + 3 * b_panel, kRowBytes);
       _tile_dpbf16ps(3, 4, 5);
     }
   }
@@ -80,14 +81,14 @@ TW_INLINE void tile_row(int64_t steps, const float* a, const float* b, int64_t b
 
 template <int M>
 TW_INLINE void load_left(const float* a, int64_t a_rows) {
-  _tile_loadd(4, a, 64);
-  if constexpr (M > 1) _tile_loadd(5, a + a_rows, 64);
+  _tile_loadd(4, a, kRowBytes);
+  if constexpr (M > 1) _tile_loadd(5, a + a_rows, kRowBytes);
 }
 
 template <int N>
 TW_INLINE void load_right(const float* b, int64_t b_panel) {
-  _tile_loadd(6, b, 64);
-  if constexpr (N > 1) _tile_loadd(7, b + b_panel, 64);
+  _tile_loadd(6, b, kRowBytes);
+  if constexpr (N > 1) _tile_loadd(7, b + b_panel, kRowBytes);
 }
 
 template <int M, int N>
@@ -115,18 +116,19 @@ TW_INLINE void tile_block(int64_t steps, const float* a, int64_t a_rows, const f
     if constexpr (M > 1) _tile_zero(2);
     if constexpr (M > 1 && N > 1) _tile_zero(3);
   }
-  for (int64_t k = 0; k < steps; k += 16 * kParts, a += kBlock * kParts, b += kBlock * kParts) {
+  using Layout = TileLayout<kParts>;
+  for (int64_t k = 0; k < steps; k += Layout::side * kParts, a += Layout::range, b += Layout::range) {
     // Each line loads one operand anew: third by first, second by first, second by second, first by second and so on.
     auto multiply = [&]() __attribute__((always_inline)) {
       multiply_tiles<M, N>();
       between();
     };
-    if constexpr (kParts == 3) load_left<M>(a + 2 * kBlock, a_rows), load_right<N>(b, b_panel), multiply();
-    if constexpr (kParts == 3) load_left<M>(a + kBlock, a_rows), multiply();
-    if constexpr (kParts == 2) load_left<M>(a + kBlock, a_rows), load_right<N>(b, b_panel), multiply();
-    if constexpr (kParts >= 2) load_right<N>(b + kBlock, b_panel), multiply();
+    if constexpr (kParts == 3) load_left<M>(a + 2 * Layout::block, a_rows), load_right<N>(b, b_panel), multiply();
+    if constexpr (kParts == 3) load_left<M>(a + Layout::block, a_rows), multiply();
+    if constexpr (kParts == 2) load_left<M>(a + Layout::block, a_rows), load_right<N>(b, b_panel), multiply();
+    if constexpr (kParts >= 2) load_right<N>(b + Layout::block, b_panel), multiply();
     if constexpr (kParts >= 2) load_left<M>(a, a_rows), multiply();
-    if constexpr (kParts == 3) load_right<N>(b + 2 * kBlock, b_panel), multiply();
+    if constexpr (kParts == 3) load_right<N>(b + 2 * Layout::block, b_panel), multiply();
     if constexpr (kParts == 1) load_left<M>(a, a_rows);
     load_right<N>(b, b_panel), multiply();
   }
@@ -156,19 +158,21 @@ TW_INLINE void tile_square(int64_t rows, int64_t columns, int64_t steps, const f
 template <class Compute, class Between>
 void tile_store(int64_t rows, int64_t steps, const Left& a, const Right& b, const Span* columns_of, float* c,
                 int64_t ldc, Between&& between) {
-  constexpr int64_t kRowsAtOnce = Compute::parts == 1 ? 16 : 32;
+  constexpr int64_t kSide = Compute::Layout::side, kRowsAtOnce = Compute::parts == 1 ? kSide : 2 * kSide;
   for (int64_t m = 0; m < rows; m += kRowsAtOnce) {
     const Span& columns = columns_of[m / Compute::block_rows];
     const float* left = a.data + m * a.row;
     int64_t n = columns.begin;
     if constexpr (Compute::parts == 1) {
       for (; n + 64 <= columns.end; n += 64)
-        tile_row<4>(steps, left, b.data + n / 16 * b.panel, b.panel, c + m * ldc + n, ldc);
-      if (n < columns.end) tile_row<2>(steps, left, b.data + n / 16 * b.panel, b.panel, c + m * ldc + n, ldc);
+        tile_row<4>(steps, left, b.data + Compute::Layout::strip(n, b.panel), b.panel, c + m * ldc + n, ldc);
+      if (n < columns.end)
+        tile_row<2>(steps, left, b.data + Compute::Layout::strip(n, b.panel), b.panel, c + m * ldc + n, ldc);
     } else {
       for (; n < columns.end; n += 32)
-        tile_square<Compute::parts, false>(rows - m, 32, steps, left, 16 * a.row, b.data + n / 16 * b.panel, b.panel,
-                                           c + m * ldc + n, ldc, between);
+        tile_square<Compute::parts, false>(rows - m, 32, steps, left, kSide * a.row,
+                                           b.data + Compute::Layout::strip(n, b.panel), b.panel, c + m * ldc + n, ldc,
+                                           between);
     }
   }
 }
@@ -177,18 +181,21 @@ void tile_store(int64_t rows, int64_t steps, const Left& a, const Right& b, cons
 template <class Compute>
 void tile_accumulate(int64_t rows, int64_t columns, const Left& a, const Right& b, const Span* steps_of, float* c,
                      int64_t ldc) {
-  constexpr int64_t kUnit = 16 * Compute::parts, kSteps = 256 / kUnit * kUnit, kBlockRows = Compute::block_rows;
+  using Layout = typename Compute::Layout;
+  constexpr int64_t kUnit = Layout::side * Compute::parts, kSteps = 256 / kUnit * kUnit,
+                    kBlockRows = Compute::block_rows;
   int64_t last = 0;
   for (int64_t m = 0; m < rows; m += kBlockRows) last = max_of(last, steps_of[m / kBlockRows].end);
   for (int64_t k = 0; k < last; k += kSteps)
     for (int64_t n = 0; n < columns; n += 32) {
-      const float* right = b.data + n / 16 * b.panel;
+      const float* right = b.data + Compute::Layout::strip(n, b.panel);
       for (int64_t m = 0; m < rows; m += kBlockRows) {
         const int64_t begin = max_of(steps_of[m / kBlockRows].begin, k),
                       end = min_of(steps_of[m / kBlockRows].end, k + kSteps);
         if (begin < end)
-          tile_square<Compute::parts, true>(rows - m, columns - n, end - begin, a.data + m * a.row + begin * 16,
-                                            16 * a.row, right + begin * 16, b.panel, c + m * ldc + n, ldc, Nothing{});
+          tile_square<Compute::parts, true>(rows - m, columns - n, end - begin,
+                                            a.data + m * a.row + Layout::at_step(begin), Layout::side * a.row,
+                                            right + Layout::at_step(begin), b.panel, c + m * ldc + n, ldc, Nothing{});
       }
     }
 }

@@ -5,6 +5,7 @@
 // `ComputeOf<T>` is the format by which elements of T are multiplied on this instruction set.
 #pragma once
 
+#include "cpu/matmul/tile_layout.h"
 #include "cpu/simd/integers.h"
 
 namespace torchweld::cpu {
@@ -96,24 +97,26 @@ struct VectorComputeOf<bf16> {
 // three.
 template <int kParts>
 struct Tiles : Bf16Pairs {
+  using Layout = TileLayout<kParts>;
   static constexpr int parts = kParts, exp_degree = kParts + 2;
   static constexpr bool tiles = true;
-  static constexpr int64_t block_rows = 32, step_unit = 16, column_unit = 32, panel = 16;
-  TW_INLINE static float* row_of(float* data, int64_t row, int64_t m) { return data + m / 16 * 16 * row + m % 16 * 16; }
-  TW_INLINE static int64_t element(int64_t i) { return i / 32 * 512 * kParts + i % 32; }
+  static constexpr int64_t block_rows = 2 * Layout::side, step_unit = Layout::side, column_unit = 2 * Layout::side,
+                           panel = Layout::side;
+  TW_INLINE static float* row_of(float* data, int64_t row, int64_t m) { return data + Layout::left(m, 0, row); }
+  TW_INLINE static int64_t element(int64_t i) { return Layout::element(i); }
   TW_INLINE static void store_row(float* row, int64_t i, Vec v) {
     if constexpr (kParts == 1) return Bf16Pairs::store_row(row, element(i), v);
     VecU part[kParts];
     split(v, part);
     for (int n = 0; n < kParts; ++n)
-      store_bits(reinterpret_cast<bf16*>(row) + element(i) + n * 512, narrow(part[n] >> 16), All{});
+      store_bits(reinterpret_cast<bf16*>(row) + element(i) + n * 2 * Layout::block, narrow(part[n] >> 16), All{});
   }
   TW_INLINE static void store_row(float* row, int64_t i, Vec first, Vec second) {  // i a multiple of 32
     if constexpr (kParts == 1) return Bf16Pairs::store_row(row, element(i), first, second);
     VecU part[2][kParts];
     split(first, part[0]);
     split(second, part[1]);
-    for (int n = 0; n < kParts; ++n) store(row + element(i) / 2 + n * 256, in_order(part[0][n], part[1][n]));
+    for (int n = 0; n < kParts; ++n) store(row + element(i) / 2 + n * Layout::block, in_order(part[0][n], part[1][n]));
   }
 };
 
@@ -143,9 +146,7 @@ TW_INLINE int64_t words_of(int64_t count) {
   return round_up(ceil_div(count, Compute::per_word), Compute::step_unit) * Compute::parts;
 }
 
-// With tiles a left operand, too, is made of blocks of 16 x 16 words, one after the other: A[m, k] is at
-// data + m / 16 * 16 * row + k / 16 * 256 + m % 16 * 16 + k % 16, and can be read (not: has a meaning) up to whole
-// blocks. Where elements have parts, a block of first parts comes before that of the second: steps count them all.
+// With tiles, both operands lie as TileLayout says.
 struct Left {  // A[m, k] at data + m * row + k * step
   const float* data;
   int64_t row, step;

@@ -115,8 +115,8 @@ void pack_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, float
       for_each_vector(dim, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
         Vec words[Compute::parts];
         load_pairs<T, Compute>(source + 2 * k * stride + i, stride, 2 * k < rows, 2 * k + 1 < rows, lanes, words);
-        float* to = out + i / 16 * panel + k / 16 * 256 * Compute::parts + k % 16 * 16;
-        for (int n = 0; n < Compute::parts; ++n) store(to + n * 256, words[n]);
+        float* to = out + Compute::Layout::right(k, 0, panel) + Compute::Layout::strip(i, panel);
+        for (int n = 0; n < Compute::parts; ++n) store(to + n * Compute::Layout::block, words[n]);
       });
   } else {
     for (int64_t k = 0; k < words_of<Compute>(rows); ++k)
@@ -134,6 +134,7 @@ void pack_rows(const T* source, int64_t stride, int64_t rows, int64_t dim, float
 // The transpose as a left operand of tiles: A[m, k] is element m of rows 2k and 2k + 1. `row`: words of a row of A.
 template <class T, class Compute>
 void pack_columns(const T* source, int64_t stride, int64_t rows, int64_t dim, float* out, int64_t row) {
+  using Layout = typename Compute::Layout;
   constexpr int kParts = Compute::parts;
   for (int64_t k = 0; 2 * k < rows; k += W)
     for_each_vector(dim, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
@@ -146,7 +147,8 @@ void pack_columns(const T* source, int64_t stride, int64_t rows, int64_t dim, fl
       }
       for (int n = 0; n < kParts; ++n) {
         transpose(v[n]);
-        for (int i = 0; i < W; ++i) store(out + d * row + k * 16 * kParts + n * 256 + i * 16, v[n][i]);
+        float* block = out + Layout::strip(d, Layout::side * row) + Layout::block_of(k) + n * Layout::block;
+        for (int i = 0; i < W; ++i) store(block + i * Layout::side, v[n][i]);
       }
     });
 }
@@ -160,8 +162,9 @@ void pack_left(const T* source, int64_t stride, int64_t rows, int64_t dim, float
       Vec words[Compute::parts];
       load_words<T, Compute>(source + m * stride, k / Compute::parts, dim, words);
       if constexpr (Compute::tiles) {
+        using Layout = typename Compute::Layout;
         for (int n = 0; n < Compute::parts; ++n)
-          store(out + m / 16 * 16 * steps + k * 16 + n * 256 + m % 16 * 16, words[n]);
+          store(out + Layout::left(m, k / Compute::parts, steps) + n * Layout::block, words[n]);
       } else if (steps - k >= W) {
         store(out + m * steps + k, words[0]);
       } else {

@@ -25,9 +25,9 @@ def _case(
 
 _LENGTHS = 2 * (512, 384, 256, 200, 128, 100, 64, 50, 33, 17)
 
-# The first five are those that torch's own CPU kernel is good at; then short sequences, a bias that learns, a window,
-# dropout (torch is given a mask made beforehand), packed sequences (torch is called for each of them), and one query
-# over a long cache.
+# The first five are sizes at which torch's own CPU kernel is fast. Then: short sequences, a bias with a gradient, a
+# window, dropout (torch gets a mask made beforehand), packed sequences (torch is called for each), and one query over
+# a long cache.
 _CPU = (
     _case(1, 12, 1024, 64),
     _case(1, 12, 1024, 64, True),
@@ -86,7 +86,7 @@ def attention(settings: Settings) -> Iterator[Work]:
         kinds = _BACKENDS if on_gpu and dtype.itemsize == 2 else {}
         for case in chosen:
             others: dict[str, Provider] = {name: partial(_by, kind, case) for name, kind in kinds.items()}
-            if kinds:  # what determinism costs
+            if kinds:  # the cost of determinism
                 others["torchweld:atomics"] = replace(case, deterministic=False).ours
             # FLOPs: two products of 2 * D per pair forward (Q K^T, P V); backward five, P from the scores again.
             flops = {"forward": 4 * case.dim * _pairs(case), "backward": 10 * case.dim * _pairs(case)}
@@ -110,11 +110,11 @@ _PAGED = (_paged(32, 8, 8192), _paged(32, 8, 2048, 1531, 900, 33, 1024, 700, 311
 
 
 def paged_attention(settings: Settings) -> Iterator[Work]:
-    """One query over caches in blocks of 16 rows; torch's user gathers each of them first."""
+    """One query over caches in blocks of 16 rows. For torch the blocks are gathered first."""
     settings = replace(settings, directions=tuple(d for d in settings.directions if d == "forward"))
     for dtype in settings.dtypes:
         for case in _PAGED[: 1 if settings.quick else None]:
             names = ("name", "batch", "heads", "kv_heads", "queries", "dim", "lengths", "block_size")
-            # Bytes: every key and value once.
+            # Bytes: each key and value is read once.
             cost = {"bytes": 2.0 * sum(case.lengths) * (case.kv_heads or case.heads) * case.dim * dtype.itemsize}
             yield from works(case, {n: getattr(case, n) for n in names}, dtype, settings, {"forward": cost})

@@ -56,7 +56,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    """Everything that can be wrong is said before minutes of measuring."""
+    """Checks all options before the measurements, which take minutes."""
     from torchweld.bench.report import plotter  # noqa: PLC0415  (`--help` need not wait for it)
 
     for op in args.op:
@@ -79,7 +79,7 @@ def _check(args: argparse.Namespace) -> None:
 
 
 def sources() -> dict[str, Callable[[Settings], Iterator[Work]]]:
-    """By op, what there is to measure."""
+    """The measurements of each op."""
     from torchweld.bench.attention import attention, paged_attention  # noqa: PLC0415
     from torchweld.bench.layer_norm import norms  # noqa: PLC0415
     from torchweld.bench.optimizers import optimizers  # noqa: PLC0415
@@ -97,7 +97,7 @@ def sources() -> dict[str, Callable[[Settings], Iterator[Work]]]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Measures and prints; 1 if a result was wrong, which is then not timed."""
+    """Measures and prints. Returns 1 if a result was wrong; wrong results are not timed."""
     from torchweld.bench import report  # noqa: PLC0415
     from torchweld.bench.harness import Settings, measure  # noqa: PLC0415
     from torchweld.memory import keep_memory  # noqa: PLC0415

@@ -1,4 +1,4 @@
-"""Forward and backward of a differentiable op, from one of the cases that the tests know."""
+"""Forward and backward of a differentiable op, on a case of the tests."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Cost = dict[str, dict[str, float]]  # by direction {"bytes": ...} or {"flops": .
 
 
 def compiled(provider: Provider) -> Provider:
-    """`torch.compile` for this size alone. Gradients are asked for again and again, so nothing may be freed by one."""
+    """`torch.compile` for this size alone. The backward runs many times, so it must not free its buffers."""
     torch.compiler.reset()
     keep_donated_buffers()
     return torch.compile(provider, dynamic=False)
@@ -29,21 +29,21 @@ def compiled(provider: Provider) -> Provider:
 def works(
     case: Case, sizes: dict[str, Any], dtype: torch.dtype, settings: Settings, cost: Cost, **others: Provider
 ) -> Iterator[Work]:
-    """The directions that are asked for, of torchweld, torch and the `others`, on the same inputs."""
+    """Work for each wanted direction: torchweld, torch and the `others` on the same inputs."""
     providers = {"torchweld": case.ours, "torch": case.torch, **others}
     if settings.compile:
         providers["torch.compile"] = compiled(case.torch)
     oracle = cache(lambda: Oracle(case, dtype, settings.device))
-    judged = cache(lambda name: oracle().judge(providers[name], poison=name == "torchweld"))  # the others as they run
+    judged = cache(lambda name: oracle().judge(providers[name], poison=name == "torchweld"))  # others run as they are
 
     def check(direction: str) -> dict[str, float]:
-        with backend.strict():  # the reference in place of a kernel is not what anybody wants to time
+        with backend.strict():  # a time of the reference would mislead
             case.ours(case.inputs(dtype, settings.device))
         errors = {}
         for name in list(providers):
             try:
                 found = judged(name)
-            except RuntimeError as error:  # one of torch's kernels that this GPU, or this torch, does not have
+            except RuntimeError as error:  # this GPU, or this torch, does not have one of torch's kernels
                 if not name.startswith("torch:"):
                     raise
                 _log.warning("%s is not timed for %s %s: %s", name, case.op, case.name, error)
@@ -84,7 +84,7 @@ def _is_gradient(verdict: Parity, case: Case) -> bool:
 
 
 def _forward(case: Case, provider: Provider, x: Tensors) -> Call:
-    return lambda: provider(x)  # the inputs ask for no gradients
+    return lambda: provider(x)  # the inputs require no gradients
 
 
 def _backward(case: Case, provider: Provider, x: Tensors) -> Call:

@@ -1,14 +1,13 @@
 """How a measurement is made: check each result, then time all providers launch by launch, side by side.
 
-One `Work` is one op at one size in one direction. Its providers (torchweld, torch, ...) are called in turn, round after
-round, in an order that moves on by one each round: whatever else the machine does in the meantime hits all of them
-alike. A round ends with the limit, a plain copy of as many bytes or a matrix product in the same dtype, so that the
-share of the limit is one of the same seconds too. Warm-up goes by time, results are medians with the 20th and 80th
-percentiles. Outputs are allocated inside the timed call, as a user's are; the command calls `torchweld.keep_memory`, so
-that this measures the kernels and not the page faults of the system's allocator.
+A `Work` is one op at one size in one direction. Its providers (torchweld, torch, ...) are called in turn, round after
+round. Each round starts with the next provider, so that other load on the machine hits all of them alike. A round ends
+with the limit: a copy of as many bytes, or a matrix product in the same dtype. Warm-up ends after a time. Results are
+medians with the 20th and 80th percentiles. The timed call allocates its outputs, as a user's call does. The command
+calls `torchweld.keep_memory`, so the times do not contain page faults of the system's allocator.
 
-On a GPU a launch is timed by CUDA events. Before it the second-level cache is flushed, by a write so large that the
-host has queued the launch long before it ends: events then see kernels, not Python. `wall=True` times with the host.
+On a GPU, CUDA events time a launch. A large write before it flushes the second-level cache. The host queues the launch
+before that write ends, so the events do not see Python. `wall=True` takes the host's clock.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the command line asks for. `seconds`: of timing per work."""
+    """The options of the command line. `seconds`: of timing per work."""
 
     device: str = "cpu"
     dtypes: tuple[torch.dtype, ...] = (torch.float32, torch.bfloat16)
@@ -40,11 +39,11 @@ class Settings:
 
 @dataclass
 class Work:
-    """One thing to measure. `check` gives each provider's largest error against float64, and raises if ours is wrong.
+    """One measurement. `check` returns each provider's largest error against float64, and raises if ours is wrong.
 
-    `calls` builds what is timed, when its turn comes. `case` has a name and the sizes. `bytes` are those that the op
-    has to move, `flops` those that it has to do: the one that is given says which limit there is. `repeats`: calls per
-    sample, for those that are too short for the clock.
+    `calls` makes the timed calls when the measurement begins. `case` has a name and the sizes. The limit is a copy
+    where `bytes` is given, the bytes that the op must move, and a product where `flops` is given. `repeats`: calls per
+    sample, where one call is too short for the clock.
     """
 
     op: str
@@ -61,7 +60,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Limit:
-    """A call that does nothing but move `bytes`, or multiply with `flops`."""
+    """A call that only moves `bytes`, or only multiplies with `flops`."""
 
     call: Call
     amount: float
@@ -82,7 +81,7 @@ def _matmul(dtype: torch.dtype, device: str) -> Limit:
 
 def _limit(work: Work, device: str) -> Limit | None:
     if work.bytes is not None:
-        # As many bytes as the op moves, half of them read; what is far beyond the caches need not be larger still.
+        # As many bytes as the op moves, half of them read. Sizes far beyond the caches are cut.
         return _copy(min(int(work.bytes / 2), 1 << 28), device)
     return _matmul(work.dtype, device) if work.flops is not None else None
 
@@ -140,7 +139,7 @@ def _quantile(samples: list[float], q: float) -> float:
 
 
 def measure(work: Work, settings: Settings) -> list[dict[str, Any]]:
-    """Checks, then times; one row per provider, as `bench --json` writes them."""
+    """Checks, then times. Returns a row for each provider, as `bench --json` writes them."""
     errors = work.check()
     limit = _limit(work, settings.device)
     ours_and_theirs = work.calls()

@@ -16,7 +16,7 @@ _FEW_HUGE_ROWS = (16, 1 << 22)
 
 
 def norms(op: str, settings: Settings) -> Iterator[Work]:
-    """Every size, dtype and direction of one of the four."""
+    """Every size, dtype and direction of one op."""
     shapes = _CUDA if settings.device == "cuda" else _CPU
     for dtype in settings.dtypes:
         for rows, cols in shapes[:1] if settings.quick else shapes:
@@ -26,7 +26,7 @@ def norms(op: str, settings: Settings) -> Iterator[Work]:
 
 
 def _one(op: str, rows: int, cols: int, dtype: torch.dtype, settings: Settings) -> Iterator[Work]:
-    # Bytes per element, with values of `size`: forward reads x and writes y (with a residual: and reads that, writes
+    # Bytes per element, with values of `size`: forward reads x and writes y (with a residual: reads that too, writes
     # the sum); backward reads dy and x, writes dx (reads dy, dsum and the sum, writes dx). The rest is small.
     add, rms, size = op.startswith("add"), op.endswith("rms_norm"), rows * cols * dtype.itemsize
     moved = {"forward": 4.0 * size if add else 2.0 * size, "backward": 4.0 * size if add else 3.0 * size}

@@ -21,12 +21,12 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "sgd": {"lr": 1e-2, "momentum": 0.9, "weight_decay": 0.1},
 }
 _STATE = {"adamw": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
-_EDGE = 1 << 14  # elements at either end of each tensor that are compared with float64; of all it would take minutes
+_EDGE = 1 << 14  # elements at each end of a tensor that are compared with float64; all elements would take minutes
 
 
 @dataclass(frozen=True)
 class _Variant:
-    """What ours is told beyond torch, for the same parameters; `bytes` it moves per parameter then."""
+    """Options of torchweld's optimizer that torch does not have; `bytes`: moved per parameter with them."""
 
     name: str
     bytes: int
@@ -35,7 +35,7 @@ class _Variant:
 
 
 def _variants(op: str, dtype: torch.dtype) -> Iterator[_Variant]:
-    """Bytes per parameter: reads p, g and the state, writes p and the state; clipping reads g once more."""
+    """Bytes per parameter: the step reads p, g and the state, writes p and the state. Clipping reads g once more."""
     size, states = dtype.itemsize, len(_STATE[op])
     yield _Variant("", (3 + 2 * states) * size)
     yield _Variant("clipped", (4 + 2 * states) * size, {"max_grad_norm": 1.0})
@@ -57,7 +57,7 @@ def _many_small() -> list[torch.Size]:
 
 @dataclass
 class _Bench:
-    """Providers that share parameters and gradients, unless there are masters; each has a state of its own."""
+    """Providers with the same parameters and gradients, or with copies if there are masters. Each has its own state."""
 
     op: str
     shapes: Sequence[torch.Size]
@@ -71,7 +71,7 @@ class _Bench:
         for p in self.params:
             p.grad = random.normal(*p.shape, dtype=self.dtype, scale=1e-2)
         self.ours = self.params
-        if "master_weights" in self.variant.options:  # masters follow who else writes to their parameters: nobody is to
+        if "master_weights" in self.variant.options:  # nothing else may write to parameters with masters
             self.ours = [torch.nn.Parameter(p.detach().clone()) for p in self.params]
             for p, q in zip(self.ours, self.params, strict=True):
                 p.grad = q.grad
@@ -92,7 +92,7 @@ class _Bench:
 
     def _call(self, name: str) -> Call:
         step, limit = self.optimizers[name].step, self.variant.options.get("max_grad_norm")
-        if limit is None or name == "torchweld":  # ours clips inside the step
+        if limit is None or name == "torchweld":  # torchweld's clips inside the step
             return step
 
         def clip_and_step() -> None:
@@ -105,7 +105,7 @@ class _Bench:
         return self.ours if name == "torchweld" else self.params
 
     def check(self) -> dict[str, float]:
-        """The first step of each, on the same values: parameters, and the state where it is of the same dtype."""
+        """Compares the first step of each: the parameters, and the state if its dtype is the same."""
         start = [(p.detach().clone(), _grad(p).clone()) for p in self.params]
         names = () if self.variant.name.startswith("fp32 state") else _STATE[self.op]
         found: dict[str, list[dict[str, Tensor]]] = {}
@@ -146,7 +146,7 @@ class _Bench:
 
 
 def _edges(t: Tensor) -> Tensor:
-    """A copy of both ends."""
+    """A copy of both ends of a tensor."""
     flat = t.flatten()
     return flat.clone() if flat.numel() <= 2 * _EDGE else torch.cat((flat[:_EDGE], flat[-_EDGE:]))
 

@@ -1,4 +1,4 @@
-"""What a call costs beside its work, and what an import costs: layer_norm of 8 x 64, and a fresh Python."""
+"""The cost of a call without its work, and of an import: layer_norm of 8 x 64, and a fresh Python."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _REPEATS = 100  # calls per sample: one is too short for the clock
 
 
 def _calls(x: Tensors, grad: bool) -> dict[str, Call]:
-    # Called as a user would: what the cases wrap around a call would be a part of these times.
+    # A call as a user writes it, without the code that the cases wrap around a call.
     inputs, weight, bias = (x[n].detach().requires_grad_(grad) for n in ("x", "weight", "bias"))
     ours, theirs, shape = ops.layer_norm, torch.nn.functional.layer_norm, (64,)
     return {
@@ -33,7 +33,7 @@ def _python(program: str) -> Call:
 
 
 def overhead(settings: Settings) -> Iterator[Work]:
-    """On one thread, for a second one costs more than it does here; as it was when the generator ends."""
+    """Measures on one thread, for a second one costs more than it gains. Restores the number of threads at the end."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -43,7 +43,7 @@ def cells(row: Row) -> tuple[str, ...]:
 
 
 def table(rows: list[Row]) -> Table:
-    """For the terminal; a line between one piece of work and the next."""
+    """The table for the terminal, with a line between measurements."""
     found = Table(*_COLUMNS)
     for row, following in zip(rows, [*rows[1:], None], strict=True):
         style = "bold" if row["provider"] == "torchweld" else None
@@ -56,7 +56,7 @@ def _work(row: Row) -> tuple[Any, ...]:
 
 
 def markdown(rows: list[Row]) -> str:
-    """For a README: one line per piece of work, torchweld beside every other provider."""
+    """The table for a README: one line per measurement, torchweld beside every other provider."""
     others = list(dict.fromkeys(r["provider"] for r in rows if r["provider"] != "torchweld"))
     header = ["work", "dtype", "torchweld ms", "rate", "of limit", *(f"x {name}" for name in others)]
     lines = [header, ["---"] * len(header)]
@@ -73,7 +73,7 @@ def markdown(rows: list[Row]) -> str:
 
 
 def plot(rows: list[Row], path: Path) -> None:
-    """How many times as fast as torch: bars by direction and dtype for each case, on a log scale."""
+    """A plot of the speed as a multiple of torch's: bars by direction and dtype for each case, on a log scale."""
     pyplot = plotter()
     ours = [r for r in rows if r["provider"] == "torchweld" and r["speedup_vs_torch"] is not None]
     labels = list(dict.fromkeys(f"{r['op']}\n{r['case']['name']}" for r in ours))
@@ -103,7 +103,7 @@ def plot(rows: list[Row], path: Path) -> None:
 
 
 def plotter() -> Any:
-    """matplotlib's pyplot, drawing to files only."""
+    """matplotlib's pyplot, which draws to files only."""
     try:
         import matplotlib  # noqa: PLC0415  (an extra)
     except ImportError as error:
@@ -115,14 +115,14 @@ def plotter() -> Any:
 
 
 def write(rows: list[Row], path: Path) -> None:
-    """JSON, one row a line; written aside and then renamed, so that a file is whole or not there."""
+    """Writes JSON, one row a line, to another name, and renames it: the file is whole or not there."""
     aside = path.with_name(f".{path.name}.part")
     aside.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
     os.replace(aside, path)
 
 
 def read(path: Path) -> list[Row]:
-    """What `write` wrote."""
+    """The rows of a file that `write` wrote."""
     try:
         rows = json.loads(path.read_text())
     except OSError as error:

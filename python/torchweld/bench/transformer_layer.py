@@ -1,4 +1,4 @@
-"""A training step of torch.nn.TransformerEncoderLayer(512, 8) on 8 x 256 tokens: as it is, and after `patch`."""
+"""A training step of torch.nn.TransformerEncoderLayer(512, 8) on 8 x 256 tokens: torch's layer, and a patched one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _BATCH, _TOKENS, _WIDTH, _HEADS, _INNER = 8, 256, 512, 8, 2048
 
 
 class _Bench:
-    """The same layer twice, of the same parameters, one of them patched."""
+    """The same layer twice, with the same parameters, one of them patched."""
 
     def __init__(self, dtype: torch.dtype, device: str, dropout: float) -> None:
         torch.manual_seed(0)
@@ -38,7 +38,7 @@ class _Bench:
         return {name: partial(self._step, layer) for name, layer in self.layers.items()}
 
     def check(self) -> dict[str, float]:
-        """Without dropout, which draws differ in; gradients in float32, as ReLU's jumps where a rounding crosses 0."""
+        """Compares without dropout, whose draws differ. Gradients are float32, for ReLU jumps at 0."""
         for layer in self.layers.values():
             layer.eval()
         call: Callable[..., Tensor] = torch.nn.Module.__call__
@@ -58,7 +58,7 @@ def _check(bench: Callable[[], _Bench]) -> dict[str, float]:
 
 
 def transformer_layer(settings: Settings) -> Iterator[Work]:
-    """With the layer's default dropout, and without."""
+    """The layer with its default dropout, and without."""
     if "step" not in settings.directions:
         return
     # Two FLOPs for each weight and token, twice that backward; attention: two products of N x N x width, five backward.

@@ -15,7 +15,7 @@ from typing import NoReturn
 from torchweld import __version__, backend
 from torchweld.errors import UserError
 
-# Each command's module, and the function there that adds its parser. Only the command that is called is imported.
+# Each command's module, and the function in it that adds the parser. Only the module of the called command is imported.
 _COMMANDS = {
     "info": ("torchweld.cli.info", "add_parser"),
     "check": ("torchweld.cli.check", "add_parser"),
@@ -43,7 +43,7 @@ def _parser(chosen: Sequence[str]) -> argparse.ArgumentParser:
 
 
 def _check_environment() -> None:
-    """Raises UserError if TORCHWELD_BACKEND or TORCHWELD_CPU_ISA asks for what is not here."""
+    """Raises UserError if this machine does not have what TORCHWELD_BACKEND or TORCHWELD_CPU_ISA names."""
     try:
         with backend.use_backend("reference"):
             pass
@@ -60,22 +60,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         _check_environment()
         return int(args.func(args))
-    except ValueError as error:  # UserError is one, and so is what the ops raise on arguments that cannot be
+    except ValueError as error:  # UserError is a ValueError, and so are the errors of the ops for impossible arguments
         print(f"torchweld: error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("torchweld: interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `torchweld ... | head` has seen enough; the interpreter's last flush is to find a home
+    except BrokenPipeError:  # `torchweld ... | head`: head has ended. The last flush of the interpreter must not fail
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
 
 
 def command() -> NoReturn:
-    """The command itself: main, and out.
+    """The command: runs main and exits.
 
-    One of several processes is gone at once: gloo's threads outlive their group, and an interpreter that is taken down
-    beside them can abort.
+    One of several processes exits at once, without the interpreter's shutdown: gloo's threads still run then, and the
+    shutdown can abort.
     """
     code = main()
     if "LOCAL_RANK" in os.environ:

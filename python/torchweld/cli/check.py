@@ -39,7 +39,7 @@ def add_parser(subparsers: Subparsers) -> None:
 
 @dataclass(frozen=True)
 class Target:
-    """One set of kernels, and the block in which every call runs on it."""
+    """A set of kernels, and the context in which calls run on it."""
 
     label: str
     device: str
@@ -48,7 +48,7 @@ class Target:
 
 @dataclass
 class Line:
-    """One line of the table. `worst`: ratio of error to what is allowed, and where."""
+    """One line of the table. `worst`: the largest ratio of an error to the allowed error, and its place."""
 
     cases: int = 0
     on_reference: int = 0
@@ -57,7 +57,7 @@ class Line:
 
 
 def targets(isa: str) -> list[Target]:
-    """Everything that can run here, with the CPU instruction sets that `isa` names."""
+    """All sets of kernels of this machine, with the CPU instruction sets that `isa` names."""
     found = [Target("reference", "cpu", lambda: backend.use_backend("reference"))]
     if reason := backend.unavailable("cpu"):
         raise UserError(f"the CPU kernels, which every installation has, cannot be used: {reason}")
@@ -95,7 +95,7 @@ def _judge(line: Line, oracle: Oracle, target: Target) -> None:
             except backend.NotServedError:
                 line.on_reference += 1
                 verdicts = oracle.judge()
-    except Exception as error:  # whatever a kernel does wrong is the answer that was asked for
+    except Exception as error:  # any error of a kernel is a result of the check
         line.misses.append(f"{name}: {type(error).__name__}: {error}")
         return
     for v in verdicts:
@@ -105,7 +105,7 @@ def _judge(line: Line, oracle: Oracle, target: Target) -> None:
 
 
 def check_op(op: str, where: list[Target]) -> dict[tuple[str, str], Line]:
-    """Lines of one op, by the target's label and the dtype's name."""
+    """The lines of one op, by the target's label and the dtype's name."""
     from torchweld.testing import Oracle, cases  # noqa: PLC0415  (`--help` need not wait for it)
 
     lines = {(t.label, _name(dtype)): Line() for t in where for dtype in _DTYPES}
@@ -124,7 +124,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the table and every miss; 1 if there is one."""
+    """Prints the table and every miss. Returns 1 if there is a miss."""
     from torchweld.testing import ops  # noqa: PLC0415
 
     known = list(ops())

@@ -1,4 +1,4 @@
-"""`torchweld info`: what runs where on this machine, and why not elsewhere."""
+"""`torchweld info`: which backend serves which op on this machine, and the reasons."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _cuda() -> dict[str, Any]:
 
 
 def _who_serves(device: str) -> dict[str, dict[str, str | None]]:
-    """By op the backend that serves its first case on `device`, tried by running it; and why no kernels do, if none."""
+    """For each op the backend that serves its first case on `device`, found by a run, and why no kernels do."""
     from torchweld import testing  # noqa: PLC0415  (`--help` need not wait for it)
 
     served: dict[str, dict[str, str | None]] = {}

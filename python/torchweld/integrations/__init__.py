@@ -1,1 +1,1 @@
-"""Where other libraries look for attention: torch's own SDPA registry, and Hugging Face transformers."""
+"""The kernels of attention in torch's own SDPA registry and in Hugging Face transformers."""

@@ -21,12 +21,12 @@ NAME = "torchweld"
 
 
 def register() -> None:
-    """Makes `attn_implementation="torchweld"` known to transformers, with its mask; `patch` does it by itself."""
+    """Registers `attn_implementation="torchweld"` and its mask with transformers. `patch` calls this too."""
     from transformers import AttentionInterface, AttentionMaskInterface  # noqa: PLC0415
     from transformers.masking_utils import sdpa_mask  # noqa: PLC0415
 
     AttentionInterface.register(NAME, attention_forward)
-    # Without a mask function of its name, padding and causality would be dropped in silence.
+    # Without a mask function of the same name transformers would drop padding and causality in silence.
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
@@ -46,11 +46,11 @@ def attention_forward(
     block_indices: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """transformers' attention interface: (B, H, N, D) to (B, N, H, D); a key's heads serve groups of the query's.
+    """transformers' attention interface: (B, H, N, D) to (B, N, H, D). Groups of query heads share a key head.
 
-    The weights come with it where `output_attentions` asks for them. `indices` (B, N, K) are the keys that a query may
-    see, `block_indices` the blocks of keys: models of sparse attention put them into the mask for "sdpa" and "eager"
-    alone. Keywords that speak of the mask alone (sliding_window, position_ids) have done so when the mask was made.
+    The result has the weights too if `output_attentions` is set. `indices` (B, N, K) are the keys that a query may see,
+    `block_indices` the blocks of keys. Models of sparse attention put these into the mask only for "sdpa" and "eager".
+    Keywords that only concern the mask (sliding_window, position_ids) are ignored: the mask contains them.
     """
     if kwargs.get("sinks") is not None:
         raise ValueError(
@@ -61,9 +61,9 @@ def attention_forward(
     if indices is not None:
         attention_mask = _among(indices, attention_mask, key.shape[2])
     if block_indices is not None:
-        causal = False  # the mask says it
+        causal = False  # the mask contains it
         attention_mask = _among_blocks(module, block_indices, attention_mask, query, key, kwargs.get("position_ids"))
-    if is_replaced() and not softcap and s_aux is None:  # the call is somebody else's to make
+    if is_replaced() and not softcap and s_aux is None:  # another function has replaced torch's, and must see the call
         from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: PLC0415
 
         rest = (attention_mask, dropout, scaling, is_causal, position_bias)
@@ -82,7 +82,7 @@ def attention_forward(
             bias = position_bias + bias
     if bias is not None and bias.dtype not in (torch.bool, torch.float32):
         bias = bias.to(query.dtype)
-    if query.shape[0] != key.shape[0]:  # learned queries are one for all of the batch
+    if query.shape[0] != key.shape[0]:  # learned queries have one batch for all
         query = query.expand(key.shape[0], -1, -1, -1)
     softcap = softcap or 0.0
 
@@ -106,7 +106,7 @@ def attention_forward(
 
 
 def _among(indices: Tensor, mask: Tensor | None, keys: int) -> Tensor:
-    """The mask, (B, 1, N, keys), without the keys that are not among each query's."""
+    """The mask, (B, 1, N, keys), which also hides the keys that are not in `indices`."""
     chosen = torch.zeros(*indices.shape[:2], keys, dtype=torch.bool, device=indices.device)
     chosen = chosen.scatter(-1, indices.long(), True).unsqueeze(1)
     if mask is None or mask.dtype == torch.bool:
@@ -117,7 +117,7 @@ def _among(indices: Tensor, mask: Tensor | None, keys: int) -> Tensor:
 def _among_blocks(
     module: Any, blocks: Tensor, mask: Tensor | None, query: Tensor, key: Tensor, positions: Tensor | None
 ) -> Tensor:
-    """The mask that the model's own indexer makes of its blocks of keys."""
+    """The mask that the model's own indexer makes from its blocks of keys."""
     rows, keys = query.shape[2], key.shape[2]
     if positions is None:
         positions = torch.arange(keys - rows, keys, device=query.device)
@@ -127,7 +127,7 @@ def _among_blocks(
 
 
 class AttentionChange:
-    """`set_attn_implementation`, back to what each of the model's configs had."""
+    """A change by `set_attn_implementation`. Its undo restores the value of each of the model's configs."""
 
     def __init__(self, model: Any) -> None:
         register()
@@ -150,7 +150,7 @@ class AttentionChange:
 
 
 class _Name(str):
-    """The name in a model's config: a process that unpickles it knows what it stands for."""
+    """The name in a model's config. A process that unpickles it registers the attention."""
 
     __slots__ = ()
 
@@ -164,9 +164,9 @@ def _registered_name() -> str:
 
 
 def _implementations(config: Any) -> Any:
-    """What `set_attn_implementation` takes to give a config, and those inside of it, what they have now.
+    """The argument of `set_attn_implementation` that restores a config and the configs inside it.
 
-    Not those that have ours already: they are another patch's to take back.
+    Configs that already have "torchweld" are left out: another patch undoes them.
     """
     now = config._attn_implementation
     found = {"": now} if now != NAME else {}
@@ -178,7 +178,7 @@ def _implementations(config: Any) -> Any:
 
 
 def attention_of(model: torch.nn.Module) -> tuple[str, str | None] | None:
-    """What a model's attention is, and why it cannot be changed, if so; None if it is none of transformers' models."""
+    """The attention of a model and, if it cannot be changed, the reason. None if the model is not of transformers."""
     from transformers.modeling_utils import PreTrainedModel  # noqa: PLC0415
 
     if not isinstance(model, PreTrainedModel):
@@ -193,11 +193,11 @@ def attention_of(model: torch.nn.Module) -> tuple[str, str | None] | None:
     return f"{now} attention", None
 
 
-# ---- Norms and activations. What a class computes is told by its code: most models carry copies of the same few.
+# ---- Norms and activations. A class is recognised by its code, for most models have copies of the same few classes.
 
 
 def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
-    if hidden_states.dtype != module.weight.dtype:  # each model mixes dtypes in its own way
+    if hidden_states.dtype != module.weight.dtype:  # models differ in how they mix dtypes
         stock: Tensor = super(type(module), module).forward(hidden_states)
         return stock
     return ops.rms_norm(hidden_states, module.weight.shape, module.weight, module.variance_epsilon)
@@ -212,7 +212,7 @@ def _gelu_tanh(module: Any, input: Tensor) -> Tensor:
 
 
 def _body(cls: type, *methods: str) -> tuple[Any, ...] | None:
-    """What the methods do: their instructions, and the names and constants in them."""
+    """The code of methods: their instructions, names and constants."""
     codes = [getattr(getattr(cls, method, None), "__code__", None) for method in methods]
     if not all(isinstance(code, CodeType) for code in codes):
         return None
@@ -220,7 +220,7 @@ def _body(cls: type, *methods: str) -> tuple[Any, ...] | None:
 
 
 def recognise(cls: Any) -> tuple[str, Callable[..., Tensor], str] | None:
-    """Norm or activation, the forward that does the same as that of `cls`, its name; None for a class not known."""
+    """Norm or activation, a forward equal to that of `cls`, and its name. None for an unknown class."""
     if not cls.__module__.startswith("transformers."):
         return None
     if cls.__module__ == "transformers.activations":

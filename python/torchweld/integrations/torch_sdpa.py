@@ -1,11 +1,11 @@
 """The kernels of attention under torch's own function: `torch.nn.attention.activate_flash_attention_impl("torchweld")`.
 
-From then on `F.scaled_dot_product_attention`, wherever an unchanged model calls it, runs on the kernels where torch
-would choose its FlashAttention: on CUDA, and on the CPU, where that is its default. `restore_flash_attention_impl()`
-undoes it. torch goes on deciding which calls come here: on the CPU those without dropout, on CUDA those without
-attn_mask. What the kernels do not take (float64, a debug mask) or would not make faster (on the CPU, a few queries)
-goes to torch's kernel, as all does inside `use_backend("reference")`. Dropout draws other bits than torch's kernel
-would, from the same generator.
+After that call `F.scaled_dot_product_attention` runs on the kernels wherever torch chooses its FlashAttention: on CUDA,
+and on the CPU, where FlashAttention is the default. Models need no change. `restore_flash_attention_impl()` undoes it.
+torch still decides which calls reach FlashAttention: on the CPU calls without dropout, on CUDA calls without attn_mask.
+torch's kernel serves what the kernels do not take (float64, a debug mask), what would not be faster (on the CPU a few
+queries), and all calls inside `use_backend("reference")`. Dropout draws other bits than torch's kernel, from the same
+generator.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ Kernel = Callable[..., Any]
 
 
 def register() -> None:
-    """Makes `activate_flash_attention_impl("torchweld")` known, where torch has it; changes nothing else."""
+    """Registers the name "torchweld" with `activate_flash_attention_impl`, if torch has it. Changes nothing else."""
     if hasattr(torch.nn.attention, "register_flash_attention_impl") and hasattr(torch.library, "get_kernel"):
         torch.nn.attention.register_flash_attention_impl(NAME, register_fn=Activation)
 
@@ -44,18 +44,18 @@ class Activation:
         if torch.backends.cuda.is_built():
             replaced += [("CUDA", _torch.FLASH, cuda_forward), ("CUDA", _torch.FLASH_BACKWARD, cuda_backward)]
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Warning only once for all operators")  # that it replaces one
+            warnings.filterwarnings("ignore", "Warning only once for all operators")  # for the replaced operator
             for key, name, ours in replaced:
                 operator = _or_torchs(ours, torch.library.get_kernel(f"aten::{name}", key))
                 self._library.impl(name, operator, key, with_keyset=True)
 
     def remove(self) -> None:
-        """Ends with the last reference to the library."""
+        """Drops the library. The operators are torch's again when no reference to it is left."""
         self._library = None
 
 
 def _or_torchs(ours: Kernel, torchs: Any) -> Kernel:
-    """The operator: `ours`, or the kernel that was there, for what ours leaves alone by returning None."""
+    """The operator: `ours`, and torch's kernel where `ours` returns None."""
 
     def operator(keys: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
         found = ours(*args, **kwargs)
@@ -64,7 +64,7 @@ def _or_torchs(ours: Kernel, torchs: Any) -> Kernel:
     return operator
 
 
-# On the CPU torch's kernel, which does not pack keys and values, is the faster one for fewer rows of a key head.
+# On the CPU torch's kernel is faster for fewer rows per key head, because it does not pack keys and values.
 _FEW = {torch.float32: 64, torch.bfloat16: 2, torch.float16: 2}
 
 
@@ -107,7 +107,7 @@ def cpu_forward(
     modifiers, options = _arguments(query, attn_mask, None, 0.0, is_causal, scale)
     output = run_forward(query, key, value, torch.empty_like(query), None, statistics, modifiers, options)
     lse = statistics[0]
-    if attn_mask is not None:  # torch's backward, should it follow, wants a number for a row that sees nothing
+    if attn_mask is not None:  # torch's backward needs a finite number for a row that sees no key
         lse.masked_fill_(lse == -math.inf, 0.0)
     return output, lse.transpose(1, 2).contiguous().transpose(1, 2)
 
@@ -139,7 +139,7 @@ def cpu_backward(
     return tuple(grads)
 
 
-# A rounding of lse is a relative error of the weights that the backward makes of it; from here on of more than 2^-17.
+# The rounding of lse is a relative error of the weights in the backward. From here on it is more than 2^-17.
 _LARGE = 256.0
 
 # ---- CUDA

@@ -1,4 +1,4 @@
-"""Drop-ins that subclass torch.nn: same constructor, same state_dict, only `forward` is ours."""
+"""Drop-ins that subclass torch.nn: same constructor and state_dict, another `forward`."""
 
 from torchweld.nn.attention import MultiheadAttention
 from torchweld.nn.layer_norm import LayerNorm

@@ -19,8 +19,8 @@ def _is_mask(t: object) -> bool:
 class MultiheadAttention(torch.nn.MultiheadAttention):
     """Drop-in for `torch.nn.MultiheadAttention`: same arguments, same parameters, same state_dict.
 
-    The fused attention serves `need_weights=False`. Asking for the weights means that all of them have to be in
-    memory, and torch's own forward makes them. Masks follow torch's module: True (or -inf) means ignore.
+    The fused attention serves `need_weights=False`. With `need_weights=True` torch's own forward runs, because the
+    weights must then be in memory. Masks are as in torch's module: True (or -inf) hides a key.
     """
 
     def forward(
@@ -47,7 +47,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
                 is_causal=is_causal,
             )
 
-        # (B, L, E), whatever the caller's layout; one tensor given twice or three times stays one.
+        # (B, L, E) in both layouts of the caller. One tensor that is given several times stays one tensor.
         def batch_first(x: Tensor) -> Tensor:
             return x.unsqueeze(0) if not batched else x if self.batch_first else x.transpose(0, 1)
 
@@ -72,7 +72,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
         attn_mask: Tensor | None,
         is_causal: bool,
     ) -> bool:
-        """Whether the arguments fit; if not, torch's own forward says what is wrong, as it always did."""
+        """Whether the arguments fit. If they do not, torch's own forward raises its own error."""
         if is_replaced() or query.is_nested or key.is_nested or value.is_nested:
             return False
         if not 2 <= query.dim() == key.dim() == value.dim() <= 3:
@@ -120,12 +120,12 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     ) -> Tensor | None:
         """Both masks as one for scaled_dot_product_attention: boolean (True attends) if both are, else additive."""
         if causal:
-            return None  # the caller's word that attn_mask is the causal mask; the kernel knows that one
+            return None  # the caller says that attn_mask is the causal mask, which the kernel makes itself
         if attn_mask is not None:
             attn_mask = attn_mask if attn_mask.dim() == 2 else attn_mask.unflatten(0, (-1, self.num_heads))
         if key_padding_mask is not None:
             key_padding_mask = key_padding_mask[:, None, None, :]
-        # bias_k and the zero key stand behind the given keys and are never masked.
+        # bias_k and the zero key follow the given keys. No mask hides them.
         masks = [F.pad(m, (0, k.shape[-2] - m.shape[-1])) for m in (attn_mask, key_padding_mask) if m is not None]
         if not masks:
             return None

@@ -1,4 +1,4 @@
-"""torch's own scaled_dot_product_attention, and whether somebody has put another in its place."""
+"""torch's own scaled_dot_product_attention, and whether another function has replaced it."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ STOCK = _torch.scaled_dot_product_attention
 
 
 def is_replaced() -> bool:
-    """Whether `F.scaled_dot_product_attention` is somebody else's now, as it is inside torch's `context_parallel`.
+    """Whether another function has replaced `F.scaled_dot_product_attention`, as torch's `context_parallel` does.
 
-    What would have called it must go on to do so, or attention would see this rank's keys only.
+    A module that calls F.scaled_dot_product_attention must then go on to call it. Without the replacement attention
+    would see the keys of this rank alone.
     """
     return F.scaled_dot_product_attention is not STOCK

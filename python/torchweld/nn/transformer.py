@@ -16,7 +16,7 @@ Modules = tuple[torch.nn.Module, ...]
 
 
 def _fusable(layer: torch.nn.Module, base: type[torch.nn.Module], norms: Modules, dropouts: Modules) -> bool:
-    """Whether nobody misses the calls of these modules: no hook, no module of another kind, no block of a subclass."""
+    """Whether nothing needs the calls of these modules: no hook, no module of another class, no block of a subclass."""
     blocks = (name for name in base.__dict__ if name.endswith("_block"))
     return (
         all(is_plain(norm, torch.nn.LayerNorm) for norm in norms)
@@ -53,8 +53,8 @@ def _feed_forward(layer: Any, x: Tensor) -> Tensor:
 class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     """Drop-in for `torch.nn.TransformerEncoderLayer`: same arguments, same parameters, same state_dict.
 
-    A hook on a norm or on the dropout in front of a residual add, or another module in its place, turns the fusion off,
-    as does a subclass with a block of its own; nested tensors go to torch's inference path.
+    Three things turn the fusion off: a hook on a norm or on the dropout in front of a residual add, a module of another
+    class in its place, and a subclass with its own block. Nested tensors go to torch's inference path.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -70,7 +70,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
     ) -> Tensor:
         norms, dropouts = (self.norm1, self.norm2), (self.dropout1, self.dropout2)
         masks = src_mask, src_key_padding_mask, is_causal
-        # torch's layer shows additive masks to whoever looks at the attention, or is it.
+        # A hook on the attention, or an attention of another class, gets additive masks, as from torch's layer.
         watched = masks[:2] != (None, None) and not is_plain(self.self_attn, torch.nn.MultiheadAttention)
         if src.is_nested or watched or not _fusable(self, torch.nn.TransformerEncoderLayer, norms, dropouts):
             return super().forward(src, *masks)
@@ -128,7 +128,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
 
 @twin
 class TransformerEncoder(torch.nn.TransformerEncoder):
-    """Drop-in for `torch.nn.TransformerEncoder`; the copies that it makes of `encoder_layer` are of these classes."""
+    """Drop-in for `torch.nn.TransformerEncoder`; its copies of `encoder_layer` are drop-ins too."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -137,7 +137,7 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
 
 @twin
 class TransformerDecoder(torch.nn.TransformerDecoder):
-    """Drop-in for `torch.nn.TransformerDecoder`; the copies that it makes of `decoder_layer` are of these classes."""
+    """Drop-in for `torch.nn.TransformerDecoder`; its copies of `decoder_layer` are drop-ins too."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -146,7 +146,7 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
 
 @twin
 class Transformer(torch.nn.Transformer):
-    """Drop-in for `torch.nn.Transformer`; an encoder or decoder that is given stays what it is."""
+    """Drop-in for `torch.nn.Transformer`; an encoder or decoder that the caller gives is used as it is."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

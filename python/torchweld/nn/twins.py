@@ -1,4 +1,4 @@
-"""Which class here stands for which of torch.nn, and how a module of the one becomes one of the other."""
+"""Which drop-in replaces which class of torch.nn, and how a module changes its class from one to the other."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TWINS: dict[type[torch.nn.Module], type[torch.nn.Module]] = {}
 
 
 def twin(cls: _Class) -> _Class:
-    """Enters a drop-in under the class that it subclasses; its constructor shows that one's signature."""
+    """Registers a drop-in for the torch class that it subclasses. Its constructor gets the signature of that class."""
     base = cls.__bases__[0]
     TWINS[base] = cls
     if "__init__" in cls.__dict__:
@@ -25,7 +25,7 @@ def twin(cls: _Class) -> _Class:
 
 
 def adopt(modules: Iterable[torch.nn.Module]) -> None:
-    """Gives each module that is exactly of a class with a twin that twin's class: same object, same parameters."""
+    """Changes the class of each module whose class has a drop-in. Objects and parameters stay the same."""
     for module in modules:
         if found := TWINS.get(type(module)):
             module.__class__ = found

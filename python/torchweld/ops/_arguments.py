@@ -1,4 +1,4 @@
-"""What every op asks of its arguments, and how an error reads: `[op] argument: expected X, but got Y; remedy`."""
+"""Checks of arguments that all ops share, and the form of an error: `[op] argument: expected X, but got Y; remedy`."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ FREED = "expected a tensor with memory, but got one whose storage is empty: it w
 
 
 def shown(value: object) -> str:
-    """An argument in an error: its value where it is plain data, else its type; a printed tensor would be read."""
+    """An argument as an error shows it: the value of plain data, else the type. Printing a tensor would read it."""
     plain = value is None or isinstance(value, (bool, int, float, str, bytes, torch.dtype))
     if isinstance(value, (list, tuple)):
         plain = all(v is None or isinstance(v, (bool, int, float, str)) for v in value)
     return repr(value) if plain else type(value).__name__
 
 
-# ---- Numbers and flags. They are asked first: one that is a tensor, or runs Python code, may change the others.
+# ---- Numbers and flags. They are converted first: a conversion may run Python code that changes a tensor.
 
 
 def number(op: str, name: str, value: Any, expected: str = "a number") -> float:
@@ -73,11 +73,11 @@ def flag(op: str, name: str, value: Any) -> bool:
 
 
 def is_freed(t: Tensor) -> bool:
-    """Whether a tensor has elements but no memory, which torch's own operators do not ask before they read it."""
+    """Whether a tensor has elements but no memory. torch's own operators would read such a tensor without a check."""
     if torch.compiler.is_compiling() or type(t).__torch_dispatch__ is not Tensor.__torch_dispatch__:
         return False
     try:
-        with no_torch_function():  # code of a subclass or a mode is not to run for this question
+        with no_torch_function():  # this check must not run the code of a subclass or a mode
             # A view of an empty storage has a small address, not null.
             null = t.device.type in ("cpu", "cuda") and t.data_ptr() < 4096 and t.numel() > 0
             return null and not is_zero_tensor(t)
@@ -86,7 +86,7 @@ def is_freed(t: Tensor) -> bool:
 
 
 def _tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Tensors and the elements of lists, each with its name."""
+    """The tensors among the arguments and in their lists, each with its name."""
     for name, value in arguments.items():
         if isinstance(value, Tensor):
             yield name, value
@@ -95,14 +95,14 @@ def _tensors(arguments: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def check_memory(op: str, **arguments: Any) -> None:
-    """Raises ValueError for a tensor whose storage was freed, also in a list: in front of torch's own operators."""
+    """Raises ValueError for a tensor whose storage was freed, also in a list. Called before torch's own operators."""
     for name, t in _tensors(arguments):
         if isinstance(t, Tensor) and is_freed(t):
             raise ValueError(f"[{op}] {name}: {FREED}")
 
 
 def check_float(op: str, name: str, dtype: torch.dtype) -> None:
-    """Raises TypeError for a dtype that neither kernels nor reference compute in: those of 8 bits are for storage."""
+    """Raises TypeError for a dtype that neither kernels nor reference compute in. Dtypes of 8 bits only store."""
     if not dtype.is_floating_point:
         raise TypeError(f"[{op}] {name}: expected a floating-point dtype, but got {dtype}")
     if dtype.itemsize < 2:
@@ -112,7 +112,7 @@ def check_float(op: str, name: str, dtype: torch.dtype) -> None:
 
 
 class NotDenseError(TypeError):
-    """A nested or sparse tensor, of which the ops know nothing."""
+    """The error for a nested or sparse tensor, which no op takes."""
 
 
 def check_dense(op: str, **tensors: Any) -> None:
@@ -129,14 +129,14 @@ def check_dense(op: str, **tensors: Any) -> None:
 
 
 def as_torch_does(error: NotDenseError, twin: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
-    """What torch's `twin` of an op makes of these arguments; raises `error` if it does not take them either."""
+    """The result of `twin`, torch's function of the same name. Raises `error` if `twin` does not take the arguments."""
     try:
         return twin(*args, **options)
     except (RuntimeError, TypeError, ValueError):  # the first for a missing kernel too
         raise error from None
 
 
-# ---- Errors of torch's own operators. What they refuse is sought only after they have.
+# ---- Errors of torch's own operators. The cause is looked for only after an error.
 
 _GRAMMAR = re.compile(r"\[\w+\] ")
 _KEPT = (TypeError, ValueError, IndexError, RuntimeError, NotImplementedError)
@@ -144,14 +144,15 @@ _BARE = frozenset((*_KEPT, AssertionError, AttributeError, KeyError, OverflowErr
 
 
 def explain(op: str, error: Exception, arguments: Mapping[str, Any]) -> NoReturn:
-    """Raises `error`, which torch's operators raised of these arguments, as one that names op and argument.
+    """Raises `error`, which torch's operators raised for these arguments, with the op and the argument in its text.
 
-    As it is where it does so itself, and where it is of a kind of its own (memory that is used up, a tracer's).
+    An error that names both is raised as it is. So is one of another class than Python's own: an out-of-memory error, a
+    tracer's error.
     """
     named = _GRAMMAR.match(str(error)) is not None
     if type(error) not in _BARE or (named and not isinstance(error, TypeError)):
         raise error
-    _check_plain(op, arguments, error)  # of a list the bindings name no element
+    _check_plain(op, arguments, error)  # the bindings do not name the element of a list
     if named:
         raise error
     kind = type(error) if isinstance(error, _KEPT) else RuntimeError
@@ -159,7 +160,7 @@ def explain(op: str, error: Exception, arguments: Mapping[str, Any]) -> NoReturn
 
 
 def _check_plain(op: str, arguments: Mapping[str, Any], error: Exception) -> None:
-    """Raises for the first tensor that is not like those that the ops are made for."""
+    """Raises for the first tensor that the ops do not take: sparse, quantized, on another device, lazy, a subclass."""
     home = None
     for name, t in _tensors(arguments):
         expected = got = None
@@ -181,7 +182,7 @@ def _check_plain(op: str, arguments: Mapping[str, Any], error: Exception) -> Non
 
 
 def defined(definition: Callable[..., Any], op: str, tensors: Mapping[str, Any], *args: Any, **options: Any) -> Any:
-    """`definition(*args, **options)`, of the reference; `tensors` are those among the arguments, by name."""
+    """`definition(*args, **options)`, a function of the reference; `tensors` names the tensors among its arguments."""
     check_memory(op, **tensors)
     try:
         return definition(*args, **options)

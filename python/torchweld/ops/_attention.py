@@ -1,4 +1,4 @@
-"""The registered ops behind `torchweld.ops.attention`: implementation, fake, autograd, and the choice of the backend.
+"""The registered ops behind `torchweld.ops.attention`: implementation, fake, and what the kernels do not take.
 
 With cu_seqlens, (B, H, N, D) is (total, H, D) and (B, H, Nq) is (H, total_q): packed sequences.
 """
@@ -6,21 +6,14 @@ With cu_seqlens, (B, H, N, D) is (total, H, D) and (B, H, Nq) is (H, total_q): p
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from torchweld import backend, reference
-from torchweld.ops._arguments import KERNEL_DTYPES, defined
-from torchweld.ops._register import (
-    applier,
-    double_backward,
-    register,
-    settle,
-    wants_definition,
-    wants_grad,
-)
+from torchweld import backend
+from torchweld.ops._arguments import KERNEL_DTYPES
+from torchweld.ops._register import register, settle
 
 ALIGNMENTS = ("top_left", "bottom_right")
 
@@ -37,7 +30,7 @@ class Modifiers(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The numbers. -1 is a band without a bound, or a length that is not known."""
+    """The numbers. -1 means: no bound of the band, an unknown length."""
 
     scale: float
     softcap: float = 0.0
@@ -50,7 +43,7 @@ class Options(NamedTuple):
 
 
 PLAIN = Modifiers()
-_DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes", "sinks")  # in the order of the op's `mask`
+DIFFERENTIABLE = ("query", "key", "value", "bias", "alibi_slopes", "sinks")  # in the order of the op's `mask`
 
 
 # ---- Implementation. The kernels read any strides but the last; they fill what is allocated here.
@@ -61,7 +54,7 @@ def operand(t: Tensor, name: str) -> Tensor:
 
 
 def heads_like(query: Tensor, size: int) -> Tensor:
-    """(B, H, N, size), in memory (B, N, H, size) where query is so: merging the heads afterwards is then free."""
+    """An empty (B, H, N, size), in memory (B, N, H, size) if query is so: merging the heads then costs no copy."""
     if size == query.shape[-1] and query.is_contiguous():
         return torch.empty_like(query)
     if query.dim() == 3:
@@ -77,17 +70,17 @@ def heads_like(query: Tensor, size: int) -> Tensor:
 def row_statistics(query: Tensor, rows: int) -> Tensor:
     """float32 (rows, B, H, Nq), packed (rows, H, total_q).
 
-    1 row: lse; 2: what the backward makes the softmax of, which lse is too rounded for; 3: those, then lse.
+    1 row: lse. 2 rows: max and 1 / sum, of which the backward makes P; lse is too coarse. 3 rows: these, then lse.
     """
     shape = query.shape[:3] if query.dim() == 4 else query.shape[1::-1]
     return query.new_empty((rows, *shape), dtype=torch.float32)
 
 
 def wide_output(output: Tensor) -> Tensor | None:
-    """float32 of output's shape, for the output before it is rounded to 16 bits. None: the kernels do without.
+    """An empty float32 tensor for the output before its rounding to 16 bits. None: no kernel fills it.
 
-    The backward takes it in output's place. Of the rounded output its delta would be off by more than the gradients of
-    the scores are where one key has nearly all the weight, or where values are far from zero.
+    The backward reads it in place of the output. The rounding of the output would make delta wrong by more than the
+    gradients of the scores, where one key has nearly all the weight or values are far from zero.
     """
     kernels = backend.kernels.get(output.device.type)
     if output.element_size() > 2 or kernels is None or not kernels.leaves_wide_output:
@@ -98,14 +91,17 @@ def wide_output(output: Tensor) -> Tensor | None:
 def _outputs(
     query: Tensor, key: Tensor, value: Tensor, modifiers: Modifiers, options: Options, rows: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What the training forward returns, not filled: output, wide output (or nothing) and row statistics."""
+    """The results of the training forward, not filled: output, wide output (or an empty tensor) and row statistics."""
     output = heads_like(query, value.shape[-1])
-    wide = wide_output(output) if rows > 1 else None  # of one row: no backward will follow
+    wide = wide_output(output) if rows > 1 else None  # 1 row: no backward follows
     return output, query.new_empty(0) if wide is None else wide, row_statistics(query, rows)
 
 
 def _prepared(query: Tensor, key: Tensor, modifiers: Modifiers) -> Modifiers:
-    """As the kernels want them: (B, H, Nq, Nk), float32 (B, H), float32 (H); broadcast by stride 0, without copies."""
+    """The modifiers in the shapes of the kernels: bias (B, H, Nq, Nk), slopes float32 (B, H), sinks float32 (H).
+
+    Broadcast dimensions get stride 0. Nothing is copied for them.
+    """
     bias, alibi_slopes, sinks, seed = modifiers.bias, modifiers.alibi_slopes, modifiers.sinks, modifiers.seed
     lens_q, lens_k = modifiers.cu_seqlens_q, modifiers.cu_seqlens_k
     heads = query.shape[1]
@@ -134,7 +130,7 @@ def run_forward(
 ) -> Tensor:  # fmt: skip
     """Fills `output`, `wide` (see `wide_output`) and `statistics`; returns `output`."""
     q, k, v = operand(query, "query"), operand(key, "key"), operand(value, "value")
-    if modifiers != PLAIN:  # None is compared by identity: cheap
+    if modifiers != PLAIN:  # compares None by identity, which is cheap
         modifiers = _prepared(q, k, modifiers)
     backend.kernels[q.device.type].attention_forward(
         query=q, key=k, value=v, modifiers=modifiers, options=options,
@@ -159,7 +155,7 @@ def _backward(
     doutput: Tensor, dlse: Tensor | None, output: Tensor, statistics: Tensor, query: Tensor, key: Tensor, value: Tensor,
     modifiers: Modifiers, options: Options, mask: Sequence[bool], deterministic: bool,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    wanted = {name for name, needed in zip(_DIFFERENTIABLE, mask, strict=True) if needed}
+    wanted = {name for name, needed in zip(DIFFERENTIABLE, mask, strict=True) if needed}
     inputs = {"query": query, "key": key, "value": value}
     grads = [heads_like(t, t.shape[-1]) if name in wanted else None for name, t in inputs.items()]
     others = run_backward(
@@ -217,7 +213,7 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     heads = {name: heads_like(t, t.shape[-1]) for name, t in (("query", query), ("key", key), ("value", value))}
     others = {name: None if t is None else t.new_empty(t.shape) for name, t in modifiers._asdict().items()}
-    made = [(heads | others)[name] for name in _DIFFERENTIABLE]
+    made = [(heads | others)[name] for name in DIFFERENTIABLE]
     return tuple(query.new_empty(0) if t is None or not wanted else t for t, wanted in zip(made, mask, strict=True))
 
 
@@ -232,7 +228,7 @@ forward_op = register(
     Modifiers,
     Options,
 )
-_backward_op = register(
+backward_op = register(
     f"attention_backward(Tensor doutput, Tensor? dlse, Tensor output, Tensor statistics, {_INPUTS}, bool[6] mask, "
     "bool deterministic) -> "
     "(Tensor dquery, Tensor dkey, Tensor dvalue, Tensor dbias, Tensor dalibi_slopes, Tensor dsinks)",
@@ -242,72 +238,7 @@ _backward_op = register(
     Options,
 )
 
-# ---- Autograd
-
-
-def _on_reference(
-    query: Tensor, key: Tensor, value: Tensor, modifiers: Modifiers, options: Options
-) -> tuple[Tensor, ...]:
-    """(out, lse) by the definition, from the arguments of the ops."""
-    left, right = options.left, options.right
-    result = reference.attention(
-        query,
-        key,
-        value,
-        window=(None if left < 0 else left, None if right < 0 else right),
-        softcap=options.softcap,
-        dropout_p=options.dropout_p,
-        scale=options.scale,
-        causal_align=ALIGNMENTS[options.bottom_right],
-        return_lse=True,
-        **modifiers._asdict(),
-    )
-    assert isinstance(result, tuple)
-    return result
-
-
-class _Attention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, numbers: tuple[Options, bool, bool], query: Tensor, key: Tensor, value: Tensor, *modifiers: Any
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        # Autograd sees every tensor as an argument of its own, the fields of Modifiers too. One argument for all
-        # numbers: each would cost a call as much as a tensor.
-        ctx.options, ctx.deterministic, return_lse = numbers
-        rows = 3 if return_lse else 2
-        output, wide, statistics = forward_op(query, key, value, Modifiers(*modifiers), ctx.options, rows)
-        ctx.save_for_backward(wide if wide.dim() > 1 else output, statistics, query, key, value, *modifiers)
-        ctx.set_materialize_grads(False)
-        return (output, statistics[2]) if return_lse else output
-
-    @staticmethod
-    def backward(ctx: Any, doutput: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        output, statistics, query, key, value, *others = ctx.saved_tensors
-        modifiers = Modifiers(*others)
-        inputs = {"query": query, "key": key, "value": value, **modifiers._asdict()}
-        needed = dict(zip(inputs, ctx.needs_input_grad[1:], strict=True))
-        mask = [needed[name] for name in _DIFFERENTIABLE]
-        if wants_definition(doutput, dlse):
-
-            def function(query: Tensor, key: Tensor, value: Tensor, *leaves: Any) -> tuple[Tensor, ...]:
-                bias, alibi_slopes, sinks = leaves
-                here = modifiers._replace(bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
-                return _on_reference(query, key, value, here, ctx.options)
-
-            grads = double_backward(function, [inputs[name] for name in _DIFFERENTIABLE], (doutput, dlse), mask)
-        else:
-            if doutput is None:  # only lse was used
-                doutput = torch.zeros_like(output, dtype=query.dtype)
-            grads = _backward_op(
-                doutput, dlse, output, statistics, query, key, value, modifiers, ctx.options, mask, ctx.deterministic
-            )
-        found = {name: g for name, g in zip(_DIFFERENTIABLE, grads, strict=True) if needed[name]}
-        return None, *(found.get(name) for name in inputs)
-
-
-_attention_with_grad = applier(_Attention)
-
-# ---- Backend
+# ---- What the kernels do not take
 
 CUDA_HEAD_SIZE = 256
 
@@ -319,26 +250,3 @@ def refusal(query: Tensor, value: Tensor) -> str | None:
     if query.device.type == "cuda" and max(query.shape[-1], value.shape[-1]) > CUDA_HEAD_SIZE:
         return f"a head size above {CUDA_HEAD_SIZE}"
     return None
-
-
-def attend(
-    op: str,
-    return_lse: bool,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    modifiers: Modifiers,
-    options: Options,
-    deterministic: bool = True,
-) -> Any:
-    """output or (output, lse) of checked arguments, by whichever backend serves them."""
-    if backend.choose(op, query.device, refusal(query, value)) == "reference":
-        tensors = {"query": query, "key": key, "value": value, **modifiers._asdict()}
-        both = defined(_on_reference, op, tensors, query, key, value, modifiers, options)
-        return both if return_lse else both[0]
-    if wants_grad(query, key, value, modifiers.bias, modifiers.alibi_slopes, modifiers.sinks):
-        return _attention_with_grad((options, deterministic, return_lse), query, key, value, *modifiers)
-    if return_lse:
-        output, _, statistics = forward_op(query, key, value, modifiers, options, 1)
-        return output, statistics[0]
-    return inference_op(query, key, value, modifiers, options)

@@ -1,4 +1,4 @@
-"""What is asked of the arguments of attention, in this order: device, dtype, layout, shape."""
+"""Checks of the arguments of attention, in this order: device, dtype, layout, shape."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def check_dropout(op: str, dropout_p: float) -> float:
 
 
 def check_band(op: str, causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
-    """How far a query sees to the left and to the right of where it stands; -1: as far as there are keys."""
+    """How many keys a query sees to the left and to the right of its own position; -1: all of them."""
     left = right = -1
     if window is not None:
         if not isinstance(window, (tuple, list)) or len(window) != 2:
@@ -105,7 +105,7 @@ def check_bias(op: str, name: str, bias: Tensor, query: Tensor, target: Sequence
 
 
 def check_sequences(op: str, query: Tensor, lens_q: Tensor | None, lens_k: Tensor | None) -> int:
-    """How many packed sequences there are. What is in the tensors is the kernels' to check, where they can."""
+    """The number of packed sequences. The CPU kernels check the values of the tensors."""
     for name, lens in (("cu_seqlens_q", lens_q), ("cu_seqlens_k", lens_k)):
         if lens is None:
             fail(op, name, "both of cu_seqlens_q and cu_seqlens_k", "None")

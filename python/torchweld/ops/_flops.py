@@ -1,7 +1,7 @@
-"""What our ops cost, for `torch.utils.flop_counter`: counted as torch counts its own attention; norms and such are 0.
+"""FLOP formulas of the ops for `torch.utils.flop_counter`. They count as torch counts its own attention; others are 0.
 
-torch's module of that name imports Triton where there is one, so it is not imported here: the counters that are on
-when an op is called get the formulas then.
+torch.utils.flop_counter imports Triton where it is installed, so this module does not import it. A counter that is
+active when an op is called gets the formulas at that call.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torchweld import _torch
 
 
 def _scores(query: Tensor, key: Tensor, starts_q: Tensor | None, starts_k: Tensor | None) -> int:
-    """How many elements the scores have: all of them, for torch does not deduct what causal and window leave out."""
+    """The number of scores. Scores that causal and window hide count too, as in torch."""
     if starts_q is None or starts_k is None:
         return math.prod(query.shape[:-1]) * key.shape[-2]
     lengths = [starts.diff().long() for starts in (starts_q, starts_k)]  # packed: (total, H, D)
@@ -26,7 +26,7 @@ def _scores(query: Tensor, key: Tensor, starts_q: Tensor | None, starts_k: Tenso
 
 
 def _formula(op: str, by_key: int, by_value: int) -> Callable[..., int]:
-    """Of an op that makes so many products with the size of a key, or of a value, for each score."""
+    """The formula of an op that makes `by_key` products of key's head size and `by_value` of value's for each score."""
 
     def flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
         names = [a.name for a in _torch.arguments_of(getattr(torch.ops.torchweld, op).default)]
@@ -59,7 +59,7 @@ _FORMULAS = {
 
 
 def inform_counters() -> None:
-    """Gives the formulas to the FLOP counters that are on."""
+    """Gives the formulas to the FLOP counters that are active."""
     if "torch.utils.flop_counter" not in sys.modules:
         return
     for mode in _torch.dispatch_mode_stack():

@@ -40,17 +40,17 @@ def norm_of(cols: int, eps: float, centred: bool = True, weight_offset: float = 
 
 _INPUT, _DOUTPUT = "[layer_norm] input", "[layer_norm] gradient of the output"
 _WEIGHT, _BIAS = "[layer_norm] weight", "[layer_norm] bias"
-_NO_WORKSPACE = 4096  # columns up to which no forward kernel wants one, so that short calls need not ask
+_NO_WORKSPACE = 4096  # columns up to which no forward kernel needs a workspace, so that short calls need not ask
 
 
 def _parameters(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-    """Of x's dtype where both are, else float32, which holds the others exactly; contiguous."""
+    """Weight and bias as the kernels read them: contiguous, both in x's dtype or both in float32, which is exact."""
     dtype = x.dtype
     if (weight is not None and weight.dtype is not dtype) or (bias is not None and bias.dtype is not dtype):
         dtype = torch.float32
         weight = None if weight is None else settle(weight, _WEIGHT, dtype)
         return weight, None if bias is None else settle(bias, _BIAS, dtype)
-    # Asked here first, for to call `settle` costs 0.1 us.
+    # A call of `settle` costs 0.1 us.
     if weight is not None and not (weight.is_contiguous() and not weight.is_neg()):
         weight = settle(weight, _WEIGHT)
     if bias is not None and not (bias.is_contiguous() and not bias.is_neg()):
@@ -68,7 +68,7 @@ def _run_forward(
     total: Tensor | None = None,
     seed: Tensor | None = None,
 ) -> Tensor:
-    if not input.is_contiguous():  # lazily negated it is not: `register` asks the first argument
+    if not input.is_contiguous():  # never lazily negated: `register` checks its first argument
         input = settle(input, _INPUT)
     output, workspace, cols = torch.empty_like(input), None, norm.cols
     weight, bias = _parameters(input, weight, bias)

@@ -1,4 +1,4 @@
-"""What the optimizers' ops share: grad_norm, the record of a step, and who serves which tensor of a list."""
+"""What the optimizers' ops share: grad_norm, the record of a step, and the choice of kernel or reference by tensor."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torchweld.ops._register import register
 Tensors = Sequence[Tensor]
 Lists = dict[str, Tensors]
 
-# ---- Implementation. The bindings check everything before they touch memory, and name what the kernels do not take:
-# those tensors go to the reference, the others to the kernels.
+# ---- Implementation. The bindings check all tensors before they touch memory, and return those that the kernels do not
+# take. The reference serves these tensors, the kernels the others.
 
 
 def _workspace(module: backend.Kernels, count: int, device: torch.device) -> Tensor | None:
-    """Room for the kernels' table of `count` tensors; None where they read it as it was made."""
+    """Memory for the kernels' table of `count` tensors on the device; None where they need no copy of it."""
     words = module.OPTIMIZER_TABLE_WORDS * count
     return torch.empty(words, dtype=torch.int64, device=device) if words else None
 
@@ -48,7 +48,7 @@ def _grad_norm(grads: list[Tensor] | tuple[Tensor, ...], grad_scale: Tensor | No
 
 
 class Step(NamedTuple):
-    """What every step is told besides its lists and the numbers of its own rule."""
+    """The arguments that all steps share."""
 
     lr: float  # 0 beside an lr_tensor
     lr_tensor: Tensor | None
@@ -62,18 +62,18 @@ class Step(NamedTuple):
     rounding_seed: int | None
 
     def of_definition(self) -> dict[str, Any]:
-        """The same as arguments of a reference."""
+        """The fields as arguments of a reference."""
         named = self._asdict()
         lr_tensor = named.pop("lr_tensor")
         named["lr"] = self.lr if lr_tensor is None else lr_tensor
         named["max_grad_norm"] = self.max_grad_norm or None
-        if self.rounding_seed is None:  # which only AdamW has
+        if self.rounding_seed is None:  # an argument of AdamW alone
             del named["rounding_seed"]
         return named
 
 
 def run_step(op: str, lists: Any, options: Any, step: Step, definition: Callable[..., Any]) -> None:
-    """One step by the kernels, of what they do not take by `definition`; `lists` and `options` are the op's records."""
+    """One step by the kernels, and by `definition` for the tensors that they do not take."""
     device = lists.params[0].device
     module = backend.module(device)
     if step.lr_tensor is not None and step.lr_tensor.is_cpu:
@@ -112,7 +112,7 @@ def _grad_norm_fake(grads: Sequence[Tensor], grad_scale: Tensor | None) -> Tenso
 
 
 def step_fake(*args: object) -> None:
-    """Of every step: it returns nothing."""
+    """The fake of every step, which returns nothing."""
     return None
 
 
@@ -146,10 +146,10 @@ def grad_norm(grads: Iterable[Tensor], *, grad_scale: Tensor | None = None) -> T
 
 
 def as_lists(op: str, **lists: Iterable[Tensor]) -> Lists:
-    """The tensors of every argument as a list: an iterator gives them once."""
+    """Each argument as a list or tuple of tensors, for an iterator gives its tensors only once."""
     for name, each in lists.items():
         found = each if type(each) is list or type(each) is tuple else _listed(op, name, each)
-        if len(found) > 0 and not isinstance(found[0], Tensor):  # the bindings ask the others
+        if len(found) > 0 and not isinstance(found[0], Tensor):  # the bindings check the others
             raise TypeError(f"[{op}] {name}[0]: expected a torch.Tensor, but got {type(found[0]).__name__}")
         lists[name] = found
     return cast(Lists, lists)
@@ -191,7 +191,7 @@ def checked_step(
     zero_grads: bool,
     rounding_seed: int | None = None,
 ) -> Step:
-    """The record of arguments that every public step has."""
+    """Checks the arguments that all public steps share, and makes their record."""
     weight_decay = number(op, "weight_decay", weight_decay)
     maximize, zero_grads = flag(op, "maximize", maximize), flag(op, "zero_grads", zero_grads)
     if max_grad_norm is not None:
@@ -228,7 +228,7 @@ def take_step(
     options: Any,
     step: Step,
 ) -> Tensor | None:
-    """The public functions, once their arguments are checked: reference or kernels; the norm first, if needed."""
+    """One step of checked arguments, by the kernels or the reference. Computes the norm first where it is needed."""
     if torch.is_grad_enabled():
         _check_autograd(op, lists._asdict())
     if len(lists.params) == 0:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from torch import Tensor
 
-# What a schema has for the type of a field. A list of tensors in a record is one that the op writes to.
+# The type in a schema for the type of a field. An op writes to every list of tensors in a record.
 _TYPES: dict[Any, str] = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",

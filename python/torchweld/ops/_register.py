@@ -27,15 +27,17 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 def register(
     schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], *records: type[Any]
 ) -> Callable[..., Any]:
-    """Defines `torchweld::<schema>` for CPU and CUDA, `fake` giving shapes, dtypes and strides; returns its caller.
+    """Defines the operator `torchweld::<schema>` for CPU and CUDA, and returns the function that calls it.
 
-    Kernel, fake and caller take the arguments of `schema`. Those of a type in `records` are NamedTuples, which torch's
-    operator lists field by field.
+    `kernel` computes, `fake` gives shapes, dtypes and strides. Kernel, fake and the returned function take the
+    arguments of `schema`. Arguments of a type in `records` are NamedTuples, which torch's operator lists field by
+    field.
 
-    The caller goes straight to `kernel` where the dispatcher would have nothing to add (no mode, tracer or profiler
-    that wants to see the op): 2.5 us saved of 8 for a small layer norm, 0.1 us per tensor of a list. The bindings raise
-    BufferError, before memory is touched, for a tensor that only the dispatcher can take apart, wherever it stands.
-    What that costs: a lazily negated tensor (`z.conj().imag`) behind the first is for the kernel to `settle`.
+    The returned function calls `kernel` itself where no mode, tracer or profiler wants to see the op. This saves 2.5 us
+    of 8 for a small layer norm, and 0.1 us per tensor of a list. For a tensor that only the dispatcher can read, the
+    bindings raise BufferError before they touch memory; the call then goes to the dispatcher. The dispatcher resolves
+    lazily negated tensors (`z.conj().imag`). Without the dispatcher `kernel` must `settle` every tensor behind the
+    first.
     """
     name = schema[: schema.index("(")]
     layout = Layout(schema, records)
@@ -46,7 +48,7 @@ def register(
     needed = tuple(i for i, a in enumerate(arguments) if isinstance(a.type, torch.TensorType))
 
     def checked(function: Callable[..., Any]) -> Callable[..., Any]:
-        """The dispatcher takes None where the schema has a tensor, and knows no records."""
+        """`function` for the dispatcher, which lets None pass for a tensor and knows no records."""
 
         @wraps(function)
         def call(*args: Any) -> Any:
@@ -78,7 +80,7 @@ def register(
             try:
                 return kernel(first, *rest)
             except BufferError:
-                check_memory(name, **named(first, *rest))  # torch prints what it refuses
+                check_memory(name, **named(first, *rest))  # torch prints a tensor that it refuses
                 return op(*layout.flat((first, *rest)))
         except Exception as error:
             explain(name, error, named(first, *rest))
@@ -89,10 +91,10 @@ def register(
 def elsewhere(
     ours: Callable[..., Any], twin: Callable[..., Any] | None, names: Sequence[str], *tensors: Any
 ) -> Callable[..., Any] | None:
-    """What is to be called instead of the public function `ours`; None, nearly always, if nothing is.
+    """The function to call in place of the public function `ours`; None, nearly always, if there is none.
 
-    A mode, or a class of tensors, that has rules of its own for torch's functions and operators knows torch's `twin` of
-    the function; where there is none, the reference, which consists of torch's operators.
+    A mode or a class of tensors may have its own rules for torch's functions and operators. It knows `twin`, torch's
+    function of the same name. Where torch has no such function, it knows the reference, which calls torch's operators.
 
     Args:
         names: what the arguments `tensors` are called, in errors.
@@ -119,8 +121,8 @@ def _elsewhere(
         return theirs
     classes = [type(t) for t in tensors if t is not None]
     if torch.overrides.has_torch_function(tensors):
-        # torch.device as a context, and a subclass that only keeps its type, do the same for every function.
-        # So do the modes of torch.export, which record what is called; and those of patch(), which call `ours`.
+        # Some modes and classes treat all functions alike: torch.device as a context, a subclass that only keeps its
+        # type, the modes of torch.export, which record calls, and those of patch(), which call `ours`.
         modes = () if torch.compiler.is_compiling() else _torch.function_mode_stack()
         keeps = all(getattr(c.__torch_function__, "__func__", None) in _KEEP_TYPE for c in classes)
         if twin is None or (
@@ -133,13 +135,13 @@ def _elsewhere(
 
 
 _KEEP_TYPE = (Tensor.__torch_function__.__func__, None)  # type: ignore[attr-defined]  # None: of Parameter
-_TRACERS = (_torch.FakeTensor, _torch.FunctionalTensor)  # they ask for shapes, or record the op: they know ours as well
+_TRACERS = (_torch.FakeTensor, _torch.FunctionalTensor)  # they ask an op for shapes, or record it, so they need no twin
 
 
 def settle(t: Tensor, at: str, dtype: torch.dtype | None = None) -> Tensor:
-    """`t` as a kernel reads it: contiguous, of `dtype` if one is given, and negated in memory if it was so lazily.
+    """`t` as a kernel reads it: contiguous, of `dtype` if given, and negated in memory if `t` is lazily negated.
 
-    `at` names it in an error, "[op] argument".
+    An error names the tensor by `at`, "[op] argument".
     """
     if t.is_contiguous() and not t.is_neg() and (dtype is None or t.dtype is dtype):
         return t
@@ -158,7 +160,7 @@ def wants_grad(*tensors: Tensor | None) -> bool:
 
 
 def _distinct(args: Sequence[Any]) -> list[Any]:
-    """`args` without a tensor that comes twice (keys that are the values too), which Dynamo refuses."""
+    """`args` with a view for each repeated tensor, for Dynamo refuses the same tensor twice."""
     distinct: list[Any] = []
     for a in args:
         again = isinstance(a, Tensor) and any(a is other for other in distinct)
@@ -167,13 +169,13 @@ def _distinct(args: Sequence[Any]) -> list[Any]:
 
 
 def under_autocast(t: Tensor) -> bool:
-    """Whether autocast is on for t's device; a device that has none (meta) is an error to torch's own question."""
+    """Whether autocast is on for t's device. torch's own function raises for a device without autocast (meta)."""
     kind = t.device.type
     return kind != "meta" and torch.is_autocast_enabled(kind)
 
 
 def float32_under_autocast(first: Tensor, *rest: Tensor | None) -> tuple[Any, ...]:
-    """The tensors, those of 16 bits in float32 where autocast is on: what it does to torch's norms and losses."""
+    """The tensors. Under autocast those of 16 bits become float32, as for torch's norms and losses."""
     tensors = (first, *rest)
     if not under_autocast(first):
         return tensors
@@ -181,9 +183,9 @@ def float32_under_autocast(first: Tensor, *rest: Tensor | None) -> tuple[Any, ..
 
 
 def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """`function.apply` without its look for functorch transforms, which `backend.choose` has sent to the reference.
+    """`function.apply` without its check for functorch transforms, for `backend.choose` sends those to the reference.
 
-    Worth 2.4 us of 13 for a small layer norm. Dynamo knows only the class's own `apply`.
+    This saves 2.4 us of 13 for a small layer norm. Dynamo traces only the class's own `apply`.
     """
     fast = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
@@ -194,9 +196,9 @@ def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
 
 
 def wants_definition(*grads: Tensor | None) -> bool:
-    """Whether a backward is itself to be derived (`create_graph=True`) or batched (`is_grads_batched=True`, vmap).
+    """Whether a backward is itself differentiated (`create_graph=True`) or batched (`is_grads_batched=True`, vmap).
 
-    The kernels' gradients are constants to the one and opaque to the other; those of the reference are neither.
+    Only the reference can serve both: autograd and vmap cannot look into a kernel.
     """
     if torch.compiler.is_compiling():
         return False
@@ -211,14 +213,14 @@ def double_backward(
     grads: Sequence[Tensor | None],
     needed: Sequence[bool],
 ) -> list[Tensor | None]:
-    """Gradients that can themselves be differentiated: those of the reference `function(*inputs)`.
+    """Gradients of `function(*inputs)`, a function of the reference, which can be differentiated again.
 
-    Called by a backward that `wants_definition`.
+    A backward calls this where `wants_definition` is true.
     """
     check_memory("backward", **{f"saved tensor {i}": t for i, t in enumerate(inputs)})
     check_memory("backward", **{f"gradient {i}": t for i, t in enumerate(grads)})
     with torch.enable_grad():
-        # Views, for one input may have been made of another, whose gradient would then contain its own.
+        # Views: if one input was computed from another, the gradient of that other input must not include it.
         inputs = [x.view_as(x) if x is not None and need else x for x, need in zip(inputs, needed, strict=True)]
         outputs = function(*inputs)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)

@@ -14,7 +14,7 @@ from torchweld.ops._register import register
 
 
 class AdamWLists(NamedTuple):
-    """The lists of one step, tensor for tensor; empty where there is nothing of the kind."""
+    """The lists of one step, all in the order of the parameters. A list that does not apply is empty."""
 
     params: Tensors
     grads: Tensors
@@ -26,7 +26,7 @@ class AdamWLists(NamedTuple):
 
 
 class AdamWOptions(NamedTuple):
-    """The numbers of the rule."""
+    """The numbers of the update rule."""
 
     beta1: float
     beta2: float
@@ -87,24 +87,26 @@ def adamw_(
     `torchweld.reference.adamw_`. Works in float32. Takes no part in autograd: call it under `torch.no_grad()`.
 
     Args:
-        params: of any shapes, on one device; float32, bfloat16 or float16 (others run on the reference), mixed at will.
-        grads, exp_avgs, exp_avg_sqs: as params, tensor for tensor: same shape; dtype of the parameter, or float32.
-        max_exp_avg_sqs: likewise for `amsgrad=True`, else ignored.
-        steps: one float32 element each, on params' device: the number of updates so far. Counted up here.
+        params: tensors of any shapes on one device, float32, bfloat16 or float16 in any mixture. Other dtypes run on
+            the reference.
+        grads, exp_avgs, exp_avg_sqs: one tensor for each of params, of its shape, in its dtype or float32.
+        max_exp_avg_sqs: the same for `amsgrad=True`, else ignored.
+        steps: the number of updates so far, one float32 element for each of params, on their device. The step adds 1.
         lr: a number, or a tensor of one element (read on the device, without a host sync).
         decoupled: True for AdamW's weight decay, False for Adam's L2 term.
         max_grad_norm: clip the gradients to this global norm, as `torch.nn.utils.clip_grad_norm_` does before a step,
             but without storing the clipped gradients. None: no clipping.
-        grad_norm: the norm to clip by, where it is that of more than `grads`; None: the norm of `grads`.
-        grad_scale: one element that the gradients are divided by first; they are stored so, as GradScaler wants it.
-        found_inf: one element; where it is not zero nothing moves, not even the steps.
-        masters: float32, one for each of params: these are stepped, and the parameters become their roundings. Where an
-            element of a parameter is not a rounding of its master's, the step starts from it: somebody else has written
-            it. None given: the parameters are stepped.
-        rounding_seed: rounds bfloat16 parameters up or down at random, with the exact value as the mean: small updates
-            count even without masters. The bits depend on the seed, the step, and the parameter's place in the list and
-            the element's in the parameter, and on nothing else. None: to nearest. Not for float16.
-        zero_grads: leaves the gradients as zeros, in the same pass.
+        grad_norm: the norm that clipping uses, for example of more tensors than `grads`. None: the norm of `grads`.
+        grad_scale: one element. The step divides the gradients by it first and stores the quotients, as GradScaler
+            needs.
+        found_inf: one element. If it is not zero, nothing changes, not even `steps`.
+        masters: a float32 copy of each of params. The step updates the masters, and each parameter becomes the rounding
+            of its master. Where an element of a parameter is not that rounding, other code has written it; the step
+            then starts from the parameter. Empty: the step updates the parameters themselves.
+        rounding_seed: seed of a random rounding of bfloat16 parameters, whose mean is the exact value: small updates
+            count even without masters. The bits depend only on the seed, the step, the parameter's index in the list
+            and the element's index in the parameter. None: round to nearest. Not for float16.
+        zero_grads: set the gradients to zero in the same pass.
 
     Returns:
         The norm before clipping (a float32 scalar) if `max_grad_norm` or `grad_norm` is given, else None.

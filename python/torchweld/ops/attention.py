@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from torchweld.ops._arguments import check_dense, flag, integer, number, shown
-from torchweld.ops._attention import ALIGNMENTS, Modifiers, Options, attend
+from torchweld.ops._attention import ALIGNMENTS, Modifiers, Options
+from torchweld.ops._attention_autograd import attend
 from torchweld.ops._attention_checks import (
     check_band,
     check_bias,
@@ -52,11 +53,11 @@ def attention(
     """softmax(scores) @ value with tiled online softmax: O(N) memory, forward and backward.
 
     scores = query @ key^T * scale; softcap * tanh(scores / softcap); + bias; - slope * |i + shift - j|; and -inf where
-    query i does not see key j. shift is 0 for `causal_align="top_left"` (torch's), Nk - Nq for "bottom_right" (a KV
-    cache's). A row that sees nothing gives zeros, with zero gradients. Statistics and gradients accumulate in float32.
-    Keys outside the band of `causal` and `window` are not read; one beside its edge, and one that only `bias` hides, is
-    multiplied by a weight of zero, so a NaN there can reach rows of the same tile (as it does in torch). A CPU with AMX
-    multiplies float32 in three parts, so an infinity gives NaN there.
+    query i does not see key j. shift is 0 for `causal_align="top_left"`, as in torch, and Nk - Nq for "bottom_right",
+    as with a KV cache. A row that sees no key gives zeros and zero gradients. Statistics and gradients accumulate in
+    float32. Keys outside the band of `causal` and `window` are not read. A key near the edge of the band, and a key
+    that only `bias` hides, have weight zero; a NaN in their values can reach rows of the same tile, as in torch. A CPU
+    with AMX multiplies float32 in three parts, so an infinity gives NaN there.
     Dao et al.: FlashAttention, arXiv:2205.14135 and 2307.08691; Milakov, Gimelshein: arXiv:1805.02867.
 
     Args:
@@ -65,23 +66,23 @@ def attention(
         key: (B, Hkv, Nk, D), Hq a multiple of Hkv. Packed: (total_k, Hkv, D).
         value: (B, Hkv, Nk, Dv). Packed: (total_k, Hkv, Dv).
         causal: query i sees keys up to i + shift.
-        window: (left, right): it sees keys from i + shift - left to i + shift + right; None: no bound on that side.
+        window: (left, right): query i sees keys i + shift - left to i + shift + right. None: no bound on that side.
         softcap: bounds the scores to (-softcap, softcap); 0 or None: no cap.
         bias: broadcasts to (B, Hq, Nq, Nk): boolean (True attends), or additive (query's dtype or float32) with a
             gradient.
         alibi_slopes: (Hq) or (B, Hq) (arXiv:2108.12409); has a gradient.
         sinks: (Hq), exp(sink) is added to the softmax's denominator (arXiv:2309.17453); has a gradient.
-        dropout_p: probability that a weight is dropped, always applied; those kept are scaled by 1 / (1 - dropout_p).
-        seed: int64 of one element, which decides what is dropped (Philox, by row and key: the same on every backend);
-            None: drawn from torch's default generator of the device.
+        dropout_p: probability that a weight is dropped. The other weights are multiplied by 1 / (1 - dropout_p).
+        seed: int64 of one element. It decides which weights are dropped (Philox by row and key: the same on every
+            backend). None: a seed from torch's default generator of the device.
         scale: 1 / sqrt(D) if None.
-        cu_seqlens_q, cu_seqlens_k: int32 (B + 1), where each packed sequence starts, and the total; both or none.
-            A sequence may be empty. The CPU checks them; on a GPU wrong ones give wrong rows, never a bad access.
-        max_seqlen_q, max_seqlen_k: no sequence is longer; spares a GPU some idle blocks where given.
+        cu_seqlens_q, cu_seqlens_k: int32 (B + 1), where each packed sequence starts, and the total; both or none. A
+            sequence may be empty. The CPU checks the values. On a GPU wrong values give wrong rows, never a bad access.
+        max_seqlen_q, max_seqlen_k: the length of the longest sequence, or more. A GPU then starts fewer idle blocks.
         causal_align: "top_left" or "bottom_right".
-        deterministic: gradients have the same bits on every run. False lets 16-bit ones of a GPU be added up in any
-            order: five products where seven are made else, for float32 sums of query's size. Without effect on the
-            CPU, beside alibi_slopes that learn, and under torch.use_deterministic_algorithms(True).
+        deterministic: gradients have the same bits on every run. With False a GPU adds up gradients of 16 bits in any
+            order: five products in place of seven, and float32 memory of query's size. False has no effect on the CPU,
+            with alibi_slopes that require grad, and under torch.use_deterministic_algorithms(True).
         return_lse: also return the log of the softmax's denominator.
 
     Returns:
@@ -91,7 +92,7 @@ def attention(
     Raises:
         RuntimeError: a device, dtype or shape does not fit, or dropout_p is out of range.
         TypeError: query is not floating point of 16 bits or more, or an argument is of another type.
-        ValueError: window, softcap, causal_align or what cu_seqlens say is not as above.
+        ValueError: window, softcap, causal_align or the values of cu_seqlens are not as above.
     """
     op = "attention"
     tensors = (query, key, value, bias, alibi_slopes, sinks, seed, cu_seqlens_q, cu_seqlens_k)

@@ -32,7 +32,7 @@ from torchweld.ops._register import (
 _twin = torch.nn.functional.cross_entropy
 _LOGITS, _TARGET = "[cross_entropy] input", "[cross_entropy] target"
 
-# ---- Implementation. The loss of each row; reductions are left to torch. The bindings look at every target.
+# ---- Implementation. The kernels make the loss of each row, torch reduces it. The bindings check every target.
 
 
 def _forward(logits: Tensor, target: Tensor, ignore_index: int, smoothing: float) -> tuple[Tensor, Tensor]:
@@ -143,7 +143,7 @@ def _refusal(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None
 
 
 def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
-    """Raises what torch would, as far as it shows without a look at the values."""
+    """Raises torch's errors, but for those that depend on values."""
     shape, dtype = input.shape, target.dtype
     if len(shape) == 0:
         raise IndexError("[cross_entropy] input: expected at least one dimension, but got shape []")
@@ -153,7 +153,7 @@ def _check(input: Tensor, target: Tensor, weight: Tensor | None) -> None:
     elif target.shape != rows and (len(shape) > 1 or target.shape != (1,)):
         other = f" for classes, or {list(shape)} for probabilities" if dtype.is_floating_point else ""
         expected = f"shape {list(rows)}{other}"
-        # torch's kinds of error, by the number of rows: of a target without dimensions none.
+        # torch's class of error depends on the number of rows, which is 0 for a target without dimensions.
         count = target.shape[0] if target.dim() > 0 else 0
         other_rows = count != shape[0] if len(shape) > 1 else target.dim() == 1 and count != shape[0]
         raise (ValueError if other_rows else RuntimeError)(
@@ -193,14 +193,14 @@ def cross_entropy(
             reference).
         weight: a weight for each class (C) (runs on the reference).
         size_average, reduce: torch's deprecated arguments; must be None.
-        ignore_index: rows with this target count nowhere.
+        ignore_index: rows with this target have no loss, no gradient, and do not count in the mean.
         reduction: "mean" over the rows that count, "sum", or "none" for all (N).
         label_smoothing: in [0, 1]; see `torchweld.reference.cross_entropy`.
 
     Raises:
-        IndexError: a target that is no class.
+        IndexError: a target is not a class.
         TypeError: input is not floating point of 16 bits or more, or an argument is of another type.
-        ValueError, RuntimeError: an argument, shape, dtype or device that does not fit.
+        ValueError, RuntimeError: an argument, shape, dtype or device does not fit.
     """
     if size_average is not None or reduce is not None:
         raise ValueError("[cross_entropy] size_average, reduce: deprecated in torch; use reduction=")
@@ -217,7 +217,7 @@ def cross_entropy(
     if input.dtype not in KERNEL_DTYPES:
         check_float("cross_entropy", "input", input.dtype)
     _check(input, target, weight)
-    # The kernels read 16 bits as they are; what they make is float32 until the end.
+    # The kernels read 16 bits without a conversion. Losses are float32 up to the last rounding.
     dtype = input.dtype
     if under_autocast(input) and dtype in KERNEL_DTYPES:
         dtype = torch.float32
@@ -230,7 +230,7 @@ def cross_entropy(
         losses = _row_losses(input, target, ignore_index, label_smoothing)
     else:
         losses = _forward_op(input, target, ignore_index, label_smoothing)[0]
-    # Summed in float64: what a row's loss was rounded by may be the same for all.
+    # Summed in float64: the rounding errors of all rows may be equal, and would add up.
     if reduction == "mean":
         losses = losses.sum(dtype=torch.float64) / (target != ignore_index).sum()
     elif reduction == "sum":

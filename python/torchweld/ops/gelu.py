@@ -27,7 +27,7 @@ from torchweld.ops._register import (
     wants_grad,
 )
 
-_twin = torch.nn.functional.gelu  # a program may give its name to ours
+_twin = torch.nn.functional.gelu  # a program may replace it by the function below
 
 # ---- Implementation
 
@@ -104,8 +104,8 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
             float32 cancels or gives NaN.
 
     Raises:
-        RuntimeError: another `approximate`.
-        TypeError: input is not floating point of 16 bits or more, or no dense tensor.
+        RuntimeError: `approximate` is another string.
+        TypeError: input is not floating point of 16 bits or more, or not a dense tensor.
     """
     if not isinstance(approximate, str) or approximate not in ("none", "tanh"):
         raise RuntimeError(f"[gelu] approximate: expected 'none' or 'tanh', but got {shown(approximate)}")

@@ -52,14 +52,14 @@ def refusal_of(op: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None
         check_dense(op, **{_first(op): x})
     try:
         own, dtype = x.shape, x.dtype
-    except RuntimeError:  # a nested tensor has none
+    except RuntimeError:  # a nested tensor has no such shape
         check_dense(op, **{_first(op): x})
         raise
     # A slice costs 0.2 us.
     if not (len(shape) == 1 and len(own) > 0 and own[-1] == shape[0]) and own[-len(shape) :] != shape:
         expected = f"a shape that ends in normalized_shape {list(shape)}"
         raise RuntimeError(f"[{op}] {_first(op)}: expected {expected}, but got {list(own)}")
-    # torch composes rms_norm of operators that take more dtypes.
+    # torch's rms_norm is a composition of operators that take more dtypes.
     if dtype not in KERNEL_DTYPES and not (op.endswith("rms_norm") and dtype.is_complex):
         check_float(op, _first(op), dtype)
     for p in (weight, bias):
@@ -83,7 +83,7 @@ def refusal_of(op: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None
 
 
 def residual_refusal(op: str, x: Tensor, residual: Tensor, dropout_p: float, seed: Tensor | None) -> str | None:
-    """As `refusal_of`, for what an add_ form has in front of its norm."""
+    """The same for the residual and the dropout of an add_ form."""
     check_dense(op, x=x, residual=residual, **({} if seed is None else {"seed": seed}))
     if residual.shape != x.shape:
         raise RuntimeError(f"[{op}] residual: expected x's shape {list(x.shape)}, but got {list(residual.shape)}")
@@ -132,7 +132,7 @@ def layer_norm(
         return theirs(input, normalized_shape, weight, bias, eps)
     if input is None:
         check_dense("layer_norm", input=input)
-    if input.is_cuda:  # as torch's; on the CPU its norms keep their dtype
+    if input.is_cuda:  # as torch's norms do on a GPU; on the CPU they keep their dtype
         input, weight, bias = float32_under_autocast(input, weight, bias)
     try:
         refusal = refusal_of("layer_norm", input, shape, weight, bias)
@@ -144,7 +144,7 @@ def layer_norm(
             return layer_norm_function(input, weight, bias, norm)
         return inference_op(input, weight, bias, norm)
     except NotDenseError as error:
-        if 0 in shape:  # by which torch's kernel of nested tensors divides
+        if 0 in shape:  # torch's kernel for nested tensors divides by it
             raise
         return as_torch_does(error, _twin, input, normalized_shape, weight, bias, eps)
 
@@ -162,26 +162,26 @@ def add_layer_norm(
 ) -> tuple[Tensor, Tensor]:
     """Dropout, residual add and layer norm in one pass.
 
-    new_residual = residual + dropout(x, dropout_p), normed = layer_norm(new_residual). Nothing but the seed is kept of
-    the mask: the backward makes it again.
+    new_residual = residual + dropout(x, dropout_p), normed = layer_norm(new_residual). The backward makes the dropout
+    mask again from its seed.
 
     Args:
         x: (*, *normalized_shape), as `layer_norm`'s input.
-        residual: of x's shape and device, in x's dtype or in float32 (other pairs run on the reference): a residual
-            stream in float32 beside bfloat16 activations loses nothing on its way through the layers.
+        residual: of x's shape and device, in x's dtype or in float32 (other dtypes run on the reference). In float32 a
+            residual stream loses nothing to the rounding of bfloat16 activations.
         normalized_shape, weight, bias, eps: as in `layer_norm`.
         dropout_p: probability that an element of x is dropped; the others are divided by 1 - dropout_p. Pass 0 when
             not training.
-        seed: int64 of one element on x's device, which decides what is dropped (Philox, by row and column: the same on
-            every backend); None: drawn from torch's default generator.
+        seed: int64 of one element on x's device. It decides which elements are dropped (Philox by row and column: the
+            same on every backend). None: a seed from torch's default generator.
 
     Returns:
-        (normed, new_residual): normed in x's dtype, new_residual in residual's, to which it is rounded before it is
-        normalised.
+        (normed, new_residual): normed in x's dtype, new_residual in residual's dtype. new_residual is rounded before
+        the norm.
 
     Raises:
         RuntimeError, TypeError: as in `layer_norm`; also when x and residual differ in shape or device.
-        ValueError: dropout_p is no probability.
+        ValueError: dropout_p is not a probability.
     """
     op, names = "add_layer_norm", ("x", "residual", "weight", "bias", "seed")
     shape, eps, dropout_p = sizes(op, normalized_shape), number(op, "eps", eps), number(op, "dropout_p", dropout_p)

@@ -23,7 +23,7 @@ from torchweld.ops._register import elsewhere, register, settle, wants_grad
 
 
 class PagedOptions(NamedTuple):
-    """The numbers. -1 is a band without a bound."""
+    """The numbers. -1 means: no bound of the band."""
 
     scale: float
     softcap: float
@@ -108,24 +108,24 @@ def paged_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention` of a few new queries over a cache of keys and values in blocks, each batch with a length of its own.
+    """`attention` of a few new queries over a cache of keys and values in blocks. Each batch has its own length.
 
-    Key j of batch b is row j % block_size of block block_table[b, j // block_size], for j < cache_seqlens[b]. Queries
-    are aligned to the last key, as with `causal_align="bottom_right"`: the last one stands at the last key. A batch
-    without keys gives zeros, and lse -inf. What lies past the last key is not read. The lengths stay on the device:
-    nothing waits for them, so that a CUDA graph may be replayed while the cache grows. Inference only.
-    A cache of one piece for each batch is one whose blocks are as long as it, with the table arange(B)[:, None].
+    Key j of batch b is row j % block_size of block block_table[b, j // block_size], for j < cache_seqlens[b]. The last
+    query is at the position of the last key, as with `causal_align="bottom_right"`. A batch without keys gives zeros,
+    and lse -inf. Rows past the last key are not read. The lengths stay on the device and the host does not wait for
+    them, so a CUDA graph can be replayed while the cache grows. Inference only. For a cache without blocks, use one
+    block per batch and the table arange(B)[:, None].
     Kwon et al.: PagedAttention, arXiv:2309.06180; Dao et al.: Flash-Decoding, 2023.
 
     Args:
         query: (B, Hq, Nq, D), float32, bfloat16 or float16 (others, and on a GPU head sizes above 256, run on the
-            reference). Several queries (a draft to be verified, a piece of a prompt) want `causal=True`; the kernels
-            are made for few of them.
+            reference). Several queries (a draft to verify, a piece of a prompt) need `causal=True`. The kernels are
+            made for few queries.
         key_cache: (blocks, block_size, Hkv, D), Hq a multiple of Hkv; any strides, the last of them 1.
         value_cache: (blocks, block_size, Hkv, Dv).
-        block_table: int32 (B, as many blocks as a batch may have); what is past a batch's last block may be anything.
-        cache_seqlens: int32 (B), how many keys each batch has, those of `query` included.
-            The CPU checks both; on a GPU wrong ones give wrong rows, never a bad access.
+        block_table: int32 (B, the most blocks of a batch). Entries past a batch's last block are not read.
+        cache_seqlens: int32 (B), the number of keys of each batch, with those of `query`. The CPU checks block_table
+            and cache_seqlens. On a GPU wrong values give wrong rows, never a bad access.
         causal, window, softcap, alibi_slopes, sinks, scale, return_lse: as in `attention`.
 
     Returns:
@@ -135,7 +135,7 @@ def paged_attention(
     Raises:
         RuntimeError: a device, dtype or shape does not fit, or a gradient would be needed.
         TypeError: query is not floating point of 16 bits or more, or an argument is of another type.
-        ValueError: window, softcap, or what is in block_table or cache_seqlens is not as above.
+        ValueError: window, softcap, or the values of block_table or cache_seqlens are not as above.
     """
     op = "paged_attention"
     tensors = (query, key_cache, value_cache, block_table, cache_seqlens, alibi_slopes, sinks)

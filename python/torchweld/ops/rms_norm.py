@@ -54,7 +54,7 @@ def rms_norm(
         return theirs(input, normalized_shape, weight, eps, **options)
     if input is None:
         check_dense("rms_norm", input=input)
-    if input.is_cuda:  # as torch's; on the CPU its norms keep their dtype
+    if input.is_cuda:  # as torch's norms do on a GPU; on the CPU they keep their dtype
         input, weight = float32_under_autocast(input, weight)
     try:
         refusal = refusal_of("rms_norm", input, shape, weight, None)
@@ -89,7 +89,7 @@ def add_rms_norm(
     new_residual = residual + dropout(x, dropout_p), normed = rms_norm(new_residual).
 
     Args:
-        normalized_shape, weight, eps, zero_centered_weight: as in `rms_norm`; eps=None goes by x's dtype.
+        normalized_shape, weight, eps, zero_centered_weight: as in `rms_norm`. eps=None: the epsilon for x's dtype.
         x, residual, dropout_p, seed: as in `add_layer_norm`.
 
     Returns:

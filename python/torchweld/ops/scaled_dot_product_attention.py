@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from torchweld.ops._arguments import NotDenseError, as_torch_does, check_dense, check_memory, flag, number
-from torchweld.ops._attention import Modifiers, Options, attend
+from torchweld.ops._attention import Modifiers, Options
+from torchweld.ops._attention_autograd import attend
 from torchweld.ops._attention_checks import check_bias, check_common, check_dropout, check_heads, fail
 from torchweld.ops._register import elsewhere, under_autocast
 from torchweld.reference.philox import draw_seed
@@ -20,12 +21,12 @@ _TENSORS = ("query", "key", "value", "attn_mask")
 def _fold(
     op: str, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, enable_gqa: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, tuple[int, ...]]:
-    """(B, H, N, D) of torch's (..., N, D), whose batch dimensions broadcast; and the output's batch dimensions."""
+    """torch's (..., N, D) as (B, H, N, D), with broadcast batch dimensions; and the batch dimensions of the output."""
     check_memory(op, query=query, key=key, value=value, attn_mask=mask)
     for name, t in (("query", query), ("key", key), ("value", value)):
         if t.dim() < 2 + enable_gqa:
             fail(op, name, f"at least {2 + enable_gqa} dimensions", f"shape {list(t.shape)}")
-    # With grouped queries the heads are no batch dimension: each tensor keeps its own number of them.
+    # With grouped queries the heads are not a batch dimension: each tensor keeps its number of heads.
     tails = [t.shape[-3:] if enable_gqa else t.shape[-2:] for t in (query, key, value)]
     leads = [t.shape[: t.dim() - len(tail)] for t, tail in zip((query, key, value), tails, strict=True)]
     try:
@@ -80,11 +81,11 @@ def scaled_dot_product_attention(
         key, value: (..., H, S, E) and (..., H, S, Ev); batch dimensions broadcast.
         attn_mask: broadcasts to (..., H, L, S): boolean (True attends), or additive (query's dtype or float32) with
             a gradient.
-        dropout_p: probability that a weight is dropped, always applied; torch.manual_seed decides which are (not the
-            ones that torch's own function would drop).
+        dropout_p: probability that a weight is dropped. torch.manual_seed decides which weights are dropped; torch's
+            own function would drop others.
         is_causal: query i sees keys 0 to i; not together with attn_mask.
         scale: 1 / sqrt(E) if None.
-        enable_gqa: query's heads are a multiple of key's and value's, which are shared by groups of them.
+        enable_gqa: query has a multiple of key's and value's heads. A group of query heads shares each of these.
 
     Returns:
         (..., H, L, Ev) of query's dtype, in memory (..., L, H, Ev) if query is so. Zeros in rows that see nothing.

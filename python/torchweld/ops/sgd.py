@@ -14,7 +14,7 @@ from torchweld.ops._register import register
 
 
 class SgdLists(NamedTuple):
-    """The lists of one step, tensor for tensor; empty where there is nothing of the kind."""
+    """The lists of one step, all in the order of the parameters. A list that does not apply is empty."""
 
     params: Tensors
     grads: Tensors
@@ -23,7 +23,7 @@ class SgdLists(NamedTuple):
 
 
 class SgdOptions(NamedTuple):
-    """The numbers of the rule."""
+    """The numbers of the update rule."""
 
     momentum: float
     dampening: float
@@ -69,12 +69,12 @@ def sgd_(
     The maths is in `torchweld.reference.sgd_`. Works in float32. Takes no part in autograd.
 
     Args:
-        params, grads, lr, maximize, masters: as in `adamw_`, and so
-        max_grad_norm, grad_norm, grad_scale, found_inf, zero_grads.
-        momentum_buffers: as params, tensor for tensor: same shape; dtype of the parameter, or float32. Zeros before the
-            first step. Ignored where `momentum` is 0.
-        dampening: what is kept out of a gradient that enters the buffer, as a share of it.
-        first_step: the buffers are new: dampening does not count.
+        params, grads, lr, maximize, masters: as in `adamw_`.
+        max_grad_norm, grad_norm, grad_scale, found_inf, zero_grads: as in `adamw_`.
+        momentum_buffers: one tensor for each of params, of its shape, in its dtype or float32. Zeros before the first
+            step. Ignored where `momentum` is 0.
+        dampening: the share of a gradient that does not enter its buffer.
+        first_step: the buffers are new, and `dampening` does not count.
 
     Returns:
         The norm before clipping (a float32 scalar) if `max_grad_norm` or `grad_norm` is given, else None.

@@ -26,7 +26,7 @@ class _FusedAdam(FusedOptimizer):
         if any(isinstance(beta, Tensor) for beta in group["betas"]):
             return "betas given as tensors"
         if group["capturable"] and any(p.is_cpu for p in group["params"]):
-            return "capturable=True on the CPU"  # torch says what is wrong with that
+            return "capturable=True on the CPU"  # torch raises its own error
         return None
 
     def _sparse(self) -> str:
@@ -40,7 +40,7 @@ class _FusedAdam(FusedOptimizer):
             check_device_and_dtype_for_fused(param)
         beside = (group["capturable"] or group["fused"]) and self._home is None
         dtype = scalar_dtype(is_fused=group["fused"])
-        # torch.tensor, as in torch: under FakeTensorMode its own step can read that, for it is known to be a constant.
+        # torch.tensor, as in torch: torch's own step can read a constant under FakeTensorMode.
         place: dict[str, Any] = {"dtype": dtype, "device": param.device if beside else "cpu"}
         state["step"] = torch.zeros((), **place) if beside else torch.tensor(0.0, **place)
         for name in self._state_names(group)[1:]:
@@ -48,7 +48,7 @@ class _FusedAdam(FusedOptimizer):
 
     def _add_state(self, group: Group, params: list[Tensor], lists: Lists) -> list[bool]:
         fresh = super()._add_state(group, params, lists)
-        if group["amsgrad"]:  # may have been switched on later than the state was made
+        if group["amsgrad"]:  # the user may have set it after the state was made
             for i, largest in enumerate(lists[name := "max_exp_avg_sq"]):
                 if largest is None:
                     lists[name][i] = self.state[params[i]][name] = self._like(group, params[i])
@@ -56,8 +56,7 @@ class _FusedAdam(FusedOptimizer):
 
     def _update(self, work: Work, **scalars: Any) -> None:
         group, lists = work.group, work.lists
-        # Masters aside, nothing but the step and the place in the list tells parameters apart: the same on every
-        # process, so that copies stay copies.
+        # The seed is the group's index, which is the same on every process, so copies of a parameter stay equal.
         seed = next(i for i, each in enumerate(self.param_groups) if each is group)
         ops.adamw_(
             lists["param"],
@@ -71,7 +70,7 @@ class _FusedAdam(FusedOptimizer):
             beta2=group["betas"][1],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
-            decoupled=bool(group["decoupled_weight_decay"]),  # torch's take what is true, or not
+            decoupled=bool(group["decoupled_weight_decay"]),  # torch takes any value that has a truth value
             amsgrad=bool(group["amsgrad"]),
             maximize=bool(group["maximize"]),
             masters=lists.get("master", ()),
@@ -80,7 +79,7 @@ class _FusedAdam(FusedOptimizer):
         )
 
     def _steps(self, work: Work) -> list[Tensor]:
-        """On a GPU the steps live beside the parameters, as under fused=True: nothing is then read back to the host."""
+        """The counts of steps. On a GPU they are on the device, as with fused=True: the host reads nothing back."""
         device, steps = work.lists["param"][0].device, work.lists["step"]
         if device.type == "cuda":
             for i, step in enumerate(steps):
@@ -92,29 +91,32 @@ class _FusedAdam(FusedOptimizer):
 class AdamW(_FusedAdam, torch.optim.AdamW):
     """`torch.optim.AdamW` in one pass over memory: the same constructor, state_dict and behaviour.
 
-    Clipping by global norm comes with the step: `max_grad_norm=1.0` does what `torch.nn.utils.clip_grad_norm_(params,
-    1.0)` before each step does, for one more read of the gradients; `grad_norm` then holds the norm, over the gradients
-    of all groups. The stored gradients are not clipped.
+    The step clips by global norm: `max_grad_norm=1.0` replaces a call of `torch.nn.utils.clip_grad_norm_(params, 1.0)`
+    before each step, and costs one more read of the gradients. `grad_norm` is then the norm of the gradients of all
+    groups. The stored gradients are not clipped.
 
-    The kernels serve float32, bfloat16 and float16 on the CPU and on CUDA, whatever `fused` says; complex parameters as
-    pairs of real ones, DTensors by their local shards, with a norm over all processes; other dtypes run on the
-    reference. foreach=True, differentiable=True, betas given as tensors, other tensor subclasses and devices without
-    kernels get torch's own step, clipped as well.
+    The kernels serve float32, bfloat16 and float16 on the CPU and on CUDA, with every value of `fused`. They step
+    complex parameters as pairs of real numbers, and DTensors by their local shards, with a norm over all processes.
+    Other dtypes run on the reference. torch's own step serves foreach=True, differentiable=True, betas given as
+    tensors, other tensor subclasses and devices without kernels; it clips too.
 
     Args:
-        params, lr, betas, eps, weight_decay, amsgrad: as in torch, and so
-        maximize, foreach, capturable, differentiable, fused.
-        max_grad_norm: clip to this global norm; None: no clipping. May differ from group to group, and so may
-        master_weights: keep a float32 master of each bfloat16 or float16 parameter, and float32 moments, in the state;
-            the master is stepped, the parameter is its rounding, written in the same pass. The next step starts from
-            what somebody else has written to a parameter: an average, a checkpoint.
-        stochastic_rounding: round bfloat16 parameters up or down at random so that small updates count on average,
-            without masters; the moments are float32. The bits depend on the step and the position alone.
-        zero_grads: leave the gradients as zeros, in the same pass, also after an overflow; for those who do not set
-            them to None. As under fused=True, a GradScaler then leaves unscaling and skipping to the step.
-        offload: "cpu" keeps the state, with the masters, in the CPU's memory and steps there; gradients are copied over
-            while the CPU works, and are left as they are (a GradScaler's scale stays in them). A checkpoint neither
-            brings nor takes away an offload.
+        params, lr, betas, eps, weight_decay, amsgrad: as in torch.
+        maximize, foreach, capturable, differentiable, fused: as in torch.
+        max_grad_norm: clip to this global norm; None: no clipping. May be set per parameter group.
+        master_weights: keep in the state a float32 master of each bfloat16 or float16 parameter, and float32 moments.
+            The step updates the master and writes its rounding to the parameter in the same pass. If other code has
+            written to a parameter (an average, a checkpoint), the next step starts from that. May be set per parameter
+            group.
+        stochastic_rounding: round bfloat16 parameters up or down at random, so that small updates count on average
+            without masters. The moments are float32. The bits depend on the step and the position alone. May be set per
+            parameter group.
+        zero_grads: set the gradients to zero in the same pass, also after an overflow, for loops that do not set them
+            to None. As with fused=True, a GradScaler then leaves unscaling and skipping to the step. May be set per
+            parameter group.
+        offload: "cpu" keeps the state and the masters in the CPU's memory and steps there. Gradients are copied while
+            the CPU works; the originals stay as they are, with a GradScaler's scale. Checkpoints do not change
+            `offload`.
 
     Loshchilov, Hutter: Decoupled Weight Decay Regularization, arXiv:1711.05101.
     """

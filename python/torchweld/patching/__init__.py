@@ -1,4 +1,4 @@
-"""patch(model): the drop-ins put into a model that exists, with a report and an undo."""
+"""patch(model): puts drop-ins into an existing model, with a report and an undo."""
 
 from torchweld.patching.report import Entry, Report
 from torchweld.patching.walk import patch

@@ -1,4 +1,4 @@
-"""Modules that call torch's scaled_dot_product_attention in their methods: which they are, and how they get ours."""
+"""Finds modules whose methods call torch's scaled_dot_product_attention, and redirects these calls."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _RUN_AGAIN = ("torch.utils.checkpoint", "torch.autograd.function")
 
 
 class _Redirect(TorchFunctionMode):
-    """Inside, scaled_dot_product_attention is ours: wherever it is called, and under whatever name it was imported."""
+    """Inside, every call of scaled_dot_product_attention runs on torchweld, whatever name the caller imported it by."""
 
-    calls_torchweld = True  # for the ops: such a mode around a call is none that must see torch's function
+    calls_torchweld = True  # tells the ops that this mode need not see torch's function
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is STOCK and not types and not torch.compiler.is_compiling() and _may_redirect(args):
@@ -32,15 +32,15 @@ class _Redirect(TorchFunctionMode):
 def _may_redirect(args: Any) -> bool:
     if any(isinstance(a, torch.Tensor) and a.is_nested for a in args) or is_replaced():
         return False
-    # A mode around this one, other than a default device, is to see the call as torch's.
+    # An outer mode, other than a default device, must see the call as torch's.
     around = _torch.function_mode_stack()
     return all(isinstance(mode, (_Redirect, _torch.DeviceContext)) for mode in around) and not _runs_again()
 
 
 def _runs_again() -> bool:
-    """Whether this call is part of a checkpoint, or a function with its own backward, inside the redirected method.
+    """Whether this call is inside a checkpoint, or a function with its own backward, inside the redirected method.
 
-    The backward runs such a part again without the method around it, on torch's function. The forward must not differ.
+    The backward runs that part again without the method, on torch's function. The forward must then use it too.
     """
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and frame.f_code is not _CALL:
@@ -51,9 +51,9 @@ def _runs_again() -> bool:
 
 
 def _redirected(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function on the fused attention; on torch's under torch.compile.
+    """`function` with its attention on torchweld; under torch.compile with torch's.
 
-    Dynamo cannot follow such a mode through every method of Tensor, and a compiled model must go on to compile.
+    Dynamo cannot trace this mode through every method of Tensor, and a compiled model must still compile.
     """
 
     @wraps(function)
@@ -70,9 +70,10 @@ _CALL = next(c for c in _redirected.__code__.co_consts if isinstance(c, CodeType
 
 
 def redirected_methods(cls: Any) -> dict[str, Any]:
-    """The methods of a class that get ours: `forward`, and all that reach it, since each may run again by itself.
+    """The methods of a class to redirect: `forward` and all that reach scaled_dot_product_attention, as each may run
+    alone.
 
-    Empty for a class of which no function reaches scaled_dot_product_attention.
+    Empty if no function of the class reaches scaled_dot_product_attention.
     """
     members: dict[str, Any] = {}
     for base in cls.__mro__:
@@ -94,7 +95,7 @@ def redirected_methods(cls: Any) -> dict[str, Any]:
 
 
 def _is_foreign(thing: Any) -> bool:
-    """Of torch, transformers or this package; code that `exec` makes has no module at all."""
+    """Whether an object is of torch, transformers or this package. Code that `exec` makes has no module."""
     module = thing.__module__
     return isinstance(module, str) and module.startswith(_FOREIGN)
 
@@ -102,8 +103,8 @@ def _is_foreign(thing: Any) -> bool:
 def _reaches(member: Any, dead: set[FunctionType]) -> bool:
     """Whether a member of a class, or a function that one calls by its name, names scaled_dot_product_attention.
 
-    Only what is known to be code is looked into: a global may be an object that has every attribute, or raises at any.
-    `dead`: the functions that are known not to, which grow by those met here.
+    Only known code is searched: a global may be an object that has every attribute, or raises for any. `dead`:
+    functions that are known not to name it. The search adds to it.
     """
     todo, seen = [member], set(dead)
     while todo:
@@ -126,7 +127,7 @@ def _reaches(member: Any, dead: set[FunctionType]) -> bool:
 
 
 def _inside(thing: Any) -> list[Any]:
-    """The functions that a wrapper of Python's own is made of."""
+    """The functions inside a wrapper of Python's own, such as a partial or a property."""
     kind = type(thing)
     if kind in (staticmethod, classmethod, MethodType):
         return [thing.__func__]
@@ -139,7 +140,7 @@ def _contents(cells: tuple[CellType, ...]) -> Iterator[Any]:
     for cell in cells:
         try:
             yield cell.cell_contents
-        except ValueError:  # nothing in it yet
+        except ValueError:  # the cell is empty
             continue
 
 

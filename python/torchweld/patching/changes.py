@@ -1,4 +1,4 @@
-"""The way in which a module is changed: it keeps its identity, its parameters, its hooks and its name."""
+"""Changes of modules. A changed module keeps its identity, its parameters, its hooks and its name."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 
 
 class Change(Protocol):
-    """Something that `patch` did to a module, which it does not keep alive."""
+    """A change that `patch` made to a module. It does not keep the module alive."""
 
     def undo(self) -> str | None:
-        """Takes it back; what stands in the way, and then nothing is done."""
+        """Takes the change back. If that is not possible, returns the reason and does nothing."""
 
 
 class ClassChange:
-    """The module becomes one of a subclass of its class: what isinstance, pickle and state_dict see stays true."""
+    """The module gets a subclass of its class, so that isinstance, pickle and state_dict stay valid."""
 
     def __init__(self, module: torch.nn.Module, cls: type[torch.nn.Module]) -> None:
         self.module, self.before, self.after = ref(module), type(module), cls
-        object.__setattr__(module, "__class__", cls)  # a module may have its own idea of setting attributes
+        object.__setattr__(module, "__class__", cls)  # a module may define its own __setattr__
 
     def undo(self) -> str | None:
         module = self.module()

@@ -1,4 +1,4 @@
-"""Which class of modules has a drop-in, and what that is."""
+"""The drop-ins, by the class of module that they replace."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NEEDS: dict[Any, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class DropIn:
-    """`needs`: the kinds of swap that it takes; `make`: gives the class; `now`: what that runs on."""
+    """`needs`: the kinds of swap that it is part of; `make`: returns the class; `now`: what serves it."""
 
     needs: tuple[str, ...]
     make: Callable[[], Class]
@@ -38,7 +38,7 @@ def _gelu(self: Any, input: torch.Tensor) -> torch.Tensor:
 
 
 def hugging_face() -> Any:
-    """integrations.hugging_face; None while nobody has imported transformers, so that no model can be one of its."""
+    """integrations.hugging_face; None if transformers is not imported, for no model can then be of it."""
     if "transformers.modeling_utils" not in sys.modules:
         return None
     from torchweld.integrations import hugging_face  # noqa: PLC0415
@@ -47,7 +47,7 @@ def hugging_face() -> Any:
 
 
 def find(cls: Any) -> DropIn | None:
-    """The drop-in for modules that are exactly of a class; None if it has none."""
+    """The drop-in for modules of exactly this class, or None."""
     if twin := TWINS.get(cls):
         return DropIn(_NEEDS.get(cls, ("norms", "attention")), lambda: twin, f"torchweld.nn.{twin.__name__}")
     if cls is torch.nn.GELU:

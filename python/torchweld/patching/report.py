@@ -1,4 +1,4 @@
-"""What `patch` did, what it left and why, as a table; and how it is taken back."""
+"""The report of `patch`: what was swapped, what was left and why, as a table; and the undo."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Entry:
-    """One module. `name`: where it is in the model; `now`: what serves it, None where it was left, and `why`."""
+    """One module. `name`: its path in the model; `now`: what serves it; `why`: why it was left (`now` is then None)."""
 
     name: str
     was: str
@@ -27,7 +27,7 @@ class Entry:
 
 @dataclass
 class Report:
-    """`print(report)` shows it; `report.undo()` takes back what was swapped. It keeps no module alive."""
+    """`print(report)` prints the table; `report.undo()` takes back the swaps. A report keeps no module alive."""
 
     _model: ref[torch.nn.Module]
     swapped: list[Entry] = field(default_factory=list)
@@ -38,30 +38,30 @@ class Report:
 
     @property
     def model(self) -> torch.nn.Module | None:
-        """The model; None once it was deleted."""
+        """The model; None if it was deleted."""
         return self._model()
 
     def swap(self, entry: Entry, change: Change) -> None:
-        """Notes a change."""
+        """Records a change."""
         self.swapped.append(entry)
         self._changes.append((entry, change))
 
     def leave(self, name: str, was: str, why: str) -> None:
-        """Notes a module that stays as it is."""
+        """Records a module that stays as it is."""
         self.left.append(Entry(name, was, None, why))
 
     def undo(self) -> Report:
-        """Takes everything back that is still as `patch` left it; reports what was, and what was not and why.
+        """Takes back every change that is still as `patch` made it. Reports what was taken back, what was not, and why.
 
-        Modules that have left the model since are restored too: whoever holds them gets back what was theirs. What
-        could not be taken back is tried again by the next `undo`.
+        Modules that are no longer part of the model are restored too. The next `undo` tries again what this one could
+        not take back.
         """
         report = Report(self._model, title="torchweld.patch, undone")
         changes, self._changes = self._changes, []
         for entry, change in reversed(changes):
             try:
                 why = change.undo()
-            except Exception as e:  # one module's trouble must not keep the others swapped
+            except Exception as e:  # an error of one module must not keep the others swapped
                 why = f"{type(e).__name__}: {e}"
             if why is not None:
                 report.leave(entry.name, entry.now or "", why)
@@ -78,7 +78,7 @@ class Report:
         for entries, style in ((self.swapped, None), (self.left, "yellow")):
             groups: dict[tuple[str, str, str], int] = {}
             for e in entries:
-                # Layers that differ by a number only are one line.
+                # Layers whose names differ only by a number share a line.
                 key = (re.sub(r"\b\d+\b", "*", e.name) or "(the model)", e.was, e.now or f"left: {e.why}")
                 groups[key] = groups.get(key, 0) + 1
             for (name, was, now), count in groups.items():

@@ -1,4 +1,4 @@
-"""Subclasses of other people's modules that change some methods and nothing else that anybody can see."""
+"""Subclasses of other libraries' modules that change some methods and nothing else that can be seen."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ Class = type[torch.nn.Module]
 
 
 class Swapped(torch.nn.Module):
-    """The mark of such a subclass. A module of it is copied, pickled and replicated as one of the class it stands for.
+    """The base of such subclasses. A module of one is copied, pickled and replicated as a module of the original class.
 
-    What differs stands in the class and works from `self`: nothing is bound to one module.
+    The changed methods are in the class and take `self`: nothing is bound to one module.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Classes that register their subclasses must not register this one in the place of the original."""
+        """Does not call the original's: a class that registers its subclasses must not register this one."""
         if Swapped not in cls.__bases__:
             super().__init_subclass__(**kwargs)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        """By the original class, since nobody can import this one."""
+        """Pickles by the original class, for this one cannot be imported."""
         found, cls = super().__reduce_ex__(protocol), type(self)
         if not isinstance(found, tuple) or not is_swapped(cls):
             return found
@@ -32,7 +32,7 @@ class Swapped(torch.nn.Module):
 
 
 def _rebuild(function: Callable[..., Any], *args: Any) -> Any:
-    """What pickle calls: a module of the original class, swapped if that class still is one that is."""
+    """The function that pickle calls: a module of the original class, swapped if that class still has a drop-in."""
     from torchweld.patching.drop_ins import find  # noqa: PLC0415  (which makes its classes here)
 
     module = function(*args)
@@ -45,16 +45,16 @@ def _rebuild(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def is_swapped(cls: type) -> bool:
-    """Whether `subclass` made it."""
+    """Whether `subclass` made the class."""
     return Swapped in cls.__bases__
 
 
 def original_of(cls: type) -> Any:
-    """The class that a swapped one stands for."""
+    """The original class of a swapped one."""
     return cls.__bases__[1]
 
 
-# Weak on both sides: a class goes with the last of its modules.
+# Weak keys and values: a class is freed with the last of its modules.
 _made: WeakKeyDictionary[type, ref[Class]] = WeakKeyDictionary()
 
 
@@ -64,7 +64,7 @@ def _alive(cls: type) -> Class | None:
 
 
 def subclass(cls: Class, methods: Mapping[str, Any]) -> Class:
-    """The subclass of `cls` with these methods; the same one as long as a module of it lives."""
+    """The subclass of `cls` with these methods. It is the same class as long as a module of it lives."""
     found = _alive(cls)
     if found is None:
         body = {"__module__": cls.__module__, "__qualname__": cls.__qualname__, "__doc__": cls.__doc__, **methods}

@@ -1,4 +1,4 @@
-"""patch(model): walks the modules of a model, swaps what has a drop-in, and says why it left the rest."""
+"""patch(model): walks the modules of a model, swaps those with a drop-in, and reports why it left the others."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torchweld.patching.drop_ins import DropIn, find, hugging_face
 from torchweld.patching.report import Entry, Report
 from torchweld.patching.subclasses import Swapped
 
-# What each kind of swap runs on, by the names of the compiled modules' functions.
+# The functions of the compiled modules that each kind of swap needs.
 _KERNELS = {"norms": "layer_norm_forward", "attention": "attention_forward", "activations": "gelu_forward"}
 _ADVICE = "One line more: torchweld.keep_memory(), first in a program that trains on a CPU."
 
 
 def _full_name(cls: type) -> str:
-    """As one would import it."""
+    """The name of a class with its module."""
     module = str(cls.__module__)
     for package in ("torch.nn", "torchweld.nn", "transformers"):
         if module.startswith(package + "."):
@@ -30,7 +30,7 @@ def _full_name(cls: type) -> str:
 
 
 def _why_left(cls: type[torch.nn.Module]) -> str | None:
-    """Why a module of no stock class stays as it is; None for a class that has nothing to do with torchweld."""
+    """Why a module that is not of a stock class stays as it is; None for a class without a drop-in."""
     base = next((b for b in TWINS if issubclass(cls, b)), None)
     module, name = str(cls.__module__), cls.__name__.lower()
     named = "norm" in name or "attention" in name
@@ -59,11 +59,11 @@ class _Walk:
         self.model, self.report, self.hugging_face = model, Report(ref(model), advice=advice), hugging_face()
         self.not_now = {kind: self._why_not(kind, wanted) for kind, wanted in asked.items()}
         self.found: dict[type, DropIn | None] = {}
-        self.done: set[int] = set()  # the modules inside of what is dealt with as a whole
+        self.done: set[int] = set()  # modules inside another that is swapped as a whole
         self.pretrained: set[int] = set()
 
     def _why_not(self, kind: str, wanted: bool) -> str | None:
-        """Why nothing of a kind is swapped: it is not asked for, or would run on the reference, slower than torch."""
+        """Why no module of a kind is swapped: not asked for, or no kernels, and the reference is slower than torch."""
         if not wanted:
             return f"patch(..., {kind}=False)"
         if self.kind == "meta" or hasattr(backend.kernels.get(self.kind), _KERNELS[kind]):
@@ -91,10 +91,10 @@ class _Walk:
         self._visit(name, module)
 
     def _swap(self, entry: Entry, make: Callable[[], Change]) -> None:
-        """Makes a change; a module that does not let itself be changed is left, as it was."""
+        """Makes a change. A module that cannot be changed is left as it was."""
         try:
             change = make()
-        except Exception as e:  # other people's classes: whatever they raise
+        except Exception as e:  # a class of another library may raise anything
             self.report.leave(entry.name, entry.was, _error(e))
         else:
             self.report.swap(entry, change)
@@ -137,7 +137,7 @@ class _Walk:
         cls = type(module)
         if cls is torch.nn.GELU and vars(module).get("approximate") != "tanh":
             return None
-        if issubclass(cls, torch.fx.GraphModule):  # it makes a class for each instance, and a forward for each change
+        if issubclass(cls, torch.fx.GraphModule):  # it makes a class for each instance
             return None
         if cls not in self.found:
             self.found[cls] = find(cls)
@@ -147,25 +147,25 @@ class _Walk:
 def patch(model: torch.nn.Module, *, norms: bool = True, attention: bool = True, activations: bool = True) -> Report:
     """Swaps the layers of a model for the drop-ins, in place: the same modules, parameters, hooks and state_dict.
 
-    LayerNorm, RMSNorm, MultiheadAttention and the Transformer layers of torch.nn; modules that call
+    Swapped are LayerNorm, RMSNorm, MultiheadAttention and the Transformer layers of torch.nn; modules that call
     `torch.nn.functional.scaled_dot_product_attention`; tanh GELU; the attention, norms and GELU of Hugging Face
-    transformers. Optimizers, tied weights and checkpoints are not touched by it. Only exact classes are swapped, and
-    only what has kernels on the model's device.
+    transformers. Subclasses are not swapped, and neither is a layer without kernels on the model's device. Optimizers,
+    tied weights and checkpoints stay valid.
 
-    A module that cannot be swapped is left, and the report says why; should `patch` itself raise, the model is as it
-    was. Copies, pickles and replicas of a patched model are patched. `torch.compile` compiles the calls of
+    A module that cannot be swapped is left, and the report gives the reason. If `patch` itself raises, the model is
+    unchanged. Copies, pickles and replicas of a patched model are patched. `torch.compile` compiles the calls of
     `scaled_dot_product_attention` in a model's own code as torch's.
 
     Args:
         model: any module, in training or not.
-        norms, attention, activations: what to swap; the Transformer layers need both of the first.
+        norms, attention, activations: the kinds to swap. The Transformer layers need norms and attention.
 
     Returns:
-        A report that prints as a table: what was swapped, what was left and why. `report.undo()` takes it back. It
-        does not keep the model alive.
+        A report that prints as a table: what was swapped, what was left and why. `report.undo()` takes the swaps back.
+        The report does not keep the model alive.
 
     Raises:
-        TypeError: `model` is no torch.nn.Module; one of the others is no bool.
+        TypeError: `model` is not a torch.nn.Module, or another argument is not a bool.
     """
     if not issubclass(type(model), torch.nn.Module):
         raise TypeError(f"[patch] model: expected a torch.nn.Module, but got {type(model).__name__}")

@@ -1,4 +1,4 @@
-"""The definition of every op in plain PyTorch: differentiable, any device, any dtype. Tests and fallbacks use these."""
+"""The definition of every op in plain PyTorch: differentiable, on any device, in any dtype."""
 
 from torchweld.reference.adamw import adamw_
 from torchweld.reference.attention import attention, scaled_dot_product_attention

@@ -35,17 +35,17 @@ def adamw_(
     rounding_seed: int | None = None,
     zero_grads: bool = False,
 ) -> Tensor | None:
-    """One step of every parameter, in place; computed in float32 at least, rounded to each tensor's dtype where stored.
+    """One step of every parameter, in place, computed in float32 at least. A stored tensor is rounded to its dtype.
 
-    The maths of `torch.optim.AdamW` (decoupled weight decay) and `torch.optim.Adam` (decay added to the gradient),
-    after dividing the gradients by `grad_scale` (they are stored so) and clipping them by their global norm as
-    `torch.nn.utils.clip_grad_norm_` does (they are not stored so). Where `found_inf` is not zero nothing moves.
-    With `masters` it is they that are stepped, and the parameters are their roundings; where an element of a parameter
-    is no rounding of its master's, somebody else has written it, and the step starts from it. With a `rounding_seed`
-    bfloat16 parameters are rounded stochastically, row 2**32 * step + i of the random bits being that of the i-th
-    parameter.
+    The maths is that of `torch.optim.AdamW` (decoupled weight decay) and `torch.optim.Adam` (decay added to the
+    gradient). The gradients are first divided by `grad_scale` and stored so, then clipped by their global norm as by
+    `torch.nn.utils.clip_grad_norm_`, but not stored so. If `found_inf` is not zero, nothing changes. With `masters` the
+    step updates the masters, and the parameters become their roundings. Where an element of a parameter is not the
+    rounding of its master, other code has written it, and the step starts from the parameter. With a `rounding_seed`
+    bfloat16 parameters are rounded stochastically; parameter i takes row 2**32 * step + i of the random bits.
 
-    Returns the norm before clipping: `grad_norm` if given, else that of `grads` if `max_grad_norm` is; else None.
+    Returns the norm before clipping: `grad_norm` if given, else the norm of `grads` if `max_grad_norm` is given, else
+    None.
     """
     if max_grad_norm is not None and grad_norm is None:
         grad_norm = norm_of(grads, grad_scale=grad_scale)

@@ -1,4 +1,4 @@
-"""Softmax attention (Vaswani et al.: arXiv:1706.03762) with every score modifier that the kernels know."""
+"""Softmax attention (Vaswani et al.: arXiv:1706.03762) with all modifiers of the scores."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _visible(queries: int, keys: int, shift: int, left: int, right: int, device:
 
 
 def _band(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[int, int]:
-    """How far a query sees to the left and to the right of where it stands; -1: as far as there are keys."""
+    """How many keys a query sees to the left and to the right of its own position; -1: all of them."""
     left, right = window if window is not None else (None, None)
     if causal:
         right = 0 if right is None else min(right, 0)
@@ -36,7 +36,7 @@ def _band(causal: bool, window: tuple[int | None, int | None] | None) -> tuple[i
 
 
 def _in_its_own_dtype(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function(query, ...)`, whose matrix products autocast would round."""
+    """`function(query, ...)` without autocast, which would round its matrix products."""
 
     @functools.wraps(function)
     def call(query: Tensor, *args: Any, **options: Any) -> Any:
@@ -70,7 +70,7 @@ def _dense(
         k, v = (t.repeat_interleave(heads // t.shape[1], dim=1) for t in (k, v))
     shift = keys - queries if bottom_right else 0
 
-    # A key that no query sees may hold anything, also NaN, which 0 * NaN would spread.
+    # A key that no query sees may be NaN, and 0 * NaN is NaN.
     seen = _visible(queries, keys, shift, *band, q.device)
     if bias is not None and bias.dtype == torch.bool:
         bias = torch.atleast_2d(bias)
@@ -92,7 +92,7 @@ def _dense(
     if seen is not None:
         scores = scores.masked_fill(~seen, -math.inf)
 
-    # Softmax. A row that sees nothing has the maximum -inf and the sum zero.
+    # Softmax. A row that sees no key has the maximum -inf and the sum zero.
     top = scores.detach().amax(-1, keepdim=True) if keys > 0 else scores.new_full((*scores.shape[:-1], 1), -math.inf)
     sink = None if sinks is None else sinks.to(compute).reshape(-1, 1, 1)
     if sink is not None:

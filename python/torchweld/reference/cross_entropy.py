@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_STOCK = torch.nn.functional.cross_entropy  # a program may give its name to ours
+_STOCK = torch.nn.functional.cross_entropy  # a program may replace it by ours
 
 
 def cross_entropy(
@@ -18,8 +18,8 @@ def cross_entropy(
 ) -> Tensor:
     """-log softmax(input)[target] over the rows of `input` (N, C), or of its dimension 1.
 
-    Computed in float32 at least; the result has the dtype that torch promotes input, class probabilities as target, and
-    weight to. With smoothing s the target is (1 - s) on its class and s / C on every class (Szegedy et al.,
+    Computed in float32 at least. The result has torch's promoted dtype of input, weight, and target if it is class
+    probabilities. With smoothing s the target is (1 - s) on its class and s / C on every class (Szegedy et al.,
     arXiv:1512.00567).
     """
     soft = target.is_floating_point()

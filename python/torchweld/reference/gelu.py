@@ -14,10 +14,10 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
     Computed in float32 at least, returned in input's dtype.
     """
     x = input.to(torch.promote_types(input.dtype, torch.float32))
-    # Without the cancellation of 1 + tanh and 1 + erf far below zero.
+    # 1 + tanh and 1 + erf would cancel far below zero.
     if approximate == "tanh":
         u = 2 * math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
-        below = torch.sigmoid(torch.where(u < 0, u, -u))  # far above zero its slope would cancel
+        below = torch.sigmoid(torch.where(u < 0, u, -u))  # the slope would cancel far above zero
         phi = torch.where(u < 0, below, 1 - below)
     else:
         phi = 0.5 * torch.special.erfc(-x / math.sqrt(2))

@@ -26,7 +26,7 @@ def layer_norm(
     compute = torch.promote_types(input.dtype, torch.float32)
     x = input.to(compute)
     centred = x - x.mean(dims, keepdim=True)
-    centred = centred - centred.mean(dims, keepdim=True)  # by what the mean of large numbers was rounded
+    centred = centred - centred.mean(dims, keepdim=True)  # corrects the rounding of the mean of large numbers
     y = centred * torch.rsqrt(centred.square().mean(dims, keepdim=True) + eps)
     if weight is not None:
         y = y * weight.to(compute)
@@ -36,7 +36,7 @@ def layer_norm(
 
 
 def dropped(x: Tensor, cols: int, p: float, seed: Tensor | None) -> Tensor:
-    """x, in float32 at least, with every element of its rows of `cols` dropped with probability p, else / (1 - p)."""
+    """x in float32 at least, as rows of `cols`. An element is dropped with probability p, else divided by 1 - p."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     if p == 0 or x.numel() == 0:
         return x
@@ -45,7 +45,7 @@ def dropped(x: Tensor, cols: int, p: float, seed: Tensor | None) -> Tensor:
 
 
 def residual_sum(x: Tensor, residual: Tensor, shape: Sequence[int], dropout_p: float, seed: Tensor | None) -> Tensor:
-    """residual + dropout(x), in residual's dtype; the mask has a row for every `shape` of elements."""
+    """residual + dropout(x), in residual's dtype. The mask has a row for each `shape` of elements."""
     return (residual + dropped(x, math.prod(shape), dropout_p, seed)).to(residual.dtype)
 
 

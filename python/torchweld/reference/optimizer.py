@@ -1,4 +1,4 @@
-"""What the definitions of all optimizers share: the norm of the gradients, and what is done to them before a step."""
+"""What the definitions of the optimizers share: the norm of the gradients, scaling, clipping, rounding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torchweld.reference.philox import philox
 
 
 def real(t: Tensor) -> Tensor:
-    """A complex tensor as a real one of twice the elements."""
+    """A complex tensor as a real tensor with twice the elements."""
     return torch.view_as_real(t) if t.is_complex() else t
 
 
@@ -24,14 +24,14 @@ def grad_norm(grads: Sequence[Tensor], *, grad_scale: Tensor | None = None) -> T
 
 
 def clip_factor(max_grad_norm: float | None, norm: Tensor | None) -> Tensor | float:
-    """What `torch.nn.utils.clip_grad_norm_` multiplies the gradients by."""
+    """The factor by which `torch.nn.utils.clip_grad_norm_` multiplies the gradients."""
     if max_grad_norm is None or norm is None:
         return 1.0
     return (max_grad_norm / (norm + 1e-6)).clamp(max=1.0)
 
 
 def overflowed(found_inf: Tensor | None, grads: Sequence[Tensor], zero_grads: bool) -> bool:
-    """Whether nothing is to move. The gradients are zeroed all the same where they are to be."""
+    """Whether `found_inf` is set: the step then changes nothing. With `zero_grads` the gradients still become zero."""
     if found_inf is None or found_inf.item() == 0:
         return False
     if zero_grads:
@@ -43,7 +43,7 @@ def overflowed(found_inf: Tensor | None, grads: Sequence[Tensor], zero_grads: bo
 def take_gradient(
     grad: Tensor, compute: torch.dtype, grad_scale: Tensor | None, clip: Tensor | float, maximize: bool, zero: bool
 ) -> Tensor:
-    """The gradient to step by; what is stored is divided by grad_scale but not clipped, or 0."""
+    """The gradient of the step. The stored gradient becomes 0, or is divided by grad_scale but not clipped."""
     g = real(grad).to(compute)
     if grad_scale is not None:
         g = g / grad_scale.reshape(()).to(compute)
@@ -55,9 +55,9 @@ def take_gradient(
 
 
 def round_stochastically(x: Tensor, seed: int, row: int) -> Tensor:
-    """float32 x rounded to bfloat16, up or down with probabilities that make x the mean; infinities and NaN stay.
+    """float32 x rounded to bfloat16, up or down with probabilities that make x the mean. Infinities and NaN stay.
 
-    The 16 bits that fall away are added to 16 random ones, whose carry rounds up. Element i, in the order of memory,
+    16 random bits are added to the 16 bits that are cut off; the carry rounds up. Element i, in the order of memory,
     takes half i % 2 (the low one first) of word i / 2 % 4 of philox(seed, row, i / 8).
     """
     blocks = torch.arange((x.numel() + 7) // 8, device=x.device)
@@ -77,10 +77,10 @@ _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def newest(master: Tensor, param: Tensor, at_random: bool) -> Tensor:
-    """What a step starts from: the master, or the parameter where that is not a rounding of the master.
+    """The values that a step starts from: the master, or the parameter where it is not a rounding of the master.
 
-    Somebody else has written to such a parameter. Roundings are told by their bits; a step that rounds at random leaves
-    one of the master's two neighbours.
+    Other code has written to such a parameter. The comparison is of bits. A step that rounds at random leaves one of
+    the master's two neighbours.
     """
     if at_random and param.dtype == torch.bfloat16:
         roundings = [_carried(master, 0), _carried(master, 0xFFFF)]

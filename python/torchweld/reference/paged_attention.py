@@ -23,7 +23,7 @@ def paged_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`attention`, aligned to the last key, of every batch over the first rows of the blocks that its table lists.
+    """`attention`, aligned to the last key, of each batch over the first rows of the blocks in its table.
 
     Arguments, shapes and result are those of `torchweld.ops.paged_attention`.
     """

@@ -11,7 +11,7 @@ _WEYL = (0x9E3779B9, 0xBB67AE85)
 
 
 def _multiply(a: Tensor, b: int) -> tuple[Tensor, Tensor]:
-    """High and low 32 bits of the product of 32-bit numbers, which int64 cannot hold: the high half by 16-bit parts."""
+    """High and low 32 bits of a product of 32-bit numbers. int64 cannot hold it, so the high half uses 16-bit parts."""
     low, high = a & 0xFFFF, a >> 16
     b_low, b_high = b & 0xFFFF, b >> 16
     middle = high * b_low + (low * b_low >> 16)
@@ -42,7 +42,7 @@ def philox(seed: Tensor, rows: Tensor, blocks: Tensor) -> Tensor:
 
 
 def dropout_factors(seed: Tensor, rows: int | Tensor, cols: int, p: float) -> Tensor:
-    """What dropout multiplies a matrix by: 0 with probability p, else 1 / (1 - p); all 0 where p is 1.
+    """The factors of dropout for a matrix: 0 with probability p, else 1 / (1 - p); all 0 if p is 1.
 
     Element (r, c) depends on the seed, r and c alone: it is dropped where word c % 4 of block c // 4 of row r is below
     p * 2**32.
@@ -63,5 +63,5 @@ def dropout_factors(seed: Tensor, rows: int | Tensor, cols: int, p: float) -> Te
 
 
 def draw_seed(device: torch.device) -> Tensor:
-    """A seed from torch's default generator of the device: `torch.manual_seed` decides it, checkpointing replays it."""
+    """A seed from torch's default generator of the device. `torch.manual_seed` sets it, checkpointing replays it."""
     return torch.randint(-(2**63), 2**63 - 1, (1,), dtype=torch.int64, device=device)

@@ -11,7 +11,7 @@ from torchweld.reference.layer_norm import residual_sum
 
 
 def default_eps(dtype: torch.dtype) -> float:
-    """What `eps=None` stands for, as in torch: the machine epsilon of the arithmetic, float32 at least."""
+    """The epsilon for `eps=None`, as in torch: the machine epsilon of the arithmetic, float32 at least."""
     return torch.finfo(torch.promote_types(dtype, torch.float32)).eps
 
 
@@ -25,7 +25,7 @@ def rms_norm(
 ) -> Tensor:
     """input / sqrt(mean(input^2) + eps) * weight over the trailing `normalized_shape`, in input's dtype.
 
-    Computed in float32 at least, whatever the dtypes of input and weight. A zero-centred weight is short of 1.
+    Computed in float32 at least, whatever the dtypes of input and weight. A zero-centred weight is stored minus 1.
     """
     dims = tuple(range(-len(normalized_shape), 0))
     compute = torch.promote_types(input.dtype, torch.float32)

@@ -32,7 +32,7 @@ def sgd_(
 ) -> Tensor | None:
     """One step of every parameter, in place: the maths of `torch.optim.SGD`, and all else as in `adamw_`.
 
-    The buffers start as zeros; `first_step` says that they do, for dampening then leaves the gradient as it is.
+    The buffers start as zeros. With `first_step` dampening does not count, for the buffers are new.
     """
     if max_grad_norm is not None and grad_norm is None:
         grad_norm = norm_of(grads, grad_scale=grad_scale)

@@ -1,0 +1,108 @@
+"""Gradients of attention by the ops of _attention.py or by the definition, and the choice of the backend for a call."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchweld import backend, reference
+from torchweld.ops._arguments import defined
+from torchweld.ops._attention import (
+    ALIGNMENTS,
+    DIFFERENTIABLE,
+    Modifiers,
+    Options,
+    backward_op,
+    forward_op,
+    inference_op,
+    refusal,
+)
+from torchweld.ops._register import applier, double_backward, wants_definition, wants_grad
+
+
+def _on_reference(
+    query: Tensor, key: Tensor, value: Tensor, modifiers: Modifiers, options: Options
+) -> tuple[Tensor, ...]:
+    """(output, lse) by the definition."""
+    left, right = options.left, options.right
+    result = reference.attention(
+        query,
+        key,
+        value,
+        window=(None if left < 0 else left, None if right < 0 else right),
+        softcap=options.softcap,
+        dropout_p=options.dropout_p,
+        scale=options.scale,
+        causal_align=ALIGNMENTS[options.bottom_right],
+        return_lse=True,
+        **modifiers._asdict(),
+    )
+    assert isinstance(result, tuple)
+    return result
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, numbers: tuple[Options, bool, bool], query: Tensor, key: Tensor, value: Tensor, *modifiers: Any
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        # Autograd sees every tensor as an argument of its own, the fields of Modifiers too. One argument for all
+        # numbers: each would cost a call as much as a tensor.
+        ctx.options, ctx.deterministic, return_lse = numbers
+        rows = 3 if return_lse else 2
+        output, wide, statistics = forward_op(query, key, value, Modifiers(*modifiers), ctx.options, rows)
+        ctx.save_for_backward(wide if wide.dim() > 1 else output, statistics, query, key, value, *modifiers)
+        ctx.set_materialize_grads(False)
+        return (output, statistics[2]) if return_lse else output
+
+    @staticmethod
+    def backward(ctx: Any, doutput: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
+        output, statistics, query, key, value, *others = ctx.saved_tensors
+        modifiers = Modifiers(*others)
+        inputs = {"query": query, "key": key, "value": value, **modifiers._asdict()}
+        needed = dict(zip(inputs, ctx.needs_input_grad[1:], strict=True))
+        mask = [needed[name] for name in DIFFERENTIABLE]
+        if wants_definition(doutput, dlse):
+
+            def function(query: Tensor, key: Tensor, value: Tensor, *leaves: Any) -> tuple[Tensor, ...]:
+                bias, alibi_slopes, sinks = leaves
+                here = modifiers._replace(bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
+                return _on_reference(query, key, value, here, ctx.options)
+
+            grads = double_backward(function, [inputs[name] for name in DIFFERENTIABLE], (doutput, dlse), mask)
+        else:
+            if doutput is None:  # only lse was used
+                doutput = torch.zeros_like(output, dtype=query.dtype)
+            grads = backward_op(
+                doutput, dlse, output, statistics, query, key, value, modifiers, ctx.options, mask, ctx.deterministic
+            )
+        found = {name: g for name, g in zip(DIFFERENTIABLE, grads, strict=True) if needed[name]}
+        return None, *(found.get(name) for name in inputs)
+
+
+_attention_with_grad = applier(_Attention)
+
+
+def attend(
+    op: str,
+    return_lse: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    modifiers: Modifiers,
+    options: Options,
+    deterministic: bool = True,
+) -> Any:
+    """output, or (output, lse), of checked arguments by the backend that `choose` names."""
+    if backend.choose(op, query.device, refusal(query, value)) == "reference":
+        tensors = {"query": query, "key": key, "value": value, **modifiers._asdict()}
+        both = defined(_on_reference, op, tensors, query, key, value, modifiers, options)
+        return both if return_lse else both[0]
+    if wants_grad(query, key, value, modifiers.bias, modifiers.alibi_slopes, modifiers.sinks):
+        return _attention_with_grad((options, deterministic, return_lse), query, key, value, *modifiers)
+    if return_lse:
+        output, _, statistics = forward_op(query, key, value, modifiers, options, 1)
+        return output, statistics[0]
+    return inference_op(query, key, value, modifiers, options)
