@@ -20,7 +20,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
-from commands import Run
+from commands import Run, interrupt_after
 from torchweld.errors import UserError
 from torchweld.models import CONFIGS, GPT2, GPT2Config, stock
 from torchweld.training import apart, checkpoint, report, settings, trainer
@@ -32,19 +32,6 @@ pytestmark = pytest.mark.slow
 
 TINY = settings.Settings(**asdict(PROGRAMS["gpt2"].recipes["tiny"]), config="tiny", seed=0, data=None)
 FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "tokenizer.json", "training.json")
-
-
-def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
-    """Sends SIGINT to this process from within that step."""
-    advance = trainer.Trainer.advance
-
-    def interrupted(self: trainer.Trainer, parts: list[Batch]) -> None:
-        advance(self, parts)
-        if self.step == step:
-            for _ in range(times):
-                signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(trainer.Trainer, "advance", interrupted)
 
 
 # ---- Training

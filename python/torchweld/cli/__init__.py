@@ -1,4 +1,4 @@
-"""The `torchweld` command: info, check, bench, train, generate.
+"""The `torchweld` command: info, check, bench, train, fine-tune, generate, classify.
 
 Exit codes: 0 done, 1 a check missed, 2 bad input (one line on stderr, no traceback), 130 interrupted, 141 reader left.
 """
@@ -21,7 +21,9 @@ _COMMANDS = {
     "check": ("torchweld.cli.check", "add_parser"),
     "bench": ("torchweld.bench.command", "add_parser"),
     "train": ("torchweld.training.commands", "add_train_parser"),
+    "fine-tune": ("torchweld.training.commands", "add_fine_tune_parser"),
     "generate": ("torchweld.training.commands", "add_generate_parser"),
+    "classify": ("torchweld.training.commands", "add_classify_parser"),
 }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 import torchweld.ops
 from torchweld.errors import UserError
 from torchweld.models.decoding import Decoder, KVCache
+from torchweld.models.layers import Norm
 from torchweld.models.published import check_config, check_sizes
 
 SIZES = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
@@ -97,25 +98,6 @@ CONFIGS = {
 }
 
 
-class Norm(nn.Module):
-    """Layer norm, with the residual add in front of it."""
-
-    def __init__(self, config: GPT2Config, ops: ModuleType) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(config.n_embd))
-        self.bias = nn.Parameter(torch.zeros(config.n_embd))
-        self.eps = config.layer_norm_epsilon
-        self.layer_norm, self.add_layer_norm = ops.layer_norm, ops.add_layer_norm
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x (B, N, C): what is added to the stream `residual`, or its beginning. Returns (normed, the new stream)."""
-        args = self.weight.shape, self.weight, self.bias, self.eps
-        if residual is None:
-            return self.layer_norm(x, *args), x
-        # Under autocast a layer gives bfloat16; the stream stays float32, where small contributions are not lost.
-        return self.add_layer_norm(x.to(residual.dtype), residual, *args)
-
-
 class Attention(nn.Module):
     """Causal attention over all tokens before."""
 
@@ -161,9 +143,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     def __init__(self, config: GPT2Config, ops: ModuleType, attention: Attention) -> None:
         super().__init__()
-        self.ln_1 = Norm(config, ops)
+        self.ln_1 = Norm(config.n_embd, config.layer_norm_epsilon, ops)
         self.attn = attention
-        self.ln_2 = Norm(config, ops)
+        self.ln_2 = Norm(config.n_embd, config.layer_norm_epsilon, ops)
         self.mlp = MLP(config, ops)
         self.drop = nn.Dropout(config.dropout)
 
@@ -177,7 +159,7 @@ class Block(nn.Module):
 class GPT2(Decoder):
     """GPT-2 on the functions of `ops`: `torchweld.ops`, or `torchweld.models.stock` for stock PyTorch."""
 
-    title, prefix, tied = "GPT-2", "transformer.", "wte.weight"
+    title, prefix, head, tied = "GPT-2", "transformer.", "lm_head.weight", "wte.weight"
     ignored = (".attn.bias", ".attn.masked_bias")
 
     def __init__(self, config: GPT2Config, ops: ModuleType = torchweld.ops) -> None:
@@ -188,7 +170,7 @@ class GPT2(Decoder):
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
         self.h = nn.ModuleList(Block(config, ops, self.attention(ops, layer)) for layer in range(config.n_layer))
-        self.ln_f = Norm(config, ops)
+        self.ln_f = Norm(config.n_embd, config.layer_norm_epsilon, ops)
         self.initialise()
 
     def attention(self, ops: ModuleType, layer: int) -> Attention:

@@ -19,14 +19,14 @@ class Published(nn.Module):
         title: what error messages call it.
         prefix: of the parameter names in a checkpoint of the whole model; the bare one lacks it.
         ignored: ends of names of stored tensors that are no parameters.
-        head: the output layer's weight, which `tied` names as well.
+        head: the output layer's weight, if it is stored although it is that of `tied`.
     """
 
     title: ClassVar[str]
     prefix: ClassVar[str] = ""
     ignored: ClassVar[tuple[str, ...]] = ()
-    head: ClassVar[str] = "lm_head.weight"
-    tied: ClassVar[str]
+    head: ClassVar[str] = ""
+    tied: ClassVar[str] = ""
     config: Any
 
     def published(self) -> dict[str, Tensor]:
@@ -47,7 +47,7 @@ class Published(nn.Module):
         Raises:
             UserError: a parameter is missing, unknown or of another shape.
         """
-        stored = {name.removeprefix(self.prefix): tensor for name, tensor in state.items()}
+        stored = {_modern(name.removeprefix(self.prefix)): tensor for name, tensor in state.items()}
         stored = {name: tensor for name, tensor in stored.items() if not name.endswith(self.ignored)}
         head = stored.pop(self.head, None)
         with torch.no_grad():
@@ -61,6 +61,11 @@ class Published(nn.Module):
         decayed = [p for p in self.parameters() if p.dim() > 1]
         others = [p for p in self.parameters() if p.dim() <= 1]
         return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
+
+
+def _modern(name: str) -> str:
+    """Checkpoints that were made with TensorFlow have other names for the parameters of a norm."""
+    return name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias")
 
 
 def check_tensors(title: str, expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:

@@ -1,19 +1,29 @@
-"""The options of `torchweld train` and `torchweld generate`."""
+"""The options of `torchweld train`, `fine-tune`, `generate` and `classify`."""
 
 from __future__ import annotations
 
 import argparse
 import math
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchweld.errors import UserError
-from torchweld.training import generate, run
+from torchweld.training import checkpoint, classify, generate, run
+from torchweld.training.fine_tune import FineTune
 from torchweld.training.optimizers import OPTIMIZERS
 from torchweld.training.programs import PROGRAMS
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+TASKS = ("classify", "regress")
+_EXIT = (
+    "Ctrl-C saves a checkpoint after the step it falls in and ends with exit code 130; a second one ends at once. "
+    "Other exit codes: 0 done, 1 --compare found loss curves that differ, 2 bad input."
+)
 
 
 def add_train_parser(subparsers: Subparsers) -> None:
@@ -24,13 +34,79 @@ def add_train_parser(subparsers: Subparsers) -> None:
         description="Trains a model with torchweld's kernels, validates it, saves a checkpoint and shows a sample. "
         "Without --data it learns the text of Python's standard library, which is on every machine. Several processes "
         "share each batch: torchrun --nproc-per-node 2 -m torchweld train gpt2.",
-        epilog="Ctrl-C saves a checkpoint after the step it falls in and ends with exit code 130; a second one ends at "
-        "once. Other exit codes: 0 done, 1 --compare found loss curves that differ, 2 bad input.",
+        epilog=_EXIT,
     )
     parser.add_argument("name", metavar="NAME", help=f"what to train: {', '.join(PROGRAMS)}")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="UTF-8 text files (default: the standard library)")
     sizes = "; ".join(f"{name}: {', '.join(program.configs)}" for name, program in PROGRAMS.items())
     parser.add_argument("--config", help=f"the size (default: small). {sizes}")
+    _add_run_options(parser)
+    parser.set_defaults(func=_train)
+
+
+def add_fine_tune_parser(subparsers: Subparsers) -> None:
+    """Adds `torchweld fine-tune TASK`; its `func` takes the parsed arguments and returns the exit code."""
+    parser = subparsers.add_parser(
+        "fine-tune",
+        help="teach a trained BERT what texts are labelled with",
+        description="Fine-tunes a BERT, of `torchweld train` or of Hugging Face, on labelled texts: classify learns "
+        "labels, regress numbers. A tenth of the texts each is for validation and for the test, on which it is shown "
+        "beside a bag of words. The weights of the best validation are kept.",
+        epilog=_EXIT,
+    )
+    parser.add_argument("name", metavar="TASK", help=f"what to learn: {', '.join(TASKS)}")
+    parser.add_argument(
+        "--checkpoint", metavar="DIR", help="config.json, model.safetensors and tokenizer.json of a BERT"
+    )
+    parser.add_argument(
+        "--data", nargs="+", metavar="FILE", help="labelled texts: .csv, .jsonl, or with tabs between the columns"
+    )
+    for column in ("text", "label"):
+        parser.add_argument(
+            f"--{column}", metavar="COLUMN", help=f"its name, or its number in files without names (default: {column})"
+        )
+    parser.add_argument("--epochs", type=whole(1), default=1, metavar="N", help="(default: %(default)s)")
+    _add_run_options(parser)
+    parser.set_defaults(func=_fine_tune, config=None)
+
+
+def add_classify_parser(subparsers: Subparsers) -> None:
+    """Adds `torchweld classify`; its `func` takes the parsed arguments and returns the exit code."""
+    parser = subparsers.add_parser(
+        "classify",
+        help="say of each line what a fine-tuned model has learned",
+        description="Reads lines and writes for each the label and its probability, or the number, and the line.",
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a model, or the --out of a run")
+    parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="of texts (default: standard input)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a line")
+    _add_machine_options(parser)
+    parser.set_defaults(func=_classify)
+
+
+def add_generate_parser(subparsers: Subparsers) -> None:
+    """Adds `torchweld generate`; its `func` takes the parsed arguments and returns the exit code."""
+    parser = subparsers.add_parser(
+        "generate",
+        help="continue a text with a trained model",
+        description="Continues a text with a checkpoint of `torchweld train`, or with a local Hugging Face GPT-2.",
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or the --out of a run")
+    parser.add_argument("--prompt", default="", metavar="TEXT", help="the text to continue (default: none)")
+    parser.add_argument("--tokens", type=whole(1), default=200, metavar="N", help="at most (default: %(default)s)")
+    parser.add_argument(
+        "--temperature", type=number(0.0), default=0.8, metavar="X", help="0: the likeliest (default: %(default)s)"
+    )
+    parser.add_argument("--top-k", type=whole(1), metavar="K", help="draw from the K likeliest tokens")
+    parser.add_argument(
+        "--top-p", type=number(0.0, 1.0, above=True), metavar="P", help="draw from the likeliest that together reach P"
+    )
+    parser.add_argument("--seed", type=whole(0), metavar="N", help="the same text each time (default: another one)")
+    _add_machine_options(parser)
+    parser.set_defaults(func=_generate)
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="where it all goes (default: torchweld-NAME)")
     parser.add_argument("--steps", type=whole(1), metavar="N", help="updates in all (default: the config's)")
     parser.add_argument(
@@ -69,29 +145,6 @@ def add_train_parser(subparsers: Subparsers) -> None:
         help="on a CPU, call torchweld.keep_memory() first, for both sides of --compare",
     )
     _add_machine_options(parser)
-    parser.set_defaults(func=_train)
-
-
-def add_generate_parser(subparsers: Subparsers) -> None:
-    """Adds `torchweld generate`; its `func` takes the parsed arguments and returns the exit code."""
-    parser = subparsers.add_parser(
-        "generate",
-        help="continue a text with a trained model",
-        description="Continues a text with a checkpoint of `torchweld train`, or with a local Hugging Face GPT-2.",
-    )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a checkpoint, or the --out of a run")
-    parser.add_argument("--prompt", default="", metavar="TEXT", help="the text to continue (default: none)")
-    parser.add_argument("--tokens", type=whole(1), default=200, metavar="N", help="at most (default: %(default)s)")
-    parser.add_argument(
-        "--temperature", type=number(0.0), default=0.8, metavar="X", help="0: the likeliest (default: %(default)s)"
-    )
-    parser.add_argument("--top-k", type=whole(1), metavar="K", help="draw from the K likeliest tokens")
-    parser.add_argument(
-        "--top-p", type=number(0.0, 1.0, above=True), metavar="P", help="draw from the likeliest that together reach P"
-    )
-    parser.add_argument("--seed", type=whole(0), metavar="N", help="the same text each time (default: another one)")
-    _add_machine_options(parser)
-    parser.set_defaults(func=_generate)
 
 
 def _add_machine_options(parser: argparse.ArgumentParser) -> None:
@@ -103,6 +156,28 @@ def _train(args: argparse.Namespace) -> int:
     if args.name not in PROGRAMS:
         raise UserError(f"train: expected the name of a program, one of {', '.join(PROGRAMS)}, but got {args.name!r}")
     return run.run(args, PROGRAMS[args.name])
+
+
+def _fine_tune(args: argparse.Namespace) -> int:
+    if args.name not in TASKS:
+        raise UserError(f"fine-tune: expected one of {', '.join(TASKS)}, but got {args.name!r}")
+    program = FineTune(args.name, {"text": args.text, "label": args.label}, epochs=args.epochs)
+    if args.resume is None:
+        if args.checkpoint is None:
+            raise UserError(
+                "fine-tune: expected a trained BERT, but got none; name its directory with --checkpoint, or a run with "
+                "--resume"
+            )
+        directory = checkpoint.locate(Path(args.checkpoint), to_use=True)
+        config, weights, tokenizer = checkpoint.load_model(directory, program.read_config)
+        program = replace(program, config=config, weights=weights, tokenizer=tokenizer)
+    elif args.checkpoint is not None:
+        raise UserError("--checkpoint: expected none beside --resume, whose run has its own weights, but got one")
+    return run.run(args, program)
+
+
+def _classify(args: argparse.Namespace) -> int:
+    return classify.run(args)
 
 
 def _generate(args: argparse.Namespace) -> int:

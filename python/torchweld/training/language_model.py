@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import Any
 
@@ -35,6 +35,12 @@ class LanguageModel:
     config_kind: type[gpt2.GPT2Config]
     input: str = "text"
     unit: str = "nats per token"
+    options: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def command(self) -> str:
+        """On the command line."""
+        return f"train {self.name}"
 
     def data(self, settings: Settings, config: gpt2.GPT2Config, tokenizer: Tokenizer | None = None) -> corpus.Corpus:
         """The text, split; as in `Program`."""
@@ -48,6 +54,10 @@ class LanguageModel:
                     f"{len(tokens)} (validation takes a tenth); give more text with --data, or a smaller --config"
                 )
         return text
+
+    def fit(self, settings: Settings, config: gpt2.GPT2Config, data: corpus.Corpus) -> tuple[Settings, gpt2.GPT2Config]:
+        """As in `Program`: nothing does."""
+        return settings, config
 
     def model(self, config: gpt2.GPT2Config, ops: ModuleType) -> gpt2.GPT2:
         """As in `Program`."""

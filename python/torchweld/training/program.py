@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Protocol
@@ -48,20 +49,28 @@ class Data(Protocol):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run came to: the model in evaluation mode, its loss in validation, and the baselines beside it."""
+    """What a run came to.
+
+    Attributes:
+        model: in evaluation mode.
+        loss, baselines: of validation.
+        precision: the context in which the model was trained, for what is evaluated after it.
+    """
 
     model: Any
     data: Any
     settings: Settings
     loss: float
     baselines: Mapping[str, float]
+    precision: AbstractContextManager[None]
 
 
 class Program(Protocol):
     """One of the models that `torchweld train` knows.
 
     Attributes:
-        name: on the command line.
+        name, command: on the command line.
+        options: choices of its own; a checkpoint keeps them with the settings.
         title: in plots.
         input: what it learns from, in error messages.
         configs, recipes: by the name of a size; how each is trained.
@@ -70,6 +79,10 @@ class Program(Protocol):
 
     @property
     def name(self) -> str: ...
+    @property
+    def command(self) -> str: ...
+    @property
+    def options(self) -> Mapping[str, str | None]: ...
     @property
     def title(self) -> str: ...
     @property
@@ -87,6 +100,9 @@ class Program(Protocol):
         Raises:
             UserError: there is nothing to learn from, or not enough.
         """
+
+    def fit(self, settings: Settings, config: Any, data: Any) -> tuple[Settings, Any]:
+        """What of a fresh run depends on its data."""
 
     def model(self, config: Any, ops: ModuleType) -> Published:
         """A fresh one, on `torchweld.ops` or `torchweld.models.stock`."""

@@ -73,7 +73,7 @@ class Job:
 
 def start(args: argparse.Namespace, program: Program, processes: Processes, kept: KeptMemory | None) -> Job:
     """A fresh run in an output directory of its own. `kept`: what malloc keeps in this process, if it was asked to."""
-    settings = Settings.fresh(args, program.name, program.recipes, processes.count)
+    settings = Settings.fresh(args, program.name, program.recipes, program.options, processes.count)
     optimizers.choice(settings.optimizer)
     out = Path(args.out or default_out(program))
     if not args.overwrite and (found := checkpoint.checkpoints(out)):
@@ -84,6 +84,7 @@ def start(args: argparse.Namespace, program: Program, processes: Processes, kept
     config = program.configs[settings.config]
     with processes.one_after_another():
         data = program.data(settings, config)
+    settings, config = program.fit(settings, config, data)
     validation = program.validation(data, settings, config)
     torch.manual_seed(settings.seed)
     trainers = [Trainer(program, config, settings, processes, args.dtype)]
@@ -128,7 +129,8 @@ def resume(args: argparse.Namespace, program: Program, processes: Processes, kep
         )
     source = checkpoint.locate(Path(args.resume or args.out or default_out(program)))
     training, state = checkpoint.load_training(source)
-    settings = Settings.resumed(args, program.name, training["settings"], training["step"], processes.count)
+    stored, step = training["settings"], training["step"]
+    settings = Settings.resumed(args, program.name, program.options, stored, step, processes.count)
     config, weights, tokenizer = checkpoint.load_model(source, program.read_config)
     with processes.one_after_another():
         data = program.data(settings, config, tokenizer)
@@ -190,7 +192,7 @@ def finish(job: Job, console: Console) -> None:
     drawn = report.plot(curve, job.program, job.trainers, baselines)
     console.print(f"loss curve: {curve if drawn else 'not drawn, matplotlib is missing: pip install torchweld[plot]'}")
     ours.model.eval()
-    job.program.show(Outcome(ours.model, job.data, job.settings, loss, baselines), console)
+    job.program.show(Outcome(ours.model, job.data, job.settings, loss, baselines, ours.precision()), console)
 
 
 def run(args: argparse.Namespace, program: Program) -> int:
@@ -221,7 +223,7 @@ def run(args: argparse.Namespace, program: Program) -> int:
                 return 0 if agree else 1
             console.print(
                 f"interrupted after step {job.trainers[0].step} of {job.settings.steps}, which is saved; "
-                f"continue with: torchweld train {program.name} --resume {job.out}"
+                f"continue with: torchweld {program.command} --resume {job.out}"
             )
     except torch.OutOfMemoryError:
         raise UserError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -62,20 +62,30 @@ class Settings(Recipe):
         program: its name.
         config: the name of a size.
         data: files; None for what the program has by itself.
+        options: the program's own choices.
     """
 
     program: str = "gpt2"
     config: str
     seed: int
     data: list[str] | None
+    options: dict[str, str] = field(default_factory=dict)
 
     @classmethod
-    def fresh(cls, args: argparse.Namespace, program: str, recipes: Mapping[str, Recipe], processes: int) -> Settings:
+    def fresh(
+        cls,
+        args: argparse.Namespace,
+        program: str,
+        recipes: Mapping[str, Recipe],
+        options: Mapping[str, str | None],
+        processes: int,
+    ) -> Settings:
         """From the command line, and from the config's recipe where it says nothing."""
-        name = args.config or "small"
+        name = args.config or ("small" if "small" in recipes else next(iter(recipes)))
         if name not in recipes:
             raise UserError(f"--config: expected one of {', '.join(recipes)}, but got {name!r}")
-        chosen = {"program": program, "config": name, "seed": 0, "data": None}
+        own = {option: value or option for option, value in options.items()}
+        chosen = {"program": program, "config": name, "seed": 0, "data": None, "options": own}
         settings = cls(**{**asdict(recipes[name]), **chosen, **_given(args)})
         if settings.optimizer == "sgd" and args.learning_rate is None:
             settings = replace(settings, learning_rate=SGD_RATE * settings.learning_rate)
@@ -83,7 +93,13 @@ class Settings(Recipe):
 
     @classmethod
     def resumed(
-        cls, args: argparse.Namespace, program: str, stored: dict[str, Any], step: int, processes: int
+        cls,
+        args: argparse.Namespace,
+        program: str,
+        options: Mapping[str, str | None],
+        stored: dict[str, Any],
+        step: int,
+        processes: int,
     ) -> Settings:
         """Those of the stored run, which has done `step` steps; the command line may replace all but the model."""
         try:
@@ -94,11 +110,11 @@ class Settings(Recipe):
             ) from None
         if settings.program != program:
             raise UserError(
-                f"--resume: expected a run of `train {program}`, but got one of `train {settings.program}`; "
-                f"resume it with that"
+                f"--resume: expected a run of {program}, but got one of {settings.program}; resume it with that"
             )
-        for name, given in (("config", args.config), ("optimizer", args.optimizer)):
-            if given not in (None, was := getattr(settings, name)):
+        fixed = {"config": settings.config, "optimizer": settings.optimizer, **settings.options}
+        for name, given in {"config": args.config, "optimizer": args.optimizer, **options}.items():
+            if given not in (None, was := fixed.get(name)):
                 raise UserError(
                     f"--{name}: expected {was!r}, with which the run was started, but got {given!r}; "
                     f"leave it out with --resume"

@@ -140,12 +140,13 @@ class Trainer:
         return self.loss.no_sync() if isinstance(self.loss, DistributedDataParallel) else nullcontext()
 
     def _evaluate(self, losses: Callable[..., dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
-        # bfloat16 is autocast over float32 weights: most updates of AdamW are too small for a weight of 8 bits to move.
-        precision: AbstractContextManager[None] = torch.autocast(
-            self.device.type, self.dtype, enabled=self.dtype != torch.float32
-        )
-        with precision:
+        with self.precision():
             return losses(*(tensor.to(self.device) for tensor in batch.tensors))
+
+    def precision(self) -> AbstractContextManager[None]:
+        """The context in which the model computes in `dtype`."""
+        # bfloat16 is autocast over float32 weights: most updates of AdamW are too small for a weight of 8 bits to move.
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
 
 def _total(batches: Sequence[Batch]) -> dict[str, float]:

@@ -1,0 +1,97 @@
+"""`torchweld classify`: what a fine-tuned BERT says of each line of a file, or of standard input."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from io import StringIO, TextIOWrapper
+from itertools import islice
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from torchweld.errors import UserError
+from torchweld.models.bert import BERTConfig, BERTForSequenceClassification
+from torchweld.training import checkpoint
+from torchweld.training.machine import forced_backend, pick_device
+from torchweld.training.packing import encode, pack
+
+LINES = 64
+
+
+def read_config(values: dict[str, Any]) -> BERTConfig:
+    """From the contents of a classifier's config.json."""
+    config = BERTConfig.from_hugging_face(values)
+    if not config.labels:
+        raise UserError("config.json: expected a model of `torchweld fine-tune` with id2label, but got one without")
+    return config
+
+
+@torch.no_grad()
+def answers(
+    model: BERTForSequenceClassification, tokenizer: Tokenizer, texts: list[str], device: str
+) -> Iterator[dict[str, Any]]:
+    """For each text {"score": number}, or {"label": name, "probability": number}; without a text nothing is said."""
+    said = [text for text in texts if text.strip()]
+    results: Iterator[Tensor] = iter(())
+    if said:
+        tokens, bounds = (tensor.to(device) for tensor in pack(encode(tokenizer, said)))
+        results = iter(model(tokens, torch.zeros_like(tokens), bounds).float().cpu())
+    for text in texts:
+        if not text.strip():
+            yield {}
+        elif model.config.regression:
+            yield {"score": round(next(results).item(), 4)}
+        else:
+            probabilities: Tensor = next(results).softmax(0)
+            best = int(probabilities.argmax())
+            yield {"label": model.config.labels[best], "probability": round(probabilities[best].item(), 4)}
+
+
+def batches(lines: Iterable[str], at_once: int) -> Iterator[list[str]]:
+    """The lines without their ends, a few at a time."""
+    rest = iter(lines)
+    while batch := [line.rstrip("\r\n") for line in islice(rest, at_once)]:
+        yield batch
+
+
+def run(args: argparse.Namespace) -> int:
+    """Writes a line for each line that it reads, with tabs between the parts."""
+    device = pick_device(args.device)
+    directory = checkpoint.locate(Path(args.checkpoint), to_use=True)
+    config, weights, tokenizer = checkpoint.load_model(directory, read_config)
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(config.max_position_embeddings)
+    with forced_backend(args.backend, device), _opened(args.file) as lines:
+        model = BERTForSequenceClassification(config).eval()
+        model.load_hugging_face(weights)
+        model.to(device)
+        # Someone at a terminal waits for the answer to each line.
+        for texts in batches(lines, 1 if lines.isatty() else LINES):
+            for text, answer in zip(texts, answers(model, tokenizer, texts, device), strict=True):
+                if args.json:
+                    sys.stdout.write(json.dumps({"text": text, **answer}, ensure_ascii=False) + "\n")
+                else:
+                    sys.stdout.write("\t".join([*map(str, answer.values()), text]) + "\n")
+            sys.stdout.flush()
+    return 0
+
+
+@contextmanager
+def _opened(path: str) -> Iterator[TextIO]:
+    if path == "-":
+        if isinstance(sys.stdin, TextIOWrapper):
+            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
+        yield sys.stdin
+        return
+    try:
+        lines = Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"FILE {path}: expected a readable text file, but got: {error.strerror}") from None
+    yield StringIO(lines)

@@ -1,0 +1,246 @@
+"""`torchweld fine-tune classify` and `regress`: a trained BERT learns what texts are labelled with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from torchweld.errors import UserError
+from torchweld.models.bert import BERTConfig, BERTForSequenceClassification
+from torchweld.training import bag_of_words, scores
+from torchweld.training.labelled import Rows, label_names, numbers, read_rows, split
+from torchweld.training.packing import encode, pack
+from torchweld.training.program import Batch, Outcome
+from torchweld.training.settings import Recipe, Settings
+
+WORST = 5
+RECIPE = Recipe(
+    steps=0, batch_size=32, learning_rate=1e-4, weight_decay=0.01, beta2=0.999, validate_every=0, keep_best=True
+)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Training, validation or test: texts, their tokens, and targets as numbers or as labels' numbers."""
+
+    rows: Rows
+    tokens: list[list[int]]
+    targets: Tensor
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def batch(self, indices: Sequence[int]) -> Batch:
+        """The examples `indices`, packed."""
+        tokens, bounds = pack([self.tokens[i] for i in indices])
+        tensors = (tokens, torch.zeros_like(tokens), bounds, self.targets[list(indices)])
+        return Batch(tensors, {"loss": len(indices)}, len(tokens))
+
+    def batches(self, size: int) -> list[Batch]:
+        """All of it, in order of length."""
+        order = sorted(range(len(self)), key=lambda i: len(self.tokens[i]))
+        return [self.batch(order[i : i + size]) for i in range(0, len(order), size)]
+
+
+@dataclass(frozen=True)
+class Labelled:
+    """Labelled texts. `labels`: their names; of regression the column's."""
+
+    tokenizer: Tokenizer
+    digest: str
+    labels: tuple[str, ...]
+    training: Part
+    validation: Part
+    test: Part
+
+
+@dataclass(frozen=True)
+class FineTune:
+    """The program. `task`: classify or regress; config, weights and tokenizer: of the checkpoint of a fresh run."""
+
+    task: str
+    options: Mapping[str, str | None]
+    config: BERTConfig | None = None
+    weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
+    tokenizer: Tokenizer | None = None
+    epochs: int = 1
+    input: str = "data"
+    title: str = "BERT"
+    architecture: str = "BertForSequenceClassification"
+
+    @property
+    def name(self) -> str:
+        return self.task
+
+    @property
+    def command(self) -> str:
+        return f"fine-tune {self.task}"
+
+    @property
+    def unit(self) -> str:
+        return "squared error" if self.regression else "nats per text"
+
+    @property
+    def regression(self) -> bool:
+        """Whether numbers are learned, and not labels."""
+        return self.task == "regress"
+
+    @property
+    def configs(self) -> Mapping[str, Any]:
+        return {"checkpoint": self.config}
+
+    @property
+    def recipes(self) -> Mapping[str, Recipe]:
+        return {"checkpoint": RECIPE}
+
+    def data(self, settings: Settings, config: BERTConfig, tokenizer: Tokenizer | None = None) -> Labelled:
+        """The rows of the files, split and encoded; as in `Program`."""
+        if not settings.data:
+            raise UserError(f"{self.command}: expected files of texts and labels, but got none; name them with --data")
+        columns = settings.options
+        rows = read_rows(settings.data, columns["text"], columns["label"])
+        labels = (columns["label"],) if self.regression else label_names(rows)
+        tokenizer = tokenizer or self.tokenizer
+        assert tokenizer is not None
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(config.max_position_embeddings)
+        parts = [self._part(rows, labels, tokenizer) for rows in split(rows)]
+        if not self.regression and (absent := set(labels) - set(parts[0].rows.labels)):
+            raise UserError(
+                f"--data: expected every label among the texts for training, but {sorted(absent)[0]!r} is not; give "
+                f"more texts with it, or leave it out"
+            )
+        return Labelled(tokenizer, rows.digest, labels, *parts)
+
+    def _part(self, rows: Rows, labels: tuple[str, ...], tokenizer: Tokenizer) -> Part:
+        if self.regression:
+            targets = torch.tensor(numbers(rows))
+        else:
+            index = {label: i for i, label in enumerate(labels)}
+            targets = torch.tensor([index[label] for label in rows.labels])
+        return Part(rows, encode(tokenizer, rows.texts), targets)
+
+    def fit(self, settings: Settings, config: BERTConfig, data: Labelled) -> tuple[Settings, BERTConfig]:
+        """A head for the labels, and as many steps as the epochs take."""
+        steps = settings.steps or math.ceil(self.epochs * len(data.training) / settings.batch_size)
+        every = settings.validate_every or max(1, math.ceil(steps / max(2, 2 * self.epochs)))
+        config = replace(config, labels=data.labels, regression=self.regression, dropout=0.0)
+        return replace(settings, steps=steps, validate_every=every), config
+
+    def model(self, config: BERTConfig, ops: ModuleType) -> BERTForSequenceClassification:
+        """The checkpoint's encoder under a new head."""
+        model = BERTForSequenceClassification(config, ops)
+        if self.weights:
+            model.bert.load_hugging_face(encoder_weights(self.weights, model))
+        return model
+
+    def batches(self, data: Labelled, settings: Settings, config: BERTConfig, step: int, parts: int) -> list[Batch]:
+        """The next examples of an order that is drawn for each epoch."""
+        size, count = settings.batch_size, len(data.training)
+        first = step * size
+        epochs = range(first // count, (first + size - 1) // count + 1)
+        orders = {epoch: np.random.default_rng((settings.seed, epoch)).permutation(count) for epoch in epochs}
+        chosen = [int(orders[at // count][at % count]) for at in range(first, first + size)]
+        return [data.training.batch(chosen[i : i + size // parts]) for i in range(0, size, size // parts)]
+
+    def validation(self, data: Labelled, settings: Settings, config: BERTConfig) -> list[Batch]:
+        """All texts of validation."""
+        return data.validation.batches(settings.batch_size)
+
+    def losses(self, model: BERTForSequenceClassification, *tensors: Tensor) -> dict[str, Tensor]:
+        """The mean squared error, or the mean cross-entropy in nats."""
+        return {"loss": model.loss(*tensors)}
+
+    def read_config(self, values: dict[str, Any]) -> BERTConfig:
+        """As in `Program`."""
+        return BERTConfig.from_hugging_face(values)
+
+    def write_config(self, config: BERTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+        """As in `Program`."""
+        return {**config.to_hugging_face(), "architectures": [self.architecture]}
+
+    def describe(self, data: Labelled, settings: Settings, config: BERTConfig) -> tuple[str, str]:
+        """As in `Program`."""
+        sizes = f"{len(data.training):,} / {len(data.validation):,} / {len(data.test):,}"
+        what = "numbers" if self.regression else f"{len(data.labels)} labels"
+        mean = sum(map(len, data.training.tokens)) / len(data.training)
+        source = f"{len(settings.data or ())} files, {sizes} for training, validation and test"
+        return f"texts: {source}, {mean:.0f} tokens each, {what}", f"{settings.batch_size} texts"
+
+    def baselines(self, data: Labelled, validation: Sequence[Batch]) -> dict[str, float]:
+        """The validation loss of what is said of any text alike."""
+        targets, own = data.validation.targets, data.training.targets
+        if self.regression:
+            return {"mean of the training texts": float((targets - own.mean()).square().mean())}
+        frequencies = torch.bincount(own, minlength=len(data.labels)).double() / len(own)
+        return {"frequencies of the training texts": float(-frequencies[targets].log().mean())}
+
+    def show(self, outcome: Outcome, console: Console) -> None:
+        """The test's scores beside those of the baselines, and the texts that went most wrong."""
+        data, test = outcome.data, outcome.data.test
+        own = outputs(outcome.model, test, outcome.settings.batch_size, outcome.precision)
+        others = {"bag of words": self._bag_of_words(data), "the same for all": self._constant(data)}
+        judge = scores.of_numbers if self.regression else scores.of_labels
+        table = scores.table({"BERT": judge(own, test.targets)}, {n: judge(o, test.targets) for n, o in others.items()})
+        table.title = f"{len(test):,} texts of the test"
+        console.print(table)
+        if not self.regression and len(data.labels) <= scores.MOST_CONFUSED:
+            console.print(scores.confusion(own.argmax(1), test.targets, data.labels))
+        console.print(self._worst(own, test, data.labels))
+        console.print('try it: echo "What a lovely day!" | torchweld classify --checkpoint DIR')
+
+    def _bag_of_words(self, data: Labelled) -> Tensor:
+        width = len(data.labels)
+        pairs = []
+        for part in (data.training, data.validation):
+            targets = part.targets[:, None] if self.regression else torch.eye(width)[part.targets]
+            pairs.append((part.rows.texts, targets.float()))
+        return bag_of_words.predict(pairs[0], pairs[1], data.test.rows.texts)
+
+    def _constant(self, data: Labelled) -> Tensor:
+        own, count = data.training.targets, len(data.test)
+        if self.regression:
+            return own.mean().expand(count, 1)
+        return torch.bincount(own, minlength=len(data.labels)).float().expand(count, -1)
+
+    def _worst(self, own: Tensor, test: Part, labels: tuple[str, ...]) -> Table:
+        if self.regression:
+            errors, said = (own[:, 0] - test.targets).abs(), [f"{value:.2f}" for value in own[:, 0].tolist()]
+        else:
+            errors = torch.nn.functional.cross_entropy(own, test.targets, reduction="none")
+            said = [labels[i] for i in own.argmax(1).tolist()]
+        table = Table("labelled", "predicted", "text", title="the most wrong")
+        for i in errors.topk(min(WORST, len(test))).indices.tolist():
+            table.add_row(test.rows.labels[i], said[i], test.rows.texts[i])
+        return table
+
+
+def encoder_weights(state: Mapping[str, Tensor], model: BERTForSequenceClassification) -> dict[str, Tensor]:
+    """Those of the encoder among the weights of any BERT; one without a pooler gets that of `model`, a fresh one."""
+    heads = ("cls.", "classifier.", "qa_outputs.")
+    stored = {n.removeprefix("bert."): t for n, t in state.items() if not n.startswith(heads)}
+    fresh = {name: t for name, t in model.bert.published().items() if name.startswith("pooler.")}
+    return {**fresh, **stored}
+
+
+@torch.no_grad()
+def outputs(model: BERTForSequenceClassification, part: Part, size: int, precision: Any) -> Tensor:
+    """The model's logits for each text, in float32 on the CPU: (texts, labels)."""
+    order = sorted(range(len(part)), key=lambda i: len(part.tokens[i]))
+    found = []
+    device = next(model.parameters()).device
+    with precision:
+        for start in range(0, len(order), size):
+            tensors = part.batch(order[start : start + size]).tensors[:3]
+            found.append(model(*(tensor.to(device) for tensor in tensors)).float().cpu())
+    return torch.cat(found)[torch.tensor(order).argsort()]
