@@ -231,6 +231,25 @@ struct CrossEntropyBackwardParams {
   void* dlogits;          // [M, V]
 };
 
+// The losses of logits = softcap * tanh((input @ weight^T + bias) / softcap), as above and z_loss * lse^2 more, and, for
+// given gradients of the losses, those of input, weight and bias. N rows of H features, V classes. Rows whose target is
+// `ignore_index` are not read; their loss and gradient are 0. Without a softcap (0) logits = input @ weight^T + bias.
+struct LinearCrossEntropyParams {
+  int64_t rows, features, classes, ignore_index;
+  float smoothing, softcap, z_loss;
+  DType dtype;            // of input, weight and their gradients
+  const void* input;      // [N, H]
+  const void* weight;     // [V, H]
+  const float* bias;      // [V], nullptr: zeros
+  const int64_t* target;  // [N]
+  const float* dloss;     // [N], nullptr: no gradient is wanted
+  float* loss;            // [N]
+  void* dinput;           // [N, H], nullptr: not wanted
+  void* dweight;          // [V, H], nullptr: not wanted
+  float* dbias;           // [V], nullptr: not wanted
+  float* workspace;       // linear_cross_entropy_workspace floats
+};
+
 // output = input * Phi(input); E elements.
 struct GeluForwardParams {
   int64_t numel;

@@ -4,6 +4,7 @@
 #include "bindings/cross_entropy.h"
 #include "bindings/gelu.h"
 #include "bindings/layer_norm.h"
+#include "bindings/linear_cross_entropy.h"
 #include "bindings/optimizer.h"
 #include "bindings/paged_attention.h"
 #include "cpu/isa/isa.h"
@@ -50,5 +51,6 @@ PYBIND11_MODULE(_cpu, python, py::mod_gil_not_used()) {
   bind_attention<Cpu>(m);
   bind_paged_attention<Cpu>(m);
   bind_layer_norm<Cpu>(m);
+  bind_linear_cross_entropy<Cpu>(m);
   bind_optimizers<Cpu>(m);
 }

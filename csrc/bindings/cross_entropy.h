@@ -12,11 +12,12 @@ inline void check_logits(const Arguments& args, const TensorView& logits) {
 }
 
 // The forward kernels read the logit of the target: every one in [0, V), or ignore_index.
-inline void check_classes(const CrossEntropyForwardParams& p) {
+template <class Params>
+void check_classes(const char* op, const Params& p) {
   for (int64_t m = 0; m < p.rows; ++m) {
     const int64_t target = p.target[m];
     if ((target < 0 || target >= p.classes) && target != p.ignore_index)
-      throw py::index_error("[cross_entropy] target: expected classes in [0, " + std::to_string(p.classes) +
+      throw py::index_error("[" + std::string(op) + "] target: expected classes in [0, " + std::to_string(p.classes) +
                             ") or ignore_index " + std::to_string(p.ignore_index) + ", but got " +
                             std::to_string(target) + " in row " + std::to_string(m));
   }
@@ -38,7 +39,7 @@ void bind_cross_entropy(Module& m) {
           p.dtype = args.dtype(logits, "logits");
           p.logits = args.contiguous(logits, "logits", p.dtype, {p.rows, p.classes});
           p.target = args.indices(target, "target", p.rows);
-          if (Backend::reads_tensors) check_classes(p);
+          if (Backend::reads_tensors) check_classes("cross_entropy", p);
           p.loss = static_cast<float*>(args.contiguous(loss, "loss", DType::float32, {p.rows}));
           p.max = static_cast<float*>(args.contiguous(stats, "stats", DType::float32, {2, p.rows}));
           p.sum = p.max + p.rows;

@@ -55,6 +55,21 @@ def cross_entropy_backward(
     stats: Tensor,
     dlogits: Tensor,
 ) -> None: ...
+def linear_cross_entropy(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    softcap: float,
+    z_loss: float,
+    dloss: Tensor | None,
+    loss: Tensor,
+    dinput: Tensor | None,
+    dweight: Tensor | None,
+    dbias: Tensor | None,
+) -> None: ...
 def gelu_forward(input: Tensor, exact: bool, output: Tensor) -> None: ...
 def gelu_backward(doutput: Tensor, input: Tensor, exact: bool, dinput: Tensor) -> None: ...
 

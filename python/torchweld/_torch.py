@@ -39,6 +39,7 @@ __all__ = [
     "forward_mode_is_on",
     "function_mode_stack",
     "function_modes",
+    "graph_is_kept",
     "has_global_hooks",
     "has_hooks",
     "is_batched",
@@ -65,6 +66,7 @@ tracing: Callable[[], object] = torch._C._get_tracing_state  # torch.jit.is_trac
 dispatch_modes: Callable[[], int] = torch._C._len_torch_dispatch_stack  # no public form
 function_modes: Callable[[], bool] = torch._C._is_torch_function_mode_enabled  # no public form
 profiling: Callable[[], bool] = torch._C._autograd._profiler_enabled  # no public form
+graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph  # no public form
 is_batched: Callable[[Tensor], bool] = torch._C._functorch.is_legacy_batchedtensor  # no public form
 
 

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
         layer_norm_forward = staticmethod(_cpu.layer_norm_forward)
         layer_norm_forward_workspace = staticmethod(_cpu.layer_norm_forward_workspace)
         layer_norm_workspace = staticmethod(_cpu.layer_norm_workspace)
+        linear_cross_entropy = staticmethod(_cpu.linear_cross_entropy)
         paged_attention = staticmethod(_cpu.paged_attention)
         sgd_ = staticmethod(_cpu.sgd_)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,6 +15,7 @@ from torchweld.testing.cross_entropy import CrossEntropyCase
 from torchweld.testing.gelu import GeluCase
 from torchweld.testing.inputs import LAYOUTS
 from torchweld.testing.layer_norm import LayerNormCase
+from torchweld.testing.linear_cross_entropy import LinearCrossEntropyCase
 
 DRAWN = {"name": "drawn", "regime": "drawn by hypothesis"}
 
@@ -38,10 +41,23 @@ def gelu_case(size: tuple[int, int], layout: str) -> GeluCase:
     return GeluCase(**DRAWN, shape=size, layout=layout)
 
 
+def linear_cross_entropy_case(
+    size: tuple[int, int], features: int, layout: str, flags: list[bool]
+) -> LinearCrossEntropyCase:
+    options: dict[str, Any] = {
+        "bias": flags[0],
+        "reduction": "none" if flags[1] else "mean",
+        "smoothing": 0.1 * flags[2],
+    }
+    rows, features = (size[0],), min(features, 1 + 2**18 // size[1])
+    return LinearCrossEntropyCase(**DRAWN, rows=rows, features=features, classes=size[1], layout=layout, **options)
+
+
 LAYOUT, FLAGS = st.sampled_from(LAYOUTS), st.lists(st.booleans(), min_size=3, max_size=3)
 LARGE = {
     "layer_norm": st.builds(layer_norm_case, matrices(), LAYOUT, FLAGS),
     "cross_entropy": st.builds(cross_entropy_case, matrices(), LAYOUT, FLAGS),
+    "linear_cross_entropy": st.builds(linear_cross_entropy_case, matrices(), st.integers(1, 300), LAYOUT, FLAGS),
     "gelu": st.builds(gelu_case, matrices(), LAYOUT),
     "scaled_dot_product_attention": st.builds(
         AttentionCase,

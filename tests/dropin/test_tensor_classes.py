@@ -32,6 +32,7 @@ TWINS: dict[str, tuple[int, Callable[[Any, Make], Tensor]]] = {
 ALONE: dict[str, tuple[int, Callable[[Make], Any]]] = {
     "attention": (4, lambda a: ops.attention(a(0, Q), a(1, Q), a(2, Q), bias=a(3, ROWS[:, :5]))),
     "slopes": (2, lambda a: ops.attention(Q, Q, Q, alibi_slopes=a(0, VECTOR[:2]), sinks=a(1, VECTOR[:2]))),
+    "linear_cross_entropy": (3, lambda a: ops.linear_cross_entropy(a(0, ROWS), a(1, ROWS), CLASSES, a(2, VECTOR[:5]))),
     "add_layer_norm": (4, lambda a: ops.add_layer_norm(a(0, ROWS), a(1, ROWS), (8,), a(2, VECTOR), a(3, VECTOR))[0]),
     "add_rms_norm": (3, lambda a: ops.add_rms_norm(a(0, ROWS), a(1, ROWS), (8,), a(2, VECTOR))[0]),
     "rms_norm": (2, lambda a: ops.rms_norm(a(0, ROWS), (8,), a(1, VECTOR), zero_centered_weight=True)),

@@ -24,6 +24,9 @@ CALLS: dict[str, Callable[[Any, Tensor, torch.dtype], Tensor]] = {
     "cross_entropy, weighted": lambda of, x, p: of.cross_entropy(
         x, x.new_zeros(4, dtype=torch.int64), x.new_ones(8), reduction="none"
     ),
+    "linear_cross_entropy": lambda of, x, p: of.linear_cross_entropy(
+        x, torch.linspace(-1, 1, 48, dtype=p, device=x.device).view(6, 8), x.new_zeros(4, dtype=torch.int64)
+    ),
     "scaled_dot_product_attention": lambda of, x, p: of.scaled_dot_product_attention(*(x.view(1, 1, 4, 8),) * 3),
 }
 

@@ -25,6 +25,10 @@ OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "add_rms_norm": lambda x, y: torch.cat(ops.add_rms_norm(x, y, (24,), W)),
     "gelu": lambda x, y: ops.gelu(x, "tanh"),
     "cross_entropy": lambda x, y: ops.cross_entropy(x.flatten(0, -2), y.flatten(0, -2).argmax(-1), label_smoothing=0.1),
+    "linear_cross_entropy": lambda x, y: ops.linear_cross_entropy(x, y[0, 0], x.argmax(-1) % y.shape[2], shift=True),
+    "linear_cross_entropy, each row": lambda x, y: ops.linear_cross_entropy(
+        x, y[0, 0], x.argmax(-1) % y.shape[2], y[0, 1, :, 0], reduction="none", softcap=3.0
+    ),
     "scaled_dot_product_attention": lambda x, y: ops.scaled_dot_product_attention(x, y, y, is_causal=True),
     "attention": lambda x, y: ops.attention(x, y, y, causal=True, window=(5, 0), softcap=9.0, return_lse=True)[0],
 }

@@ -31,6 +31,7 @@ CALLS = {
     "cross_entropy": ((rows, classes), ops.cross_entropy),
     "cross_entropy weight": ((rows, classes, vector), ops.cross_entropy),
     "cross_entropy soft": ((rows, rows), ops.cross_entropy),
+    "linear_cross_entropy": ((rows, rows, classes, vector[:5].clone()), ops.linear_cross_entropy),
     "sdpa": ((q, q, q, torch.ones(5, 5)), ops.scaled_dot_product_attention),
     "sdpa broadcast": ((q, q[0], q[0], torch.ones(5, 5)), ops.scaled_dot_product_attention),
     "attention": (
@@ -120,6 +121,8 @@ for call in (
     lambda: ops.scaled_dot_product_attention(q, q, q, is_causal=number),
     lambda: ops.cross_entropy(torch.ones(5, 8), torch.arange(5), label_smoothing=number),
     lambda: ops.cross_entropy(torch.ones(5, 8), torch.arange(5), ignore_index=number),
+    lambda: ops.linear_cross_entropy(torch.ones(5, 8), torch.ones(5, 8), torch.arange(5), softcap=number),
+    lambda: ops.linear_cross_entropy(torch.ones(5, 8), torch.ones(5, 8), torch.arange(5), z_loss=number),
     lambda: ops.grad_norm([p], grad_scale=double),
     lambda: ops.sgd_([p], [p + 1], [], lr=0.1, momentum=number),
     *(

@@ -20,6 +20,9 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "rms_norm": lambda of, x: of.rms_norm(x, (8,), W.to(x.dtype)),
     "gelu": lambda of, x: of.gelu(x, "tanh"),
     "cross_entropy": lambda of, x: of.cross_entropy(x.flatten(0, -2), TARGET.repeat(x.shape[0]), reduction="none"),
+    "linear_cross_entropy": lambda of, x: of.linear_cross_entropy(
+        x, KEY[0].to(x.dtype), TARGET.clamp(max=4).expand(x.shape[:-1]), VALUE[0, :, 0].to(x.dtype), reduction="none"
+    ),
     "scaled_dot_product_attention": lambda of, x: of.scaled_dot_product_attention(
         x, KEY.to(x.dtype), VALUE.to(x.dtype), is_causal=True
     ),

@@ -55,6 +55,7 @@ CLEAN = [
     "norms",
     "gelu",
     "cross_entropy",
+    "linear_cross_entropy",
     "adamw",
     "sgd",
     "hostile",

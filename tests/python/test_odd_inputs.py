@@ -33,6 +33,8 @@ NEGATED: dict[str, Callable[[Tensor], Any]] = {
     "add_layer_norm residual": lambda t: ops.add_layer_norm(x(2, 5, COLS), t, (COLS,))[1],
     "gelu": lambda t: ops.gelu(t, "tanh"),
     "cross_entropy": lambda t: ops.cross_entropy(t[0], CLASSES),
+    "linear_cross_entropy input": lambda t: ops.linear_cross_entropy(t[0], x(COLS, COLS), CLASSES),
+    "linear_cross_entropy weight": lambda t: ops.linear_cross_entropy(x(5, COLS), t[0], CLASSES // 4, t[1, :, 0]),
     "query": lambda t: ops.attention(t[None], x(1, 2, 5, COLS), x(1, 2, 5, COLS)),
     "key": lambda t: ops.attention(x(1, 2, 5, COLS), t[None], x(1, 2, 5, COLS)),
     "value": lambda t: ops.scaled_dot_product_attention(x(1, 2, 5, COLS), x(1, 2, 5, COLS), t[None]),
@@ -110,6 +112,7 @@ def test_meta_tensors_have_shapes() -> None:
     assert encoder(q[0]).shape == q[0].shape
     assert ops.scaled_dot_product_attention(q, q, q, is_causal=True).shape == q.shape
     ops.cross_entropy(logits, classes).backward()
+    ops.linear_cross_entropy(logits, logits[:4], classes, reduction="sum").backward()
     assert logits.grad is not None and logits.grad.is_meta
 
 
@@ -153,6 +156,7 @@ def test_a_tensor_without_memory_is_refused(make: Callable[..., Tensor]) -> None
         lambda: torch.autograd.grad(ops.layer_norm(leaf, (COLS,)), leaf, make(5, COLS)),
         lambda: ops.gelu(make(5), "tanh"),
         lambda: ops.cross_entropy(make(5, COLS), CLASSES),
+        lambda: ops.linear_cross_entropy(x(5, COLS), make(COLS, COLS), CLASSES),
         lambda: ops.attention(q, make(1, 2, 5, COLS), q),
         lambda: optim.SGD([weight]).step(),
     ]

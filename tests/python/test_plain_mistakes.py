@@ -44,6 +44,11 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: untyped.ops.gelu(Q.numpy(), "tanh"), TypeError, "[gelu] input: expected a torch.Tensor, but got ndarray"),
     (lambda: untyped.ops.cross_entropy(Q[0, 0], [0] * 5), TypeError, "[cross_entropy] target: expected a torch.Tensor"),
     (
+        lambda: untyped.ops.linear_cross_entropy(Q[0, 0], None, torch.zeros(5, dtype=torch.int64)),
+        TypeError,
+        "[linear_cross_entropy] weight: expected a torch.Tensor, but got NoneType",
+    ),
+    (
         lambda: untyped.ops.attention(Q, None, Q),
         TypeError,
         "[attention] key: expected a torch.Tensor, but got NoneType",

@@ -22,6 +22,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "new_residual": lambda x, w: ops.add_layer_norm(x, x.sin(), (8,), w)[1] * w,
     "gelu": lambda x, w: ops.gelu(x * w, "tanh"),
     "cross_entropy": lambda x, w: ops.cross_entropy((x * w)[0, 0], CLASSES, reduction="none"),
+    "linear_cross_entropy": lambda x, w: ops.linear_cross_entropy(x[0, 0], (x * w)[0, 1], CLASSES, w[:5], shift=True),
     "attention": lambda x, w: ops.attention(x, x * w, x.sin(), bias=x[..., :5], sinks=w[:2], alibi_slopes=w[2:4]),
     "lse": lambda x, w: ops.attention(x, x * w, x, return_lse=True)[1],
     "sdpa": lambda x, w: ops.scaled_dot_product_attention(x, x * w, x, is_causal=True),

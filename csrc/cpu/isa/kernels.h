@@ -21,6 +21,8 @@ struct Kernels {
   void (*attention_forward)(const AttentionForwardParams&);
   int64_t (*attention_backward_workspace)(const AttentionBackwardParams&);
   void (*attention_backward)(const AttentionBackwardParams&);
+  int64_t (*linear_cross_entropy_workspace)(const LinearCrossEntropyParams&);
+  void (*linear_cross_entropy)(const LinearCrossEntropyParams&);
   int64_t (*paged_attention_workspace)(const PagedAttentionParams&);
   void (*paged_attention)(const PagedAttentionParams&);
 };
@@ -51,6 +53,8 @@ int64_t attention_forward_workspace(const AttentionForwardParams& p);
 void attention_forward(const AttentionForwardParams& p);
 int64_t attention_backward_workspace(const AttentionBackwardParams& p);
 void attention_backward(const AttentionBackwardParams& p);
+int64_t linear_cross_entropy_workspace(const LinearCrossEntropyParams& p);
+void linear_cross_entropy(const LinearCrossEntropyParams& p);
 int64_t paged_attention_workspace(const PagedAttentionParams& p);
 void paged_attention(const PagedAttentionParams& p);
 

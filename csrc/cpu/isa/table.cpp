@@ -31,6 +31,8 @@ const Kernels table = {
     attention_forward,
     attention_backward_workspace,
     attention_backward,
+    linear_cross_entropy_workspace,
+    linear_cross_entropy,
     paged_attention_workspace,
     paged_attention,
 };

@@ -9,7 +9,7 @@ namespace {
 
 // Whether memory of T already is words of Compute.
 template <class T, class Compute>
-constexpr bool kNative = sizeof(T) * Compute::per_word == 4 * Compute::parts;
+constexpr bool kNative = Compute::parts == 1 && sizeof(T) * Compute::per_word == 4;
 
 // W x W: row i becomes column i. Each round interleaves the two halves; after log2(W) rounds that is the transpose.
 TW_INLINE void transpose(Vec (&v)[W]) {

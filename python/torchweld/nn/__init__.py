@@ -1,7 +1,8 @@
-"""Drop-ins that subclass torch.nn: same constructor and state_dict, another `forward`."""
+"""Drop-ins that subclass torch.nn: same constructor and state_dict, another `forward`. And a loss that torch lacks."""
 
 from torchweld.nn.attention import MultiheadAttention
 from torchweld.nn.layer_norm import LayerNorm
+from torchweld.nn.linear_cross_entropy import LinearCrossEntropy
 from torchweld.nn.rms_norm import RMSNorm
 from torchweld.nn.transformer import (
     Transformer,
@@ -13,6 +14,7 @@ from torchweld.nn.transformer import (
 
 __all__ = [
     "LayerNorm",
+    "LinearCrossEntropy",
     "MultiheadAttention",
     "RMSNorm",
     "Transformer",

@@ -6,6 +6,7 @@ from torchweld.ops.attention import attention
 from torchweld.ops.cross_entropy import cross_entropy
 from torchweld.ops.gelu import gelu
 from torchweld.ops.layer_norm import add_layer_norm, layer_norm
+from torchweld.ops.linear_cross_entropy import linear_cross_entropy
 from torchweld.ops.paged_attention import paged_attention
 from torchweld.ops.rms_norm import add_rms_norm, rms_norm
 from torchweld.ops.scaled_dot_product_attention import scaled_dot_product_attention
@@ -20,6 +21,7 @@ __all__ = [
     "gelu",
     "grad_norm",
     "layer_norm",
+    "linear_cross_entropy",
     "paged_attention",
     "rms_norm",
     "scaled_dot_product_attention",

@@ -5,6 +5,7 @@ from torchweld.reference.attention import attention, scaled_dot_product_attentio
 from torchweld.reference.cross_entropy import cross_entropy
 from torchweld.reference.gelu import gelu
 from torchweld.reference.layer_norm import add_layer_norm, layer_norm
+from torchweld.reference.linear_cross_entropy import linear_cross_entropy
 from torchweld.reference.optimizer import grad_norm
 from torchweld.reference.paged_attention import paged_attention
 from torchweld.reference.rms_norm import add_rms_norm, rms_norm
@@ -19,6 +20,7 @@ __all__ = [
     "gelu",
     "grad_norm",
     "layer_norm",
+    "linear_cross_entropy",
     "paged_attention",
     "rms_norm",
     "scaled_dot_product_attention",

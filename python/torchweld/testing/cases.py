@@ -193,6 +193,7 @@ def ops() -> dict[str, tuple[Case, ...]]:
     from torchweld.testing.cross_entropy import CROSS_ENTROPY  # noqa: PLC0415
     from torchweld.testing.gelu import GELU  # noqa: PLC0415
     from torchweld.testing.layer_norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM  # noqa: PLC0415
+    from torchweld.testing.linear_cross_entropy import LINEAR_CROSS_ENTROPY  # noqa: PLC0415
     from torchweld.testing.paged_attention import PAGED_ATTENTION  # noqa: PLC0415
     from torchweld.testing.sgd import SGD  # noqa: PLC0415
 
@@ -205,6 +206,7 @@ def ops() -> dict[str, tuple[Case, ...]]:
         "add_rms_norm": ADD_RMS_NORM,
         "gelu": GELU,
         "cross_entropy": CROSS_ENTROPY,
+        "linear_cross_entropy": LINEAR_CROSS_ENTROPY,
         "adamw": ADAMW,
         "sgd": SGD,
     }

@@ -20,6 +20,7 @@ _JUDGED: dict[str, Callable[[Draw], Judged]] = {
     "norms": norms.norms,
     "gelu": losses.gelu,
     "cross_entropy": losses.cross_entropy,
+    "linear_cross_entropy": losses.linear_cross_entropy,
     "adamw": optimizers.adamw,
     "sgd": optimizers.sgd,
 }

@@ -1,4 +1,4 @@
-"""Draws cases of cross_entropy and gelu."""
+"""Draws cases of cross_entropy, of a head's too, and gelu."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torchweld.testing.fuzz.draw import FEW, FLOATS, LONG, MANY, TILES, VECTORS,
 from torchweld.testing.fuzz.trial import Judged
 from torchweld.testing.gelu import GeluCase
 from torchweld.testing.inputs import LAYOUTS, VALUES
+from torchweld.testing.linear_cross_entropy import LinearCrossEntropyCase
 
 
 def cross_entropy(draw: Draw) -> Judged:
@@ -32,6 +33,28 @@ def cross_entropy(draw: Draw) -> Judged:
         "inner": lambda: {"inner": draw.one((1,), (3,), (2, 2)), "layout": "contiguous"},
     }
     case = CrossEntropyCase(name=f"number {draw.number}", regime="", rows=rows, classes=classes, **draw.options(pool))  # type: ignore[arg-type]
+    return Judged(case=case, dtype=dtype, seed=draw.seed(), inference=draw.chance(0.2))
+
+
+def linear_cross_entropy(draw: Draw) -> Judged:
+    dtype = draw.one(*FLOATS)
+    features, classes = draw.size(FEW, VECTORS, TILES, empty=0.0), draw.size(FEW, VECTORS, TILES, MANY, LONG, empty=0.0)
+    rows = draw.size(FEW, VECTORS, TILES, *((MANY, LONG) if classes < 600 else ()))
+    pool = {
+        "rows": lambda: {"rows": (draw.one(1, 2, 3), draw.one(2, 5, 17)), "shift": draw.chance(0.7)},
+        "bias": lambda: {"bias": True},
+        "reduction": lambda: {"reduction": draw.one("sum", "none")},
+        "smoothing": lambda: {"smoothing": draw.one(0.1, 0.5, 1.0)},
+        "softcap": lambda: {"softcap": draw.one(0.5, 3.0, 30.0)},
+        "z_loss": lambda: {"z_loss": draw.one(1e-4, 0.1)},
+        "ignored": lambda: {"ignored": draw.one(0.1, 0.5, 1.0)},
+        "layout": lambda: {"layout": draw.one(*LAYOUTS)},
+        "scale": lambda: {"scale": draw.one(0.0, 1e-3, 30.0)},
+        "head": lambda: {"wide_weight": True},
+        "wanted": lambda: {"wanted": draw.one(("input",), ("weight",), ("input", "weight"), ("weight", "bias"))},
+    }
+    sizes = {"rows": (rows,), "features": features, "classes": classes}
+    case = LinearCrossEntropyCase(name=f"number {draw.number}", regime="", **sizes | draw.options(pool))  # type: ignore[arg-type]
     return Judged(case=case, dtype=dtype, seed=draw.seed(), inference=draw.chance(0.2))
 
 
