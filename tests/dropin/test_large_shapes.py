@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from torchweld.testing import Case, Oracle
 from torchweld.testing.attention import AttentionCase
 from torchweld.testing.cross_entropy import CrossEntropyCase
+from torchweld.testing.gated import GatedCase
 from torchweld.testing.gelu import GeluCase
 from torchweld.testing.inputs import LAYOUTS
 from torchweld.testing.layer_norm import LayerNormCase
+from torchweld.testing.rotary_embedding import RotaryCase
 
 DRAWN = {"name": "drawn", "regime": "drawn by hypothesis"}
 
@@ -38,11 +40,29 @@ def gelu_case(size: tuple[int, int], layout: str) -> GeluCase:
     return GeluCase(**DRAWN, shape=size, layout=layout)
 
 
+def gated_case(size: tuple[int, int], layout: str, activation: str, packed: bool) -> GatedCase:
+    return GatedCase(**DRAWN, shape=size, layout=layout, activation=activation, packed=packed)
+
+
 LAYOUT, FLAGS = st.sampled_from(LAYOUTS), st.lists(st.booleans(), min_size=3, max_size=3)
 LARGE = {
     "layer_norm": st.builds(layer_norm_case, matrices(), LAYOUT, FLAGS),
     "cross_entropy": st.builds(cross_entropy_case, matrices(), LAYOUT, FLAGS),
     "gelu": st.builds(gelu_case, matrices(), LAYOUT),
+    "gated": st.builds(gated_case, matrices(), LAYOUT, st.sampled_from(["silu", "none", "tanh"]), packed=st.booleans()),
+    "rotary_embedding": st.builds(
+        RotaryCase,
+        **{key: st.just(word) for key, word in DRAWN.items()},
+        batch=st.integers(1, 3),
+        heads=st.integers(1, 12),
+        kv_heads=st.integers(0, 4),
+        tokens=st.integers(1, 400),
+        dim=st.integers(1, 130).map(lambda n: 2 * n),
+        interleaved=st.booleans(),
+        seq_dim=st.sampled_from([-2, -3]),
+        layout=LAYOUT,
+        columns=st.sampled_from(["pair", "element", "independent"]),
+    ),
     "scaled_dot_product_attention": st.builds(
         AttentionCase,
         **{key: st.just(word) for key, word in DRAWN.items()},

@@ -54,6 +54,8 @@ CLEAN = [
     "paged_attention",
     "norms",
     "gelu",
+    "gated",
+    "rotary_embedding",
     "cross_entropy",
     "adamw",
     "sgd",
