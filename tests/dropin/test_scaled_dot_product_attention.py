@@ -64,6 +64,10 @@ FORMS = {
     "scale 0": ((r(2, 4, 9, 8), r(2, 4, 12, 8), r(2, 4, 12, 8)), {"scale": 0.0}),
     "no queries": ((r(2, 4, 0, 8), r(2, 4, 12, 8), r(2, 4, 12, 8)), {}),
     "no keys": ((r(2, 4, 9, 8), r(2, 4, 0, 8), r(2, 4, 0, 8)), {}),
+    "mask, 5 dimensions, no keys": (
+        (r(2, 3, 4, 0, 8), *(r(2, 3, 4, 0, 8) for _ in range(2)), r(2, 1, 4, 1, 0) > 0),
+        {},
+    ),
     "no batch": ((r(0, 4, 9, 8), r(0, 4, 12, 8), r(0, 4, 12, 8)), {}),
     "heads without elements": ((r(2, 4, 9, 0), r(2, 4, 12, 0), r(2, 4, 12, 8)), {}),
     "float64": (tuple(r(2, 4, 9, 8, dtype=torch.float64) for _ in range(3)), {"is_causal": True}),

@@ -35,32 +35,36 @@ TW_INLINE void for_each_value(int64_t n, Value&& value, Put&& put) {
   }
 }
 
-// Sum over [0, n) of term(i, lanes), a Vec or a Pair. Four chains hide the latency of the adder. They have 32 vectors,
-// and what they come to is added up in pairs: the roundings of equal terms would not cancel over a longer one.
+// Sum over [0, n) of term(i, lanes), a Vec or a Pair. Four chains hide the latency of the adder. They are short, and
+// what they come to is added up in a chain of its own, above that in pairs: the roundings of equal terms do not cancel.
 template <class Term>
 TW_INLINE auto sum_over(int64_t n, Term&& term) {
   using Terms = decltype(term(n, All{}));
-  constexpr int64_t kStep = 4 * W, kChain = 32 * kStep;
-  Terms partial[56];  // [k]: the sum of 2^k chains, where bit k of `chains` is set
+  constexpr int64_t kStep = 4 * W, kShort = 8 * kStep, kLong = 32 * kShort;
+  Terms partial[56];  // [k]: the sum of 2^k long chains, where bit k of `chains` is set
   Terms total{};
   int64_t i = 0, chains = 0;
   while (i + kStep <= n) {
-    const int64_t end = n - i < kChain ? n : i + kChain;
-    Terms s0{}, s1{}, s2{}, s3{};
-    for (; i + kStep <= end; i += kStep) {
-      s0 += term(i, All{});
-      s1 += term(i + W, All{});
-      s2 += term(i + 2 * W, All{});
-      s3 += term(i + 3 * W, All{});
+    const int64_t long_end = n - i < kLong ? n : i + kLong;
+    Terms chain{};
+    while (i + kStep <= long_end) {
+      const int64_t end = long_end - i < kShort ? long_end : i + kShort;
+      Terms s0{}, s1{}, s2{}, s3{};
+      for (; i + kStep <= end; i += kStep) {
+        s0 += term(i, All{});
+        s1 += term(i + W, All{});
+        s2 += term(i + 2 * W, All{});
+        s3 += term(i + 3 * W, All{});
+      }
+      chain += (s0 + s1) + (s2 + s3);
     }
-    s0 = (s0 + s1) + (s2 + s3);
     if (chains == 0 && i + kStep > n) {  // one chain, the usual row, stays in registers
-      total = s0;
+      total = chain;
       break;
     }
     int k = 0;
-    for (; chains >> k & 1; ++k) s0 += partial[k];
-    partial[k] = s0;
+    for (; chains >> k & 1; ++k) chain += partial[k];
+    partial[k] = chain;
     ++chains;
   }
   for (; i + W <= n; i += W) total += term(i, All{});

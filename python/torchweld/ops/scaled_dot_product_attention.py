@@ -53,7 +53,7 @@ def _fold(
         rows = (query.shape[-2], key.shape[-2])
         check_bias(op, "attn_mask", mask, query, (*batch, *rows))
         if mask.dim() > 2 and len(batch) != 2:
-            mask = mask.expand(*batch, *rows).reshape(math.prod(outer), -1, *rows)
+            mask = mask.expand(*batch, *rows).reshape(math.prod(outer), math.prod(batch[len(outer) :]), *rows)
     return query, key, value, mask, batch
 
 

@@ -5,6 +5,8 @@ With S the scores, P the weights, dP = dO V^T and dS = P * (dP - delta + dlse), 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,10 +28,14 @@ def sizes(
 
     A relative error e of every product makes one of e * size, size being sum|q||k| * scale for a score. An error d of
     the scores makes one of P_j * ((1 - P_j) d_j - sum over the other k of P_k d_k) of a weight: nothing where one key
-    has all of it. Each weight, product and sum has an error of its own beside that. The backward makes the weights
-    again from lse, whose logarithm of the sum (not its maximum, which the scores have in common) was rounded. The slope
-    of the softcap, 1 - tanh(x)^2, moves by 2 tanh(x) times the error of x, as a share of itself; and the definition's,
-    a difference in float64, is off by a rounding of that.
+    has all of it. Each weight, product and sum has an error of its own beside that.
+
+    The backward makes the weights again from lse, whose logarithm of the sum (not its maximum, which the scores have in
+    common) was rounded. In lse the score itself stands: each of its D additions may round a sum as large as the score,
+    which makes a random walk of steps of 1 / sqrt(12).
+
+    The slope of the softcap, 1 - tanh(x)^2, moves by 2 tanh(x) times the error of x, as a share of itself; and the
+    definition's, a difference in float64, is off by a rounding of that.
     """
     q, do, k, v = (t.abs() for t in (x["query"], x["doutput"], key, value))
     dlse = x["dlse"].unsqueeze(-1) if "dlse" in x else torch.zeros((), dtype=q.dtype, device=q.device)
@@ -55,7 +61,7 @@ def sizes(
 
     found = {
         "output": (kept * inexact) @ v,
-        "lse": 1 + shared.squeeze(-1),
+        "lse": 1 + shared.squeeze(-1) * max(1.0, math.sqrt(q.shape[-1] / 12)),
         "dquery": dproduct @ k * abs(scale),
         "dkey": _by_key_head(dproduct.mT @ q * abs(scale), group),
         "dvalue": _by_key_head((kept * again).mT @ do, group),

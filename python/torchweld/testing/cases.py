@@ -19,8 +19,9 @@ Provider = Callable[[Tensors], Tensors]
 
 # Elements below which a case is drawn several times; elements from which torch works on it with all threads.
 _SMALL, _DRAWS, _LARGE = 1 << 17, 4, 1 << 22
-# A miss of an output with fewer elements in all draws is judged again over more draws, if those are not too large.
-_FEW, _MORE_DRAWS, _MORE = 4096, 32, 1 << 25
+# A miss is judged again over more draws, as many as have so many elements together: of a large output, too, a few rows
+# or one outlier may decide.
+_MORE_DRAWS, _MORE = 32, 1 << 25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,8 +159,7 @@ class Oracle:
         """
         ours = self._evaluate(provider, poison, self.inputs)
         verdicts = self._verdicts(ours)
-        missed = [self.exact[v.tensor].numel() for v in verdicts if 1 < v.ratio < math.inf]
-        if len(self.inputs) < self._more and any(n < _FEW for n in missed):
+        if len(self.inputs) < self._more and any(1 < v.ratio < math.inf for v in verdicts):
             self._draw(self._more)
             ours += self._evaluate(provider, poison, self.inputs[len(ours) :])
             verdicts = self._verdicts(ours)

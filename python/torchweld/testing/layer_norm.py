@@ -65,6 +65,8 @@ class LayerNormCase(Case):
             x |= {"residual": activations(self.scale, dtype=wide), "dsum": activations(dtype=wide)}
         if self.dropout_p > 0:
             x["seed"] = torch.tensor([0x1234567890ABCDEF + seed], device=x["x"].device)
+        if self.add:
+            x["rounding"] = self._rounding(x)
         # Parameters are always contiguous in a model, but may start anywhere.
         layout = "unaligned" if self.layout == "unaligned" else "contiguous"
         one = 0.0 if self.zero_centered else 1.0
@@ -75,10 +77,17 @@ class LayerNormCase(Case):
                 )
         return x
 
+    def _rounding(self, x: Tensors) -> Tensor:
+        """What is normalised is the sum as it is stored: by how much that differs from the exact one, in float64."""
+        exact = self._sum(x, torch.float64)
+        return torch.where(exact.isfinite(), exact.to(x["residual"].dtype) - exact, 0.0)
+
     def ours(self, x: Tensors) -> Tensors:
         return self._call(ops, x)
 
     def reference(self, x: Tensors) -> Tensors:
+        if self.add and x["residual"].dtype is torch.float64:
+            x = x | {"residual": x["residual"] + x["rounding"]}
         return self._call(reference, x)
 
     def _call(self, module: ModuleType, x: Tensors) -> Tensors:
@@ -90,18 +99,18 @@ class LayerNormCase(Case):
         found = getattr(module, self.op)(*inputs, self.shape, *parameters, self.eps, **options)
         return {"output": found[0], "sum": found[1]} if self.add else {"output": found}
 
-    def _normalised(self, x: Tensors) -> Tensor:
-        if not self.add:
-            return x["x"]
-        if self.dropout_p == 0:
-            return x["residual"] + x["x"]
-        # torch has no dropout by a seed: the mask is given to it, the arithmetic is its own.
-        cols = max(math.prod(self.shape), 1)
-        factors = dropout_factors(x["seed"], x["x"].numel() // cols, cols, self.dropout_p)
-        return x["residual"] + x["x"] * factors.view(x["x"].shape).to(x["x"].dtype)
+    def _sum(self, x: Tensors, dtype: torch.dtype) -> Tensor:
+        """residual + dropout(x), x in `dtype`, as torch computes it; torch is given the mask, for it knows no seed."""
+        added = x["x"].to(dtype)
+        if self.dropout_p > 0:
+            cols = max(math.prod(self.shape), 1)
+            factors = dropout_factors(x["seed"], added.numel() // cols, cols, self.dropout_p)
+            added = added * factors.view(added.shape).to(dtype)
+        return x["residual"] + added
 
     def torch(self, x: Tensors) -> Tensors:
-        total, parameters = self._normalised(x), [x.get("weight"), x.get("bias")]
+        total = self._sum(x, x["x"].dtype) if self.add else x["x"]
+        parameters = [x.get("weight"), x.get("bias")]
         # torch refuses some pairs of dtypes; with those, and with 1 + weight, its user would compute in float32.
         same = all(p is None or p.dtype == total.dtype for p in parameters) and not self.zero_centered
         compute = total.dtype if same else torch.promote_types(total.dtype, torch.float32)
@@ -122,7 +131,7 @@ class LayerNormCase(Case):
         Of the weight gradients, sums over rows, the size of a random walk with those steps: with a column or two the
         sum can be far smaller than what was added up.
         """
-        total = self._normalised(x)
+        total = self._sum(x, torch.float64) + x["rounding"] if self.add else x["x"]
         if total.numel() == 0:
             return {}
         dims = tuple(range(-len(self.shape), 0))

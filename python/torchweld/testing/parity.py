@@ -6,9 +6,10 @@ It needs no constant that somebody tuned, and holds for every op, size and dtype
 dtype, of the largest output: the room that two correct roundings of one number need. Three kinds of output need more
 care, because there torch's error or the output's scale says nothing about what a correct kernel does:
 
-Few elements. The largest of a handful of rounding errors is a matter of luck, and torch's may be 0. The limit itself
-does not change: `Oracle` judges a small case over several draws of its inputs as if they were one tensor, and one that
-misses over more draws, those that missed among them. A fault stays the largest error of all draws; only the estimate
+Few elements. The largest of a handful of rounding errors is a matter of luck, and torch's may be 0. So is that of many
+elements where one of them, or one row, is far larger than the others. The limit itself does not change: `Oracle` judges
+a small case over several draws of its inputs as if they were one tensor, and one that misses over more draws, those
+that missed among them. A fault stays the largest error of all draws; only the estimate
 of torch's error gets better.
 
 Outputs near cancellation. Where the result is a difference of terms far larger than itself (dx of a layer norm over
