@@ -231,9 +231,10 @@ struct CrossEntropyBackwardParams {
   void* dlogits;          // [M, V]
 };
 
-// The losses of logits = softcap * tanh((input @ weight^T + bias) / softcap), as above and z_loss * lse^2 more, and, for
-// given gradients of the losses, those of input, weight and bias. N rows of H features, V classes. Rows whose target is
-// `ignore_index` are not read; their loss and gradient are 0. Without a softcap (0) logits = input @ weight^T + bias.
+// The losses of logits = softcap * tanh((input @ weight^T + bias) / softcap), as above and z_loss * lse^2 more, and,
+// for given gradients of the losses, those of input, weight and bias. N rows of H features, V classes. Rows whose
+// target is `ignore_index` are not read; their loss and gradient are 0. Without a softcap (0) logits = input @ weight^T
+// + bias.
 struct LinearCrossEntropyParams {
   int64_t rows, features, classes, ignore_index;
   float smoothing, softcap, z_loss;
@@ -266,6 +267,56 @@ struct GeluBackwardParams {
   const void* doutput;  // [E]
   const void* input;    // [E]
   void* dinput;         // [E]
+};
+
+enum class Activation : int32_t { silu, gelu, gelu_tanh };
+
+// output = activation(gate) * up over M rows of N columns. A stride is the distance of rows, in elements.
+struct GatedForwardParams {
+  int64_t rows, cols;
+  Activation activation;
+  DType dtype;
+  const void* gate;  // [M, N]
+  const void* up;    // [M, N]
+  int64_t gate_stride, up_stride;
+  void* output;  // [M, N] contiguous
+};
+
+struct GatedBackwardParams {
+  int64_t rows, cols;
+  Activation activation;
+  DType dtype;
+  const void* doutput;  // [M, N] contiguous
+  const void* gate;     // [M, N]
+  const void* up;       // [M, N]
+  int64_t gate_stride, up_stride;
+  void* dgate;  // [M, N]
+  void* dup;    // [M, N]
+  int64_t dgate_stride, dup_stride;
+};
+
+// Pairs (x, z) among the first R elements of a head are turned by the angle whose cosine and sine stand in row
+// `position` of two tables: output = (x cos - z sin, z cos + x sin). `inverse` turns them back. A pair is (i, i + R /
+// 2) or, if interleaved, (2 i, 2 i + 1). A table has a column for each element or, unless interleaved, for each pair.
+// The other D - R elements are copied. The position of token (b, n) is position_ids[b, n], or n.
+struct RotaryTensor {
+  int64_t heads;          // H, 0: there is no such tensor
+  const void* input;      // [B, H, N, D]
+  Strides input_strides;  // along the last dimension 1
+  void* output;           // [B, H, N, D], which may be the input itself
+  Strides output_strides;
+};
+
+struct RotaryParams {
+  int64_t batch, tokens, dim, rotary_dim;  // B, N, D, R
+  bool interleaved, inverse;
+  DType dtype, table_dtype;  // of the tensors; of the tables: float32 or `dtype`
+  RotaryTensor query, key;
+  const void *cos, *sin;                       // [P, C], with batch strides [B, P, C]; C is R or R / 2
+  int64_t table_cols;                          // C
+  int64_t cos_batch_stride, sin_batch_stride;  // 0: the same for all
+  const int64_t* position_ids;                 // [B, N], nullptr: n
+  int64_t position_batch_stride;               // N, or 0: the same for all
 };
 
 }  // namespace torchweld

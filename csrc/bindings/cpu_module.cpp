@@ -2,11 +2,13 @@
 
 #include "bindings/attention.h"
 #include "bindings/cross_entropy.h"
+#include "bindings/gated.h"
 #include "bindings/gelu.h"
 #include "bindings/layer_norm.h"
 #include "bindings/linear_cross_entropy.h"
 #include "bindings/optimizer.h"
 #include "bindings/paged_attention.h"
+#include "bindings/rotary_embedding.h"
 #include "cpu/isa/isa.h"
 
 namespace {
@@ -48,6 +50,8 @@ PYBIND11_MODULE(_cpu, python, py::mod_gil_not_used()) {
   m.def("available_isas()", &cpu::available_isas, "Instruction sets that this CPU has, best first.");
   bind_cross_entropy<Cpu>(m);
   bind_gelu<Cpu>(m);
+  bind_gated<Cpu>(m);
+  bind_rotary_embedding<Cpu>(m);
   bind_attention<Cpu>(m);
   bind_paged_attention<Cpu>(m);
   bind_layer_norm<Cpu>(m);

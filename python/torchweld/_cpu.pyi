@@ -72,6 +72,25 @@ def linear_cross_entropy(
 ) -> None: ...
 def gelu_forward(input: Tensor, exact: bool, output: Tensor) -> None: ...
 def gelu_backward(doutput: Tensor, input: Tensor, exact: bool, dinput: Tensor) -> None: ...
+def gated_forward(gate: Tensor, up: Tensor, activation: str, output: Tensor) -> None: ...
+def gated_backward(
+    doutput: Tensor, gate: Tensor, up: Tensor, activation: str, dgate: Tensor, dup: Tensor, /
+) -> None: ...
+
+# ---- Rotary embeddings
+
+def rotary_embedding(
+    query: Tensor,
+    key: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    position_ids: Tensor | None,
+    rotary_dim: int,
+    interleaved: bool,
+    inverse: bool,
+    query_output: Tensor,
+    key_output: Tensor | None,
+) -> None: ...
 
 # ---- Attention
 

@@ -63,6 +63,8 @@ if TYPE_CHECKING:
         attention_forward = staticmethod(_cpu.attention_forward)
         cross_entropy_backward = staticmethod(_cpu.cross_entropy_backward)
         cross_entropy_forward = staticmethod(_cpu.cross_entropy_forward)
+        gated_backward = staticmethod(_cpu.gated_backward)
+        gated_forward = staticmethod(_cpu.gated_forward)
         gelu_backward = staticmethod(_cpu.gelu_backward)
         gelu_forward = staticmethod(_cpu.gelu_forward)
         grad_norm = staticmethod(_cpu.grad_norm)
@@ -72,6 +74,7 @@ if TYPE_CHECKING:
         layer_norm_workspace = staticmethod(_cpu.layer_norm_workspace)
         linear_cross_entropy = staticmethod(_cpu.linear_cross_entropy)
         paged_attention = staticmethod(_cpu.paged_attention)
+        rotary_embedding = staticmethod(_cpu.rotary_embedding)
         sgd_ = staticmethod(_cpu.sgd_)
 
 

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from torchweld.testing import Case, Oracle
 from torchweld.testing.attention import AttentionCase
 from torchweld.testing.cross_entropy import CrossEntropyCase
+from torchweld.testing.gated import GatedCase
 from torchweld.testing.gelu import GeluCase
 from torchweld.testing.inputs import LAYOUTS
 from torchweld.testing.layer_norm import LayerNormCase
 from torchweld.testing.linear_cross_entropy import LinearCrossEntropyCase
+from torchweld.testing.rotary_embedding import RotaryCase
 
 DRAWN = {"name": "drawn", "regime": "drawn by hypothesis"}
 
@@ -53,12 +55,30 @@ def linear_cross_entropy_case(
     return LinearCrossEntropyCase(**DRAWN, rows=rows, features=features, classes=size[1], layout=layout, **options)
 
 
+def gated_case(size: tuple[int, int], layout: str, activation: str, packed: bool) -> GatedCase:
+    return GatedCase(**DRAWN, shape=size, layout=layout, activation=activation, packed=packed)
+
+
 LAYOUT, FLAGS = st.sampled_from(LAYOUTS), st.lists(st.booleans(), min_size=3, max_size=3)
 LARGE = {
     "layer_norm": st.builds(layer_norm_case, matrices(), LAYOUT, FLAGS),
     "cross_entropy": st.builds(cross_entropy_case, matrices(), LAYOUT, FLAGS),
     "linear_cross_entropy": st.builds(linear_cross_entropy_case, matrices(), st.integers(1, 300), LAYOUT, FLAGS),
     "gelu": st.builds(gelu_case, matrices(), LAYOUT),
+    "gated": st.builds(gated_case, matrices(), LAYOUT, st.sampled_from(["silu", "none", "tanh"]), packed=st.booleans()),
+    "rotary_embedding": st.builds(
+        RotaryCase,
+        **{key: st.just(word) for key, word in DRAWN.items()},
+        batch=st.integers(1, 3),
+        heads=st.integers(1, 12),
+        kv_heads=st.integers(0, 4),
+        tokens=st.integers(1, 400),
+        dim=st.integers(1, 130).map(lambda n: 2 * n),
+        interleaved=st.booleans(),
+        seq_dim=st.sampled_from([-2, -3]),
+        layout=LAYOUT,
+        columns=st.sampled_from(["pair", "element", "independent"]),
+    ),
     "scaled_dot_product_attention": st.builds(
         AttentionCase,
         **{key: st.just(word) for key, word in DRAWN.items()},

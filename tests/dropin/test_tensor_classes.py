@@ -36,6 +36,9 @@ ALONE: dict[str, tuple[int, Callable[[Make], Any]]] = {
     "add_layer_norm": (4, lambda a: ops.add_layer_norm(a(0, ROWS), a(1, ROWS), (8,), a(2, VECTOR), a(3, VECTOR))[0]),
     "add_rms_norm": (3, lambda a: ops.add_rms_norm(a(0, ROWS), a(1, ROWS), (8,), a(2, VECTOR))[0]),
     "rms_norm": (2, lambda a: ops.rms_norm(a(0, ROWS), (8,), a(1, VECTOR), zero_centered_weight=True)),
+    "swiglu": (2, lambda a: ops.swiglu(a(0, ROWS), a(1, ROWS))),
+    "geglu": (2, lambda a: ops.geglu(a(0, ROWS), a(1, ROWS), approximate="tanh")),
+    "rotary_embedding": (4, lambda a: torch.add(*ops.rotary_embedding(a(0, Q), a(1, Q), a(2, ROWS), a(3, ROWS)))),
 }  # fmt: skip
 
 
@@ -195,6 +198,8 @@ def test_nested_tensors_that_nobody_serves_are_named() -> None:
     for call, argument in (
         (lambda: ops.add_layer_norm(x, x, (8,)), "add_layer_norm] x"),
         (lambda: ops.rms_norm(x, (8,)), "rms_norm] input"),
+        (lambda: ops.swiglu(x, x), "swiglu] gate"),
+        (lambda: ops.rotary_embedding(Q, x), "rotary_embedding] key"),
         (lambda: ops.attention(Q, x, x), "attention] key"),
     ):
         with pytest.raises(TypeError, match=rf"{argument}: expected a dense tensor, but got a nested one; convert it"):

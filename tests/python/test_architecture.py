@@ -53,6 +53,7 @@ INCLUDES = {
     "cpu/activation": KERNELS,
     "cpu/loss": KERNELS,
     "cpu/optimizer": KERNELS,
+    "cpu/rotary": KERNELS,
     "cuda": {"params.h", "philox.h"},
     "cuda/attention": DEVICE,
     "cuda/attention/sm80": DEVICE | {"cuda/attention"},

@@ -16,10 +16,23 @@ from leaves import gradient
 from torchweld import nn, ops, reference
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def rotated(of: Any, x: Tensor) -> Tensor:
+    """By half a circle."""
+    if of is not ops:
+        return -x.view(1, 1, 4, 8)
+    turned: Tensor = ops.rotary_embedding(x.view(1, 1, 4, 8), None, -x.new_ones(4, 8), x.new_zeros(4, 8))
+    return turned
+
+
 CALLS: dict[str, Callable[[Any, Tensor, torch.dtype], Tensor]] = {
     "layer_norm": lambda of, x, p: of.layer_norm(x, (8,), x.new_ones(8, dtype=p), x.new_ones(8, dtype=p)),
     "rms_norm": lambda of, x, p: of.rms_norm(x, (8,), x.new_ones(8, dtype=p)),
     "gelu": lambda of, x, p: of.gelu(x, approximate="tanh"),
+    "swiglu": lambda of, x, p: of.swiglu(x, x) if of is ops else of.silu(x) * x,
+    "geglu": lambda of, x, p: of.geglu(x, x) if of is ops else of.gelu(x) * x,
+    "rotary_embedding": lambda of, x, p: rotated(of, x),
     "cross_entropy": lambda of, x, p: of.cross_entropy(x, x.new_zeros(4, dtype=torch.int64)),
     "cross_entropy, weighted": lambda of, x, p: of.cross_entropy(
         x, x.new_zeros(4, dtype=torch.int64), x.new_ones(8), reduction="none"

@@ -18,12 +18,19 @@ from torchweld.models import CONFIGS, GPT2
 pytestmark = pytest.mark.slow
 
 W, B = torch.randn(24), torch.randn(24)
+IDS = torch.arange(20) + 10
 OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "layer_norm": lambda x, y: ops.layer_norm(x, (24,), W, B),
     "add_layer_norm": lambda x, y: torch.cat(ops.add_layer_norm(x, y, (24,), W, B)),
     "rms_norm": lambda x, y: ops.rms_norm(x, (24,), W),
     "add_rms_norm": lambda x, y: torch.cat(ops.add_rms_norm(x, y, (24,), W)),
     "gelu": lambda x, y: ops.gelu(x, "tanh"),
+    "swiglu": lambda x, y: torch.cat((ops.swiglu(x, y), ops.swiglu(x)), -1),
+    "geglu": lambda x, y: torch.cat((ops.geglu(x, y, approximate="tanh"), ops.geglu(x)), -1),
+    "rotary_embedding": lambda x, y: torch.cat(ops.rotary_embedding(x, y)),
+    "rotary_embedding, by positions": lambda x, y: torch.cat(
+        ops.rotary_embedding(x, y[:, :1], W.expand(30, 24), B.expand(30, 24), position_ids=IDS[: x.shape[2]]), 1
+    ),
     "cross_entropy": lambda x, y: ops.cross_entropy(x.flatten(0, -2), y.flatten(0, -2).argmax(-1), label_smoothing=0.1),
     "linear_cross_entropy": lambda x, y: ops.linear_cross_entropy(x, y[0, 0], x.argmax(-1) % y.shape[2], shift=True),
     "linear_cross_entropy, each row": lambda x, y: ops.linear_cross_entropy(

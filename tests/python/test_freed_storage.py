@@ -28,6 +28,15 @@ CALLS = {
     "add_rms_norm": ((rows, rows, vector), lambda x, r, w: ops.add_rms_norm(x, r, (8,), w)),
     "gelu": ((rows,), lambda x: ops.gelu(x)),
     "gelu tanh": ((rows,), lambda x: ops.gelu(x, "tanh")),
+    "swiglu": ((rows, rows), ops.swiglu),
+    "geglu": ((rows, rows), ops.geglu),
+    "geglu packed": ((rows,), lambda x: ops.geglu(x, approximate="tanh")),
+    "rotary_embedding": (
+        (q, q, rows, rows, classes), lambda q, k, c, s, p: ops.rotary_embedding(q, k, c, s, position_ids=p)
+    ),
+    "rotary_embedding in place": (
+        (q, rows, rows), lambda q, c, s: ops.rotary_embedding(q, None, c, s, interleaved=True, inplace=True)
+    ),
     "cross_entropy": ((rows, classes), ops.cross_entropy),
     "cross_entropy weight": ((rows, classes, vector), ops.cross_entropy),
     "cross_entropy soft": ((rows, rows), ops.cross_entropy),

@@ -19,6 +19,9 @@ FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "add_layer_norm": lambda of, x: torch.cat(of.add_layer_norm(x, x.flip(-1), (8,), W.to(x.dtype), B.to(x.dtype))),
     "rms_norm": lambda of, x: of.rms_norm(x, (8,), W.to(x.dtype)),
     "gelu": lambda of, x: of.gelu(x, "tanh"),
+    "swiglu": lambda of, x: of.swiglu(x, x.flip(-1)),
+    "geglu": lambda of, x: of.geglu(x),
+    "rotary_embedding": lambda of, x: torch.cat(of.rotary_embedding(x[None], x.flip(0)[None])),
     "cross_entropy": lambda of, x: of.cross_entropy(x.flatten(0, -2), TARGET.repeat(x.shape[0]), reduction="none"),
     "linear_cross_entropy": lambda of, x: of.linear_cross_entropy(
         x, KEY[0].to(x.dtype), TARGET.clamp(max=4).expand(x.shape[:-1]), VALUE[0, :, 0].to(x.dtype), reduction="none"

@@ -54,6 +54,8 @@ CLEAN = [
     "paged_attention",
     "norms",
     "gelu",
+    "gated",
+    "rotary_embedding",
     "cross_entropy",
     "linear_cross_entropy",
     "adamw",

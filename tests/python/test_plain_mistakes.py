@@ -42,6 +42,9 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     ),
     (lambda: untyped.ops.rms_norm([1.0], (1,)), TypeError, "[rms_norm] input: expected a torch.Tensor, but got list"),
     (lambda: untyped.ops.gelu(Q.numpy(), "tanh"), TypeError, "[gelu] input: expected a torch.Tensor, but got ndarray"),
+    (lambda: untyped.ops.swiglu(Q, [1.0]), TypeError, "[swiglu] up: expected a torch.Tensor, but got list"),
+    (lambda: untyped.ops.geglu([1.0]), TypeError, "[geglu] gate: expected a torch.Tensor, but got list"),
+    (lambda: untyped.ops.rotary_embedding(Q, Q, 1, 2), TypeError, "[rotary_embedding] cos: expected a torch.Tensor"),
     (lambda: untyped.ops.cross_entropy(Q[0, 0], [0] * 5), TypeError, "[cross_entropy] target: expected a torch.Tensor"),
     (
         lambda: untyped.ops.linear_cross_entropy(Q[0, 0], None, torch.zeros(5, dtype=torch.int64)),

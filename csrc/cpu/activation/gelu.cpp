@@ -1,79 +1,15 @@
-// GELU, y = x * Phi(x) and dx = dy * (Phi(x) + x * Phi'(x)), with a = |x| and Phi(-a) in one of two forms:
-//
-//   tanh    e = exp(-2 sqrt(2 / pi) (a + 0.044715 a^3))     Phi(-a) = e / (1 + e), Phi(a) = 1 / (1 + e)
-//   exact   e = exp(-a^2 / 2)                               Phi(-a) = e * (1 / 2 - a t P(t)), t = 1 / (1 + a / 4)
-//
-// Of the exact form Phi(a) = 1 - Phi(-a). Nothing overflows, and neither side cancels. P is a polynomial, fitted on
-// [0, 14.5] for a relative error of Phi(-a) of 1.7e-8. One value read and one written forward, two and one backward;
-// one exponential and one division an element. Hendrycks, Gimpel: Gaussian Error Linear Units, arXiv:1606.08415.
+// GELU, exact or by the tanh approximation, forward and backward: the forms of forms.h. One value read and one written
+// forward, two and one backward.
 
+#include "cpu/activation/forms.h"
 #include "cpu/isa/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/simd/exp.h"
-#include "cpu/simd/vec.h"
 
 namespace torchweld::cpu {
 namespace {
 
 constexpr int64_t kChunk = 4096;  // elements in a unit of work, so that chunks start on a vector's alignment
 constexpr int64_t kChunksPerThread = 4;
-constexpr double kLog2eExact = 1.44269504088896341;
-
-TW_INLINE VecI negative(Vec x) { return (VecI)x < 0; }  // -0 as well, for which either side will do
-TW_INLINE Vec magnitude(Vec x) { return from_bits(bits(x) & 0x7fffffffu); }
-
-// |x|, but 16 at most: from there on e is 0, while its factors must be finite. So only an infinite x gives NaN, by
-// x * 0.
-TW_INLINE Vec distance(Vec x) { return vmin(splat(16.0f), magnitude(x)); }
-
-struct TanhForm {
-  static constexpr double kSlope = 1.5957691216057308, kCubic = 0.044715;  // 2 sqrt(2 / pi)
-
-  TW_INLINE static Vec exponential(Vec a) {
-    constexpr auto first = static_cast<float>(-kLog2eExact * kSlope), third = static_cast<float>(first * kCubic);
-    return exp2<6>(a * (a * a * third + first));
-  }
-
-  TW_INLINE static Vec value(Vec x) {
-    const Vec e = exponential(magnitude(x));
-    return (negative(x) ? x * e : x) / (1.0f + e);
-  }
-
-  TW_INLINE static Vec slope(Vec x) {
-    const Vec a = distance(x), e = exponential(a), above = 1.0f / (1.0f + e), below = e * above;
-    const Vec inner = a * a * static_cast<float>(3 * kSlope * kCubic) + static_cast<float>(kSlope);
-    return (negative(x) ? below : above) + x * (below * above * inner);
-  }
-};
-
-struct ExactForm {
-  TW_INLINE static Vec value(Vec x) {
-    const Vec a = distance(x), below = phi_below(a, density(a));
-    return x * (negative(x) ? below : 1.0f - below);
-  }
-
-  TW_INLINE static Vec slope(Vec x) {
-    constexpr float kDensity = 0.398942280401432678f;  // 1 / sqrt(2 pi)
-    const Vec a = distance(x), e = density(a), below = phi_below(a, e);
-    return (negative(x) ? below : 1.0f - below) + x * (e * kDensity);
-  }
-
- private:
-  TW_INLINE static Vec density(Vec a) { return exp2<6>(a * a * static_cast<float>(-kLog2eExact / 2)); }
-
-  TW_INLINE static Vec phi_below(Vec a, Vec e) {
-    const Vec t = 1.0f / (a * 0.25f + 1.0f);
-    Vec y = t * 8.419646882e-03f - 4.023784027e-02f;
-    y = y * t + 5.755265802e-02f;
-    y = y * t - 2.447182313e-02f;
-    y = y * t + 5.048383027e-02f;
-    y = y * t + 4.603891820e-02f;
-    y = y * t + 7.619734854e-02f;
-    y = y * t + 9.995426983e-02f;
-    y = y * t + 1.250050515e-01f;
-    return e * (0.5f - a * (t * y));
-  }
-};
 
 // f(Tag<T>, Tag<form>).
 template <class F>
@@ -118,7 +54,7 @@ void gelu_backward(const GeluBackwardParams& p) {
       for_each_value(
           end - begin,
           [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-            return load(doutput + begin + i, lanes) * Form::slope(load(input + begin + i, lanes));
+            return load(doutput + begin + i, lanes) * Form::both(load(input + begin + i, lanes)).slope;
           },
           [&](int64_t i, auto dx, auto lanes) __attribute__((always_inline)) { store(dinput + begin + i, dx, lanes); });
     });

@@ -17,6 +17,9 @@ struct Kernels {
   void (*cross_entropy_backward)(const CrossEntropyBackwardParams&);
   void (*gelu_forward)(const GeluForwardParams&);
   void (*gelu_backward)(const GeluBackwardParams&);
+  void (*gated_forward)(const GatedForwardParams&);
+  void (*gated_backward)(const GatedBackwardParams&);
+  void (*rotary_embedding)(const RotaryParams&);
   int64_t (*attention_forward_workspace)(const AttentionForwardParams&);  // how many floats
   void (*attention_forward)(const AttentionForwardParams&);
   int64_t (*attention_backward_workspace)(const AttentionBackwardParams&);
@@ -44,6 +47,9 @@ void cross_entropy_forward(const CrossEntropyForwardParams& p);
 void cross_entropy_backward(const CrossEntropyBackwardParams& p);
 void gelu_forward(const GeluForwardParams& p);
 void gelu_backward(const GeluBackwardParams& p);
+void gated_forward(const GatedForwardParams& p);
+void gated_backward(const GatedBackwardParams& p);
+void rotary_embedding(const RotaryParams& p);
 
 }  // namespace TORCHWELD_VECTOR_ISA
 

@@ -79,10 +79,15 @@ TW_INLINE Vec vsqrt(Vec v) {
 }
 
 // a * b + c of terms that may cancel: the product is not rounded. Where there is no fused multiply-add, the sum is
-// taken in float64.
+// taken in float64. By name, since the compiler contracts no product that is used elsewhere too.
 TW_INLINE Vec fused(Vec a, Vec b, Vec c) {
-#if defined(__AVX2__) || !defined(__SSE2__)
-  return a * b + c;
+#if defined(__AVX512F__)
+  return (Vec)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__AVX2__)
+  return (Vec)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c);
+#elif !defined(__SSE2__)
+  for (int i = 0; i < W; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
 #else
   typedef double Wide __attribute__((vector_size(8 * W)));
   return __builtin_convertvector(
@@ -142,6 +147,7 @@ struct Pair {
 struct PairOfSums {
   float first, second;
 };
+TW_INLINE Pair beside(Vec first, Vec second) { return {first, second}; }
 TW_INLINE Pair operator+(Pair a, Pair b) { return {a.first + b.first, a.second + b.second}; }
 TW_INLINE Pair keep(Pair v, First lanes, float other) {
   return {keep(v.first, lanes, other), keep(v.second, lanes, other)};

@@ -16,14 +16,14 @@ TW_INLINE void for_each_vector(int64_t n, Body&& body) {
   if (i < n) body(i, First{static_cast<int>(n - i)});
 }
 
-// put(i, value(i, lanes), lanes) for the vectors that cover [0, n), two at once where there are two: stored in 16 bits,
-// they take little more time than one.
+// put(i, value(i, lanes), lanes) for the vectors that cover [0, n), two at once where there are two, as `beside` makes
+// of their values: stored in 16 bits, they take little more time than one.
 template <class Value, class Put>
 TW_INLINE void for_each_value(int64_t n, Value&& value, Put&& put) {
   int64_t i = 0;
   for (; i + 2 * W <= n; i += 2 * W) {
-    const Vec first = value(i, All{}), second = value(i + W, All{});
-    put(i, Pair{first, second}, Two{});
+    const auto first = value(i, All{}), second = value(i + W, All{});
+    put(i, beside(first, second), Two{});
   }
   if (i + W <= n) {
     put(i, value(i, All{}), All{});

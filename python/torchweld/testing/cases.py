@@ -191,10 +191,12 @@ def ops() -> dict[str, tuple[Case, ...]]:
     from torchweld.testing.adamw import ADAMW  # noqa: PLC0415  (they import this file)
     from torchweld.testing.attention import ATTENTION  # noqa: PLC0415
     from torchweld.testing.cross_entropy import CROSS_ENTROPY  # noqa: PLC0415
+    from torchweld.testing.gated import GEGLU, SWIGLU  # noqa: PLC0415
     from torchweld.testing.gelu import GELU  # noqa: PLC0415
     from torchweld.testing.layer_norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM  # noqa: PLC0415
     from torchweld.testing.linear_cross_entropy import LINEAR_CROSS_ENTROPY  # noqa: PLC0415
     from torchweld.testing.paged_attention import PAGED_ATTENTION  # noqa: PLC0415
+    from torchweld.testing.rotary_embedding import ROTARY_EMBEDDING  # noqa: PLC0415
     from torchweld.testing.sgd import SGD  # noqa: PLC0415
 
     return {
@@ -205,6 +207,9 @@ def ops() -> dict[str, tuple[Case, ...]]:
         "rms_norm": RMS_NORM,
         "add_rms_norm": ADD_RMS_NORM,
         "gelu": GELU,
+        "swiglu": SWIGLU,
+        "geglu": GEGLU,
+        "rotary_embedding": ROTARY_EMBEDDING,
         "cross_entropy": CROSS_ENTROPY,
         "linear_cross_entropy": LINEAR_CROSS_ENTROPY,
         "adamw": ADAMW,

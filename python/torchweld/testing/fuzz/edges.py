@@ -58,20 +58,23 @@ class _Edged:
             return function
 
         def call(*args: Any, **named: Any) -> Any:
-            moved: dict[int, tuple[Tensor, Tensor]] = {}
+            moved: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
             def move(arg: Any) -> Any:
                 if isinstance(arg, Tensor):
-                    return moved.setdefault(id(arg), (arg, at_edge(arg, self._side)))[1]
+                    new = at_edge(arg, self._side)
+                    before = arg if new is arg else flat(new).view(torch.uint8).clone()
+                    return moved.setdefault(id(arg), (arg, new, before))[1]
                 if isinstance(arg, (list, tuple)):
                     each = map(move, arg)
                     return type(arg)(*each) if hasattr(arg, "_fields") else type(arg)(each)
                 return arg
 
             result = function(*map(move, args), **{name: move(arg) for name, arg in named.items()})
-            for old, new in moved.values():
-                if new is not old and not torch.equal(flat(old).view(torch.uint8), flat(new).view(torch.uint8)):
-                    flat(old).copy_(flat(new))
+            for old, new, before in moved.values():
+                # Only what was written: two outputs may lie between each other in memory.
+                if new is not old and bool((written := flat(new).view(torch.uint8) != before).any()):
+                    flat(old).view(torch.uint8)[written] = flat(new).view(torch.uint8)[written]
             return result
 
         return call

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
-from torchweld.testing.fuzz import attention, losses, norms, optimizers
+from torchweld.testing.fuzz import activations, attention, losses, norms, optimizers
 from torchweld.testing.fuzz.draw import Draw
 from torchweld.testing.fuzz.edges import SIDES
 from torchweld.testing.fuzz.hostile import hostile
@@ -18,7 +18,9 @@ _JUDGED: dict[str, Callable[[Draw], Judged]] = {
     "paged_attention": attention.paged,
     "scaled_dot_product_attention": attention.sdpa,
     "norms": norms.norms,
-    "gelu": losses.gelu,
+    "gelu": activations.gelu,
+    "gated": activations.gated,
+    "rotary_embedding": activations.rotary_embedding,
     "cross_entropy": losses.cross_entropy,
     "linear_cross_entropy": losses.linear_cross_entropy,
     "adamw": optimizers.adamw,

@@ -1,4 +1,4 @@
-"""Draws cases of cross_entropy, of a head's too, and gelu."""
+"""Draws cases of cross_entropy, of a head's too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import torch
 from torchweld.testing.cross_entropy import CrossEntropyCase
 from torchweld.testing.fuzz.draw import FEW, FLOATS, LONG, MANY, TILES, VECTORS, Draw
 from torchweld.testing.fuzz.trial import Judged
-from torchweld.testing.gelu import GeluCase
 from torchweld.testing.inputs import LAYOUTS, VALUES
 from torchweld.testing.linear_cross_entropy import LinearCrossEntropyCase
 
@@ -55,17 +54,4 @@ def linear_cross_entropy(draw: Draw) -> Judged:
     }
     sizes = {"rows": (rows,), "features": features, "classes": classes}
     case = LinearCrossEntropyCase(name=f"number {draw.number}", regime="", **sizes | draw.options(pool))  # type: ignore[arg-type]
-    return Judged(case=case, dtype=dtype, seed=draw.seed(), inference=draw.chance(0.2))
-
-
-def gelu(draw: Draw) -> Judged:
-    dtype = draw.one(*FLOATS)
-    sizes = draw.size(FEW, VECTORS, TILES, MANY, LONG, (16385,)), draw.one(1, 2, 3, 9)
-    pool = {
-        "rows": lambda: {"shape": sizes[::-1]},
-        "layout": lambda: {"layout": draw.one(*LAYOUTS), "shape": sizes},
-        "scale": lambda: {"scale": draw.one(1e-30, 1e-3, 30.0, 1e4, *(() if dtype is torch.float16 else (1e19, 1e38)))},
-        "values": lambda: {"values": draw.one(*VALUES)},
-    }
-    case = GeluCase(name=f"number {draw.number}", regime="", **({"shape": sizes[:1]} | draw.options(pool)))  # type: ignore[arg-type]
     return Judged(case=case, dtype=dtype, seed=draw.seed(), inference=draw.chance(0.2))
