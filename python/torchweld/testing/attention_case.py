@@ -185,6 +185,7 @@ class AttentionCase(Case):
 
     def torch(self, x: Tensors) -> Tensors:
         composed = self.sinks or self.lse or self.unseen_nan or self.masks or self.dropout or self._wide(x)
+        composed = composed or self.scale == 0  # torch's kernel multiplies the mask's -inf by it: NaN
         if self.softcap == 0 and not composed:
             banded = self.causal and not self.bottom_right and self.window is None and self.bias is None
             plain = not (self.causal or self.window or self.bias or self.alibi)

@@ -77,6 +77,9 @@ class _Player:
     def write(self, index: int, how: str) -> None:
         values = [t.to(self.trial.dtype).to(self.dtype) for t in self.trial.draws("written", index)]
         for p, value in zip(self.params, values, strict=False):
+            if self.trial.masters and not self.ours:  # to write what the master rounds to is no change of the master
+                rounded = p.detach().to(self.trial.dtype).to(self.dtype)
+                value = torch.where(value == rounded, p.detach(), value)  # noqa: PLW2901
             if how == "data":
                 p.data = value
             elif how == "data in place":
