@@ -3,9 +3,10 @@
 //   tanh    e = exp(-2 sqrt(2 / pi) (a + 0.044715 a^3))     Phi(-a) = e / (1 + e), Phi(a) = 1 / (1 + e)
 //   exact   e = exp(-a^2 / 2)                               Phi(-a) = e * (1 / 2 - a t P(t)), t = 1 / (1 + a / 4)
 //
-// Of the exact form Phi(a) = 1 - Phi(-a). Nothing overflows, and neither side cancels. P is a polynomial, fitted on
-// [0, 14.5] for a relative error of Phi(-a) of 1.7e-8. One value read and one written forward, two and one backward;
-// one exponential and one division an element. Hendrycks, Gimpel: Gaussian Error Linear Units, arXiv:1606.08415.
+// The exact form has Phi(a) = 1 - Phi(-a). Nothing overflows and nothing cancels. P is a polynomial, fitted on
+// [0, 14.5] for a relative error of Phi(-a) of 1.7e-8. The forward reads one value and writes one, the backward reads
+// two and writes one. Each element takes one exponential and one division. Hendrycks, Gimpel: Gaussian Error Linear
+// Units, arXiv:1606.08415.
 
 #include "cpu/isa/kernels.h"
 #include "cpu/parallel.h"
@@ -15,15 +16,14 @@
 namespace torchweld::cpu {
 namespace {
 
-constexpr int64_t kChunk = 4096;  // elements in a unit of work, so that chunks start on a vector's alignment
+constexpr int64_t kChunk = 4096;  // elements of a unit of work; chunks start at a vector's alignment
 constexpr int64_t kChunksPerThread = 4;
 constexpr double kLog2eExact = 1.44269504088896341;
 
 TW_INLINE VecI negative(Vec x) { return (VecI)x < 0; }  // -0 as well, for which either side will do
 TW_INLINE Vec magnitude(Vec x) { return from_bits(bits(x) & 0x7fffffffu); }
 
-// |x|, but 16 at most: from there on e is 0, while its factors must be finite. So only an infinite x gives NaN, by
-// x * 0.
+// |x|, at most 16: above that e is 0, and its factors must be finite. Only an infinite x then gives NaN, by x * 0.
 TW_INLINE Vec distance(Vec x) { return vmin(splat(16.0f), magnitude(x)); }
 
 struct TanhForm {
