@@ -205,7 +205,7 @@ class AttentionCase(Case):
         return 1.0 / math.sqrt(max(self.dim, 1)) if self.scale is None else self.scale
 
     def _wide(self, x: Tensors) -> bool:
-        """Whether a bias wider than the query has a gradient. torch's own function then computes in float32 throughout."""
+        """Whether a bias wider than the query has a gradient. torch's own function then computes in float32."""
         bias = x.get("bias")
         return bias is not None and bias.requires_grad and bias.dtype != x["query"].dtype
 
