@@ -43,8 +43,8 @@ struct Options {
   }
 };
 
-// Where the packed sequences start. On the CPU also checks what it says, and leaves the length of the longest in
-// `most`.
+// Reads cu_seqlens. On the CPU also checks its values (it starts at 0, never falls, ends at total) and sets `most` to
+// the longest sequence. On a GPU `most` is max_seqlen, at most total.
 template <class Backend>
 const int32_t* fill_sequences(const Arguments& args, const char* name, const OptionalTensor& lens, int64_t batch,
                               int64_t total, int64_t& most) {
@@ -91,8 +91,8 @@ inline float* values_of(const Arguments& args, const AttentionInputs& p, const O
                                  : args.contiguous(*t, name, DType::float32, {p.batch, p.heads, p.total_q}));
 }
 
-// What is float32 (B, H, Nq), or (H, total_q) if packed, in rows of one tensor: lse alone, what the backward wants (max
-// and inverse), or both.
+// The row statistics, each float32 (B, H, Nq), or (H, total_q) if packed, in one tensor: lse (1 row), max and inverse
+// for the backward (2), or all three.
 struct Statistics {
   float *max = nullptr, *inverse = nullptr, *lse = nullptr;
 
@@ -166,7 +166,7 @@ inline MaskType mask_type(const Arguments& args, const TensorView& bias) {
   return MaskType::none;
 }
 
-// What shapes the scores, and the dropout.
+// The modifiers of the scores, and the dropout.
 inline void fill_scores(const Arguments& args, AttentionInputs& p, const Modifiers& modifiers, const Options& options) {
   auto bound = [](int64_t keys) { return keys < 0 || keys > kUnbounded ? kUnbounded : keys; };
   p.scale = options.scale;
@@ -227,7 +227,7 @@ void bind_attention(Module& m) {
           Backend::run(&Backend::Kernels::attention_forward, p, query.device.index);
         });
 
-  // As above, but output may be the forward's wide_output, and of one row statistics is lse. dlse: float32 (B, H, Nq),
+  // output: the forward's output or wide_output; statistics: lse (1 row), or max and inverse; dlse: float32 (B, H, Nq),
   // packed (H, total_q); dbias: contiguous, 4 dimensions; dalibi_slopes, dsinks: (B, H).
   m.def(
       "attention_backward(doutput, dlse, query, key, value, modifiers, options, output, statistics, dquery, dkey, "

@@ -18,8 +18,8 @@ using namespace torchweld;
 struct Cpu {
   using Kernels = cpu::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCPU;
-  static constexpr bool reads_tensors = true;       // what is in an argument can be checked
-  static constexpr bool leaves_wide_output = true;  // attention's backward reads it
+  static constexpr bool reads_tensors = true;       // the bindings can check the values of an argument
+  static constexpr bool leaves_wide_output = true;  // attention's backward reads the output before its rounding
   static constexpr bool optimizer_table = false;
 
   static const Kernels& kernels() { return cpu::kernels(); }

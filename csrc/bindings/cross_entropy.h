@@ -5,13 +5,13 @@
 
 namespace torchweld {
 
-// The logits of an op that indexes them by class: (M, V), with a class where there is a row.
+// Logits must be (M, V), with at least one class if there is a row.
 inline void check_logits(const Arguments& args, const TensorView& logits) {
   if (logits.ndim != 2) args.fail("logits", "2 dimensions [rows, classes]", std::to_string(logits.ndim));
   if (logits.size(0) > 0 && logits.size(1) < 1) args.fail("logits", "at least one class", "none");
 }
 
-// The forward kernels read the logit of the target: every one in [0, V), or ignore_index.
+// Targets must be in [0, V), or ignore_index, for the forward kernels read the logit of the target.
 template <class Params>
 void check_classes(const char* op, const Params& p) {
   for (int64_t m = 0; m < p.rows; ++m) {

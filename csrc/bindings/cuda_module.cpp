@@ -12,7 +12,7 @@ using namespace torchweld;
 struct Cuda {
   using Kernels = cuda::Kernels;
   static constexpr dlpack::DeviceType device = dlpack::kCUDA;
-  static constexpr bool reads_tensors = false;  // to look into an argument would be to wait for it
+  static constexpr bool reads_tensors = false;  // a look at the values of an argument would wait for the GPU
   static Kernels kernels() { return {}; }
   static constexpr bool leaves_wide_output = false;
   static constexpr bool optimizer_table = true;
@@ -25,7 +25,7 @@ struct Cuda {
     return cuda::layer_norm_workspace(rows, cols, weights, index);
   }
 
-  // On the tensors' own device and torch's current stream there.
+  // Runs on the tensors' device, in torch's current stream of that device.
   template <class Params>
   static void run(void (*Kernels::*kernel)(const Params&, Stream), const Params& params, int32_t index) {
     Stream stream = nullptr;

@@ -43,7 +43,7 @@ struct ManagedTensor {
 struct ExchangeAPI {
   uint32_t major, minor;
   ExchangeAPI* previous;
-  // Of prototype's device, dtype and shape. -1 where there is no memory: set_error has then been called.
+  // Allocates a tensor of prototype's device, dtype and shape. Returns -1 after a call of set_error if it cannot.
   int (*managed_tensor_allocator)(Tensor* prototype, ManagedTensor** out, void* error_ctx,
                                   void (*set_error)(void* error_ctx, const char* kind, const char* message));
   void* managed_tensor_from_py_object;

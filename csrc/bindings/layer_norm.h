@@ -19,7 +19,7 @@ struct Norm {
   }
 };
 
-// Of an optional tensor of activations or parameters: `dtype` or float32.
+// The dtype of a tensor that must be `dtype` or float32.
 inline DType wide_dtype(const Arguments& args, DType dtype, const TensorView& t, const char* name) {
   const DType found = args.dtype(t, name);
   if (found != dtype && found != DType::float32)
@@ -33,8 +33,7 @@ inline DType parameter_dtype(const Arguments& args, DType dtype, const std::opti
   return a ? wide_dtype(args, dtype, *a, "weight") : b ? wide_dtype(args, dtype, *b, "bias") : dtype;
 }
 
-// What both directions are told: the numbers, and the dropout by its seed (int64, one element; None: no dropout). The
-// dtypes follow from the tensors.
+// Unpacks what both directions share: the numbers, and the dropout by its seed (int64, one element; None: no dropout).
 inline void fill_norm(const Arguments& args, LayerNormParams& p, const TensorView& input, const Norm& norm,
                       const std::optional<TensorView>& seed) {
   if (norm.cols < 1) args.fail("cols", "at least 1", std::to_string(norm.cols));
@@ -61,8 +60,8 @@ void bind_layer_norm(Module& m) {
 
   m.def_record<Norm>("Norm");
 
-  // input, output: M * N elements; residual, sum: the same of a dtype of their own; weight, bias: N; stats: float32,
-  // (2, M), mean and rstd, if centred, else (1, M), rstd alone; or None.
+  // input, output: M * N elements; residual, sum: M * N elements of sum_dtype; weight, bias: N; stats: float32 (2, M),
+  // mean and rstd, if centred, else (1, M), rstd alone; or None.
   m.def("layer_norm_forward(input, residual, weight, bias, seed, norm, sum, output, stats, workspace)",
         [](const TensorView& input, const Optional& residual, const Optional& weight, const Optional& bias,
            const Optional& seed, const Norm& norm, const Optional& sum, const TensorView& output, const Optional& stats,
@@ -93,21 +92,21 @@ void bind_layer_norm(Module& m) {
           Backend::run(&Backend::Kernels::layer_norm_forward, p, input.device.index);
         });
 
-  // How many float32 elements layer_norm_forward wants for its workspace, on the device with this index.
+  // The float32 elements of layer_norm_forward's workspace, on the device with this index.
   m.def("layer_norm_forward_workspace(rows, cols, device)", [](int64_t rows, int64_t cols, int64_t device) {
     check_sizes("layer_norm_forward_workspace", rows, cols);
     return Backend::layer_norm_forward_workspace(rows, cols, static_cast<int32_t>(device));
   });
 
-  // How many blocks the workspace of layer_norm_backward takes on the device with this index: a function of the shape
-  // and of the device, never of the load, so that results are too. 0: none.
+  // The blocks of layer_norm_backward's workspace, on the device with this index. They depend on the shape and the
+  // device alone, so results do too. 0: no workspace.
   m.def("layer_norm_workspace(rows, cols, weights, device)",
         [](int64_t rows, int64_t cols, bool weights, int64_t device) {
           check_sizes("layer_norm_workspace", rows, cols);
           return Backend::layer_norm_workspace(rows, cols, weights, static_cast<int32_t>(device));
         });
 
-  // As above; input: what was normalised; partial: float32 (blocks, 2, N), the workspace.
+  // input: what was normalised; partial: float32 (blocks, 2, N), the workspace; the others as in the forward.
   m.def("layer_norm_backward(doutput, dsum, input, weight, stats, seed, norm, dinput, dx, dweight, dbias, partial)",
         [](const TensorView& doutput, const Optional& dsum, const TensorView& input, const Optional& weight,
            const TensorView& stats, const Optional& seed, const Norm& norm, const Optional& dinput, const Optional& dx,

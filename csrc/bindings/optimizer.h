@@ -13,10 +13,10 @@ inline const float* scalar(const Arguments& args, const OptionalView& t, const c
   return static_cast<const float*>(args.flat(t, name, DType::float32, 1));
 }
 
-// What every step is told besides its lists and the numbers of its own rule.
+// The arguments that all steps share.
 struct Step {
-  double lr;               // beside an lr_tensor of no account
-  OptionalView lr_tensor;  // float32, one element; so are the other tensors
+  double lr;               // ignored if there is an lr_tensor
+  OptionalView lr_tensor;  // float32 of one element, as are the other tensors
   double weight_decay;
   bool maximize;
   double max_grad_norm;  // 0: no clipping
@@ -38,7 +38,7 @@ struct Step {
   }
 };
 
-// The lists of each optimizer, tensor for tensor, and the numbers of its rule.
+// The lists of each optimizer, all in the order of the parameters, and the numbers of its update rule.
 struct AdamWLists {
   TensorList params, grads, exp_avgs, exp_avg_sqs;
   TensorList max_exp_avg_sqs;  // empty: no AMSGrad
@@ -124,8 +124,8 @@ void bind_optimizers(Module& m) {
   m.def_record<SgdLists>("SgdLists");
   m.def_record<SgdOptions>("SgdOptions");
 
-  // One step, in place. Returns what the kernels do not take; if there is any, nothing was done. table: workspace of
-  // OPTIMIZER_TABLE_WORDS for each parameter.
+  // One step, in place. Returns the tensors that the kernels do not take. If there are any, the call changes nothing.
+  // table: workspace of OPTIMIZER_TABLE_WORDS for each parameter.
   m.def("adamw_(lists, options, step, table)",
         [](const AdamWLists& lists, const AdamWOptions& options, const Step& step,
            const OptionalView& table) -> Refusals {
@@ -184,7 +184,8 @@ void bind_optimizers(Module& m) {
           return list.refused;
         });
 
-  // norm = sqrt(sum of squares of all gradients) / |grad_scale|; partial: float64 (GRAD_NORM_BLOCKS). Returns as above.
+  // norm = sqrt(sum of squares of all gradients) / |grad_scale|; partial: float64 (GRAD_NORM_BLOCKS). Returns
+  // the tensors that the kernels do not take.
   m.def("grad_norm(grads, grad_scale, partial, norm, table)",
         [](const TensorList& grads, const OptionalView& grad_scale, const TensorView& partial, const TensorView& norm,
            const OptionalView& table) -> Refusals {

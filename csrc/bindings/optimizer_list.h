@@ -1,4 +1,4 @@
-// Lists of tensors -> rows of an optimizer's list, for any backend. All is checked before any memory is touched.
+// Lists of tensors -> rows of an optimizer's list, for any backend. All checks come before memory is touched.
 #pragma once
 
 #include <algorithm>
@@ -23,7 +23,7 @@ inline bool same_strides(const TensorView& a, const TensorView& b) {
   return true;
 }
 
-// Whether the elements fill their memory without gaps or overlaps, in whatever order of the dimensions.
+// Whether the elements fill their memory without gaps or overlaps, in any order of the dimensions.
 inline bool is_dense(const TensorView& t) {
   if (t.numel() == 0) return true;
   int left = 0;
@@ -39,16 +39,16 @@ inline bool is_dense(const TensorView& t) {
 
 inline bool is_complex(const TensorView& t) { return t.dtype.code == dlpack::kComplex; }
 
-// Whether the reference computes in this dtype, if not the kernels.
+// Whether the reference computes in this dtype.
 inline bool is_number(dlpack::DataType t) {
   return (t.code == dlpack::kFloat || t.code == dlpack::kBfloat || t.code == dlpack::kComplex) && t.bits >= 16;
 }
 
-// The rows of a list, and which of its tensors the kernels do not take.
+// The rows of a list, and the tensors that the kernels do not take.
 template <class Backend>
 class OptimizerRows {
  public:
-  // int64 elements of workspace for each tensor: the CPU kernels read the rows where they were made.
+  // int64 elements of workspace for each tensor. The CPU kernels read the rows in place and need none.
   static constexpr int64_t words = Backend::optimizer_table ? sizeof(OptimizerTensor) / 8 : 0;
   static_assert(sizeof(OptimizerTensor) % 8 == 0, "a row of the table is a whole number of 64-bit words");
 
@@ -59,7 +59,7 @@ class OptimizerRows {
       args_.fail(name, std::to_string(rows.size()) + " tensors, as many as params", std::to_string(list.size()));
   }
 
-  // Memory of list[i]. Raises if it does not go with its twin in the first list; refuses what a kernel does not take.
+  // Memory of list[i]. Raises if the tensor does not fit its parameter, and refuses what a kernel does not take.
   void* memory(const TensorList& list, size_t i, const char* name, DType* dtype) {
     const TensorView &t = list[i], &twin = first_[i];
     if (!args_.is_here(t)) args_.check_device(t, label(name, i).c_str());
@@ -93,7 +93,7 @@ class OptimizerRows {
     }
   }
 
-  // One more tensor of row i's state; all of them have one dtype.
+  // Another tensor of row i's state. All of them have one dtype.
   void state(const TensorList& list, int slot, const char* name, size_t i) {
     OptimizerTensor& row = rows[i];
     DType dtype = row.dtype;
@@ -113,14 +113,14 @@ class OptimizerRows {
     rows[i].step = reinterpret_cast<float*>(static_cast<char*>(t.data) + t.byte_offset);
   }
 
-  // Gives row i its place in the concatenation.
+  // Sets the place of row i in the concatenation.
   void place(size_t i) {
     rows[i].numel = first_[i].numel();
     rows[i].begin = total;
     total += (rows[i].numel + chunk - 1) / chunk * chunk;
   }
 
-  // Parameters that share memory, a parameter that is listed twice among them, are stepped one after another.
+  // Refuses parameters that share memory, and a parameter that is listed twice: they must be stepped one by one.
   void refuse_shared() {
     struct Extent {
       const char *begin, *end;
@@ -145,7 +145,7 @@ class OptimizerRows {
     if (refused.empty() || refused.back().first != index) refused.emplace_back(index, reason);
   }
 
-  // Where a copy of the rows goes on the device; the CPU needs none.
+  // Memory for a copy of the rows on the device. The CPU needs none.
   OptimizerTensor* table(const std::optional<TensorView>& workspace) const {
     if (!Backend::optimizer_table) return nullptr;
     const int64_t needed = words * static_cast<int64_t>(rows.size());

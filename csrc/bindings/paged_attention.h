@@ -16,7 +16,7 @@ struct PagedOptions {
   }
 };
 
-// What the host can see of the table and the lengths: that they lead to rows of the cache. Returns the greatest length.
+// Checks on the host that table and lengths lead to rows of the cache. Returns the greatest length.
 inline int64_t check_cache(const Arguments& args, const PagedAttentionParams& p) {
   int64_t longest = 0;
   for (int64_t b = 0; b < p.batch; ++b) {
@@ -70,7 +70,7 @@ void fill_cache(const Arguments& args, PagedAttentionParams& p, const TensorView
   p.table_width = block_table.size(1);
   p.keys = p.table_width * p.block_size;
   if constexpr (Backend::reads_tensors) p.keys = check_cache(args, p);
-  // A cache without blocks has no row that a wrong table could be led to.
+  // A cache without blocks has no rows, also for a wrong table.
   if (p.blocks == 0) p.keys = 0;
   p.total_k = p.keys;
 }

@@ -1,6 +1,6 @@
-// torch.Tensor -> TensorView without torch's headers: readers over the DLPack C exchange API, and the checks that stand
-// between Python and a kernel. Order of the checks: device, dtype, layout, shape; every message names the op, the
-// argument, what was expected and what came.
+// torch.Tensor -> TensorView without torch's headers, by the DLPack C exchange API, and the checks between Python and a
+// kernel. The checks have one order: device, dtype, layout, shape. Every message names the op, the argument, what was
+// expected and what came.
 #pragma once
 
 #include <cstdint>
@@ -45,7 +45,7 @@ inline std::optional<DType> dtype_of(dlpack::DataType t) {
   return std::nullopt;
 }
 
-// The arguments of one call: names them in errors, holds them all to one device.
+// The tensors of one call. Errors name them, and all must be on one device.
 class Arguments {
  public:
   Arguments(const char* op, dlpack::DeviceType device, const TensorView& first)
@@ -74,7 +74,7 @@ class Arguments {
     return t ? flat(*t, name, dtype, numel) : nullptr;
   }
 
-  // Pointer to a contiguous tensor of this number of signed integers of so many bits.
+  // Pointer to a contiguous tensor of `numel` signed integers of `bits` bits.
   void* integers(const TensorView& t, const char* name, int bits, int64_t numel) const {
     return elements(t, name, dlpack::kInt, bits, numel);
   }
@@ -83,7 +83,7 @@ class Arguments {
     return static_cast<int64_t*>(integers(t, name, 64, numel));
   }
 
-  // Pointer to a contiguous tensor of this number of float64.
+  // Pointer to a contiguous tensor of `numel` float64.
   double* doubles(const TensorView& t, const char* name, int64_t numel) const {
     return static_cast<double*>(elements(t, name, dlpack::kFloat, 64, numel));
   }
@@ -106,7 +106,7 @@ class Arguments {
       fail(name, "a tensor with memory", "one whose storage is empty: it was freed, or is a ZeroTensor");
   }
 
-  // Pointer to a tensor of this shape, of any dtype, which may have stride 0 where it is broadcast.
+  // Pointer to a tensor of this shape and any dtype. Broadcast dimensions may have stride 0.
   void* expanded(const TensorView& t, const char* name, std::initializer_list<int64_t> shape) const {
     check_device(t, name);
     check_shape(t, name, shape);
@@ -169,8 +169,8 @@ class Arguments {
   dlpack::Device device_;
 };
 
-// A tensor is only looked at until all arguments are converted; the caller of the bound function holds it meanwhile.
-// BufferError is what DLPack has for a tensor that cannot be read: the callers of the kernels then ask the dispatcher.
+// `load` only looks at the type of a tensor, which the caller of the bound function keeps alive. A tensor that DLPack
+// cannot read raises BufferError. The callers of the kernels then call torch's dispatcher.
 template <>
 struct Reader<TensorView> {
   static std::string expected() { return "a torch.Tensor"; }
@@ -190,11 +190,11 @@ struct Reader<TensorView> {
   PyObject* source = nullptr;
 };
 
-// A list or tuple of tensors, all of which are held until the bound function returns: another thread may change the
-// list while a kernel runs. An iterator is refused, for it may have made its tensors for this call alone.
+// A list or tuple of tensors. It holds all tensors until the bound function returns, for another thread may change the
+// list while a kernel runs. An iterator is refused: nothing else may hold its tensors.
 struct TensorList : std::vector<TensorView> {
-  // A lazily negated tensor is the imaginary part of a conjugate, so its elements are no neighbours: only of a single
-  // element is there anything to ask.
+  // A lazily negated tensor is the imaginary part of a conjugate. Its elements are not neighbours, so the checks of
+  // strides refuse it unless it has a single element.
   bool is_negated(size_t i) const {
     return (*this)[i].numel() == 1 && py::handle(PyTuple_GET_ITEM(held.ptr(), i)).attr("is_neg")().cast<bool>();
   }

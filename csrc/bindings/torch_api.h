@@ -1,4 +1,4 @@
-// What of torch the bindings use, without its headers: its tensor classes, and its DLPack C exchange API.
+// The parts of torch that the bindings use, without torch's headers: its tensor classes and its DLPack C exchange API.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -21,7 +21,7 @@ struct TensorView : dlpack::Tensor {
     for (int d = 0; d < ndim; ++d) n *= shape[d];
     return n;
   }
-  // A view of an empty storage starts a little past null, where no system puts memory.
+  // A view of an empty storage has a small address, not null. No system puts memory there.
   bool has_memory() const { return reinterpret_cast<uintptr_t>(data) >= 4096 || numel() == 0; }
 };
 
@@ -38,8 +38,8 @@ struct TorchApi {
 
   bool is_tensor(PyObject* object) const { return PyObject_TypeCheck(object, tensor_type); }
 
-  // A subclass with a __torch_dispatch__ of its own (FakeTensor, DTensor, functional tensors) has no memory behind its
-  // pointer: the exchange API would hand over garbage. Such tensors belong to the registered op, never to a kernel.
+  // A subclass with its own __torch_dispatch__ (FakeTensor, DTensor, functional tensors) has no memory behind its
+  // pointer, and the exchange API would return garbage. The registered op serves such tensors, never a kernel.
   bool is_readable(PyObject* tensor) const {
     if (Py_TYPE(tensor) == tensor_type || Py_TYPE(tensor) == parameter_type) return true;
     return py::type::handle_of(tensor).attr("__torch_dispatch__").ptr() == dispatch;
@@ -71,8 +71,8 @@ struct TorchApi {
   }
 };
 
-// float32 of torch's own allocator: on a GPU that of the current stream, where kernels launched before it is given back
-// may go on using it.
+// float32 memory from torch's own allocator. On a GPU it belongs to the current stream, so kernels launched before it
+// is freed may still use it.
 class Workspace {
  public:
   Workspace(dlpack::Device device, int64_t size) {

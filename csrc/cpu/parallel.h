@@ -1,5 +1,5 @@
-// Threads: torch's own OpenMP pool, so torch.set_num_threads is honoured. Work is cut by the caller into units that do
-// not depend on the number of threads, so results do not either.
+// Threads of torch's own OpenMP pool, so torch.set_num_threads applies. The caller cuts work into units that do not
+// depend on the number of threads, so results do not depend on it.
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ inline int64_t max_threads() {
 template <class F>
 void parallel_team(int64_t threads, F&& f) {
 #ifdef _OPENMP
-  // Not even a team of one is started for small work: a forked child has no pool to start it from.
+  // Small work starts no team, not even a team of one: a forked child has no pool.
   if (threads > 1) {
   #pragma omp parallel num_threads(static_cast<int>(threads))
     f(static_cast<int64_t>(omp_get_thread_num()), static_cast<int64_t>(omp_get_num_threads()));
@@ -44,7 +44,7 @@ void parallel_for(int64_t n, int64_t grain, F&& f) {
   });
 }
 
-// f(task, thread) for every task of [0, n): a free thread takes the next one, so put the longest first.
+// f(task, thread) for every task of [0, n). A free thread takes the next task, so the longest task must come first.
 template <class F>
 void parallel_queue(int64_t n, int64_t threads, F&& f) {
   int64_t next = 0;

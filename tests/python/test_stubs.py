@@ -117,6 +117,23 @@ def test_the_ops_see_the_types_of_all_kernels() -> None:
     assert {*typed, "isa", "use_isa", "built_isas", "available_isas"} == set(functions(stub("_cpu")))
 
 
+FEW = 4  # parameters that a call may give by position
+
+
+def test_the_package_calls_kernels_by_name() -> None:
+    """No order of arguments is agreed upon by two files."""
+    many = {n for n, parameters in functions(stub("_cpu")).items() if len(parameters) > FEW}
+    called = set()
+    for path in (ROOT / "python" / "torchweld").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in many:
+                owner = ast.unparse(node.func.value)
+                if owner not in ("ops", "reference"):
+                    assert not node.args, f"{path}:{node.lineno}"
+                    called.add(node.func.attr)
+    assert called == many
+
+
 def test_types_of_results_are_those_of_the_stub() -> None:
     assert isinstance(_cpu.isa(), str) and isinstance(_cpu.built_isas(), list)
     assert isinstance(_cpu.layer_norm_workspace(8, 8, True, 0), int)

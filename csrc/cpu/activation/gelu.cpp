@@ -8,7 +8,7 @@
 namespace torchweld::cpu {
 namespace {
 
-constexpr int64_t kChunk = 4096;  // elements in a unit of work, so that chunks start on a vector's alignment
+constexpr int64_t kChunk = 4096;  // elements of a unit of work; chunks start at a vector's alignment
 constexpr int64_t kChunksPerThread = 4;
 
 // f(Tag<T>, Tag<form>).

@@ -36,7 +36,7 @@ struct Candidate {
 };
 
 #ifdef TORCHWELD_HAS_AMX
-// The tile registers are 8 KB that Linux saves only for processes that have asked for it.
+// Linux saves the tile registers, 8 KB, only for processes that ask for it.
 bool may_use_tiles() {
   #if defined(__linux__)
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA

@@ -1,4 +1,4 @@
-// Which table of kernels serves this machine.
+// The choice of the table of kernels for this machine.
 #pragma once
 
 #include <string>
@@ -8,14 +8,14 @@
 
 namespace torchweld::cpu {
 
-// The table in use: the best that this CPU has, or the one that TORCHWELD_CPU_ISA names.
-// Throws std::invalid_argument if that name is unknown, not built, or not supported by this CPU.
+// The table in use: the best for this CPU, or the one that TORCHWELD_CPU_ISA names. Throws std::invalid_argument if the
+// name is unknown, not built, or not supported by this CPU.
 const Kernels& kernels();
 
-// Switches to the named table; the same errors.
+// Switches to the named table. Throws as `kernels` does.
 void use_isa(const std::string& name);
 
-// The instruction sets that are built, best first; and those of them that this CPU has.
+// The instruction sets that are built, best first, and those of them that this CPU supports.
 std::vector<std::string> built_isas();
 std::vector<std::string> available_isas();
 

@@ -7,7 +7,7 @@
 namespace torchweld::cpu {
 
 struct Kernels {
-  const char* isa;  // read by table.cpp off the flags that it was compiled with
+  const char* isa;  // table.cpp takes it from the compiler's flags
   void (*layer_norm_forward)(const LayerNormForwardParams&);
   void (*layer_norm_backward)(const LayerNormBackwardParams&);
   void (*adamw)(const AdamWParams&);
@@ -31,7 +31,7 @@ struct Kernels {
 };
 
 #ifdef TORCHWELD_ISA  // baseline, avx2, avx512, avx512_bf16 or amx: set by the build for each of the compilations
-  // The set whose kernels without matrix products it has: its own, but amx has those of avx512_bf16.
+  // The instruction set of the kernels without matrix products: `isa`, but avx512_bf16 for amx.
   #ifndef TORCHWELD_VECTOR_ISA
     #define TORCHWELD_VECTOR_ISA TORCHWELD_ISA
   #endif

@@ -1,4 +1,4 @@
-// The table of this instruction set. Its name comes from what the compiler was really told to use.
+// The table of this instruction set. Its name comes from the compiler's own macros.
 #include "cpu/isa/kernels.h"
 
 namespace torchweld::cpu::TORCHWELD_ISA {

@@ -3,9 +3,9 @@
 //   z = logits - max        loss = (1 - s) * (log(sum(exp(z))) - z[target]) + s * (log(sum(exp(z))) - mean(z))
 //   dlogits = dloss * (exp(z) / sum(exp(z)) - s / V), and dloss * (1 - s) less at the target
 //
-// with s the label smoothing. A thread owns whole rows; a row stays in cache between the pass for its maximum and the
-// pass for its sum. Memory: the logits are read once forward; read once and written once backward. The probabilities
-// are never stored, unlike in log_softmax followed by nll_loss, which moves the matrix through memory eight times.
+// with s the label smoothing. A thread owns whole rows. A row stays in cache between the pass for its maximum and the
+// pass for its sum. The forward reads the logits once, the backward reads them once and writes them once. The
+// probabilities are never stored. log_softmax followed by nll_loss stores them, and moves the matrix eight times.
 
 #include "cpu/isa/kernels.h"
 #include "cpu/parallel.h"
@@ -24,7 +24,7 @@ void forward_row(const CrossEntropyForwardParams& p, int64_t m) {
   const int64_t V = p.classes, target = p.target[m];
   const T* x = static_cast<const T*>(p.logits) + m * V;
 
-  // Maximum. A NaN need not win here: the sum meets it.
+  // Maximum. A NaN may be lost here, for the sum meets it again.
   Vec largest = splat(-__builtin_inff());
   for_each_vector(V, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
     largest = vmax(keep(load(x + i, lanes), lanes, -__builtin_inff()), largest);
@@ -46,7 +46,7 @@ void forward_row(const CrossEntropyForwardParams& p, int64_t m) {
   store(&picked, load(x + target, First{1}), First{1});
   float loss = log_sum - (picked - max);
   if (p.smoothing > 0.0f) {
-    const float share = 1.0f / static_cast<float>(V);  // of each term, for the sum of all may be no float
+    const float share = 1.0f / static_cast<float>(V);  // divides each term: the sum of all terms may overflow
     const float mean = sum_over(V, [&](int64_t i, auto lanes) { return (load(x + i, lanes) - max) * share; });
     loss = (1.0f - p.smoothing) * loss + p.smoothing * (log_sum - mean);
   }
@@ -59,11 +59,11 @@ void backward_row(const CrossEntropyBackwardParams& p, int64_t m, bool streaming
   const T* x = static_cast<const T*>(p.logits) + m * V;
   T* dx = static_cast<T*>(p.dlogits) + m * V;
   if (target == p.ignore_index) {
-    const Vec nothing = splat(p.sum[m] * 0.0f);  // NaN where the row has no probabilities, as in torch
+    const Vec nothing = splat(p.sum[m] * 0.0f);  // NaN if the row has no probabilities, as in torch
     for_each_vector(V, [&](int64_t i, auto lanes) { store_output(dx + i, nothing, lanes, streaming); });
     return;
   }
-  // What each class and the target's own should have got; with one class that is 1, and the gradient exactly 0.
+  // The target probabilities of a class and of the target. With one class it is 1, and the gradient exactly 0.
   const double smoothing = p.smoothing, other = smoothing / static_cast<double>(V);
   const float others = static_cast<float>(other), own = static_cast<float>(1.0 - smoothing + other);
   const float max = p.max[m], dloss = p.dloss[m], inverse = 1.0f / p.sum[m];

@@ -1,7 +1,7 @@
 // Blocks of a matrix product on Intel's AMX tiles: eight registers of 16 rows x 16 words. One instruction multiplies 16
-// x 32 by 32 x 16 bf16 into 16 x 16 float32, eight times what the vector units do in the same cycles. So memory is what
-// counts: operands are made of blocks of the size of a tile, one after the other, which the prefetchers follow. Intel:
-// Architecture Instruction Set Extensions Programming Reference, chapter 3.
+// x 32 by 32 x 16 bf16 into 16 x 16 float32, eight times the rate of the vector units. Memory is then the limit. So
+// operands consist of blocks of the size of a tile, one after the other (tile_layout.h), which the prefetchers follow.
+// Intel: Architecture Instruction Set Extensions Programming Reference, chapter 3.
 #pragma once
 
 #include "cpu/matmul/operands.h"
@@ -11,8 +11,8 @@ namespace {
 
 constexpr int64_t kRowBytes = TileLayout<1>::side * 4;
 
-// While it lives, the thread's tiles are all 16 x 16 words. What another library had set up is put back: some do so
-// once per thread and rely on it.
+// While it lives, all tiles of the thread are 16 x 16 words. The destructor restores the configuration of another
+// library, which may configure tiles only once per thread.
 class TileScope {
   struct alignas(64) Config {
     uint8_t palette, start_row, reserved[14];
@@ -43,7 +43,7 @@ class TileScope {
   Config before_;
 };
 
-// The compiler does not know what tile loads read: stores before them must not sink below.
+// The compiler does not know which memory tile loads read. Stores must stay before them.
 TW_INLINE void fence() { asm volatile("" ::: "memory"); }
 
 // C[16, 16 N] = A[16, steps] B[steps, 16 N]. b_panel: from one column of blocks of B to the next.
@@ -99,8 +99,8 @@ TW_INLINE void multiply_tiles() {
   if constexpr (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
 }
 
-// C[16 M, 16 N] (+)= A[16 M, steps] B[steps, 16 N]. a_rows: from one row of blocks of A to the next. Of the products of
-// parts those are left out that are no more than a rounding of the first.
+// C[16 M, 16 N] (+)= A[16 M, steps] B[steps, 16 N]. a_rows: from one row of blocks of A to the next. Products of parts
+// that are below the rounding of the first product are left out.
 template <int kParts, int M, int N, bool kAccumulate, class Between>
 TW_INLINE void tile_block(int64_t steps, const float* a, int64_t a_rows, const float* b, int64_t b_panel, float* c,
                           int64_t ldc, Between& between) {
@@ -118,7 +118,7 @@ TW_INLINE void tile_block(int64_t steps, const float* a, int64_t a_rows, const f
   }
   using Layout = TileLayout<kParts>;
   for (int64_t k = 0; k < steps; k += Layout::side * kParts, a += Layout::range, b += Layout::range) {
-    // Each line loads one operand anew: third by first, second by first, second by second, first by second and so on.
+    // Each line loads one new operand: third by first, second by first, second by second, first by second and so on.
     auto multiply = [&]() __attribute__((always_inline)) {
       multiply_tiles<M, N>();
       between();
@@ -177,7 +177,7 @@ void tile_store(int64_t rows, int64_t steps, const Left& a, const Right& b, cons
   }
 }
 
-// gemm_accumulate. So many steps at a time that a column of B's tiles stays in L1 for all rows.
+// gemm_accumulate. kSteps steps at a time: a column of B's tiles stays in L1 for all rows.
 template <class Compute>
 void tile_accumulate(int64_t rows, int64_t columns, const Left& a, const Right& b, const Span* steps_of, float* c,
                      int64_t ldc) {

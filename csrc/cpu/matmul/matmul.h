@@ -16,7 +16,7 @@ struct TileScope {
 };
 #endif
 
-// C = A B. columns_of[m / block_rows]: the columns, multiples of column_unit, that are wanted of a block of rows.
+// C = A B. columns_of[m / block_rows]: the columns of a block of rows that are computed, multiples of column_unit.
 template <class Compute, class Between = Nothing>
 void gemm_store(int64_t rows, int64_t steps, const Left& a, const Right& b, const Span* columns_of, float* c,
                 int64_t ldc, [[maybe_unused]] Between&& between = {}) {

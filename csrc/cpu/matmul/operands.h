@@ -20,21 +20,20 @@ constexpr int kVectors = 2;
 #endif
 constexpr int kPanel = kVectors * W;
 
-// What a word is, and what its products ask of their operands. Elements of other types are converted to words when they
-// are packed. A sum is cut into chains of so many steps, because the rounding error of float32 grows with the length of
-// a chain.
+// A format: its words, their products, and the units of operands. Packing converts elements of other types to words. A
+// sum is cut into chains of `chain` steps, because the rounding error of float32 grows with the length of a chain.
 struct Fp32 {
   static constexpr int per_word = 1, exp_degree = 5;
-  static constexpr int parts = 1;  // an element is the sum of so many, each in a word of its own
+  static constexpr int parts = 1;  // an element is the sum of so many parts, each in its own word
   static constexpr bool tiles = false;
   static constexpr int64_t chain = 64;
   static constexpr int64_t block_rows = kRows;  // rows of C that share a span of columns or of steps
-  static constexpr int64_t step_unit = 1;       // words of a part are multiples of this: operands are padded with zeros
-  static constexpr int64_t column_unit = W;     // likewise columns
-  static constexpr int64_t panel = kPanel;      // columns of a right operand that lie side by side
+  static constexpr int64_t step_unit = 1;    // operands are padded with zeros to a multiple of so many words of a part
+  static constexpr int64_t column_unit = W;  // and to a multiple of so many columns
+  static constexpr int64_t panel = kPanel;   // columns of a right operand that lie side by side
   TW_INLINE static Vec dot(Vec a, Vec b, Vec c) { return a * b + c; }
 
-  // A left operand in the making: where its row m starts, how far from there element i is, and a store from it on.
+  // To write a left operand: where row m begins, where element i is in a row, and a store of elements from i on.
   TW_INLINE static float* row_of(float* data, int64_t row, int64_t m) { return data + m * row; }
   TW_INLINE static int64_t element(int64_t i) { return i; }
   TW_INLINE static void store_row(float* row, int64_t i, Vec v) { store(row + i, v); }
@@ -55,8 +54,8 @@ struct VectorComputeOf {
   using type = Fp32;
 };
 
-// v as a sum of kParts bf16, in the upper halves of words. Half an ulp goes up; the last of several needs no rounding
-// where it is the third of a float32 or the second of a float16.
+// v as a sum of kParts bf16, in the upper halves of words. A part is rounded, with half an ulp up. The last of several
+// parts needs no rounding: three hold a float32, two a float16.
 template <int kParts>
 TW_INLINE void split(Vec v, VecU (&part)[kParts]) {
   for (int n = 0; n < kParts; ++n) {
@@ -170,7 +169,7 @@ TW_INLINE Span steps_between(int64_t low, int64_t high) {
 
 TW_INLINE Left rows_from(const Left& a, int64_t m) { return {a.data + m * a.row, a.row, a.step}; }
 
-// What a product does between its steps, where the caller has nothing for it to do.
+// The work between the steps of a product where the caller has none.
 struct Nothing {
   TW_INLINE void operator()() const {}
 };

@@ -1,5 +1,5 @@
-// From rows of elements in memory, with any stride between them, to the operands of matmul.h. What is not there (a row
-// past the end, the rest of a vector) becomes zero, so the products need no masks.
+// From rows of elements in memory, with any stride between them, to the operands of matmul.h. Rows past the end and the
+// rest of a vector become zero, so the products need no masks.
 #pragma once
 
 #include "cpu/matmul/matmul.h"
@@ -7,7 +7,7 @@
 namespace torchweld::cpu {
 namespace {
 
-// Whether memory of T already is words of Compute.
+// Whether elements of T in memory are already words of Compute.
 template <class T, class Compute>
 constexpr bool kNative = Compute::parts == 1 && sizeof(T) * Compute::per_word == 4;
 
@@ -28,7 +28,7 @@ TW_INLINE void transpose(Vec (&v)[W]) {
   }
 }
 
-// Lane n of the result: all lanes of group[n] together, by an f of two vectors.
+// Lane n of the result is all lanes of group[n], reduced by f.
 template <class F>
 TW_INLINE Vec reduce(Vec (&group)[W], F&& f) {
   transpose(group);
@@ -173,13 +173,13 @@ void pack_left(const T* source, int64_t stride, int64_t rows, int64_t dim, float
     }
 }
 
-// Whether rows can be read as a left operand where they lie; tiles would read rows past the last.
+// Whether rows can be read in place as a left operand. Tiles cannot: they would read rows past the last.
 template <class T, class Compute>
 TW_INLINE bool left_in_place(int64_t stride, int64_t dim) {
   return !Compute::tiles && kNative<T, Compute> && stride % Compute::per_word == 0 && dim % Compute::per_word == 0;
 }
 
-// Whether rows can be read as a right operand where they lie.
+// Whether rows can be read in place as a right operand.
 template <class T, class Compute>
 TW_INLINE bool right_in_place(int64_t dim) {
   return kNative<T, Compute> && Compute::per_word == 1 && dim % W == 0;

@@ -1,9 +1,9 @@
 // Blocks of a matrix product in the vector units.
 //
 // The micro-kernel keeps kRows x kVectors accumulators in registers, broadcasts a word of A to a vector and multiplies
-// it with kVectors vectors of B: two FLOPs (bf16: four) per lane and step. Every product of the backward, too, finds
-// its operands in this form without a transposition, because A is read with any two strides. Goto, van de Geijn:
-// Anatomy of High-Performance Matrix Multiplication, ACM TOMS 34(3), 2008.
+// it with kVectors vectors of B: two FLOPs (bf16: four) per lane and step. A is read with any two strides, so no
+// product of the backward needs a transposed copy. Goto, van de Geijn: Anatomy of High-Performance Matrix
+// Multiplication, ACM TOMS 34(3), 2008.
 #pragma once
 
 #include "cpu/matmul/operands.h"
@@ -34,8 +34,7 @@ TW_INLINE void multiply(int64_t steps, const float* const (&a)[kRows], int64_t a
   }
 }
 
-// A block of at most kRows rows and exactly N vectors; the last row is repeated in the place of those that are not
-// there.
+// A block of at most kRows rows and exactly N vectors. The last row stands for rows past the end.
 template <class Compute, int N, bool kAccumulate>
 void multiply_block(int64_t rows, Span steps, const Left& a, const float* b, int64_t b_step, float* c, int64_t ldc) {
   bool add = kAccumulate;

@@ -3,12 +3,12 @@
 //   xhat = (input - mean) * rstd   g = doutput * weight   dinput = rstd * (g - mean(g) - xhat * mean(g * xhat)) + dsum
 //   dx = dropout(dinput)           dweight = sum over rows of doutput * xhat        dbias = sum over rows of doutput
 //
-// RMS norm is the same with mean = mean(g) = 0. weight stands for weight + weight_offset. Where the mean is far above
-// the deviation, its rounding gives xhat a mean of its own, which is taken off before dinput.
+// RMS norm is the same with mean = mean(g) = 0. weight means weight + weight_offset. If the mean is far above the
+// deviation, the rounding of the mean gives xhat a mean, which is subtracted before dinput.
 //
-// A row block owns its rows' dinput and one fp32 partial of the weight gradients; blocks are fixed by the shape, so the
-// sums have one order at any number of threads. Of a row of up to kBufferedColumns, g and xhat stay in cache as floats
-// between the two passes. Memory is read and written once: 3 values per element, 4 with dsum.
+// A block of rows owns the rows' dinput and one fp32 partial of the weight gradients. The shape alone decides the
+// blocks, so the sums have one order at any number of threads. g and xhat of a row of up to kBufferedColumns stay in
+// cache as floats between the two passes. Memory is read and written once: 3 values per element, 4 with dsum.
 // Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450. Zhang, Sennrich: Root Mean Square Layer Normalization,
 // arXiv:1910.07467.
 
@@ -19,12 +19,12 @@
 namespace torchweld::cpu {
 namespace {
 
-constexpr int64_t kChain = 4096;  // columns added up in one chain of roundings
+constexpr int64_t kChain = 4096;  // columns that one chain of float32 additions sums
 
 // The weight gradients that a block adds up.
 enum class Gradients { none, weight, both };
 
-// Where the second pass finds g and xhat: as the first pass left them, or made again.
+// g and xhat for the second pass: stored by the first pass, or computed again.
 struct BufferedRow {
   const float *g_, *xhat_;
   template <class Lanes>
@@ -64,8 +64,8 @@ TW_NOINLINE void input_gradient(const LayerNormBackwardParams& p, int64_t m, flo
   R* dinput = p.dinput != nullptr ? row<R>(p.dinput, m, N) : nullptr;
   T* dx = p.dx != nullptr ? row<T>(p.dx, m, N) : nullptr;
 
-  // loop(value), where value(i, lanes) is of one basic block for either dsum, so that its products and sums contract
-  // alike.
+  // loop(value): value(i, lanes) is one basic block with and without dsum, so that the compiler contracts its products
+  // and sums in the same way.
   auto with_dsum = [&](auto&& loop) __attribute__((always_inline)) {
     auto value = [&](auto&& dsum) __attribute__((always_inline)) {
       loop([&](int64_t i, auto lanes) __attribute__((always_inline)) {
@@ -88,7 +88,7 @@ TW_NOINLINE void input_gradient(const LayerNormBackwardParams& p, int64_t m, flo
     return pass([&](int64_t i, auto v, auto lanes)
                     __attribute__((always_inline)) { store_output(dx + i, v, lanes, dx_streaming); });
 
-  // Random bits take the time here: vectors one by one, the shorter code.
+  // One vector at a time is the shorter code, and random bits take most of the time.
   MaskRow mask(p.dropout, static_cast<uint64_t>(m));
   with_dsum([&](auto&& value) __attribute__((always_inline)) {
     for_each_vector(N, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
@@ -99,7 +99,7 @@ TW_NOINLINE void input_gradient(const LayerNormBackwardParams& p, int64_t m, flo
   });
 }
 
-// One row; dweight and dbias: where its weight gradients are added. buffer: room for two rows as floats.
+// One row. The weight gradients are added to dweight and dbias. buffer: two rows of floats.
 template <class T, class R, Gradients kGradients, class Weights>
 void backward_row(const LayerNormBackwardParams& p, int64_t m, const Weights& weights, float* dweight, float* dbias,
                   float* buffer) {
@@ -109,7 +109,7 @@ void backward_row(const LayerNormBackwardParams& p, int64_t m, const Weights& we
   const R* input = row<R>(p.input, m, N);
   const float mean = p.mean != nullptr ? p.mean[m] : 0.0f, rstd = p.rstd[m];
 
-  // Row sums and weight gradients. Lanes that are not there have doutput = 0.
+  // Row sums and weight gradients. Lanes past the row have doutput = 0.
   Vec sum_g{}, sum_x{}, sum_gx{};
   for (int64_t begin = 0; begin < N; begin += kChain) {
     Vec chain_g{}, chain_x{}, chain_gx{};
@@ -145,7 +145,7 @@ void backward_row(const LayerNormBackwardParams& p, int64_t m, const Weights& we
     input_gradient<T, R>(p, m, mean_g, mean_gx, DirectRow<T, R, Weights>{doutput, input, mean, rstd, weights});
 }
 
-// Rows [begin, end) of one block; partial: its dweight and dbias, nullptr when none are wanted.
+// Rows [begin, end) of one block; partial: its dweight and dbias, nullptr: not wanted.
 template <class T, class R, Gradients kGradients, class Weights>
 void backward_rows(const LayerNormBackwardParams& p, int64_t begin, int64_t end, const Weights& weights,
                    float* partial) {
@@ -183,7 +183,7 @@ Weights weights_of(const LayerNormBackwardParams& p) {
     return Weights(p.weight, nullptr, p.weight_offset);
 }
 
-// The blocks of rows, and their partials if there are any.
+// All blocks of rows, with their partials if weight gradients are wanted.
 template <class T, class R, Gradients kGradients, class Weights>
 void backward_blocks(const LayerNormBackwardParams& p) {
   constexpr bool partials = kGradients != Gradients::none;

@@ -2,14 +2,13 @@
 //
 //   s = input, or residual + dropout(input)      xhat = (s - mean) * rstd      output = xhat * weight + bias
 //
-// RMS norm is the same with mean = 0. weight stands for weight + weight_offset.
+// RMS norm is the same with mean = 0. weight means weight + weight_offset.
 //
-// A thread owns whole rows; a row stays in cache, as floats up to kBufferedColumns, between the passes for mean,
-// variance (about that mean, so no cancellation) and output. Where the mean is far above the deviation, one more pass
-// sums what it is off by (the corrected two-pass algorithm). Memory is read and
-// written once: 2 values per element, 4 with a residual. Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450.
-// Zhang, Sennrich: Root Mean Square Layer Normalization, arXiv:1910.07467. Chan, Golub, LeVeque: Algorithms for
-// Computing the Sample Variance.
+// A thread owns whole rows. A row stays in cache, as floats up to kBufferedColumns, between the passes for mean,
+// variance (about that mean, so nothing cancels) and output. If the mean is far above the deviation, one more pass sums
+// the error of the mean (the corrected two-pass algorithm). Memory is read and written once: 2 values per element, 4
+// with a residual. Ba, Kiros, Hinton: Layer Normalization, arXiv:1607.06450. Zhang, Sennrich: Root Mean Square Layer
+// Normalization, arXiv:1910.07467. Chan, Golub, LeVeque: Algorithms for Computing the Sample Variance.
 
 #include <type_traits>
 
@@ -23,9 +22,9 @@ constexpr size_t kLine = 64;  // bytes that one prefetch brings
 template <class T>
 constexpr int64_t kFetchedColumns = sizeof(T) == 2 ? 2048 : 16384;
 
-// A row's first pass depends on all types. What follows depends on fewer, and is compiled once for those.
+// The first pass over a row depends on all types. The other passes depend on fewer types, and are compiled for those.
 
-// The sum of a row as load_s(i, lanes) reads it, or that of its squares.
+// The sum of a row that load_s(i, lanes) reads, or the sum of its squares.
 template <class Load>
 TW_INLINE float first_sum(int64_t N, bool squares, Load&& load_s) {
   if (!squares) return sum_over(N, load_s);
@@ -41,9 +40,9 @@ TW_NOINLINE float first_sum_of(const S* s, int64_t N, bool squares) {
                    [&](int64_t i, auto lanes) __attribute__((always_inline)) { return load(s + i, lanes); });
 }
 
-// The moments of s, given the sum of its elements. A mean that is not far above the deviation is off by nothing that
-// shows; else a pass over the deviations finds out by how much, and where that is nearly all there is to the
-// deviations, they are taken from the better mean.
+// The moments of s from the sum of its elements. If the mean is far above the deviation, its rounding error shows, and
+// a pass over the deviations measures that error. If the error is nearly all of the deviations, they are measured again
+// from the better mean.
 template <class S>
 TW_NOINLINE Moments moments_of(const S* s, int64_t N, float total) {
   constexpr float kFar = 4.0f;  // squares of twice the deviation
@@ -68,8 +67,8 @@ TW_NOINLINE Moments moments_of(const S* s, int64_t N, float total) {
   return corrected(mean, rest, squares, count);
 }
 
-// The output. Memory would be idle meanwhile, so the next row is fetched, unless that would drive this one, or its
-// floats, from the caches.
+// The output. The next row is fetched meanwhile, because memory would be idle; not where that would evict this row, or
+// its floats, from the caches.
 template <class T, class S, class Weights>
 TW_NOINLINE void write_row(const LayerNormForwardParams& p, int64_t m, const Weights& weights, const S* s,
                            Moments moments, float rstd) {
@@ -78,7 +77,7 @@ TW_NOINLINE void write_row(const LayerNormForwardParams& p, int64_t m, const Wei
   const bool fetch = N <= kFetchedColumns<T>, streaming = past_cache<T>(p.output, p.rows, N);
   T* y = row<T>(p.output, m, N);
 
-  // Few rows have a rest, and RMS norm has neither mean nor bias: each loop has what it needs.
+  // Few rows have a rest, and RMS norm has neither mean nor bias: each case has its own loop.
   auto write = [&](auto&& value) __attribute__((always_inline)) {
     for_each_value(
         N,
@@ -103,13 +102,13 @@ TW_NOINLINE void write_row(const LayerNormForwardParams& p, int64_t m, const Wei
   }
 }
 
-// What a thread keeps for its rows.
+// The buffers of a thread.
 struct Buffers {
-  const BufferedWeights* weights;  // nullptr: the rows are too long
-  float* row;                      // room for one, of floats
+  const BufferedWeights* weights;  // nullptr: the rows are too long for buffers
+  float* row;                      // one row of floats
 };
 
-// Statistics and output of a row, from its first sum. s: what was summed.
+// Statistics and output of a row s, whose sum is given.
 template <class T, class S>
 TW_INLINE void finish_row(const LayerNormForwardParams& p, int64_t m, const Buffers& buffers, const S* s, float sum) {
   const Moments moments =
@@ -127,8 +126,8 @@ TW_INLINE void finish_row(const LayerNormForwardParams& p, int64_t m, const Buff
   if (p.rstd != nullptr) p.rstd[m] = rstd;
 }
 
-// sum = residual + input * factors(i), rounded before it is normalised: the backward sees what was stored. Returns the
-// vector as rounded; `copy`, where S is not R, gets it too.
+// Stores sum = residual + input * factors(i), rounded, because the backward reads the stored sum. Returns the rounded
+// vector, and stores it to `copy` too if S is not R.
 template <class R, class S, class T, class Lanes, class Factors>
 TW_INLINE Vec add(R* sum, S* copy, const R* residual, const T* x, int64_t i, Lanes lanes, Factors&& factors) {
   const Vec s = store_rounded(sum + i, load(residual + i, lanes) + factors(load(x + i, lanes), i), lanes);
@@ -136,7 +135,7 @@ TW_INLINE Vec add(R* sum, S* copy, const R* residual, const T* x, int64_t i, Lan
   return s;
 }
 
-// The same of a whole row through the dropout, whose random bits take the time.
+// The same for a whole row with dropout, whose random bits take most of the time.
 template <class T, class R, class S>
 TW_NOINLINE void add_dropped(const LayerNormForwardParams& p, int64_t m, S* copy) {
   MaskRow mask(p.dropout, static_cast<uint64_t>(m));
@@ -147,7 +146,7 @@ TW_NOINLINE void add_dropped(const LayerNormForwardParams& p, int64_t m, S* copy
   });
 }
 
-// S: what stays in the caches between the passes. Of rows that fit, floats, converted once.
+// S: the type of a row in the caches between the passes. Rows that fit are converted to floats once.
 template <class T, class R, class S>
 TW_NOINLINE void forward_rows(const LayerNormForwardParams& p, int64_t begin, int64_t end, const Buffers& buffers) {
   const int64_t N = p.cols;

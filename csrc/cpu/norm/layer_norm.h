@@ -1,4 +1,4 @@
-// What layer norm's two directions share: the weights as floats, rows, and how work is cut.
+// Shared by layer norm's two directions: the weights as floats, rows, and the division of work.
 #pragma once
 
 #include "cpu/isa/kernels.h"
@@ -9,10 +9,11 @@
 namespace torchweld::cpu {
 namespace {
 
-constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it brings
-// Up to here a thread keeps weights and one row as floats on its stack: they are converted once, not in every pass.
+constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it gains
+// Up to so many columns a thread keeps weights and one row as floats on its stack: each is converted once, not per
+// pass.
 constexpr int64_t kBufferedColumns = 8192;
-constexpr float kNoBias = -0.0f;  // what leaves every sum as it is, zeros and their signs included
+constexpr float kNoBias = -0.0f;  // leaves every sum unchanged, also the sign of a zero
 
 inline int64_t row_grain(int64_t cols) { return cols < kElementsPerThread ? kElementsPerThread / cols : 1; }
 
@@ -25,7 +26,7 @@ T* row(void* base, int64_t index, int64_t cols) {
   return static_cast<T*>(base) + index * cols;
 }
 
-// The weight as the maths has it, with its offset, and the bias: out of floats, converted once for many rows.
+// Weight with its offset, and bias, as floats that are converted once for many rows.
 class BufferedWeights {
  public:
   BufferedWeights(const void* weight, const void* bias, DType dtype, float offset, int64_t cols) {
@@ -54,7 +55,7 @@ class BufferedWeights {
   alignas(64) float weight_[kBufferedColumns], bias_[kBufferedColumns];
 };
 
-// The same out of memory as it is, for rows that are longer.
+// The same, read from memory, for longer rows.
 template <class WT>
 class DirectWeights {
  public:
@@ -74,13 +75,13 @@ class DirectWeights {
   const float offset_;
 };
 
-// f(Tag<T>, Tag<R>): the residual is float32 or of the activations' type.
+// f(Tag<T>, Tag<R>): the residual's type R is float32 or the activations' type T.
 template <class F>
 void dispatch_sum(DType dtype, DType sum_dtype, F&& f) {
   dispatch(dtype, [&](auto t) { sum_dtype == dtype ? f(t, t) : f(t, Tag<float>{}); });
 }
 
-// f(Tag<WT>): weights are float32 or of the activations' type T.
+// f(Tag<WT>): the weights' type is float32 or the activations' type T.
 template <class T, class F>
 TW_INLINE void dispatch_weights(DType dtype, DType weight_dtype, F&& f) {
   weight_dtype == dtype ? f(Tag<T>{}) : f(Tag<float>{});

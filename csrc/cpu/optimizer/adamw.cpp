@@ -1,14 +1,14 @@
 // AdamW and Adam, one step over a list of tensors.
 //
-//   g = sign * clip * grad / grad_scale            (+ weight_decay * p, when it is Adam's L2 term)
+//   g = sign * clip * grad / grad_scale            (+ weight_decay * p as Adam's L2 term)
 //   m = m + (1 - beta1) * (g - m)                  v = beta2 * v + (1 - beta2) * g^2
 //   p = decay * p - step_size * m / (sqrt(v) / sqrt(1 - beta2^t) + eps)
 //   decay = 1 - lr * weight_decay (AdamW) or 1     step_size = lr / (1 - beta1^t)
 //   sign = -1 to maximize                          clip = min(1, max_grad_norm / (norm + 1e-6))
-//   AMSGrad puts the largest v so far in v's place.
+//   AMSGrad uses the largest v so far in place of v.
 //
 // One read of p, g, m, v and one write of p, m, v. Bytes per parameter: 28 in fp32; bf16 parameters and gradients with
-// fp32 state 22, with an fp32 master 30. What is written to the gradients (unscaled, or zeros) and AMSGrad come on top.
+// fp32 state 22, with an fp32 master 30. Writes of gradients (unscaled, or zeros) and AMSGrad add to this.
 // Loshchilov, Hutter: arXiv:1711.05101. Kingma, Ba: arXiv:1412.6980. AMSGrad: Reddi, Kale, Kumar: arXiv:1904.09237.
 
 #include "cpu/isa/kernels.h"
@@ -17,8 +17,8 @@
 namespace torchweld::cpu {
 namespace {
 
-// Root and quotient to an ulp. Of 16 floats, the divider of a core takes some 35 cycles for the two, as long as memory
-// takes for a whole step in 16 bits; approximations of 14 bits and one step of Newton's method take a quarter of that.
+// Root and quotient to an ulp. A core's divider takes some 35 cycles for both of 16 floats. Memory takes as long for a
+// whole step in 16 bits. Approximations of 14 bits and one step of Newton's method take a quarter of that.
 TW_INLINE Vec root(Vec v) {
 #if defined(__AVX512F__)
   constexpr int kZeroOrInfinite = 0x0e;
@@ -33,13 +33,13 @@ TW_INLINE Vec root(Vec v) {
 TW_INLINE Vec quotient(Vec a, Vec b) {
 #if defined(__AVX512F__)
   const Vec r = (Vec)_mm512_rcp14_ps((__m512)b), error = 1.0f - b * r;
-  return a * (error == error ? r + r * error : r);  // of 0 and infinity the reciprocal is exact
+  return a * (error == error ? r + r * error : r);  // the reciprocals of 0 and infinity are exact
 #else
   return a / b;
 #endif
 }
 
-// To two arrays: in bfloat16 both are rounded at once.
+// Stores to two arrays. In bfloat16 one instruction rounds both vectors.
 template <class ST, class Lanes>
 TW_INLINE void store_both(ST* p, Vec first, ST* q, Vec second, Lanes lanes) {
   store(p, first, lanes);
@@ -56,8 +56,8 @@ TW_INLINE void store_both(bf16* p, Vec first, bf16* q, Vec second, Lanes lanes) 
 }
 #endif
 
-// The mean goes towards the gradient from the nearer end, as torch's lerp does: it is rounded once but for the smaller
-// term, and for beta1 = 0 it is the gradient.
+// The mean, blended from the nearer end as in torch's lerp: only the smaller term adds a rounding, and beta1 = 0 gives
+// the gradient itself.
 template <bool kFromMean>
 struct AdamWRule {
   float gain1, keep2, gain2, eps, l2;
@@ -85,7 +85,7 @@ struct AdamWRule {
   }
 };
 
-// Counts the step of every tensor. Most lists have one step for all, so the powers are taken once.
+// Counts the step of every tensor. Most lists have equal steps, so the powers are computed once.
 void advance(const AdamWParams& p) {
   const double lr = learning_rate(p);
   const float decay = p.decoupled ? static_cast<float>(1 - lr * p.weight_decay) : 1.0f;

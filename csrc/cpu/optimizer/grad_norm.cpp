@@ -1,5 +1,5 @@
-// The norm of a list of gradients: one read of them. kGradNormBlocks sums over fixed stretches, added in order, in
-// double.
+// The norm of a list of gradients, which are read once. There are kGradNormBlocks sums over fixed stretches. They are
+// added in order, in double.
 
 #include "cpu/isa/kernels.h"
 #include "cpu/optimizer/optimizer.h"
@@ -8,7 +8,7 @@ namespace torchweld::cpu {
 namespace {
 
 // Four streams, a quarter of the stretch apart: a core keeps too few lines of one stream in flight (9 GB/s against 13
-// on the core that this was measured on). Chains of 64 additions, so that rounding stays small.
+// where it was measured). Chains of 64 additions keep rounding small.
 template <class GT>
 float sum_of_squares(const GT* grad, int64_t n) {
   constexpr int64_t kChain = 64 * W;

@@ -1,6 +1,6 @@
-// What the steps of all optimizers share. A list of tensors is one range of work: a thread owns one stretch of its
-// concatenation, whatever tensors lie in it. Every element is computed on its own, so the bits do not depend on where
-// the threads part. An optimizer adds a rule: from parameter and gradient to the new parameter, one vector at a time.
+// The parts that the steps of all optimizers share. A list of tensors is one range of work: a thread owns one stretch
+// of the concatenation. Every element is computed by itself, so the bits do not depend on the division among threads.
+// An optimizer adds a rule, which maps a vector of parameters and gradients to the new parameters.
 #pragma once
 
 #include <type_traits>
@@ -13,11 +13,11 @@
 namespace torchweld::cpu {
 namespace {
 
-// A list below the first runs on one thread: beside other programs a parallel region may wait for milliseconds, where
-// the work takes a fraction of one. A longer list gives each thread the second at least.
+// A list shorter than the first constant runs on one thread: beside other programs a parallel region may wait for
+// milliseconds, longer than the work takes. In a longer list each thread gets at least the second constant.
 constexpr int64_t kElementsAlone = 1 << 18, kElementsPerThread = 32768;
 
-// How many of the `units` that a list of so many elements is cut into a thread takes at least.
+// The least number of a list's `units` that a thread takes.
 inline int64_t grain(int64_t elements, int64_t units) {
   return (elements < kElementsAlone ? units : units * kElementsPerThread / elements) + 1;
 }
@@ -27,8 +27,8 @@ T* at(void* base, int64_t index) {
   return static_cast<T*>(base) + index;
 }
 
-// The lines that two vectors of a stream reach 2 KB later. The step has up to ten streams, in pages of 4 KB: more than
-// a core's own prefetching keeps ahead of.
+// Prefetches the lines 2 KB ahead of two vectors of a stream. The step has up to ten streams, in pages of 4 KB, which
+// is more than the core's own prefetchers follow.
 template <class T>
 TW_INLINE void prefetch(const T* p) {
   constexpr size_t kAhead = 2048, kLine = 64, kBytes = 2 * W * sizeof(T);
@@ -71,8 +71,8 @@ class RandomHalves {
   alignas(64) uint32_t words_[4 * W];
 };
 
-// A random half of 0 rounds towards zero, 0xffff away from it. Infinities and NaNs stay: the NaNs of arithmetic have
-// the highest bit of their mantissa set.
+// Random bits 0 round towards zero, 0xffff away from zero. Infinities and NaNs stay: the NaNs of arithmetic have the
+// highest bit of their mantissa set.
 TW_INLINE VecH narrow_bf16_at_random(Vec v, VecU random) {
   const VecU added = (bits(v) & 0x7f800000u) != VecU{} + 0x7f800000u ? random : VecU{};
   return narrow((bits(v) + added) >> 16);
@@ -104,8 +104,8 @@ TW_INLINE bool equal(VecH a, VecH b) {
 #endif
 }
 
-// What a step starts from: the master, or the parameter where that is not a rounding of the master, for then somebody
-// else has written to it, which is rare. A step at random leaves one of the master's two neighbours.
+// The values that a step starts from: the master, or the parameter where it is not a rounding of the master, because
+// other code has written to it. A step that rounds at random leaves one of the master's two neighbours.
 template <class T, class Lanes>
 TW_INLINE Vec newest(const float* master, const T* param, bool stochastic, Lanes lanes) {
   const Vec m = load(master, lanes);
@@ -121,12 +121,12 @@ TW_INLINE Vec newest(const float* master, const T* param, bool stochastic, Lanes
 
 template <class Lanes>
 TW_INLINE Vec newest(const float*, const float* param, bool, Lanes lanes) {
-  return load(param, lanes);  // of 32 bits the master is a copy
+  return load(param, lanes);  // the master of a float32 parameter is a copy
 }
 
 // ---- Step
 
-// What all tensors of a call share.
+// The factors that all tensors of a call share.
 struct Call {
   float unscale, clip;  // clip has the sign of `maximize`
   bool write_grad, zero_grads, stochastic;
@@ -210,7 +210,7 @@ void step(const OptimizerParams& p, const Rule& rule) {
   });
 }
 
-// Whether nothing is to move. The gradients are zeroed all the same where they are to be.
+// Whether found_inf is set: the step then changes nothing, but zero_grads still sets the gradients to zero.
 inline bool overflowed(const OptimizerParams& p) {
   if (p.found_inf == nullptr || *p.found_inf == 0) return false;
   if (p.zero_grads) {

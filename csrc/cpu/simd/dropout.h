@@ -1,4 +1,4 @@
-// Dropout on vectors: what W neighbouring columns of a row are multiplied by (philox.h).
+// Dropout on vectors: the factors of W neighbouring columns of a row (philox.h).
 #pragma once
 
 #include "cpu/simd/random.h"
@@ -6,13 +6,13 @@
 namespace torchweld::cpu {
 namespace {
 
-// A row of a mask, W columns at a time; words are made for 4 * W neighbours.
+// A row of a mask, W columns at a time. Random words are made for 4 * W neighbours.
 class MaskRow {
  public:
   TW_INLINE MaskRow(const Dropout& dropout, uint64_t row)
       : seed_(static_cast<uint64_t>(*dropout.seed)), row_(row), drop_(dropout.drop), scale_(dropout.scale) {}
 
-  // What a value at columns [col, col + W) is multiplied by: 0 or the scale. col is a multiple of W.
+  // The factors of columns [col, col + W): 0 or the scale. col is a multiple of W.
   TW_INLINE Vec factors(int64_t col) {
     const int64_t batch = col / (4 * W);
     if (batch != batch_) fill(batch);

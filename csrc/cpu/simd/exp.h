@@ -12,7 +12,7 @@ namespace {
 constexpr float kLog2e = 1.44269504088896341f, kLog2eRest = 1.44269504088896341 - static_cast<double>(kLog2e),
                 kLn2 = 0.693147180559945309f;
 
-// NaN stays.
+// x between `least` and `most`. NaN stays.
 TW_INLINE Vec within(Vec x, float least, float most) { return vmin(splat(most), vmax(splat(least), x)); }
 
 template <int kDegree>
@@ -59,16 +59,17 @@ TW_INLINE Vec exp2(Vec x) {
 #endif
 }
 
-// exp(x) of x <= 0 to about an ulp: in units of log2, a large x would round by as much as it is large. So the whole
-// multiples of log(2) are taken off first, in two parts, the first of which has few enough bits for exact products.
+// exp(x) of x <= 0 to about an ulp. The rounding of x * log2(e) grows with x, so whole multiples of log(2) are
+// subtracted first, in two parts. The first part has few bits, so its products are exact.
 TW_INLINE Vec exp_of_negative(Vec x) {
   const Vec n = __builtin_convertvector(__builtin_convertvector(x * kLog2e, VecI), Vec);
   const Vec rest = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   return exp2<6>(rest * kLog2e) * exp2<3>(n);
 }
 
-// Of positive normal numbers, to about an ulp, of infinity and NaN: x = 2^n m with m within a factor of sqrt(2) of 1,
-// and log(m) is the series of 2 atanh(s), s = (m - 1) / (m + 1), whose fifth term is below a rounding.
+// log(x) of positive normal numbers, to about an ulp, of infinity and NaN: x = 2^n m with m within a factor of sqrt(2)
+// of
+// 1. log(m) is the series of 2 atanh(s), s = (m - 1) / (m + 1), whose fifth term is below a rounding.
 TW_INLINE Vec vlog(Vec x) {
   const VecI n = ((VecI)x - 0x3f3504f3) >> 23;
   const Vec m = from_bits((VecU)((VecI)x - n * (1 << 23)));
@@ -81,7 +82,7 @@ TW_INLINE Vec vlog(Vec x) {
   return x < splat(__builtin_inff()) ? y : x;
 }
 
-// An odd polynomial near zero, where 1 - exp would cancel.
+// tanh(x): an odd polynomial near zero, where 1 - exp would cancel.
 TW_INLINE Vec vtanh(Vec x) {
   const Vec magnitude = from_bits(bits(x) & 0x7fffffffu), z = x * x;
   Vec y = z * -5.852168639e-03f + 2.075362887e-02f;

@@ -10,7 +10,7 @@ namespace {
 constexpr int kSubnormal = 0x20;  // of vfpclassps
 #endif
 
-// In one instruction, where GCC takes a vector apart.
+// One instruction. GCC would convert lane by lane.
 TW_INLINE VecU widen(VecH h) {
 #if defined(__AVX512F__)
   return (VecU)_mm512_cvtepu16_epi32((__m256i)h);
@@ -21,7 +21,7 @@ TW_INLINE VecU widen(VecH h) {
 #endif
 }
 
-// Of values below 65536.
+// The low halves of values below 65536.
 TW_INLINE VecH narrow(VecU u) {
 #if defined(__AVX512F__)
   return (VecH)_mm512_cvtepi32_epi16((__m512i)u);
@@ -51,7 +51,7 @@ TW_INLINE VecHH narrow(VecU low, VecU high) {
 
 TW_INLINE Vec widen_bf16(VecH h) { return from_bits(widen(h) << 16); }
 
-// By integers: NaNs stay NaNs, which the addition would not leave.
+// Rounds by integer addition. NaNs, which the addition would change, stay NaNs.
 TW_INLINE VecU round_bf16(Vec v) {
   const VecU u = bits(v);
   const VecU rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
@@ -71,8 +71,8 @@ TW_INLINE VecH narrow_bf16(Vec v) {
 }
 
 #if defined(__SSE2__)
-// Two vectors in about the time of one. The instruction makes zeros of subnormal numbers; whether there are zeros takes
-// one test for both.
+// Two vectors in about the time of one. The instruction makes zeros of subnormal numbers. One test finds zeros in both
+// vectors.
 TW_INLINE VecHH narrow_bf16(Pair v) {
   #if defined(__AVX512BF16__)
   const __m512i rounded = (__m512i)_mm512_cvtne2ps_pbh((__m512)v.second, (__m512)v.first);
@@ -91,7 +91,7 @@ TW_INLINE Vec widen_f16(VecH h) {
 #elif defined(__AVX2__)
   return (Vec)_mm256_cvtph_ps((__m128i)h);
 #else
-  // Exponent and mantissa move to float's places, scaling by 2^112 mends the bias and the subnormals.
+  // Exponent and mantissa move to their places in a float. A factor of 2^112 corrects the bias and the subnormals.
   const VecU u = widen(h);
   const VecU magnitude = (u & 0x7fffu) << 13;
   const VecU scaled = bits(from_bits(magnitude) * 0x1p112f);
@@ -108,7 +108,7 @@ TW_INLINE VecH narrow_f16(Vec v) {
 #else
   const VecU sign = bits(v) & 0x80000000u;
   const VecU magnitude = bits(v) ^ sign;
-  // Normal results: round the 13 bits that go, ties to even, then take 112 off the exponent.
+  // Normal results: round by the 13 bits that are cut off, ties to even, and subtract 112 from the exponent.
   const VecU normal = (magnitude + 0xfffu + ((magnitude >> 13) & 1u) - 0x38000000u) >> 13;
   // Subnormal results: adding 0.5 lets the float adder do the rounding at the right bit.
   const VecU subnormal = bits(from_bits(magnitude) + 0.5f) - 0x3f000000u;

@@ -1,5 +1,5 @@
-// Integers: the smaller and the larger, quotients rounded up, multiples. Nothing of the standard library's algorithms,
-// whose symbols are weak.
+// Integers: the smaller and the larger, quotients rounded up, multiples. The standard library's algorithms are not
+// used, for their symbols are weak.
 #pragma once
 
 #include "cpu/simd/vec.h"

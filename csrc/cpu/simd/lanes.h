@@ -1,5 +1,5 @@
-// The vector of this instruction set: W floats in GCC's vector extension, so arithmetic is written with operators and
-// a*b + c contracts to one fused multiply-add. And how many of its lanes an operation is about.
+// The vector of this instruction set, W floats, and the lanes that an operation touches. It is of GCC's vector
+// extension: arithmetic is written with operators, and a*b + c contracts to one fused multiply-add.
 #pragma once
 
 #include <cstdint>
@@ -34,9 +34,9 @@ struct f16 {
 };
 
 #define TW_INLINE inline __attribute__((always_inline))
-#define TW_NOINLINE __attribute__((noinline))  // compiled once, for all who call it
+#define TW_NOINLINE __attribute__((noinline))  // compiled once for all callers
 
-TW_INLINE Vec splat(float x) { return x - Vec{}; }  // which keeps the sign of zero
+TW_INLINE Vec splat(float x) { return x - Vec{}; }  // keeps the sign of zero
 TW_INLINE Vec zero() { return Vec{}; }
 TW_INLINE VecU bits(Vec v) { return (VecU)v; }
 TW_INLINE Vec from_bits(VecU v) { return (Vec)v; }
@@ -131,7 +131,7 @@ TW_INLINE __m256i mask_of(First lanes) {
 }
 #endif
 
-// `other` in the lanes that are not there.
+// v, with `other` in the lanes past the first ones.
 TW_INLINE Vec keep(Vec v, All, float) { return v; }
 TW_INLINE Vec keep(Vec v, First lanes, float other) {
   VecI index;
@@ -139,7 +139,7 @@ TW_INLINE Vec keep(Vec v, First lanes, float other) {
   return index < (VecI{} + lanes.count) ? v : splat(other);
 }
 
-// Two vectors side by side: neighbours in memory, or what is summed in one pass.
+// Two vectors: neighbours in memory, or terms that are summed in one pass.
 struct Pair {
   Vec first, second;
   TW_INLINE Pair& operator+=(Pair b) { return first += b.first, second += b.second, *this; }

@@ -83,7 +83,7 @@ TW_INLINE void store(float* p, Vec v, First lanes) {
 #endif
 }
 
-// As `store`; returns the value that a load would give back.
+// Stores, and returns the value that a load would return.
 template <class Lanes>
 TW_INLINE Vec store_rounded(float* p, Vec v, Lanes lanes) {
   return store(p, v, lanes), v;
@@ -99,8 +99,8 @@ TW_INLINE Vec store_rounded(f16* p, Vec v, Lanes lanes) {
   return store_bits(p, h, lanes), widen_f16(h);
 }
 
-// Past the caches, for outputs too large to be found there again: saves reading each line before it is overwritten.
-// p must be aligned to the vector.
+// Stores past the caches, for outputs too large to stay there: no line is read before it is overwritten. p is aligned
+// to the vector.
 TW_INLINE void stream_bits(void* p, VecH h) {
 #if defined(__AVX512F__)
   _mm256_stream_si256(static_cast<__m256i*>(p), (__m256i)h);
@@ -141,7 +141,7 @@ TW_INLINE void store(f16* p, Vec v, Lanes lanes) {
 TW_INLINE void stream(bf16* p, Vec v) { stream_bits(p, narrow_bf16(v)); }
 TW_INLINE void stream(f16* p, Vec v) { stream_bits(p, narrow_f16(v)); }
 
-// Of two neighbouring vectors.
+// Stores of two neighbouring vectors.
 template <class T>
 TW_INLINE void store(T* p, Pair v, Two) {
   store(p, v.first, All{});
@@ -166,7 +166,7 @@ TW_INLINE void stream(bf16* p, Pair v) {
 }
 #endif
 
-// Whether an output [M, N] goes past the caches: too large to be found there again, rows on a vector's alignment.
+// Whether an output [M, N] is stored past the caches: it is too large to stay there, and its rows are aligned.
 template <class T>
 bool past_cache(const void* output, int64_t rows, int64_t cols) {
   constexpr int64_t kCacheBytes = 8 << 20;
@@ -175,7 +175,7 @@ bool past_cache(const void* output, int64_t rows, int64_t cols) {
          reinterpret_cast<uintptr_t>(output) % (W * sizeof(T)) == 0;
 }
 
-// An output row: streamed past the caches when `past_cache`, which asks that every row starts on a vector's alignment.
+// Stores an output, past the caches if `past_cache`: every row then begins at a vector's alignment.
 template <class T>
 TW_INLINE void store_output(T* p, Vec v, All, bool past_cache) {
   past_cache ? stream(p, v) : store(p, v, All{});

@@ -9,7 +9,7 @@ namespace {
 
 typedef uint64_t VecL __attribute__((vector_size(4 * W)));  // W / 2 numbers of 64 bits
 
-// 64-bit products of the low halves of the lanes; what the high halves hold does not matter.
+// 64-bit products of the low halves of the lanes. The high halves do not matter.
 TW_INLINE VecL multiply_low(VecL a, uint32_t b) {
 #if defined(__AVX512F__)
   return (VecL)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));  // GCC 12 warns of the plain one
@@ -20,8 +20,8 @@ TW_INLINE VecL multiply_low(VecL a, uint32_t b) {
 #endif
 }
 
-// Writes words 4 * W * batch to 4 * W * (batch + 1) of the row. A lane counts for one block of four; two sets of lanes
-// are under way at once, to hide the latency of the products.
+// Writes words 4 * W * batch to 4 * W * (batch + 1) of the row. A lane makes one block of four. Two sets of lanes hide
+// the latency of the products.
 TW_INLINE void philox_words(uint64_t seed, uint64_t row, int64_t batch, uint32_t* words) {
   constexpr int kLanes = W / 2;
   VecL c0[2], c1[2], c2[2], c3[2] = {}, lane;
@@ -42,7 +42,7 @@ TW_INLINE void philox_words(uint64_t seed, uint64_t row, int64_t batch, uint32_t
       c3[k] = product0;
     }
   }
-  // Words 0 and 1 of each block, then 2 and 3, as one number each: interleaved, they are in the order of the columns.
+  // Words 0 and 1 of a block are one number, and so are 2 and 3. Interleaved, they have the order of the columns.
   const VecL low = (lane >> 1) + (lane & 1) * kLanes, high = low + kLanes / 2;
   for (int k = 0; k < 2; ++k) {
     const VecL first = (c0[k] & 0xffffffffu) | (c1[k] << 32), second = (c2[k] & 0xffffffffu) | (c3[k] << 32);

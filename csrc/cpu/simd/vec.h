@@ -1,5 +1,5 @@
-// Vectors, what they are loaded from and stored to, and loops over them. Tails are hidden in the loops: a body is
-// compiled once for whole vectors and once for the last, partial one.
+// Vectors, their loads and stores, and loops over them. The loops hide tails: a body is compiled once for whole vectors
+// and once for the last, partial one.
 #pragma once
 
 #include "cpu/simd/memory.h"

@@ -1,4 +1,4 @@
-"""The rule of exactness and the cases it is tried on, shared by the tests, `torchweld check` and `torchweld bench`."""
+"""The rule of exactness and its cases, shared by the tests, `torchweld check` and `torchweld bench`."""
 
 from torchweld.testing.cases import Case, Oracle, cases, evaluate, ops, poisoned
 from torchweld.testing.parity import Parity, assert_parity, confirm, judge, parity

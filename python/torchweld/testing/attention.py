@@ -1,4 +1,4 @@
-"""Cases of attention: sizes about the kernels' tiles, and every modifier of the scores."""
+"""Cases of attention: sizes around the kernels' tiles, and every modifier of the scores."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A case of attention: the sizes, every modifier of the scores, and what torch has to be given for the same."""
+"""A case of attention: the sizes, every modifier of the scores, and torch's arguments for the same result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torchweld.testing import attention_rounding
 from torchweld.testing.cases import Case, Tensors
 from torchweld.testing.inputs import Random, hidden, place, shape_values
 
-_BY_HEAD = 1 << 25  # scores above which the definition is asked head by head: all of them would not fit into memory
+_BY_HEAD = 1 << 25  # scores above which the definition runs head by head, to fit into memory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,7 +108,7 @@ class AttentionCase(Case):
         if self.dropout:
             x["seed"] = torch.tensor([seed - (1 << 40)], device=device)
             shape = (self.batch, self.heads, self.queries, self.keys)
-            # Made beforehand: what torch offers in its place costs less than this definition.
+            # Made beforehand, for torch's own dropout costs less than this definition.
             x["kept"] = dropout_factors(x["seed"], math.prod(shape[:3]), self.keys, self.dropout).view(shape).float()
         return x
 
@@ -160,12 +160,12 @@ class AttentionCase(Case):
         return not (self.bias or self.alibi or self.sinks or self.lse or self.dropout)
 
     def _away(self, x: Tensors) -> Tensor:
-        """(Nq, Nk): how far each key is to the right of where the query stands."""
+        """(Nq, Nk): the position of each key relative to that of the query."""
         keys, queries = (torch.arange(n, device=x["query"].device) for n in (self.keys, self.queries))
         return keys - queries.unsqueeze(1) - (self.keys - self.queries if self.bottom_right else 0)
 
     def mask(self, x: Tensors) -> Tensor:
-        """Band, bias and ALiBi as one additive mask in the dtype of the query or a wider bias: torch's argument."""
+        """torch's argument: band, bias and ALiBi as one additive mask, in the dtype of the query or of a wider bias."""
         dtype, away = x["query"].dtype, self._away(x)
         if self.bias is not None and not self.masks:
             dtype = torch.promote_types(dtype, x["bias"].dtype)
@@ -206,8 +206,7 @@ class AttentionCase(Case):
         return 1.0 / math.sqrt(max(self.dim, 1)) if self.scale is None else self.scale
 
     def _wide(self, x: Tensors) -> bool:
-        """Whether a bias wider than the query learns: torch's own function is then in float32 from end to end, which
-        nothing is that reads 16 bits."""
+        """Whether a bias wider than the query has a gradient. torch's own function then computes in float32."""
         bias = x.get("bias")
         return bias is not None and bias.requires_grad and bias.dtype != x["query"].dtype
 
@@ -230,11 +229,11 @@ class AttentionCase(Case):
         return weights, lse if self.sinks else lse.masked_fill(blind.squeeze(-1), -math.inf)
 
     def _kept(self, x: Tensors) -> Tensor:
-        """What dropout multiplies the weights by: (B, H, Nq, Nk), or a single 1."""
+        """The factors of dropout: (B, H, Nq, Nk), or a single 1."""
         return x["kept"] if self.dropout else torch.ones((), device=x["query"].device)
 
     def _composed(self, x: Tensors) -> Tensors:
-        """What torch's own function does not take."""
+        """Attention of torch's operators, for arguments that torch's own function does not take."""
         weights, lse = self._weights(x)
         weights = weights.to(x["value"].dtype) * self._kept(x).to(x["value"].dtype)
         value = self._by_query_head(x["value"])
@@ -258,7 +257,7 @@ class AttentionCase(Case):
         if self.batch * self.heads * self.queries * self.keys > _BY_HEAD:
             return {}
         shape = (self.batch, self.heads, self.queries, self.keys)
-        # In float64, where a finite bias stays finite whatever is added to it.
+        # In float64 a finite bias stays finite after every addition.
         wide = {n: t.double() if t.is_floating_point() else t for n, t in x.items()}
         seen = ~self.mask(wide).isneginf().expand(shape)
         return attention_rounding.zeros(x, seen, self._kept(x), self.sinks or self.lse, self.heads // key_heads(x))

@@ -1,4 +1,4 @@
-"""A case of attention over packed sequences: each of them is a case of its own."""
+"""A case of attention over packed sequences. Each sequence is also a case by itself."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class PackedAttentionCase(AttentionCase):
         return self._named(reference.attention(x["query"], x["key"], x["value"], **self._modifiers(x)))  # type: ignore[arg-type]
 
     def _sequences(self, x: Tensors) -> Iterator[tuple[AttentionCase, Tensors]]:
-        """Each sequence as a case of its own, with its part of the inputs."""
+        """Each sequence as a case, with its part of the inputs."""
         flags = {f.name: getattr(self, f.name) for f in fields(AttentionCase)}
         starts = zip(x["cu_seqlens_q"].tolist(), x["cu_seqlens_k"].tolist(), strict=True)
         for (q, k), (queries, keys) in zip(starts, self.lengths, strict=False):
@@ -71,7 +71,7 @@ class PackedAttentionCase(AttentionCase):
         return self._joined([case.zeros(part) for case, part in self._sequences(x)])
 
     def _joined(self, found: list[Any]) -> Any:
-        """What is known of each sequence as one; nothing where nothing is known of one of them."""
+        """The values of all sequences as one tensor; nothing if a sequence has none."""
         if not found or not all(found):
             return {}
         joined = {

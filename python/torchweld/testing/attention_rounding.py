@@ -1,4 +1,4 @@
-"""What rounding does to attention, for the rule of exactness: sizes of the terms to first order, and exact zeros.
+"""The rounding errors of attention, for the rule of exactness: sizes of the terms to first order, and exact zeros.
 
 With S the scores, P the weights, dP = dO V^T and dS = P * (dP - delta + dlse), delta the row's sum of P * dP.
 """
@@ -77,7 +77,8 @@ def sizes(
 
 
 def zeros(x: Tensors, seen: Tensor, kept: Tensor, more: bool, group: int) -> Tensors:
-    """By output, where it is 0 in any arithmetic. `seen` (B, H, Nq, Nk): whether a query may have weight on a key.
+    """For each output, where it is 0 in any arithmetic. `seen` (B, H, Nq, Nk): whether a query may have weight on a
+    key.
 
     A row that sees nothing has no output and no gradient. One that sees a single key has the weight 1 whatever the
     score, unless there is `more` (a sink, a gradient of lse) that the score works on.
@@ -98,7 +99,7 @@ def zeros(x: Tensors, seen: Tensor, kept: Tensor, more: bool, group: int) -> Ten
 
 
 def _log_of_sum(weights: Tensor) -> Tensor:
-    """Of each row: the largest weight is the inverse of the sum of exp(score - largest score)."""
+    """log(sum(exp(score - largest score))) of each row, from the largest weight, which is the inverse of the sum."""
     if weights.shape[-1] == 0:
         return weights.sum(-1, keepdim=True)
     top = weights.amax(-1, keepdim=True)

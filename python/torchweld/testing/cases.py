@@ -1,4 +1,4 @@
-"""What a case is, how it is run, and the lists of cases by op."""
+"""The class of a case, the run of a case, and the lists of cases by op."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchweld.testing.parity import Parity, confirm, judge
 Tensors = dict[str, Tensor]
 Provider = Callable[[Tensors], Tensors]
 
-# Elements below which a case is drawn several times; elements from which torch works on it with all threads.
+# A case with fewer elements than the first is drawn several times. From the second on torch uses all threads.
 _SMALL, _DRAWS, _LARGE = 1 << 17, 4, 1 << 22
 # A miss is judged again over more draws, as many as have so many elements together: of a large output, too, a few rows
 # or one outlier may decide.
@@ -26,10 +26,10 @@ _MORE_DRAWS, _MORE = 32, 1 << 25
 
 @dataclass(frozen=True, kw_only=True)
 class Case(ABC):
-    """One call of one op at one size; `regime` says in a few words what that size reaches.
+    """One call of one op at one size. `regime` says in a few words which code the size reaches.
 
-    Subclasses add the sizes and flags, and give the same call three times: ours, torch's and the definition's. Each
-    takes the named inputs and returns the named outputs.
+    Subclasses add sizes and flags, and implement the call three times: by torchweld, by torch and by the definition.
+    Each takes the named inputs and returns the named outputs.
     """
 
     name: str
@@ -39,11 +39,11 @@ class Case(ABC):
     @property
     @abstractmethod
     def op(self) -> str:
-        """The name it goes by in tables and on the command line."""
+        """The name of the op in tables and on the command line."""
 
     @property
     def leaves(self) -> tuple[str, ...]:
-        """The inputs whose gradients are compared too."""
+        """The inputs whose gradients are compared."""
         return ()
 
     @abstractmethod
@@ -56,23 +56,23 @@ class Case(ABC):
 
     @abstractmethod
     def torch(self, x: Tensors) -> Tensors:
-        """The same by torch alone, in the dtype of the inputs, as one would write it without torchweld."""
+        """The same by torch alone, in the dtype of the inputs, as a user writes it without torchweld."""
 
     @abstractmethod
     def reference(self, x: Tensors) -> Tensors:
         """The call of `torchweld.reference`."""
 
     def terms(self, x: Tensors) -> Mapping[str, Tensor | float]:
-        """By output, the size of the terms that cancel in it, for `parity`; from the float64 inputs."""
+        """For each output, the size of the terms that cancel in it, from the float64 inputs, for `parity`."""
         return {}
 
     def zeros(self, x: Tensors) -> Tensors:
-        """By output, where the definition is 0 for every input, for `parity`; broadcasts to the output."""
+        """For each output, where the definition is 0 for every input, for `parity`. Broadcasts to the output."""
         return {}
 
 
 def evaluate(case: Case, provider: Provider, x: Tensors, inference: bool = False) -> Tensors:
-    """All outputs of `provider(x)` and, as `d<input>` but for `inference`, the gradients of the case's leaves."""
+    """All outputs of `provider(x)` and, unless `inference`, the gradients of the case's leaves as `d<input>`."""
     leaves = {} if inference else {n: x[n].detach().requires_grad_() for n in case.leaves if n in x}
     outputs = provider({**x, **leaves})
     if not leaves:
@@ -83,7 +83,7 @@ def evaluate(case: Case, provider: Provider, x: Tensors, inference: bool = False
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """Inside the block torch fills every `empty` with NaN, so that an element which no kernel wrote is seen."""
+    """Inside the block torch fills every `empty` with NaN, so that an element that no kernel wrote shows."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -96,7 +96,7 @@ def poisoned() -> Iterator[None]:
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
-    """Small work gains nothing from torch's other threads, and waits long for them where the machine is busy."""
+    """The threads for a case. Small work gains nothing from more threads, and waits for them on a busy machine."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -106,10 +106,10 @@ def _threads(count: int) -> Iterator[None]:
 
 
 class Oracle:
-    """What is right for one case in one dtype: computed once, then asked about any number of kernels.
+    """The right results of one case in one dtype. They are computed once and judge any number of kernels.
 
-    Small cases are drawn several times and judged as one: the largest of a handful of rounding errors is a matter of
-    luck, torch's as much as ours. A tensor's first index in a verdict is then the draw.
+    Small cases are drawn several times and judged as one, because the largest of a few rounding errors is a matter of
+    luck. The first index in a verdict is then the number of the draw.
     """
 
     def __init__(
@@ -187,7 +187,7 @@ def _stacked(draws: Sequence[Tensors]) -> Tensors:
 
 
 def ops() -> dict[str, tuple[Case, ...]]:
-    """Every op that has kernels, with its cases."""
+    """All ops with kernels, with their cases."""
     from torchweld.testing.adamw import ADAMW  # noqa: PLC0415  (they import this file)
     from torchweld.testing.attention import ATTENTION  # noqa: PLC0415
     from torchweld.testing.cross_entropy import CROSS_ENTROPY  # noqa: PLC0415

@@ -76,7 +76,7 @@ class CrossEntropyCase(Case):
         return {"output": self._call(reference.cross_entropy, x)}
 
     def zeros(self, x: Tensors) -> Tensors:
-        """A row without a target has no loss and no gradient; nor has one of a single class, whose probability is 1."""
+        """No loss and no gradient: in rows without a target, and in rows of one class, whose probability is 1."""
         if self.soft is not None:
             return {}
         blank = x["target"] == _IGNORE if self.classes > 1 else torch.ones_like(x["target"], dtype=torch.bool)

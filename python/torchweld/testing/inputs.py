@@ -1,4 +1,4 @@
-"""Random tensors by seed, laid out so that a kernel which reads what is not its own shows it."""
+"""Random tensors by seed, in memory that shows when a kernel reads past them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 LAYOUTS = ("contiguous", "unaligned", "strided", "transposed")
-_MARGIN = 64  # elements of NaN on either side: a whole vector of the widest instruction set
+_MARGIN = 64  # elements of NaN on each side: a vector of the widest instruction set
 
 
 def place(values: Tensor, layout: str) -> Tensor:
-    """`values` copied into the middle of memory full of NaN.
+    """`values`, copied into the middle of memory full of NaN.
 
     "contiguous" starts at an aligned address and "unaligned" one element past it; "strided" takes every second element
     of longer rows; "transposed" has its last two dimensions swapped in memory.
@@ -28,7 +28,7 @@ def place(values: Tensor, layout: str) -> Tensor:
 
 
 class Random:
-    """A stream of tensors that depends on the seed, the device type and the shapes asked for, and on nothing else."""
+    """A stream of tensors that depends only on the seed, the device type and the shapes."""
 
     def __init__(self, seed: int, device: torch.device | str) -> None:
         self.device = torch.device(device)
@@ -42,7 +42,7 @@ class Random:
         shift: float = 0.0,
         layout: str = "contiguous",
     ) -> Tensor:
-        """Normal numbers of standard deviation `scale` about `shift`."""
+        """Normal numbers with standard deviation `scale` and mean `shift`."""
         values = torch.randn(shape, generator=self.generator, device=self.device)
         return place(values.mul_(scale).add_(shift).to(dtype), layout)
 
@@ -51,12 +51,12 @@ class Random:
         return torch.rand(shape, generator=self.generator, device=self.device) < probability
 
 
-# Rows of values: as drawn, or such that a sum, a mean or a maximum is at its worst.
+# Kinds of rows: as drawn, or the worst for a sum, a mean or a maximum.
 VALUES = ("normal", "zeros", "constant", "constant rows", "shifted", "one outlier", "one huge row", "integers")
 
 
 def shape_values(t: Tensor, kind: str) -> Tensor:
-    """Changes normal numbers (..., rows, columns) in place to one of `VALUES`, of the same magnitude or above."""
+    """Changes normal numbers (..., rows, columns) in place to one of `VALUES`, of the same magnitude or more."""
     if t.numel() == 0 or kind == "normal":
         return t
     if kind == "zeros":
@@ -82,7 +82,7 @@ HIDDEN = ("scattered", "left", "right", "blocks", "rows", "all")
 
 
 def hidden(shape: tuple[int, ...], kind: str, random: Random) -> Tensor:
-    """Boolean (..., Nq, Nk), True where a key is hidden; the same in a shape that broadcasts."""
+    """Boolean, True where a key is hidden, of shape (..., Nq, Nk) or one that broadcasts to it."""
     rows, keys = (torch.arange(n, device=random.device) for n in shape[-2:])
     if kind == "scattered":
         return random.chance(*shape, probability=0.4) | (rows == 0).unsqueeze(1)

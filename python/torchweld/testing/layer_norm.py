@@ -78,7 +78,7 @@ class LayerNormCase(Case):
         return x
 
     def _rounding(self, x: Tensors) -> Tensor:
-        """What is normalised is the sum as it is stored: by how much that differs from the exact one, in float64."""
+        """The rounding of the stored sum, the input of the norm: its difference from the exact sum, in float64."""
         exact = self._sum(x, torch.float64)
         return torch.where(exact.isfinite(), exact.to(x["residual"].dtype) - exact, 0.0)
 
@@ -100,7 +100,7 @@ class LayerNormCase(Case):
         return {"output": found[0], "sum": found[1]} if self.add else {"output": found}
 
     def _sum(self, x: Tensors, dtype: torch.dtype) -> Tensor:
-        """residual + dropout(x), x in `dtype`, as torch computes it; torch is given the mask, for it knows no seed."""
+        """residual + dropout(x), x in `dtype`, as torch computes it. torch gets the mask, for it takes no seed."""
         added = x["x"].to(dtype)
         if self.dropout_p > 0:
             cols = max(math.prod(self.shape), 1)
@@ -152,7 +152,7 @@ class LayerNormCase(Case):
         }
 
     def zeros(self, x: Tensors) -> Tensors:
-        """The only column of a row is its mean, whatever it is: it has no gradient."""
+        """The only column of a row is the mean of the row, so it has no gradient."""
         only = math.prod(self.shape) == 1 and not self.rms
         return {"dx": torch.ones((), dtype=torch.bool, device=x["x"].device)} if only else {}
 

@@ -1,1 +1,1 @@
-"""The fuzzer: `python -m torchweld.testing.fuzz`. Cases are drawn by number, and a failing one prints as a program."""
+"""The fuzzer: `python -m torchweld.testing.fuzz`. Cases are drawn by number. A failing case prints as a program."""

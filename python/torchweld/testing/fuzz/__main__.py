@@ -17,8 +17,8 @@ from torchweld import _cpu
 from torchweld.testing.fuzz.families import FAMILIES
 from torchweld.testing.fuzz.report import Finding, Report
 
-_STARTS = 600.0  # seconds that a child has for its first word: to start takes long on a busy machine
-_HANGS = 60.0  # seconds without another word from it, after which it is ended
+_STARTS = 600.0  # seconds for the first line of a child, which starts slowly on a busy machine
+_HANGS = 60.0  # seconds without another line, after which the child is ended
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -44,7 +44,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def run(job: int, args: argparse.Namespace, report: Report) -> None:
-    """The cases of one job: in a child process, and in another from the next case on where that one ends too early."""
+    """Runs the cases of one job in a child process. If the child ends too early, another goes on with the next case."""
     ops = args.ops or list(FAMILIES)
     following = dict.fromkeys(ops, job)
     deadline = time.monotonic() + args.seconds
@@ -66,7 +66,7 @@ def run(job: int, args: argparse.Namespace, report: Report) -> None:
 
 
 def _child(options: dict[str, Any], report: Report) -> tuple[str, int] | None:
-    """One child to its end: the op and number that ended it too early, None if nothing did."""
+    """Runs one child. Returns the op and number of the case that ended it too early, or None."""
     command = [sys.executable, "-m", "torchweld.testing.fuzz.worker", json.dumps(options)]
     env = os.environ | {"TORCHWELD_CPU_ISA": options["isas"][0], "OMP_WAIT_POLICY": "passive"}
     with (
@@ -118,14 +118,14 @@ def _name(code: int) -> str:
 
 
 def _where(text: str) -> str:
-    """The first frame of ours in what faulthandler left."""
+    """The first frame of torchweld in the output of faulthandler."""
     lines = [line.strip() for line in text.splitlines()]
     frames = [line for line in lines if line.startswith("File") and "torchweld" in line and "/testing/" not in line]
     return " in " + frames[0].rsplit("/", 1)[-1].replace('"', "") if frames else ""
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the children and prints what they found."""
+    """Runs the children and prints their findings."""
     args = parse(argv)
     report = Report(args.seed)
     threads = [threading.Thread(target=run, args=(job, args, report)) for job in range(args.jobs)]

@@ -19,12 +19,12 @@ from torchweld.testing.inputs import HIDDEN, VALUES
 from torchweld.testing.paged_attention import PagedAttentionCase
 
 _FAR_VALUES = ("shifted", "one outlier", "one huge row")
-_MOST = 1 << 17  # scores of a case: more of them say no more, but take long in float64
+_MOST = 1 << 17  # scores of a case; more scores only take longer in float64
 
 
 @dataclass(frozen=True, kw_only=True)
 class SdpaCase(AttentionCase):
-    """torch's signature. `dims`: of query, 2 to 5; `shared`: key and value have a batch of one, which broadcasts."""
+    """A call with torch's signature. `dims`: of query, 2 to 5; `shared`: key and value broadcast from one batch."""
 
     dims: int = 4
     shared: bool = False
@@ -103,7 +103,7 @@ def _kv(draw: Draw, sizes: dict[str, Any]) -> dict[str, Any]:
 
 
 def _modifiers(draw: Draw, sizes: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The options that every kind of attention has."""
+    """The options that all kinds of attention share."""
     half = dtype is torch.float16
     logits = (20.0, 300.0) if half else (20.0, 300.0, 1e4, 1e9)
     # Of constants all errors are alike, torch's as well as ours: as much a matter of luck as a single element.
@@ -166,7 +166,7 @@ def dense(draw: Draw) -> Judged:
 
 
 def decoding(draw: Draw) -> Judged:
-    """Few queries over many keys: kernels of their own."""
+    """Few queries over many keys, which have their own kernels."""
     dtype = draw.one(*FLOATS)
     sizes = {"queries": draw.one(1, 1, 1, 2, 3, 5), "keys": draw.size(TILES, MANY, LONG, empty=0.0)}
     sizes |= {"heads": draw.one(1, 2, 4, 8), "batch": draw.one(1, 2), "dim": _dim(draw)}

@@ -1,4 +1,4 @@
-"""Memory edges: what the kernels are given ends, or begins, at a page that must not be touched."""
+"""Memory edges: the kernels' tensors end, or begin, at a page that must not be touched."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def at_edge(t: Tensor, side: str) -> Tensor:
 
 
 class _Edged:
-    """The compiled module, each of whose functions sees copies of its tensors at the edges; what it writes is kept."""
+    """The compiled module. Its functions get copies of their tensors at the edges, whose results are copied back."""
 
     def __init__(self, module: ModuleType, side: str) -> None:
         self._module, self._side = module, side
@@ -82,7 +82,7 @@ class _Edged:
 
 @contextmanager
 def at_edges(side: str) -> Iterator[None]:
-    """Inside the block the CPU kernels' tensors lie at memory edges; nothing changes where `side` is empty."""
+    """Inside the block the CPU kernels' tensors are at memory edges. An empty `side` changes nothing."""
     module = backend.kernels["cpu"]
     if side:
         backend.kernels["cpu"] = _Edged(module, side)  # type: ignore[assignment]

@@ -1,4 +1,4 @@
-"""What can be fuzzed, by name: each makes a trial of a draw."""
+"""The families of trials, by name. Each makes a trial of a draw."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _JUDGED: dict[str, Callable[[Draw], Judged]] = {
 
 
 def edges(draw: Draw) -> Judged:
-    """A case of any of the ops at the edges of memory."""
+    """A case of any op at the edges of memory."""
     return replace(_JUDGED[draw.one(*_JUDGED)](draw), edge=draw.one(*SIDES))
 
 

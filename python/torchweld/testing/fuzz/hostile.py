@@ -1,7 +1,6 @@
 """Hostile calls: valid calls of the public functions, the registered ops and the kernels with wrong arguments.
 
-The only ends allowed are a result, and an exception that names op and argument. What ends the process is seen from
-outside, by `__main__`.
+Allowed are a result, and an exception that names op and argument. `__main__` notices a call that ends the process.
 """
 
 from __future__ import annotations
@@ -41,13 +40,13 @@ _OTHERS = (
     Odd.TEXT,
 )
 _INTERNAL = (AttributeError, NameError, KeyError, AssertionError, SystemError)
-# torch serves these numbers as if they were 0.
+# torch treats these numbers as 0.
 _STRICTER = "[cross_entropy] label_smoothing: expected a number in [0, 1]"
 _TWINS = ("layer_norm", "rms_norm", "gelu", "cross_entropy", "scaled_dot_product_attention")
 
 
 class _Kernels:
-    """The compiled module; notes every call."""
+    """The compiled module, which records every call."""
 
     def __init__(self, module: Any, calls: list[Call]) -> None:
         self._module, self._calls = module, calls
@@ -74,7 +73,7 @@ def _noted(calls: list[Call], name: str, function: Callable[..., Any], *args: An
 
 
 def _copied(value: Any) -> Any:
-    """The same with tensors of its own."""
+    """A copy with its own tensors."""
     if isinstance(value, Tensor):
         return value.detach().clone()
     if isinstance(value, dict):
@@ -158,14 +157,14 @@ class Hostile(Trial):
         _judge(got, expected, strict=public)
 
     def _check_freed(self, function: Any, position: int) -> None:
-        """Skips what torch's dispatcher reads itself."""
+        """Skips freed tensors that torch's dispatcher reads itself."""
         if "Tensor" not in str(arguments_of(function)[position].type):
             raise Skip("a tensor that stands for a number")
         if any(kind.endswith("fake") for _, kind in self.changes):
             raise Skip("what stands beside a fake tensor: it is printed")
 
     def _twin(self, name: str, args: list[Any], kwargs: dict[str, Any]) -> Any:
-        """What torch makes of it; None where that would end the process, or torch has no such thing."""
+        """torch's result; None if the call would end the process, or torch has no such function."""
         kinds = [kind for _, kind in self.changes]
         # Memory is gone; a ZeroTensor has none, which torch alone knows.
         if any("freed" in kind or kind.endswith("ZeroTensor") for kind in kinds):
@@ -184,15 +183,15 @@ def _outcome(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         result = function(*args, **kwargs)
         if isinstance(result, Tensor) and result.requires_grad and result.is_floating_point():
             result.sum().backward(retain_graph=True)
-    except Exception as error:  # the kind of it is what is judged
+    except Exception as error:  # the class of the error is judged
         return error
     return result
 
 
 def _judge(got: Any, expected: Any, strict: bool) -> None:
-    """Raises what is wrong with an outcome beside that of torch's twin; `strict`: errors have the grammar."""
+    """Raises if an outcome is wrong beside torch's. `strict`: errors must have the grammar."""
     if isinstance(got, Exception):
-        # Where there are no elements torch looks at nothing.
+        # torch checks nothing where there are no elements.
         served = isinstance(expected, Tensor) and expected.numel() > 0
         if served and not str(got).startswith(_STRICTER):
             raise AssertionError(f"torch serves it, but got {type(got).__name__}: {got}") from got

@@ -1,4 +1,4 @@
-"""A course of an optimizer beside torch's: after every event, parameters and states by the rule of exactness."""
+"""A run of an optimizer beside torch's. The rule of exactness judges parameters and states after every event."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHAPES = ((5, 7), (7,), (), (2, 3, 4, 5), (0, 3), (131,))
 
 
 class _Player:
-    """One of the three: ours, torch's in the same dtype (float32 where ours has masters), torch's in float64."""
+    """One of three optimizers: torchweld's, torch's in the same dtype (float32 beside masters), torch's in float64."""
 
     def __init__(self, trial: Lockstep, cls: type[torch.optim.Optimizer], dtype: torch.dtype, ours: bool) -> None:
         self.trial, self.cls, self.dtype, self.ours = trial, cls, dtype, ours
@@ -40,7 +40,7 @@ class _Player:
         return self.cls(groups, **self.options)
 
     def again(self) -> torch.optim.Optimizer:
-        """A new optimizer of the same parameters, which knows nothing yet."""
+        """A new optimizer of the same parameters, without state."""
         return self.make([{"params": group["params"]} for group in self.optimizer.param_groups])
 
     def step(self, index: int, scale: float = 1.0, missing: int = 0, layout: str = "") -> None:
@@ -114,7 +114,7 @@ def _load(player: _Player, other: _Player) -> None:
     state = copy.deepcopy(other.optimizer.state_dict())
     player.optimizer = player.again()
     player.optimizer.load_state_dict(state)
-    # The groups of a state say how its optimizer was to be run; the player keeps its own way.
+    # The groups of a state have the options of its optimizer. The player keeps its own options.
     for group in player.optimizer.param_groups:
         group.update({name: player.options[name] for name in ("foreach", "fused") if name in player.options})
 
@@ -126,7 +126,7 @@ def _deepcopy(player: _Player, how: Callable[[Any], Any]) -> None:
 
 def _forget(player: _Player, index: int) -> None:
     player.optimizer.state.clear()
-    if player.trial.masters:  # which are made of the parameters then
+    if player.trial.masters:  # masters are then made from the parameters
         for p in player.params:
             p.data = p.data.to(player.trial.dtype).to(player.dtype)
 

@@ -1,4 +1,4 @@
-"""What was found: one program for each kind of failure, and a table by op and instruction set."""
+"""The findings: one program for each kind of failure, and a table by op and instruction set."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torchweld.console import console
 
 @dataclass(frozen=True)
 class Finding:
-    """`kind`: the same for all findings of one fault, as far as that shows."""
+    """A finding. `kind`: equal for all findings of one fault, as far as can be seen."""
 
     op: str
     isa: str
@@ -24,7 +24,7 @@ class Finding:
 
 @dataclass
 class Report:
-    """Fills while the workers run."""
+    """The report, to which the workers add while they run."""
 
     seed: int
     cases: Counter[tuple[str, str]] = field(default_factory=Counter)  # by op and instruction set
@@ -33,7 +33,7 @@ class Report:
     _seen: set[tuple[str, str]] = field(default_factory=set)
 
     def add(self, finding: Finding) -> None:
-        """Prints it, if it is the first of its kind."""
+        """Adds a finding, and prints it if it is the first of its kind."""
         self.findings.append(finding)
         if (key := (finding.op, finding.kind)) in self._seen:
             return
@@ -45,7 +45,7 @@ class Report:
         out.print(f"# {again} --isa {finding.isa}\n{finding.program}", markup=False, soft_wrap=True)
 
     def print(self) -> None:
-        """The table, and each kind of failure with how often and where it was seen."""
+        """Prints the table, and each kind of failure with its count and places."""
         isas = list(dict.fromkeys(isa for _, isa in self.cases))
         table = Table("op", *isas, "skipped", "findings")
         found = Counter(f.op for f in self.findings)

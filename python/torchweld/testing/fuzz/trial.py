@@ -1,4 +1,4 @@
-"""A trial: one thing that is tried, what must hold, and the short program that tries it again."""
+"""A trial: a call, what must hold of it, and a short program that repeats it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torchweld.testing.fuzz.edges import at_edges
 
 
 class Skip(Exception):
-    """Torch itself refuses what was drawn."""
+    """Raised if torch itself refuses the draw."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +26,7 @@ class Trial(ABC):
 
     @abstractmethod
     def check(self) -> None:
-        """Raises what is wrong; Skip where there is nothing to try."""
+        """Raises if something is wrong. Raises Skip if there is nothing to try."""
 
     def imports(self) -> set[str]:
         return {f"from {type(self).__module__} import {type(self).__name__}"}
@@ -36,18 +36,18 @@ class Trial(ABC):
         return [f"trial = {source(self)}", "trial.check()"]
 
     def smaller(self) -> Iterator[Trial]:
-        """The same with one option or size less."""
+        """Smaller trials: with an option less, or a smaller size."""
         yield from reduced(self)
 
 
-@lru_cache(maxsize=1)  # for all instruction sets that try a case
+@lru_cache(maxsize=1)  # shared by all instruction sets of a case
 def _oracle(case: Case, dtype: torch.dtype, seed: int, inference: bool) -> Oracle:
     return Oracle(case, dtype, seed=seed, inference=inference)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Judged(Trial):
-    """A case held to the rule of exactness. `edge`: the kernels' memory ends, or begins, at a page that is none."""
+    """A case held to the rule of exactness. `edge`: the kernels' memory ends, or begins, at an inaccessible page."""
 
     case: Case
     dtype: torch.dtype
@@ -83,7 +83,7 @@ class Judged(Trial):
 
 
 def source(value: Any) -> str:
-    """Python that makes `value`; of a record only what is not as it is by default."""
+    """Python code for `value`. Of a record only fields that differ from their defaults."""
     if is_dataclass(value) and not isinstance(value, type):
         given = [(f.name, getattr(value, f.name)) for f in fields(value) if getattr(value, f.name) != f.default]
         return f"{type(value).__name__}({', '.join(f'{n}={source(v)}' for n, v in given)})"
@@ -95,7 +95,7 @@ def source(value: Any) -> str:
 
 
 def reduced(record: Any) -> Iterator[Any]:
-    """The record with one field at its default; then with one size halved, wherever that size stands."""
+    """Records with one field at its default, then with one size halved in every place."""
     for f in fields(record):
         value = getattr(record, f.name)
         if value != f.default and isinstance(f.default, (bool, int, float, str, tuple, type(None))):
@@ -117,7 +117,7 @@ def reduced(record: Any) -> Iterator[Any]:
 
 
 def program(trial: Trial, isa: str) -> str:
-    """A program of a few lines that fails as the trial does."""
+    """A program of a few lines that fails in the same way."""
     body = trial.lines()
     imports = trial.imports() | {"from torchweld import _cpu"}
     plain = [f"import {m}" for m in ("math", "torch") if any(re.search(rf"\b{m}\.", line) for line in body)]
@@ -125,7 +125,7 @@ def program(trial: Trial, isa: str) -> str:
 
 
 def signature(error: BaseException) -> str:
-    """What kind of failure it is, in a few words: the same for all cases of one fault, as far as that shows."""
+    """The kind of failure in a few words, equal for all cases of one fault as far as can be seen."""
     text = str(error)
     if isinstance(error, AssertionError) and (found := re.match(r"\[\w+\] case '.*?', (\w+?)\d*: (.*)", text)):
         kind = "wrong in kind" if "wrong in kind" in found[2] else "misses the rule"

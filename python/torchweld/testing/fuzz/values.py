@@ -1,4 +1,4 @@
-"""Values that no argument expects, by kind; each is made of the valid value that it replaces."""
+"""Values that no argument expects, by kind. Each is made from the valid value that it replaces."""
 
 # ruff: noqa: C417, PLW0108 (a table whose entries read alike)
 
@@ -21,7 +21,7 @@ class Subclass(Tensor):
 
 
 class Odd:
-    """Answers wrongly to what is asked of a number or a list."""
+    """An object that gives wrong answers as a number or a list."""
 
     TEXT = "neither a number nor a list"
 
@@ -212,7 +212,7 @@ def kinds(value: Any) -> tuple[str, ...]:
 
 
 def change(value: Any, kind: str) -> Any:
-    """`value` replaced; as it is where torch itself cannot make such a thing of it."""
+    """The replacement of `value`, or `value` if torch cannot make that kind from it."""
     try:
         return _kinds(value)[kind](value)
     except (RuntimeError, ValueError, TypeError, NotImplementedError, IndexError):

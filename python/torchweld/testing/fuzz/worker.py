@@ -1,4 +1,4 @@
-"""The child process: tries cases one by one, and says on its standard output which and what came of it.
+"""The child process: tries cases one by one, and writes each case and its result to standard output.
 
 A line before each case, so that the parent knows which one ended the process: {"case": [op, number, isa], "program":
 ...}. A line for a finding or a skip. The parent's line of arguments is this module's only input.
@@ -31,7 +31,7 @@ _SHRINKING = 10.0, 0.25  # seconds at most for the search of a smaller case that
 
 
 def _failure(trial: Trial) -> Exception | None:
-    """What is wrong; None where nothing is, or there is nothing to try."""
+    """The failure of a trial; None if there is none, or nothing to try."""
     try:
         trial.check()
     except Skip:
@@ -42,7 +42,7 @@ def _failure(trial: Trial) -> Exception | None:
 
 
 def shrunk(trial: Trial, kind: str, seconds: float, begin: Callable[[Trial], None] = lambda _: None) -> Trial:
-    """A smaller trial that fails in the same kind; the same one where none is found in time."""
+    """A smaller trial that fails in the same way, or the trial itself if none is found in time."""
     deadline = time.monotonic() + seconds
     while True:
         for smaller in trial.smaller():
@@ -74,7 +74,7 @@ class Worker:
         self.shrinking = _SHRINKING[1] * self.seconds
 
     def run(self, cases: int | None) -> None:
-        """Until the time is over, each op for as long as the others; or until there were so many cases of each."""
+        """Runs until the time is over, each op for as long as the others, or until each op has had enough cases."""
         deadline = time.monotonic() + self.seconds
         spent = dict.fromkeys(self.ops, 0.0)
         while (now := time.monotonic()) < deadline:
@@ -108,7 +108,7 @@ class Worker:
 
     def _found(self, op: str, number: int, isa: str, trial: Trial, error: Exception) -> None:
         kind, text = signature(error), ""
-        if (op, kind) not in self.kinds:  # the next of the kind say nothing new
+        if (op, kind) not in self.kinds:  # more of the same kind tell nothing new
             self.kinds.add((op, kind))
             before = time.monotonic()
             limit = min(_SHRINKING[0], self.shrinking)
@@ -120,7 +120,7 @@ class Worker:
 
 
 def _limit_memory() -> None:
-    """A call that asks for much more memory than there is in use gets an error, and not the machine's last."""
+    """Limits memory: a call that asks for much more than is in use gets an error."""
     page = resource.getpagesize()
     used = int(Path("/proc/self/statm").read_text().split()[0]) * page if Path("/proc/self/statm").exists() else 0
     resource.setrlimit(resource.RLIMIT_AS, (used + _MEMORY, used + _MEMORY))
@@ -128,7 +128,7 @@ def _limit_memory() -> None:
 
 def main(options: dict[str, Any]) -> None:
     faulthandler.enable()
-    # What a case prints must not come between the lines of the protocol.
+    # The output of a case must not mix with the lines of the protocol.
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     _limit_memory()
