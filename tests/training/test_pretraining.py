@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from commands import Run, interrupt_after
 from torchweld.models import bert
@@ -116,6 +117,58 @@ def test_resume_continues_bit_for_bit(train: Run, command: Run, monkeypatch: pyt
     for name in FILES:
         straight, broken = (Path(out, "checkpoint-8", name).read_bytes() for out in ("straight", "broken"))
         assert straight == broken, name
+
+
+@pytest.fixture
+def checkpoint(data: pretraining.Text) -> Path:
+    """A BERT of random weights for the thirty documents."""
+    torch.manual_seed(0)
+    model = bert.BERTForPreTraining(bert.CONFIGS["tiny"])
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    out = Path("bert")
+    out.mkdir()
+    data.tokenizer.save("bert/tokenizer.json")
+    (out / "config.json").write_text(json.dumps(model.config.to_hugging_face()))
+    save_file({name: t.contiguous() for name, t in model.to_hugging_face().items()}, out / "model.safetensors")
+    return out
+
+
+def test_fill_mask_is_the_pipeline_of_transformers(data: pretraining.Text, checkpoint: Path, command: Run) -> None:
+    transformers = pytest.importorskip("transformers", reason="the oracle is transformers' BertForMaskedLM")
+    text = "w1x1 [MASK] w3x4 [MASK]"
+    for names in (None, "masked"):
+        if names:  # the weights of a BertForMaskedLM lack the pooler and the other head
+            state = load_file(checkpoint / "model.safetensors")
+            kept = {name: t for name, t in state.items() if "pooler" not in name and "seq_relationship" not in name}
+            save_file(kept, checkpoint / "model.safetensors")
+        code, out, _ = command("fill-mask", "--checkpoint", checkpoint, text, "--top", 3, "--json", "--device", "cpu")
+        assert code == 0
+        found = json.loads(out)
+        assert found["text"] == text and [len(words) for words in found["masks"]] == [3, 3]
+    ids = torch.tensor([data.tokenizer.encode(text).ids])
+    theirs = transformers.BertForMaskedLM.from_pretrained(checkpoint).eval()
+    with torch.no_grad():
+        best = theirs(ids).logits[0, ids[0] == data.marks[2]].softmax(1).topk(3)
+    for words, numbers, values in zip(found["masks"], best.indices.tolist(), best.values.tolist(), strict=True):
+        assert [word["word"] for word in words] == [data.tokenizer.id_to_token(number) for number in numbers]
+        assert [word["probability"] for word in words] == pytest.approx(values, abs=1e-4)
+
+
+def test_fill_mask_refuses(checkpoint: Path, command: Run) -> None:
+    for text, message in (
+        ("no mask", "TEXT: expected 1 to 20 times [MASK], but got 0 in 'no mask'"),
+        ("[MASK] " * 21, "but got 21"),
+        ("w1x1 " * 70 + "[MASK]", "at most max_position_embeddings = 64 tokens"),
+    ):
+        code, out, error = command("fill-mask", "--checkpoint", checkpoint, text, "--device", "cpu")
+        assert code == 2 and out == "" and message in error
+    state = load_file(checkpoint / "model.safetensors")
+    kept = {name: t for name, t in state.items() if name.startswith("bert.")}
+    save_file(kept, checkpoint / "model.safetensors")
+    code, _, error = command("fill-mask", "--checkpoint", checkpoint, "[MASK]", "--device", "cpu")
+    assert code == 2 and "trained on masked words" in error
 
 
 def test_too_little_text_is_refused(command: Run, home: Path) -> None:
