@@ -68,7 +68,7 @@ def test_train_refuses(home: Path, train: Run, words: list[str], message: str) -
 
 def test_train_refuses_an_unknown_program(command: Run) -> None:
     code, _, error = command("train", "gpt5")
-    assert code == 2 and "one of gpt2, gpt3, but got 'gpt5'" in error
+    assert code == 2 and "one of gpt2, gpt3, bert, but got 'gpt5'" in error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the refusal of a GPU needs a machine without one")
@@ -88,7 +88,7 @@ def test_resume_refuses_another_model_or_text(home: Path, train: Run, command: R
         code, _, error = command("train", "gpt2", "--resume", "run", *words)
         assert code == 2 and message in error
     code, _, error = command("train", "gpt3", "--resume", "run")
-    assert code == 2 and "expected a run of `train gpt3`, but got one of `train gpt2`" in error
+    assert code == 2 and "expected a run of gpt3, but got one of gpt2" in error
     (home / "text.py").unlink()
     code, _, error = command("train", "gpt2", "--resume", "run")
     assert code == 2 and "No such file" in error

@@ -100,7 +100,7 @@ class BERTConfig:
 
 CONFIGS = {
     "tiny": BERTConfig(512, 64, 2, 2, 256, max_position_embeddings=64),
-    "small": BERTConfig(6000, 128, 4, 2, 512, max_position_embeddings=128),
+    "small": BERTConfig(6000, 128, 4, 2, 512, max_position_embeddings=64),
     "medium": BERTConfig(8000, 256, 6, 4, 1024, max_position_embeddings=128),
     "bert-base": BERTConfig(),
     "bert-large": BERTConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),

@@ -1,4 +1,4 @@
-"""The options of `torchweld train`, `fine-tune`, `generate` and `classify`."""
+"""The options of `torchweld train`, `fine-tune`, `generate`, `classify` and `fill-mask`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchweld.errors import UserError
-from torchweld.training import checkpoint, classify, generate, run
+from torchweld.training import checkpoint, classify, fill_mask, generate, run
 from torchweld.training.fine_tune import FineTune
 from torchweld.training.optimizers import OPTIMIZERS
 from torchweld.training.programs import PROGRAMS
@@ -106,6 +106,21 @@ def add_generate_parser(subparsers: Subparsers) -> None:
     parser.set_defaults(func=_generate)
 
 
+def add_fill_mask_parser(subparsers: Subparsers) -> None:
+    """Adds `torchweld fill-mask`; its `func` takes the parsed arguments and returns the exit code."""
+    parser = subparsers.add_parser(
+        "fill-mask",
+        help="the words that a BERT expects in place of [MASK]",
+        description="Writes a line for each [MASK] in the texts: the likeliest words and their probabilities.",
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a model, or the --out of a run")
+    parser.add_argument("text", nargs="+", metavar="TEXT", help="with [MASK] in it")
+    parser.add_argument("--top", type=whole(1), default=5, metavar="K", help="words (default: %(default)s)")
+    parser.add_argument("--json", action="store_true", help="one JSON object a text")
+    _add_machine_options(parser)
+    parser.set_defaults(func=_fill_mask)
+
+
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="where it all goes (default: torchweld-NAME)")
     parser.add_argument("--steps", type=whole(1), metavar="N", help="updates in all (default: the config's)")
@@ -178,6 +193,10 @@ def _fine_tune(args: argparse.Namespace) -> int:
 
 def _classify(args: argparse.Namespace) -> int:
     return classify.run(args)
+
+
+def _fill_mask(args: argparse.Namespace) -> int:
+    return fill_mask.run(args)
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -9,23 +9,29 @@ from __future__ import annotations
 import hashlib
 import os
 import random
+import re
 import sysconfig
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
+from inspect import cleandoc
 from pathlib import Path
 
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
 from torchweld.errors import UserError
 
 END = "<|endoftext|>"
+SEPARATOR, MASK = "[SEP]", "[MASK]"
+BERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", SEPARATOR, MASK]
+_DOCSTRING = re.compile(r'^[ \t]*[rRuU]?"""(.*?)"""', re.MULTILINE | re.DOTALL)  # parsing takes ten times as long
+_CODE = re.compile(r"^(?:import|from|def|class) ", re.MULTILINE)
 VALIDATION = 0.1
 
 # Directories of the standard library without text that anyone wrote for reading: tests, and tables (encodings).
@@ -46,6 +52,16 @@ def standard_library() -> list[str]:
         raise UserError(
             f"text: expected the sources of the standard library in {root}, but got none; give text files with --data"
         )
+    return documents
+
+
+def standard_library_prose() -> list[str]:
+    """What the standard library says in English: its docstrings, and the language reference within pydoc."""
+    documents = []
+    for source in standard_library():
+        found = [cleandoc(text) for text in _DOCSTRING.findall(source)]
+        if found or _CODE.search(source) is None:
+            documents.append("\n\n".join(found) or source)
     return documents
 
 
@@ -89,16 +105,39 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def train_wordpiece(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """BERT's: lower-case words, and pieces of the rare ones; a text goes between [CLS] and [SEP]."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.BertNormalizer()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer.decoder = decoders.WordPiece()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab_size, special_tokens=BERT_TOKENS, show_progress=False)
+    tokenizer.train_from_iterator(documents, trainer)
+    separator, start = (special_token(tokenizer, token) for token in (SEPARATOR, "[CLS]"))
+    tokenizer.post_processor = processors.BertProcessing((SEPARATOR, separator), ("[CLS]", start))
+    return tokenizer
+
+
+def special_token(tokenizer: Tokenizer, token: str) -> int:
+    """The number of a special token.
+
+    Raises:
+        UserError: the tokenizer does not have it.
+    """
+    number = tokenizer.token_to_id(token)
+    if number is None:
+        kind = "GPT-2" if token == END else "BERT"
+        raise UserError(f"tokenizer.json: expected a {kind} tokenizer with a token {token}, but got one without")
+    return int(number)
+
+
 def end_of_text(tokenizer: Tokenizer) -> int:
-    """The token between documents.
+    """GPT-2's token between documents.
 
     Raises:
         UserError: the tokenizer has none.
     """
-    token = tokenizer.token_to_id(END)
-    if token is None:
-        raise UserError(f"tokenizer.json: expected a GPT-2 tokenizer with a token {END}, but got one without")
-    return int(token)
+    return special_token(tokenizer, END)
 
 
 @dataclass(frozen=True)
@@ -142,17 +181,20 @@ def unigram_entropy(batches: Iterable[tuple[Tensor, Tensor]]) -> float:
     return float(-(p * p.log()).sum())
 
 
-def load_corpus(documents: list[str], vocab_size: int, tokenizer: Tokenizer | None = None) -> Corpus:
-    """Encodes `documents`, with a tokenizer trained on them unless one is given; both are cached between runs."""
+def load_corpus(documents: list[str], vocab_size: int, tokenizer: Tokenizer | None = None, end: str = END) -> Corpus:
+    """Encodes `documents`, with a tokenizer trained on them unless one is given; both are cached between runs.
+
+    `end`: the token that closes each document, GPT-2's or BERT's; the tokenizer is of the same kind.
+    """
     random.Random(0).shuffle(documents)
     text = hashlib.sha256("\0".join(documents).encode())
     digest = text.hexdigest()
-    text.update(f"{vocab_size} {tokenizer.to_str() if tokenizer else ''}".encode())
+    text.update(f"{vocab_size} {end} {tokenizer.to_str() if tokenizer else ''}".encode())
     cached = cache_directory() / f"tokens-{text.hexdigest()[:32]}.safetensors"
     found = _read_cache(cached)
     if found is None:
-        tokenizer = tokenizer or train_tokenizer(documents, vocab_size)
-        tokens = _encode(tokenizer, documents)
+        tokenizer = tokenizer or (train_tokenizer if end == END else train_wordpiece)(documents, vocab_size)
+        tokens = _encode(tokenizer, documents, special_token(tokenizer, end))
         _write_cache(cached, tokenizer, tokens)
     else:
         tokenizer, tokens = found
@@ -160,9 +202,9 @@ def load_corpus(documents: list[str], vocab_size: int, tokenizer: Tokenizer | No
     return Corpus(tokenizer, digest, tokens[:cut], tokens[cut:])
 
 
-def _encode(tokenizer: Tokenizer, documents: list[str]) -> Tensor:
-    """The documents' tokens, each document closed by END."""
-    end = np.array([end_of_text(tokenizer)], dtype=np.int32)
+def _encode(tokenizer: Tokenizer, documents: list[str], last: int) -> Tensor:
+    """The documents' tokens, each document closed by `last`."""
+    end = np.array([last], dtype=np.int32)
     parts = []
     for encoding in tokenizer.encode_batch_fast(documents, add_special_tokens=False):
         parts += [np.array(encoding.ids, dtype=np.int32), end]

@@ -53,13 +53,15 @@ class Outcome:
 
     Attributes:
         model: in evaluation mode.
-        loss, baselines: of validation.
+        validation: its batches.
+        loss, baselines: of these.
         precision: the context in which the model was trained, for what is evaluated after it.
     """
 
     model: Any
     data: Any
     settings: Settings
+    validation: Sequence[Batch]
     loss: float
     baselines: Mapping[str, float]
     precision: AbstractContextManager[None]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 CLEAR = 0.5  # a number so far from zero has a sign
 MOST_CONFUSED = 10
-LOWER_IS_BETTER = {"squared error"}
+LOWER_IS_BETTER = {"squared error", "masked, nats"}
 
 
 def of_numbers(outputs: Tensor, targets: Tensor) -> dict[str, float]:
