@@ -9,9 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import Tensor
-from torch.nn.functional import cross_entropy, gelu, layer_norm, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, gelu, layer_norm, linear, scaled_dot_product_attention
 
-__all__ = ["add_layer_norm", "cross_entropy", "gelu", "layer_norm", "scaled_dot_product_attention"]
+__all__ = ["add_layer_norm", "gelu", "layer_norm", "linear_cross_entropy", "scaled_dot_product_attention"]
+
+
+def linear_cross_entropy(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """The mean cross-entropy of the logits input @ weight^T, (*, H) and (V, H), for classes (*)."""
+    return cross_entropy(linear(input, weight).flatten(0, -2), target.flatten())
 
 
 def add_layer_norm(
