@@ -51,7 +51,7 @@ INCLUDES = {
     "cpu/attention": KERNELS | {"cpu/matmul"},
     "cpu/norm": KERNELS | {"moments.h"},
     "cpu/activation": KERNELS,
-    "cpu/loss": KERNELS,
+    "cpu/loss": KERNELS | {"cpu/matmul"},
     "cpu/optimizer": KERNELS,
     "cpu/rotary": KERNELS,
     "cuda": {"params.h", "philox.h"},

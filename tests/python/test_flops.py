@@ -1,4 +1,4 @@
-"""torch.utils.flop_counter sees our attention, and counts it as torch counts its own."""
+"""torch.utils.flop_counter sees our products, and counts them as torch counts its own."""
 
 from __future__ import annotations
 
@@ -24,6 +24,18 @@ def test_attention_forward_and_backward() -> None:
     with torch.no_grad(), FlopCounterMode(display=False) as inference:
         ops.scaled_dot_product_attention(q, k, v, enable_gqa=True)
     assert inference.get_total_flops() == sdpa_flop_count(Q, K, V)
+
+
+def test_the_loss_of_a_head() -> None:
+    x, w, target = torch.randn(6, 8, requires_grad=True), torch.randn(20, 8, requires_grad=True), torch.arange(6)
+    product = 2 * 6 * 8 * 20
+    for leaf, reduction, products in ((x, "mean", 3), (x.detach(), "sum", 2), (x, "none", 4)):
+        with FlopCounterMode(display=False) as counter:
+            ops.linear_cross_entropy(leaf, w, target, reduction=reduction).sum().backward()
+        assert counter.get_total_flops() == products * product
+    with torch.no_grad(), FlopCounterMode(display=False) as inference:
+        ops.linear_cross_entropy(x, w, target)
+    assert inference.get_total_flops() == product
 
 
 def test_a_training_step_of_gpt2_by_module() -> None:

@@ -11,6 +11,16 @@
 namespace torchweld::cpu {
 namespace {
 
+// What weights of elements of T are kept in: no wider than what their products read.
+template <class T>
+struct Kept {
+  using type = float;
+};
+template <>
+struct Kept<bf16> {
+  using type = bf16;
+};
+
 // Of a row and a block of classes.
 struct BlockStatistics {
   float max, sum;

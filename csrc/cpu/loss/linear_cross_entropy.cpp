@@ -14,8 +14,6 @@
 // what dweight is summed in (weight_sum.h). Weight and its gradient move once per pass and chunk: the larger a chunk,
 // the less they cost.
 
-#include <type_traits>
-
 #include "cpu/isa/kernels.h"
 #include "cpu/loss/classes.h"
 #include "cpu/loss/plan.h"
@@ -287,17 +285,16 @@ class Head {
   float *dinputs_, *beside_, *scratch_;
 };
 
-// f(Tag<Head>) of the types that serve a call. What stands between the passes is bfloat16 where that is what its
-// products read; a softcap needs the logits, and these in float32.
+// f(Tag<Head>) of the types that serve a call. A softcap asks for the logits, and these in float32.
 template <class F>
 TW_INLINE void dispatch_head(const LinearCrossEntropyParams& p, F&& f) {
   dispatch(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
     using Compute = typename ComputeOf<T>::type;
-    if constexpr (std::is_same_v<T, bf16>) {
-      if (p.softcap == 0.0f) return f(Tag<Head<T, bf16, Compute>>{});
-    }
-    f(Tag<Head<T, float, Compute>>{});
+    if (p.softcap == 0.0f)
+      f(Tag<Head<T, typename Kept<T>::type, Compute>>{});
+    else
+      f(Tag<Head<T, float, Compute>>{});
   });
 }
 

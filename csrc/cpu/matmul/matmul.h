@@ -1,5 +1,5 @@
-// The matrix products inside attention: C[m, n] (+)= sum over k of A[m, k] * B[k, n], by vectors or by AMX tiles as the
-// format of the operands says.
+// The matrix products inside attention and linear_cross_entropy: C[m, n] (+)= sum over k of A[m, k] * B[k, n], by
+// vectors or by AMX tiles as the format of the operands says.
 #pragma once
 
 #include "cpu/matmul/vectors.h"

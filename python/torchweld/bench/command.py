@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 NORMS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")
 OPTIMIZERS = ("adamw", "sgd")
-OPS = ("attention", "paged_attention", *NORMS, *OPTIMIZERS, "transformer_layer", "overhead")
+OPS = ("attention", "paged_attention", *NORMS, "linear_cross_entropy", *OPTIMIZERS, "transformer_layer", "overhead")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DIRECTIONS = ("forward", "backward", "step")
 
@@ -82,6 +82,7 @@ def sources() -> dict[str, Callable[[Settings], Iterator[Work]]]:
     """The measurements of each op."""
     from torchweld.bench.attention import attention, paged_attention  # noqa: PLC0415
     from torchweld.bench.layer_norm import norms  # noqa: PLC0415
+    from torchweld.bench.linear_cross_entropy import linear_cross_entropy  # noqa: PLC0415
     from torchweld.bench.optimizers import optimizers  # noqa: PLC0415
     from torchweld.bench.overhead import overhead  # noqa: PLC0415
     from torchweld.bench.transformer_layer import transformer_layer  # noqa: PLC0415
@@ -90,6 +91,7 @@ def sources() -> dict[str, Callable[[Settings], Iterator[Work]]]:
         "attention": attention,
         "paged_attention": paged_attention,
         **{op: partial(norms, op) for op in NORMS},
+        "linear_cross_entropy": linear_cross_entropy,
         **{op: partial(optimizers, op) for op in OPTIMIZERS},
         "transformer_layer": transformer_layer,
         "overhead": overhead,

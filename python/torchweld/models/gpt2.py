@@ -165,7 +165,7 @@ class GPT2(Decoder):
     def __init__(self, config: GPT2Config, ops: ModuleType = torchweld.ops) -> None:
         super().__init__()
         self.config = config
-        self.cross_entropy = ops.cross_entropy
+        self.linear_cross_entropy = ops.linear_cross_entropy
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
         self.drop = nn.Dropout(config.dropout)
@@ -210,7 +210,8 @@ class GPT2(Decoder):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy in nats of `targets` (B, N) after `tokens` (B, N)."""
-        return self.cross_entropy(self(tokens).flatten(0, 1), targets.flatten())
+        loss: Tensor = self.linear_cross_entropy(self.hidden(tokens), self.wte.weight, targets)
+        return loss
 
     def published(self) -> dict[str, Tensor]:
         """The parameters by their published names; the weights of linear layers are stored (in, out)."""

@@ -11,9 +11,22 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, gelu, layer_norm, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, gelu, layer_norm, linear, scaled_dot_product_attention
 
-__all__ = ["add_layer_norm", "attention", "cross_entropy", "gelu", "layer_norm", "scaled_dot_product_attention"]
+__all__ = [
+    "add_layer_norm",
+    "attention",
+    "cross_entropy",
+    "gelu",
+    "layer_norm",
+    "linear_cross_entropy",
+    "scaled_dot_product_attention",
+]
+
+
+def linear_cross_entropy(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+    """The mean cross-entropy of the logits input @ weight^T, (*, H) and (V, H), for classes (*)."""
+    return cross_entropy(linear(input, weight).flatten(0, -2), target.flatten())
 
 
 def add_layer_norm(

@@ -1,4 +1,4 @@
-"""FLOP formulas of the ops for `torch.utils.flop_counter`. They count as torch counts its own attention; others are 0.
+"""FLOP formulas of the ops for `torch.utils.flop_counter`: products count as in torch's own ops; all else counts 0.
 
 torch.utils.flop_counter imports Triton where it is installed, so this module does not import it. A counter that is
 active when an op is called gets the formulas at that call.
@@ -50,11 +50,22 @@ def _paged(
     return 2 * scores * (key_cache.shape[-1] + value_cache.shape[-1])
 
 
+def _head(
+    input: Tensor, weight: Tensor, bias: Any, target: Any, *rest: Any, dloss: Any = None, wanted: Any = (), **_: Any
+) -> int:
+    """The logits; the gradients of input and weight, where they are asked for."""
+    if len(rest) > 4:
+        dloss, wanted = rest[4:6]
+    products = 1 + (sum(wanted[:2]) if dloss is not None else 0)
+    return 2 * math.prod(input.shape) * weight.shape[0] * products
+
+
 _FORMULAS = {
     "attention": _formula("attention", 1, 1),
     "attention_forward": _formula("attention_forward", 1, 1),
     "attention_backward": _formula("attention_backward", 3, 2),  # the scores once more, dquery, dkey; dscores, dvalue
     "paged_attention": _paged,
+    "linear_cross_entropy": _head,
 }
 
 

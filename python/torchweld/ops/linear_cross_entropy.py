@@ -295,12 +295,12 @@ def linear_cross_entropy(
             dtype = t.dtype if dtype is None else torch.promote_types(dtype, t.dtype)
     assert dtype is not None
     _check(input, weight, target, bias, shift)
+    check_memory(_OP, **tensors)
     result = dtype
     if under_autocast(input) and dtype in KERNEL_DTYPES:
         # As autocast has it: the product in its dtype, the loss in float32.
         result, dtype = torch.float32, torch.get_autocast_dtype(input.device.type)
     if backend.choose(_OP, input.device, _refusal(input, dtype)) == "reference":
-        check_memory(_OP, input=input, weight=weight)
         x, w, b = (t if t is None else t.to(dtype) for t in (input, weight, bias))
         return defined(reference.linear_cross_entropy, _OP, tensors, x, w, target, b, **options).to(result)
     if shift:  # only the targets are moved: the last positions have none
