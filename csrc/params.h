@@ -231,10 +231,9 @@ struct CrossEntropyBackwardParams {
   void* dlogits;          // [M, V]
 };
 
-// The losses of logits = softcap * tanh((input @ weight^T + bias) / softcap), as above and z_loss * lse^2 more, and,
-// for given gradients of the losses, those of input, weight and bias. N rows of H features, V classes. Rows whose
-// target is `ignore_index` are not read; their loss and gradient are 0. Without a softcap (0) logits = input @ weight^T
-// + bias.
+// The losses above plus z_loss * lse^2, of logits = softcap * tanh((input @ weight^T + bias) / softcap), and the
+// gradients of input, weight and bias for given gradients of the losses. softcap 0: no cap. N rows of H features, V
+// classes. Rows whose target is `ignore_index` are not read; their loss and gradient are 0.
 struct LinearCrossEntropyParams {
   int64_t rows, features, classes, ignore_index;
   float smoothing, softcap, z_loss;
@@ -295,10 +294,10 @@ struct GatedBackwardParams {
   int64_t dgate_stride, dup_stride;
 };
 
-// Pairs (x, z) among the first R elements of a head are turned by the angle whose cosine and sine stand in row
-// `position` of two tables: output = (x cos - z sin, z cos + x sin). `inverse` turns them back. A pair is (i, i + R /
-// 2) or, if interleaved, (2 i, 2 i + 1). A table has a column for each element or, unless interleaved, for each pair.
-// The other D - R elements are copied. The position of token (b, n) is position_ids[b, n], or n.
+// Pairs (x, z) of the first R elements of a head are rotated: output = (x cos - z sin, z cos + x sin), cos and sin in
+// row `position` of two tables. `inverse` rotates back. A pair is (i, i + R / 2) or, if interleaved, (2 i, 2 i + 1). A
+// table has a column per element or, unless interleaved, per pair. The position of token (b, n) is position_ids[b, n],
+// or n.
 struct RotaryTensor {
   int64_t heads;          // H, 0: there is no such tensor
   const void* input;      // [B, H, N, D]
@@ -308,7 +307,7 @@ struct RotaryTensor {
 };
 
 struct RotaryParams {
-  int64_t batch, tokens, dim, rotary_dim;  // B, N, D, R
+  int64_t batch, tokens, dim, rotary_dim;  // B, N, D, R; the last D - R elements are copied
   bool interleaved, inverse;
   DType dtype, table_dtype;  // of the tensors; of the tables: float32 or `dtype`
   RotaryTensor query, key;

@@ -54,7 +54,7 @@ def _halves(gate: Tensor, up: Tensor | None) -> tuple[Tensor, Tensor]:
 def _forward(gate: Tensor, up: Tensor | None, activation: str) -> Tensor:
     output = _forward_fake(gate, up, activation)
     first, second = _halves(gate, up)
-    backend.kernels[gate.device.type].gated_forward(first, second, activation, output)
+    backend.kernels[gate.device.type].gated_forward(gate=first, up=second, activation=activation, output=output)
     return output
 
 
@@ -63,7 +63,9 @@ def _backward(doutput: Tensor, gate: Tensor, up: Tensor | None, activation: str)
     first, second = _halves(gate, up)
     dfirst, dsecond = _halves(dgate, None if up is None else dup)
     doutput = settle(doutput, "[gated] gradient of the output")
-    backend.kernels[gate.device.type].gated_backward(doutput, first, second, activation, dfirst, dsecond)
+    backend.kernels[gate.device.type].gated_backward(
+        doutput=doutput, gate=first, up=second, activation=activation, dgate=dfirst, dup=dsecond
+    )
     return dgate, dup
 
 

@@ -61,8 +61,21 @@ def _kernel(
         return by_chunks(x, w, b, classes, ignore_index, smoothing, softcap, z_loss, dloss, wanted)
     loss = x.new_empty(x.shape[0], dtype=torch.float32)
     grads = [torch.empty_like(t) if want and t is not None else None for t, want in zip((x, w, b), wanted, strict=True)]
+    dinput, dweight, dbias = grads
     backend.kernels[x.device.type].linear_cross_entropy(
-        x, w, b, classes, ignore_index, smoothing, softcap, z_loss, dloss, loss, *grads
+        input=x,
+        weight=w,
+        bias=b,
+        target=classes,
+        ignore_index=ignore_index,
+        smoothing=smoothing,
+        softcap=softcap,
+        z_loss=z_loss,
+        dloss=dloss,
+        loss=loss,
+        dinput=dinput,
+        dweight=dweight,
+        dbias=dbias,
     )
     dinput, dweight, dbias = (x.new_empty(0) if g is None else g for g in grads)
     return loss, dinput, dweight, dbias

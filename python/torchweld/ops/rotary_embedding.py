@@ -58,8 +58,18 @@ def _run(
         cos, sin = cos.float(), sin.float()
     if position_ids is not None:
         position_ids = settle(position_ids, "[rotary_embedding] position_ids", torch.int64)
+    query_output, key_output = outputs
     backend.kernels[query.device.type].rotary_embedding(
-        query, key, cos, sin, position_ids, rotary_dim, interleaved, inverse, *outputs
+        query=query,
+        key=key,
+        cos=cos,
+        sin=sin,
+        position_ids=position_ids,
+        rotary_dim=rotary_dim,
+        interleaved=interleaved,
+        inverse=inverse,
+        query_output=query_output,
+        key_output=key_output,
     )
 
 
