@@ -294,10 +294,9 @@ struct GatedBackwardParams {
   int64_t dgate_stride, dup_stride;
 };
 
-// Pairs (x, z) of the first R elements of a head are rotated: output = (x cos - z sin, z cos + x sin), cos and sin in
-// row `position` of two tables. `inverse` rotates back. A pair is (i, i + R / 2) or, if interleaved, (2 i, 2 i + 1). A
-// table has a column per element or, unless interleaved, per pair. The position of token (b, n) is position_ids[b, n],
-// or n.
+// Rotates pairs (x, z) of the first R elements of a head: output = (x cos - z sin, z cos + x sin), cos and sin in row
+// `position` of two tables. `inverse` rotates back. A pair is (i, i + R / 2), interleaved (2 i, 2 i + 1). A table has a
+// column per element or, unless interleaved, per pair. The position of token (b, n) is position_ids[b, n], or n.
 struct RotaryTensor {
   int64_t heads;          // H, 0: there is no such tensor
   const void* input;      // [B, H, N, D]
