@@ -248,6 +248,7 @@ def test_other_refusals(made: Path, command: Run) -> None:
         ),
         (("fine-tune", "classify", "--checkpoint", "nowhere", *data), "checkpoint nowhere: .*no such directory"),
         (("fine-tune", "classify", "--checkpoint", made / "bert", "--resume", "run"), "--checkpoint: expected none"),
+        (("fine-tune", "classify", "--epochs", 2, "--resume", "run"), "--epochs: expected a fresh run without --steps"),
         (("classify", "--checkpoint", made / "bert"), "expected a model of `torchweld fine-tune`"),
         (("generate", "--checkpoint", made / "bert"), "model_type: expected 'gpt2' or 'gpt_neo', but got 'bert'"),
     ):

@@ -197,7 +197,7 @@ class FineTune:
         if not self.regression and len(data.labels) <= scores.MOST_CONFUSED:
             console.print(scores.confusion(own.argmax(1), test.targets, data.labels))
         console.print(self._worst(own, test, data.labels))
-        console.print('try it: echo "What a lovely day!" | torchweld classify --checkpoint DIR')
+        console.print(f'try it: echo "What a lovely day!" | torchweld classify --checkpoint {outcome.out}')
 
     def _bag_of_words(self, data: Labelled) -> Tensor:
         width = len(data.labels)
