@@ -206,6 +206,7 @@ def test_regress_refuses_bad_rows(made: Path, command: Run, change: Callable[[li
             ["--data", "kinds.csv", "--label", "class"],
             "expected a column 'class' in its first line, but got 'label', 'text'",
         ),
+        (["--data", "kinds.csv", "--label", "0", "--text", "1"], "expected numbers of columns from 1 on, but got 0"),
         (["--data", "kinds.jsonl"], "line 1: expected an object with 'text' and 'label', but got 'kind', 'said'"),
         (["--data", "broken.jsonl"], "line 1: expected a JSON object"),
         (["--data", "one.csv"], "expected 2 to 32768 different labels, but got 1 .*fine-tune regress"),

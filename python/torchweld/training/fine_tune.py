@@ -109,7 +109,8 @@ class FineTune:
             raise UserError(f"{self.command}: expected files of texts and labels, but got none; name them with --data")
         columns = settings.options
         rows = read_rows(settings.data, columns["text"], columns["label"])
-        labels = (columns["label"],) if self.regression else label_names(rows)
+        predicted = "score" if columns["label"].isdigit() else columns["label"]
+        labels = (predicted,) if self.regression else label_names(rows)
         tokenizer = tokenizer or self.tokenizer
         assert tokenizer is not None
         tokenizer.no_padding()
