@@ -160,13 +160,17 @@ def test_json_lines_are_the_same_data(made: Path) -> None:
 
 @pytest.mark.slow
 def test_resume_continues_bit_for_bit(regress: Run, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = ("--steps", 12, "--validate-every", 5, "--accumulate", 2)
+    steps = ("--steps", 12, "--validate-every", 5, "--accumulate", 2, "--max-samples", 70)
     assert regress(*steps, "--out", "straight")[0] == 0
     with monkeypatch.context() as patch:
         interrupt_after(patch, 7)
         code, out, _ = regress(*steps, "--out", "broken")
     assert code == 130 and "torchweld fine-tune regress --resume broken" in out
-    code, out, error = command("fine-tune", "regress", "--device", "cpu", "--resume", "broken")
+    again = ("fine-tune", "regress", "--device", "cpu", "--no-keep-memory", "--resume", "broken")
+    code, _, error = command(*again, "--max-samples", 80)
+    assert code == 2 and "--max-samples: expected 70, with which the run was started, but got 80" in error
+    code, out, error = command(*again)
+    assert "1 files, 70 / " in out
     assert code == 0 and "resuming after step 7" in out, error
     for name in FILES:
         straight, broken = (Path(out, "checkpoint-12", name).read_bytes() for out in ("straight", "broken"))

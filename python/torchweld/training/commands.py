@@ -41,7 +41,7 @@ def add_train_parser(subparsers: Subparsers) -> None:
     sizes = "; ".join(f"{name}: {', '.join(program.configs)}" for name, program in PROGRAMS.items())
     parser.add_argument("--config", help=f"the size (default: small). {sizes}")
     _add_run_options(parser)
-    parser.set_defaults(func=_train)
+    parser.set_defaults(func=_train, max_samples=None)
 
 
 def add_fine_tune_parser(subparsers: Subparsers) -> None:
@@ -68,6 +68,7 @@ def add_fine_tune_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--epochs", type=whole(1), metavar="N", help="passes over the texts, in place of --steps (default: 1)"
     )
+    parser.add_argument("--max-samples", type=whole(1), metavar="N", help="learn from the first N texts (default: all)")
     _add_run_options(parser)
     parser.set_defaults(func=_fine_tune, config=None)
 

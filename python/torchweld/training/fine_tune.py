@@ -115,7 +115,9 @@ class FineTune:
         assert tokenizer is not None
         tokenizer.no_padding()
         tokenizer.enable_truncation(config.max_position_embeddings)
-        parts = [self._part(rows, labels, tokenizer) for rows in split(rows)]
+        training, validation, test = split(rows)
+        training = training.part(range(min(len(training), settings.max_samples or len(training))))
+        parts = [self._part(part, labels, tokenizer) for part in (training, validation, test)]
         if not self.regression and (absent := set(labels) - set(parts[0].rows.labels)):
             raise UserError(
                 f"--data: expected every label among the texts for training, but {sorted(absent)[0]!r} is not; give "
