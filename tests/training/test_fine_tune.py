@@ -160,13 +160,17 @@ def test_json_lines_are_the_same_data(made: Path) -> None:
 
 @pytest.mark.slow
 def test_resume_continues_bit_for_bit(regress: Run, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = ("--steps", 12, "--validate-every", 5, "--accumulate", 2)
+    steps = ("--steps", 12, "--validate-every", 5, "--accumulate", 2, "--max-samples", 70)
     assert regress(*steps, "--out", "straight")[0] == 0
     with monkeypatch.context() as patch:
         interrupt_after(patch, 7)
         code, out, _ = regress(*steps, "--out", "broken")
     assert code == 130 and "torchweld fine-tune regress --resume broken" in out
-    code, out, error = command("fine-tune", "regress", "--device", "cpu", "--resume", "broken")
+    again = ("fine-tune", "regress", "--device", "cpu", "--no-keep-memory", "--resume", "broken")
+    code, _, error = command(*again, "--max-samples", 80)
+    assert code == 2 and "--max-samples: expected 70, with which the run was started, but got 80" in error
+    code, out, error = command(*again)
+    assert "1 files, 70 / " in out
     assert code == 0 and "resuming after step 7" in out, error
     for name in FILES:
         straight, broken = (Path(out, "checkpoint-12", name).read_bytes() for out in ("straight", "broken"))
@@ -206,6 +210,7 @@ def test_regress_refuses_bad_rows(made: Path, command: Run, change: Callable[[li
             ["--data", "kinds.csv", "--label", "class"],
             "expected a column 'class' in its first line, but got 'label', 'text'",
         ),
+        (["--data", "kinds.csv", "--label", "0", "--text", "1"], "expected numbers of columns from 1 on, but got 0"),
         (["--data", "kinds.jsonl"], "line 1: expected an object with 'text' and 'label', but got 'kind', 'said'"),
         (["--data", "broken.jsonl"], "line 1: expected a JSON object"),
         (["--data", "one.csv"], "expected 2 to 32768 different labels, but got 1 .*fine-tune regress"),
@@ -248,6 +253,7 @@ def test_other_refusals(made: Path, command: Run) -> None:
         ),
         (("fine-tune", "classify", "--checkpoint", "nowhere", *data), "checkpoint nowhere: .*no such directory"),
         (("fine-tune", "classify", "--checkpoint", made / "bert", "--resume", "run"), "--checkpoint: expected none"),
+        (("fine-tune", "classify", "--epochs", 2, "--resume", "run"), "--epochs: expected a fresh run without --steps"),
         (("classify", "--checkpoint", made / "bert"), "expected a model of `torchweld fine-tune`"),
         (("generate", "--checkpoint", made / "bert"), "model_type: expected 'gpt2' or 'gpt_neo', but got 'bert'"),
     ):

@@ -41,7 +41,7 @@ def add_train_parser(subparsers: Subparsers) -> None:
     sizes = "; ".join(f"{name}: {', '.join(program.configs)}" for name, program in PROGRAMS.items())
     parser.add_argument("--config", help=f"the size (default: small). {sizes}")
     _add_run_options(parser)
-    parser.set_defaults(func=_train)
+    parser.set_defaults(func=_train, max_samples=None)
 
 
 def add_fine_tune_parser(subparsers: Subparsers) -> None:
@@ -65,7 +65,10 @@ def add_fine_tune_parser(subparsers: Subparsers) -> None:
         parser.add_argument(
             f"--{column}", metavar="COLUMN", help=f"its name, or its number in files without names (default: {column})"
         )
-    parser.add_argument("--epochs", type=whole(1), default=1, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--epochs", type=whole(1), metavar="N", help="passes over the texts, in place of --steps (default: 1)"
+    )
+    parser.add_argument("--max-samples", type=whole(1), metavar="N", help="learn from the first N texts (default: all)")
     _add_run_options(parser)
     parser.set_defaults(func=_fine_tune, config=None)
 
@@ -176,7 +179,11 @@ def _train(args: argparse.Namespace) -> int:
 def _fine_tune(args: argparse.Namespace) -> int:
     if args.name not in TASKS:
         raise UserError(f"fine-tune: expected one of {', '.join(TASKS)}, but got {args.name!r}")
-    program = FineTune(args.name, {"text": args.text, "label": args.label}, epochs=args.epochs)
+    program = FineTune(args.name, {"text": args.text, "label": args.label}, epochs=args.epochs or 1)
+    if args.epochs is not None and not (args.resume is None and args.steps is None):
+        raise UserError(
+            "--epochs: expected a fresh run without --steps, but got --resume or --steps; use --steps alone"
+        )
     if args.resume is None:
         if args.checkpoint is None:
             raise UserError(

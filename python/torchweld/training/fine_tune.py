@@ -109,12 +109,15 @@ class FineTune:
             raise UserError(f"{self.command}: expected files of texts and labels, but got none; name them with --data")
         columns = settings.options
         rows = read_rows(settings.data, columns["text"], columns["label"])
-        labels = (columns["label"],) if self.regression else label_names(rows)
+        predicted = "score" if columns["label"].isdigit() else columns["label"]
+        labels = (predicted,) if self.regression else label_names(rows)
         tokenizer = tokenizer or self.tokenizer
         assert tokenizer is not None
         tokenizer.no_padding()
         tokenizer.enable_truncation(config.max_position_embeddings)
-        parts = [self._part(rows, labels, tokenizer) for rows in split(rows)]
+        training, validation, test = split(rows)
+        training = training.part(range(min(len(training), settings.max_samples or len(training))))
+        parts = [self._part(part, labels, tokenizer) for part in (training, validation, test)]
         if not self.regression and (absent := set(labels) - set(parts[0].rows.labels)):
             raise UserError(
                 f"--data: expected every label among the texts for training, but {sorted(absent)[0]!r} is not; give "
@@ -197,7 +200,7 @@ class FineTune:
         if not self.regression and len(data.labels) <= scores.MOST_CONFUSED:
             console.print(scores.confusion(own.argmax(1), test.targets, data.labels))
         console.print(self._worst(own, test, data.labels))
-        console.print('try it: echo "What a lovely day!" | torchweld classify --checkpoint DIR')
+        console.print(f'try it: echo "What a lovely day!" | torchweld classify --checkpoint {outcome.out}')
 
     def _bag_of_words(self, data: Labelled) -> Tensor:
         width = len(data.labels)

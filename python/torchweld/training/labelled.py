@@ -81,6 +81,8 @@ def _columns(path: str, contents: str, text: str, label: str) -> Iterator[tuple[
                 f"{', '.join(map(repr, names[:8]))}; name the columns with --text and --label, or number them from 1 on"
             )
         places = [int(n) - 1 if names is None else names.index(n) for n in (text, label)]
+        if min(places) < 0:
+            raise UserError("--text, --label: expected numbers of columns from 1 on, but got 0")
         for row in reader:
             if row and not 0 <= min(places) <= max(places) < len(row):
                 raise UserError(

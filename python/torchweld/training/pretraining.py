@@ -189,12 +189,13 @@ class PreTraining:
         """Both losses and how often the model is right, beside what needs no network."""
         data, validation = outcome.data, outcome.validation
         nats, most = _unigram(validation)
-        rows = {
-            "BERT": _judge(outcome.model, validation, outcome.precision),
-            "word frequencies, overlap": {"masked, nats": nats, "masked, right": most, "next, right": _overlap(data)},
-        }
-        console.print(scores.table({"BERT": rows.pop("BERT")}, rows))
-        console.print("next: torchweld fine-tune classify --checkpoint DIR --data FILE")
+        ours = _judge(outcome.model, validation, outcome.precision)
+        simple = {"masked, nats": nats, "masked, right": most, "next, right": _overlap(data)}
+        console.print(scores.table({"BERT": ours}, {"word frequencies, shared words": simple}))
+        console.print(
+            f'try it: torchweld fill-mask --checkpoint {outcome.out} "the name of the [MASK]", or '
+            f"torchweld fine-tune classify --checkpoint {outcome.out} --data FILE"
+        )
 
 
 RECIPES = {

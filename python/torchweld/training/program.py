@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -52,12 +53,14 @@ class Outcome:
     """What a run came to.
 
     Attributes:
+        out: the directory of the run.
         model: in evaluation mode.
         validation: its batches.
         loss, baselines: of these.
         precision: the context in which the model was trained, for what is evaluated after it.
     """
 
+    out: Path
     model: Any
     data: Any
     settings: Settings

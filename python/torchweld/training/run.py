@@ -192,8 +192,8 @@ def finish(job: Job, console: Console) -> None:
     drawn = report.plot(curve, job.program, job.trainers, baselines)
     console.print(f"loss curve: {curve if drawn else 'not drawn, matplotlib is missing: pip install torchweld[plot]'}")
     ours.model.eval()
-    outcome = Outcome(ours.model, job.data, job.settings, job.validation, loss, baselines, ours.precision())
-    job.program.show(outcome, console)
+    result = loss, baselines, ours.precision()
+    job.program.show(Outcome(job.out, ours.model, job.data, job.settings, job.validation, *result), console)
 
 
 def run(args: argparse.Namespace, program: Program) -> int:

@@ -63,6 +63,7 @@ class Settings(Recipe):
         config: the name of a size.
         data: files; None for what the program has by itself.
         options: the program's own choices.
+        max_samples: how many of the texts for training are used; None for all.
     """
 
     program: str = "gpt2"
@@ -70,6 +71,7 @@ class Settings(Recipe):
     seed: int
     data: list[str] | None
     options: dict[str, str] = field(default_factory=dict)
+    max_samples: int | None = None
 
     @classmethod
     def fresh(
@@ -112,11 +114,12 @@ class Settings(Recipe):
             raise UserError(
                 f"--resume: expected a run of {program}, but got one of {settings.program}; resume it with that"
             )
-        fixed = {"config": settings.config, "optimizer": settings.optimizer, **settings.options}
-        for name, given in {"config": args.config, "optimizer": args.optimizer, **options}.items():
+        names = ("config", "optimizer", "max_samples")
+        fixed = {**{name: getattr(settings, name) for name in names}, **settings.options}
+        for name, given in {**{name: getattr(args, name) for name in names}, **options}.items():
             if given not in (None, was := fixed.get(name)):
                 raise UserError(
-                    f"--{name}: expected {was!r}, with which the run was started, but got {given!r}; "
+                    f"--{name.replace('_', '-')}: expected {was!r}, with which the run was started, but got {given!r}; "
                     f"leave it out with --resume"
                 )
         settings = replace(settings, **_given(args))
@@ -137,8 +140,9 @@ class Settings(Recipe):
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("steps", "batch_size", "learning_rate", "seed", "data", "accumulate", "optimizer", "validate_every")
-    given = {name: getattr(args, name) for name in (*names, "keep_best") if getattr(args, name) is not None}
+    names = ["steps", "batch_size", "learning_rate", "seed", "data", "accumulate", "optimizer", "validate_every"]
+    names += ["keep_best", "max_samples"]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if "data" in given:  # the run may be resumed from elsewhere
         given["data"] = [str(Path(path).absolute()) for path in given["data"]]
     return given
