@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import fresh
 from leaves import gradient
@@ -122,6 +123,13 @@ def test_every_way_to_ask_for_the_gradient(reduction: str) -> None:
     loss.backward()
     for leaf, expected in zip((x, w, b), kept, strict=True):
         torch.testing.assert_close(gradient(leaf), 2 * expected)
+
+
+def test_fake_tensors_have_gradients() -> None:
+    with FakeTensorMode():
+        x, w, target, b = tensors(20, 8, 40)
+        ops.linear_cross_entropy(x, w, target, b).backward()
+        assert [t.grad is not None and t.grad.shape == t.shape for t in (x, w, b)] == [True] * 3
 
 
 @pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float16)], ids=str)

@@ -8,11 +8,14 @@
 namespace torchweld::cpu {
 namespace {
 
-constexpr int64_t kChunkRows = 512;    // at most; a multiple of every block_rows but 6
+// Rows of a chunk, at most; a multiple of every block_rows but 6. More cost memory, fewer time: weight and its gradient
+// move once for each chunk. In 16 bits all else is small beside a chunk.
+template <class T>
+constexpr int64_t kChunkRows = sizeof(T) == 2 ? 320 : 512;
 constexpr int64_t kParts = 16;         // of dinput, at most
 constexpr int64_t kTileRows = 64;      // of logits, or of dweight, at once
 constexpr int64_t kMostClasses = 256;  // of a block
-constexpr int64_t kSpans = ceil_div(kChunkRows, kRows);
+constexpr int64_t kSpans = ceil_div(kChunkRows<float>, kRows);
 
 // Everything that sizes decide, threads aside. Lengths are in words of 32 bits and whole cache lines.
 template <class T, class S, class Compute>
@@ -24,7 +27,7 @@ struct Plan {
   bool gradient, sums;                            // whether any is wanted; whether dweight is a sum over chunks
 
   explicit Plan(const LinearCrossEntropyParams& p) {
-    chunk = min_of(kChunkRows, round_up(max_of(p.rows, 1), 32));
+    chunk = min_of(kChunkRows<T>, round_up(max_of(p.rows, 1), 32));
     width = min_of(kMostClasses, round_up(max_of(ceil_div(p.classes, 2 * kParts), 1), 64));
     blocks = ceil_div(p.classes, width);
     gradient = p.dloss != nullptr;

@@ -165,7 +165,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _is_last_use_of_all(dloss: Tensor) -> bool:
     """Whether saved gradients may be given away as they are: no other backward follows, and the factor is 1."""
-    if torch.compiler.is_compiling() or dloss.device.type != "cpu":
+    if torch.compiler.is_compiling() or type(dloss) is not Tensor or dloss.device.type != "cpu":
         return False
     return float(dloss) == 1.0 and not graph_is_kept()
 
