@@ -21,8 +21,9 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 NORMS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")
+ACTIVATIONS = ("gelu", "swiglu", "geglu", "rotary_embedding")
 OPTIMIZERS = ("adamw", "sgd")
-OPS = ("attention", "paged_attention", *NORMS, *OPTIMIZERS, "transformer_layer", "overhead")
+OPS = ("attention", "paged_attention", *NORMS, *ACTIVATIONS, *OPTIMIZERS, "transformer_layer", "overhead")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DIRECTIONS = ("forward", "backward", "step")
 
@@ -80,6 +81,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def sources() -> dict[str, Callable[[Settings], Iterator[Work]]]:
     """By op, what there is to measure."""
+    from torchweld.bench.activations import activations  # noqa: PLC0415
     from torchweld.bench.attention import attention, paged_attention  # noqa: PLC0415
     from torchweld.bench.layer_norm import norms  # noqa: PLC0415
     from torchweld.bench.optimizers import optimizers  # noqa: PLC0415
@@ -90,6 +92,7 @@ def sources() -> dict[str, Callable[[Settings], Iterator[Work]]]:
         "attention": attention,
         "paged_attention": paged_attention,
         **{op: partial(norms, op) for op in NORMS},
+        **{op: partial(activations, op) for op in ACTIVATIONS},
         **{op: partial(optimizers, op) for op in OPTIMIZERS},
         "transformer_layer": transformer_layer,
         "overhead": overhead,

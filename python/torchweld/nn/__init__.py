@@ -1,8 +1,10 @@
-"""Drop-ins that subclass torch.nn: same constructor, same state_dict, only `forward` is ours."""
+"""Drop-ins that subclass torch.nn: same constructor, same state_dict, only `forward` is ours. And what it lacks."""
 
 from torchweld.nn.attention import MultiheadAttention
+from torchweld.nn.gated import GEGLU, SwiGLU
 from torchweld.nn.layer_norm import LayerNorm
 from torchweld.nn.rms_norm import RMSNorm
+from torchweld.nn.rotary_embedding import RotaryEmbedding
 from torchweld.nn.transformer import (
     Transformer,
     TransformerDecoder,
@@ -12,9 +14,12 @@ from torchweld.nn.transformer import (
 )
 
 __all__ = [
+    "GEGLU",
     "LayerNorm",
     "MultiheadAttention",
     "RMSNorm",
+    "RotaryEmbedding",
+    "SwiGLU",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",
