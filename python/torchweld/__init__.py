@@ -1,4 +1,4 @@
-"""torchweld: fused attention, norms, GELU, cross-entropy, Adam and SGD for PyTorch, on CPU and CUDA."""
+"""torchweld: fused attention, norms, activations, rotary embeddings, losses and optimizers, on CPU and CUDA."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

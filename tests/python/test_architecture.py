@@ -148,6 +148,8 @@ NOT_OF_TORCH |= {
     "_can_set_attn_implementation",
     "_supports_sdpa",
     "_supports_attention_backend",
+    "_experts_implementation",
+    "_default_apply_gate",
 }
 
 

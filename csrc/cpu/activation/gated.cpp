@@ -48,13 +48,6 @@ void for_blocks(Shape shape, F&& f) {
   });
 }
 
-// Whether rows at such a stride may go past the caches.
-template <class T>
-bool streams(const void* output, Shape shape, int64_t stride) {
-  if (shape.rows == 1) return past_cache<T>(output, 1, shape.cols / W * W);
-  return stride % W == 0 && past_cache<T>(output, shape.rows, shape.cols);
-}
-
 }  // namespace
 
 namespace TORCHWELD_VECTOR_ISA {
@@ -64,7 +57,6 @@ void gated_forward(const GatedForwardParams& p) {
     using T = typename decltype(tag)::type;
     using Form = typename decltype(form)::type;
     const Shape shape = Shape{p.rows, p.cols}.flattened(p.gate_stride, p.up_stride);
-    const bool streaming = streams<T>(p.output, shape, p.cols);
     for_blocks(shape, [&](int64_t row, int64_t begin, int64_t count) {
       const T* gate = static_cast<const T*>(p.gate) + row * p.gate_stride + begin;
       const T* up = static_cast<const T*>(p.up) + row * p.up_stride + begin;
@@ -73,8 +65,7 @@ void gated_forward(const GatedForwardParams& p) {
           count,
           [&](int64_t i, auto lanes)
               __attribute__((always_inline)) { return Form::value(load(gate + i, lanes)) * load(up + i, lanes); },
-          [&](int64_t i, auto v, auto lanes)
-              __attribute__((always_inline)) { store_output(y + i, v, lanes, streaming); });
+          [&](int64_t i, auto v, auto lanes) __attribute__((always_inline)) { store(y + i, v, lanes); });
     });
   });
 }
@@ -84,7 +75,6 @@ void gated_backward(const GatedBackwardParams& p) {
     using T = typename decltype(tag)::type;
     using Form = typename decltype(form)::type;
     const Shape shape = Shape{p.rows, p.cols}.flattened(p.gate_stride, p.up_stride, p.dgate_stride, p.dup_stride);
-    const bool streaming = streams<T>(p.dgate, shape, p.dgate_stride) && streams<T>(p.dup, shape, p.dup_stride);
     for_blocks(shape, [&](int64_t row, int64_t begin, int64_t count) {
       const T* dy = static_cast<const T*>(p.doutput) + row * p.cols + begin;
       const T* gate = static_cast<const T*>(p.gate) + row * p.gate_stride + begin;
@@ -99,8 +89,8 @@ void gated_backward(const GatedBackwardParams& p) {
             return Gradients{d * load(up + i, lanes) * f.slope, d * f.value};
           },
           [&](int64_t i, auto d, auto lanes) __attribute__((always_inline)) {
-            store_output(dgate + i, d.gate, lanes, streaming);
-            store_output(dup + i, d.up, lanes, streaming);
+            store(dgate + i, d.gate, lanes);
+            store(dup + i, d.up, lanes);
           });
     });
   });

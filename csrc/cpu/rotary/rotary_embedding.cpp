@@ -29,8 +29,7 @@ TW_INLINE PairOfTurned beside(Turned a, Turned b) { return {{a.x, b.x}, {a.z, b.
 
 // The first R elements of a head whose pairs are its halves. `second`: where the tables have the columns of z.
 template <bool kInverse, class T, class C>
-TW_INLINE void turn_halves(const T* input, T* output, const C* cos, const C* sin, int64_t half, int64_t second,
-                           bool streaming) {
+TW_INLINE void turn_halves(const T* input, T* output, const C* cos, const C* sin, int64_t half, int64_t second) {
   for_each_value(
       half,
       [&](int64_t i, auto lanes) __attribute__((always_inline)) {
@@ -43,8 +42,8 @@ TW_INLINE void turn_halves(const T* input, T* output, const C* cos, const C* sin
           return Turned{x * cos_x - z * sin_x, z * cos_z + x * sin_z};
       },
       [&](int64_t i, auto v, auto lanes) __attribute__((always_inline)) {
-        store_output(output + i, v.x, lanes, streaming);
-        store_output(output + half + i, v.z, lanes, streaming);
+        store(output + i, v.x, lanes);
+        store(output + half + i, v.z, lanes);
       });
 }
 
@@ -62,7 +61,7 @@ TW_INLINE Vec even_lanes_negated(Vec v) {
 
 // The same of a head whose pairs are neighbours: R is even, so a vector has both of a pair.
 template <bool kInverse, class T, class C>
-TW_INLINE void turn_neighbours(const T* input, T* output, const C* cos, const C* sin, int64_t count, bool streaming) {
+TW_INLINE void turn_neighbours(const T* input, T* output, const C* cos, const C* sin, int64_t count) {
   for_each_value(
       count,
       [&](int64_t i, auto lanes) __attribute__((always_inline)) {
@@ -70,13 +69,12 @@ TW_INLINE void turn_neighbours(const T* input, T* output, const C* cos, const C*
         const Vec crossed = kInverse ? neighbours_swapped(x * s) : neighbours_swapped(x) * s;
         return x * load(cos + i, lanes) + crossed;
       },
-      [&](int64_t i, auto v, auto lanes)
-          __attribute__((always_inline)) { store_output(output + i, v, lanes, streaming); });
+      [&](int64_t i, auto v, auto lanes) __attribute__((always_inline)) { store(output + i, v, lanes); });
 }
 
 // The tokens [first, last) of batch b, of one tensor.
 template <bool kInverse, class T, class C>
-void turn_block(const RotaryParams& p, const RotaryTensor& t, int64_t b, int64_t first, int64_t last, bool streaming) {
+void turn_block(const RotaryParams& p, const RotaryTensor& t, int64_t b, int64_t first, int64_t last) {
   const int64_t R = p.rotary_dim, half = R / 2, tail = p.dim - R;
   auto turn = [&](int64_t h, int64_t n) __attribute__((always_inline)) {
     const Strides &from = t.input_strides, &to = t.output_strides;
@@ -86,9 +84,9 @@ void turn_block(const RotaryParams& p, const RotaryTensor& t, int64_t b, int64_t
     const C* cos = static_cast<const C*>(p.cos) + b * p.cos_batch_stride + position * p.table_cols;
     const C* sin = static_cast<const C*>(p.sin) + b * p.sin_batch_stride + position * p.table_cols;
     if (p.interleaved)
-      turn_neighbours<kInverse>(input, output, cos, sin, R, streaming);
+      turn_neighbours<kInverse>(input, output, cos, sin, R);
     else
-      turn_halves<kInverse>(input, output, cos, sin, half, p.table_cols - half, streaming);
+      turn_halves<kInverse>(input, output, cos, sin, half, p.table_cols - half);
     if (tail > 0 && input != output) std::memcpy(output + R, input + R, static_cast<size_t>(tail) * sizeof(T));
   };
   if (t.output_strides.head < t.output_strides.row) {
@@ -100,27 +98,17 @@ void turn_block(const RotaryParams& p, const RotaryTensor& t, int64_t b, int64_t
   }
 }
 
-// Whether an output goes past the caches: as in past_cache, with every vector on its alignment.
-template <class T>
-bool streams(const RotaryParams& p, const RotaryTensor& t) {
-  const Strides& to = t.output_strides;
-  const int64_t vectors = p.interleaved ? p.rotary_dim : p.rotary_dim / 2;
-  return t.input != t.output && (to.batch | to.head | to.row | vectors) % W == 0 &&
-         past_cache<T>(t.output, p.batch * p.tokens * t.heads, vectors) && p.rotary_dim == p.dim;
-}
-
 template <bool kInverse, class T, class C>
 void turn_all(const RotaryParams& p) {
   const int64_t elements = (p.query.heads + p.key.heads) * p.dim;  // of a token
-  const bool past[2] = {streams<T>(p, p.query), streams<T>(p, p.key)};
   const int64_t grain = elements > 0 ? (kPerThread + elements - 1) / elements : 1;
   parallel_for(p.batch * p.tokens, grain, [&](int64_t begin, int64_t end) {
     while (begin < end) {
       const int64_t b = begin / p.tokens, first = begin % p.tokens;
       int64_t count = p.tokens - first < kBlock ? p.tokens - first : kBlock;
       if (count > end - begin) count = end - begin;
-      turn_block<kInverse, T, C>(p, p.query, b, first, first + count, past[0]);
-      turn_block<kInverse, T, C>(p, p.key, b, first, first + count, past[1]);
+      turn_block<kInverse, T, C>(p, p.query, b, first, first + count);
+      turn_block<kInverse, T, C>(p, p.key, b, first, first + count);
       begin += count;
     }
   });

@@ -21,8 +21,18 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 NORMS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")
+ACTIVATIONS = ("gelu", "swiglu", "geglu", "rotary_embedding")
 OPTIMIZERS = ("adamw", "sgd")
-OPS = ("attention", "paged_attention", *NORMS, "linear_cross_entropy", *OPTIMIZERS, "transformer_layer", "overhead")
+OPS = (
+    "attention",
+    "paged_attention",
+    *NORMS,
+    *ACTIVATIONS,
+    "linear_cross_entropy",
+    *OPTIMIZERS,
+    "transformer_layer",
+    "overhead",
+)
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DIRECTIONS = ("forward", "backward", "step")
 
@@ -80,6 +90,7 @@ def _check(args: argparse.Namespace) -> None:
 
 def sources() -> dict[str, Callable[[Settings], Iterator[Work]]]:
     """The measurements of each op."""
+    from torchweld.bench.activations import activations  # noqa: PLC0415
     from torchweld.bench.attention import attention, paged_attention  # noqa: PLC0415
     from torchweld.bench.layer_norm import norms  # noqa: PLC0415
     from torchweld.bench.linear_cross_entropy import linear_cross_entropy  # noqa: PLC0415
@@ -91,6 +102,7 @@ def sources() -> dict[str, Callable[[Settings], Iterator[Work]]]:
         "attention": attention,
         "paged_attention": paged_attention,
         **{op: partial(norms, op) for op in NORMS},
+        **{op: partial(activations, op) for op in ACTIVATIONS},
         "linear_cross_entropy": linear_cross_entropy,
         **{op: partial(optimizers, op) for op in OPTIMIZERS},
         "transformer_layer": transformer_layer,

@@ -1,9 +1,7 @@
-"""Hugging Face transformers on the kernels: `attn_implementation="torchweld"`, and the norms and GELU of its models."""
+"""The attention of Hugging Face transformers on the kernels: `attn_implementation="torchweld"`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from types import CodeType
 from typing import Any
 from weakref import ref
 
@@ -191,49 +189,3 @@ def attention_of(model: torch.nn.Module) -> tuple[str, str | None] | None:
     if not (model._supports_sdpa or model._supports_attention_backend):
         return f"{now} attention", "it does not say that its attention may be replaced"
     return f"{now} attention", None
-
-
-# ---- Norms and activations. A class is recognised by its code, for most models have copies of the same few classes.
-
-
-def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
-    if hidden_states.dtype != module.weight.dtype:  # models differ in how they mix dtypes
-        stock: Tensor = super(type(module), module).forward(hidden_states)
-        return stock
-    return ops.rms_norm(hidden_states, module.weight.shape, module.weight, module.variance_epsilon)
-
-
-def _gemma_norm(module: Any, x: Tensor) -> Tensor:
-    return ops.rms_norm(x, module.weight.shape, module.weight, module.eps, zero_centered_weight=True)
-
-
-def _gelu_tanh(module: Any, input: Tensor) -> Tensor:
-    return ops.gelu(input, "tanh")
-
-
-def _body(cls: type, *methods: str) -> tuple[Any, ...] | None:
-    """The code of methods: their instructions, names and constants."""
-    codes = [getattr(getattr(cls, method, None), "__code__", None) for method in methods]
-    if not all(isinstance(code, CodeType) for code in codes):
-        return None
-    return tuple((c.co_code, c.co_names, tuple(map(repr, c.co_consts))) for c in codes if c is not None)
-
-
-def recognise(cls: Any) -> tuple[str, Callable[..., Tensor], str] | None:
-    """Norm or activation, a forward equal to that of `cls`, and its name. None for an unknown class."""
-    if not cls.__module__.startswith("transformers."):
-        return None
-    if cls.__module__ == "transformers.activations":
-        known = cls.__name__ in ("NewGELUActivation", "GELUTanh")
-        return ("activations", _gelu_tanh, "torchweld.ops.gelu") if known else None
-    if "Norm" not in cls.__name__:
-        return None
-    from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm  # noqa: PLC0415
-    from transformers.models.llama.modeling_llama import LlamaRMSNorm  # noqa: PLC0415
-    from transformers.models.t5.modeling_t5 import T5LayerNorm  # noqa: PLC0415
-
-    if _body(cls, "forward") in (_body(LlamaRMSNorm, "forward"), _body(T5LayerNorm, "forward")):
-        return "norms", _rms_norm, "torchweld.ops.rms_norm"
-    if _body(cls, "forward", "_norm") == _body(Gemma2RMSNorm, "forward", "_norm"):
-        return "norms", _gemma_norm, "torchweld.ops.rms_norm"
-    return None

@@ -1,9 +1,11 @@
-"""Drop-ins that subclass torch.nn: same constructor and state_dict, another `forward`. And a loss that torch lacks."""
+"""Drop-ins that subclass torch.nn: same constructor and state_dict, another `forward`. And modules that torch lacks."""
 
 from torchweld.nn.attention import MultiheadAttention
+from torchweld.nn.gated import GEGLU, SwiGLU
 from torchweld.nn.layer_norm import LayerNorm
 from torchweld.nn.linear_cross_entropy import LinearCrossEntropy
 from torchweld.nn.rms_norm import RMSNorm
+from torchweld.nn.rotary_embedding import RotaryEmbedding
 from torchweld.nn.transformer import (
     Transformer,
     TransformerDecoder,
@@ -13,10 +15,13 @@ from torchweld.nn.transformer import (
 )
 
 __all__ = [
+    "GEGLU",
     "LayerNorm",
     "LinearCrossEntropy",
     "MultiheadAttention",
     "RMSNorm",
+    "RotaryEmbedding",
+    "SwiGLU",
     "Transformer",
     "TransformerDecoder",
     "TransformerDecoderLayer",

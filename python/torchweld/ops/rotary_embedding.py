@@ -21,6 +21,8 @@ from torchweld.ops._register import applier, elsewhere, register, settle, wants_
 from torchweld.ops._rotary_checks import check_heads, check_positions, check_tables
 from torchweld.reference.rotary_embedding import rotary_tables
 
+__all__ = ["rotary_embedding", "rotary_tables"]
+
 _NAMES = ("query", "key", "cos", "sin", "position_ids")
 
 # ---- Implementation. The kernels see (B, H, N, D) of any strides, with neighbours along the last dimension.

@@ -24,11 +24,15 @@ _NEEDS: dict[Any, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class DropIn:
-    """`needs`: the kinds of swap that it is part of; `make`: returns the class; `now`: what serves it."""
+    """`needs`: the kinds of swap that it is part of; `make`: returns the class; `now`: what serves it.
+
+    `why_not`: the reason why a module of the class is left; None if it is swapped.
+    """
 
     needs: tuple[str, ...]
     make: Callable[[], Class]
     now: str
+    why_not: Callable[[torch.nn.Module], str | None] = lambda _: None
 
 
 def _gelu(self: Any, input: torch.Tensor) -> torch.Tensor:
@@ -46,15 +50,24 @@ def hugging_face() -> Any:
     return hugging_face
 
 
+def _of_hugging_face(cls: Any) -> DropIn | None:
+    if "transformers.modeling_utils" not in sys.modules:
+        return None
+    from torchweld.integrations.hugging_face_layers import recognise  # noqa: PLC0415
+
+    if (known := recognise(cls)) is None:
+        return None
+    return DropIn((known.kind,), partial(subclass, cls, known.methods), known.now, known.why_not)
+
+
 def find(cls: Any) -> DropIn | None:
     """The drop-in for modules of exactly this class, or None."""
     if twin := TWINS.get(cls):
         return DropIn(_NEEDS.get(cls, ("norms", "attention")), lambda: twin, f"torchweld.nn.{twin.__name__}")
     if cls is torch.nn.GELU:
         return DropIn(("activations",), partial(subclass, cls, {"forward": _gelu}), "torchweld.ops.gelu")
-    if (library := hugging_face()) is not None and (known := library.recognise(cls)):
-        kind, forward, now = known
-        return DropIn((kind,), partial(subclass, cls, {"forward": forward}), now)
+    if found := _of_hugging_face(cls):
+        return found
     if methods := redirected_methods(cls):
         now = "its attention: torchweld.ops.scaled_dot_product_attention"
         return DropIn(("attention",), partial(subclass, cls, methods), now)

@@ -16,7 +16,13 @@ from torchweld.patching.report import Entry, Report
 from torchweld.patching.subclasses import Swapped
 
 # The functions of the compiled modules that each kind of swap needs.
-_KERNELS = {"norms": "layer_norm_forward", "attention": "attention_forward", "activations": "gelu_forward"}
+_KERNELS = {
+    "norms": "layer_norm_forward",
+    "attention": "attention_forward",
+    "activations": "gelu_forward",
+    "mlp": "gated_forward",
+    "rope": "rotary_embedding",
+}
 _ADVICE = "One line more: torchweld.keep_memory(), first in a program that trains on a CPU."
 
 
@@ -128,6 +134,7 @@ class _Walk:
             why = "its forward was replaced on the instance"
         else:
             why = next((reason for kind in found.needs if (reason := self.not_now[kind])), None)
+            why = why or found.why_not(module)
             if why is None:
                 self._swap(Entry(name, was, found.now), lambda: ClassChange(module, found.make()))
         if why is not None:
@@ -135,8 +142,6 @@ class _Walk:
 
     def _find(self, module: torch.nn.Module) -> DropIn | None:
         cls = type(module)
-        if cls is torch.nn.GELU and vars(module).get("approximate") != "tanh":
-            return None
         if issubclass(cls, torch.fx.GraphModule):  # it makes a class for each instance
             return None
         if cls not in self.found:
@@ -144,21 +149,32 @@ class _Walk:
         return self.found[cls]
 
 
-def patch(model: torch.nn.Module, *, norms: bool = True, attention: bool = True, activations: bool = True) -> Report:
+def patch(
+    model: torch.nn.Module,
+    *,
+    norms: bool = True,
+    attention: bool = True,
+    activations: bool = True,
+    mlp: bool = True,
+    rope: bool = True,
+) -> Report:
     """Swaps the layers of a model for the drop-ins, in place: the same modules, parameters, hooks and state_dict.
 
     Swapped are LayerNorm, RMSNorm, MultiheadAttention and the Transformer layers of torch.nn; modules that call
-    `torch.nn.functional.scaled_dot_product_attention`; tanh GELU; the attention, norms and GELU of Hugging Face
-    transformers. Subclasses are not swapped, and neither is a layer without kernels on the model's device. Optimizers,
-    tied weights and checkpoints stay valid.
+    `torch.nn.functional.scaled_dot_product_attention`; GELU; the attention, norms, GELU, gated MLPs and rotary
+    embeddings of Hugging Face transformers. Subclasses are not swapped, and neither is a layer without kernels on the
+    model's device. Optimizers, tied weights and checkpoints stay valid.
 
     A module that cannot be swapped is left, and the report gives the reason. If `patch` itself raises, the model is
     unchanged. Copies, pickles and replicas of a patched model are patched. `torch.compile` compiles the calls of
-    `scaled_dot_product_attention` in a model's own code as torch's.
+    `scaled_dot_product_attention` in a model's own code as torch's, and rotary embeddings as the model has them.
 
     Args:
         model: any module, in training or not.
         norms, attention, activations: the kinds to swap. The Transformer layers need norms and attention.
+        mlp: the product of activation and gate becomes one op in gated MLPs (Llama, Mistral, Qwen, Gemma, Phi-3,
+            Mixtral, T5, ModernBERT).
+        rope: rotary embeddings of queries and keys.
 
     Returns:
         A report that prints as a table: what was swapped, what was left and why. `report.undo()` takes the swaps back.
@@ -169,5 +185,5 @@ def patch(model: torch.nn.Module, *, norms: bool = True, attention: bool = True,
     """
     if not issubclass(type(model), torch.nn.Module):
         raise TypeError(f"[patch] model: expected a torch.nn.Module, but got {type(model).__name__}")
-    wanted = {"norms": norms, "attention": attention, "activations": activations}
+    wanted = {"norms": norms, "attention": attention, "activations": activations, "mlp": mlp, "rope": rope}
     return _Walk(model, {name: flag("patch", name, value) for name, value in wanted.items()}).run()

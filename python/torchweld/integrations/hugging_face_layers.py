@@ -1,0 +1,203 @@
+"""Norms, activations and gated MLPs of Hugging Face transformers on the kernels.
+
+What a class computes is told by its code, since most models carry copies of the same few. What a module's activation is
+is asked at each call, for it may be replaced or hooked.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import CodeType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchweld import ops
+from torchweld._torch import has_hooks
+from torchweld.integrations.hugging_face_rotary import on_the_kernels
+
+
+@dataclass(frozen=True)
+class Known:
+    """`kind`: of swap; `methods` that do the same as those of the class; `now`: what they run on.
+
+    `why_not`: of a module, why it stays as it is; None if it does not.
+    """
+
+    kind: str
+    methods: Mapping[str, Callable[..., Any]]
+    now: str
+    why_not: Callable[[Any], str | None] = lambda _: None
+
+
+def _stock(module: Any, *args: Any) -> Any:
+    """The forward of the class that the module's own stands for."""
+    return super(type(module), module).forward(*args)
+
+
+# ---- Norms and activations
+
+
+def _rms_norm(module: Any, hidden_states: Tensor) -> Tensor:
+    if hidden_states.dtype != module.weight.dtype:  # each model mixes dtypes in its own way
+        stock: Tensor = _stock(module, hidden_states)
+        return stock
+    return ops.rms_norm(hidden_states, module.weight.shape, module.weight, module.variance_epsilon)
+
+
+def _gemma_norm(module: Any, x: Tensor) -> Tensor:
+    return ops.rms_norm(x, module.weight.shape, module.weight, module.eps, zero_centered_weight=True)
+
+
+def _gelu(module: Any, input: Tensor) -> Tensor:
+    return ops.gelu(input)
+
+
+def _gelu_tanh(module: Any, input: Tensor) -> Tensor:
+    return ops.gelu(input, "tanh")
+
+
+_ACTIVATIONS = {"GELUActivation": _gelu, "NewGELUActivation": _gelu_tanh, "GELUTanh": _gelu_tanh}
+
+
+# ---- Gated MLPs
+
+_GATES: dict[tuple[str, str], Callable[..., Tensor]] = {
+    ("torch.nn.modules.activation", "SiLU"): ops.swiglu,
+    ("transformers.activations", "SiLUActivation"): ops.swiglu,
+    ("transformers.activations", "GELUActivation"): ops.geglu,
+    ("transformers.activations", "NewGELUActivation"): partial(ops.geglu, approximate="tanh"),
+    ("transformers.activations", "GELUTanh"): partial(ops.geglu, approximate="tanh"),
+}
+
+
+def _gate(activation: Any) -> Callable[..., Tensor] | None:
+    """What stands for the product with an activation; None where a call of it is to be seen, or is of another."""
+    if not isinstance(activation, torch.nn.Module) or has_hooks(activation) or "forward" in vars(activation):
+        return None
+    cls = type(activation)
+    if (cls.__module__, cls.__name__) == ("torch.nn.modules.activation", "GELU"):
+        return partial(ops.geglu, approximate=str(activation.approximate))
+    return _GATES.get((cls.__module__, cls.__name__))
+
+
+def _llama_mlp(module: Any, x: Tensor) -> Any:
+    if (gate := _gate(module.act_fn)) is None:
+        return _stock(module, x)
+    return module.down_proj(gate(module.gate_proj(x), module.up_proj(x)))
+
+
+def _phi3_mlp(module: Any, hidden_states: Tensor) -> Any:
+    if (gate := _gate(module.activation_fn)) is None:
+        return _stock(module, hidden_states)
+    return module.down_proj(gate(module.gate_up_proj(hidden_states)))
+
+
+def _t5_mlp(module: Any, hidden_states: Tensor) -> Any:
+    if (gate := _gate(module.act)) is None or type(module.wo) is not torch.nn.Linear:
+        return _stock(module, hidden_states)
+    product = module.dropout(gate(module.wi_0(hidden_states), module.wi_1(hidden_states)))
+    return module.wo(product.to(module.wo.weight.dtype))  # which may have stayed float32
+
+
+def _t5_gemma_mlp(module: Any, x: Tensor) -> Any:
+    if (gate := _gate(module.act_fn)) is None:
+        return _stock(module, x)
+    return module.down_proj(module.dropout(gate(module.gate_proj(x), module.up_proj(x))))
+
+
+def _modern_bert_mlp(module: Any, hidden_states: Tensor) -> Any:
+    if (gate := _gate(module.act)) is None:
+        return _stock(module, hidden_states)
+    return module.Wo(module.drop(gate(module.Wi(hidden_states))))
+
+
+def _apply_gate(module: Any, gate_up_out: Tensor) -> Any:
+    if (gate := _gate(module.act_fn)) is None:
+        return super(type(module), module)._apply_gate(gate_up_out)
+    return gate(gate_up_out)
+
+
+# By the model and class that it is written for: the forward, and the name of its activation.
+_MLPS: dict[tuple[str, str], tuple[Callable[..., Any], str]] = {
+    ("llama", "LlamaMLP"): (_llama_mlp, "act_fn"),
+    ("qwen2_5_vl", "Qwen2_5_VLMLP"): (_llama_mlp, "act_fn"),
+    ("phi3", "Phi3MLP"): (_phi3_mlp, "activation_fn"),
+    ("t5", "T5DenseGatedActDense"): (_t5_mlp, "act"),
+    ("t5gemma", "T5GemmaMLP"): (_t5_gemma_mlp, "act_fn"),
+    ("modernbert", "ModernBertMLP"): (_modern_bert_mlp, "act"),
+}
+
+
+def _no_gate(name: str, module: Any) -> str | None:
+    activation = getattr(module, name, None)
+    return None if _gate(activation) else f"its activation, {type(activation).__name__}, has no gated kernel, or hooks"
+
+
+def _why_not_experts(module: Any) -> str | None:
+    config = getattr(module, "config", None)
+    if getattr(config, "_experts_implementation", "eager") in ("eager", None):
+        return "its experts are called one by one"
+    return _no_gate("act_fn", module)
+
+
+def _gated(cls: Any) -> Known | None:
+    body = _body(cls, "forward")
+    for (model, name), (forward, activation) in _MLPS.items():
+        if body is not None and body == _body(_class(model, name), "forward"):
+            return Known("mlp", {"forward": forward}, _NOW, partial(_no_gate, activation))
+    experts = getattr(cls, "_apply_gate", None)
+    if experts is not None and experts is getattr(_module("integrations.moe"), "_default_apply_gate", None):
+        return Known("mlp", {"_apply_gate": _apply_gate}, _NOW, _why_not_experts)
+    return None
+
+
+_NOW = "its gate: torchweld.ops.swiglu or geglu"
+
+
+# ---- Recognition
+
+
+def _module(name: str) -> Any:
+    """A module of transformers; None where this version has it not."""
+    try:
+        return importlib.import_module(f"transformers.{name}")
+    except ImportError:
+        return None
+
+
+def _class(model: str, name: str) -> Any:
+    return getattr(_module(f"models.{model}.modeling_{model}"), name, None)
+
+
+def _body(cls: Any, *methods: str) -> tuple[Any, ...] | None:
+    """What the methods do: their instructions, and the names and constants in them."""
+    codes = [getattr(getattr(cls, method, None), "__code__", None) for method in methods]
+    if not all(isinstance(code, CodeType) for code in codes):
+        return None
+    return tuple((c.co_code, c.co_names, tuple(map(repr, c.co_consts))) for c in codes if c is not None)
+
+
+def recognise(cls: Any) -> Known | None:
+    """What stands for a class of transformers; None for one not known."""
+    if not cls.__module__.startswith("transformers."):
+        return None
+    if cls.__module__ == "transformers.activations":
+        forward = _ACTIVATIONS.get(cls.__name__)
+        return Known("activations", {"forward": forward}, "torchweld.ops.gelu") if forward else None
+    if "Norm" in cls.__name__:
+        llama, t5 = _class("llama", "LlamaRMSNorm"), _class("t5", "T5LayerNorm")
+        if _body(cls, "forward") in (_body(llama, "forward"), _body(t5, "forward")):
+            return Known("norms", {"forward": _rms_norm}, "torchweld.ops.rms_norm")
+        if _body(cls, "forward", "_norm") == _body(_class("gemma2", "Gemma2RMSNorm"), "forward", "_norm"):
+            return Known("norms", {"forward": _gemma_norm}, "torchweld.ops.rms_norm")
+        return None
+    if found := _gated(cls):
+        return found
+    if forward := on_the_kernels(cls):
+        return Known("rope", {"forward": forward}, "its rotary embedding: torchweld.ops.rotary_embedding")
+    return None
