@@ -90,7 +90,7 @@ def test_views_of_one_tensor_are_not_copied(monkeypatch: pytest.MonkeyPatch) -> 
     seen: list[tuple[int, ...]] = []
     right = backend.kernels["cpu"].gated_forward
     monkeypatch.setattr(
-        backend, "kernels", {"cpu": _Noting(right, lambda gate, up, *_: seen.append((gate.data_ptr(), up.data_ptr())))}
+        backend, "kernels", {"cpu": _Noting(right, lambda gate, up, **_: seen.append((gate.data_ptr(), up.data_ptr())))}
     )
     both = torch.randn(3, 5, 64)
     gate, up = both.chunk(2, -1)
@@ -103,9 +103,9 @@ class _Noting:
     def __init__(self, right: Callable[..., None], note: Callable[..., None]) -> None:
         self.right, self.note = right, note
 
-    def gated_forward(self, *args: Any) -> None:
-        self.note(*args)
-        self.right(*args)
+    def gated_forward(self, **arguments: Any) -> None:
+        self.note(**arguments)
+        self.right(**arguments)
 
 
 def test_inputs_of_two_dtypes_are_promoted(form: tuple[Any, Any, Any]) -> None:
