@@ -225,13 +225,18 @@ class GPT2(nn.Module):
             cache.length = end
         return self.ln_f(x, residual)[0]
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits of the token that follows each one: (B, N) -> (B, N, V). `cache` holds the tokens before, if any."""
-        return F.linear(self.hidden(tokens, cache), self.wte.weight)
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, targets: Tensor | None = None) -> Tensor:
+        """Logits of the token that follows each one: (B, N) -> (B, N, V). `cache` holds the tokens before, if any.
+
+        With `targets` (B, N) the loss, without the logits in memory.
+        """
+        x, head = self.hidden(tokens, cache), self.wte.weight
+        logits_or_loss: Tensor = F.linear(x, head) if targets is None else self.linear_cross_entropy(x, head, targets)
+        return logits_or_loss
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy in nats of `targets` (B, N) after `tokens` (B, N)."""
-        loss: Tensor = self.linear_cross_entropy(self.hidden(tokens), self.wte.weight, targets)
+        loss: Tensor = self(tokens, targets=targets)  # by the call, which hooks see
         return loss
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
