@@ -257,7 +257,7 @@ class Head {
 
   // Rows are summed in short chains, for float32's rounding grows with their length.
   void add_bias(const S* dlogits, int64_t count, float* total, float* chain, bool first) const {
-    constexpr int64_t kChain = 32;
+    constexpr int64_t kChain = 64;
     if (first) std::memset(total, 0, sizeof(float) * count);
     for (int64_t m0 = 0; m0 < rows_; m0 += kChain) {
       std::memset(chain, 0, sizeof(float) * plan_.width);

@@ -204,13 +204,20 @@ class GPT2(Decoder):
         """Of the token that follows each position: (..., C) -> (..., V)."""
         return F.linear(hidden, self.wte.weight)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """Logits of the token that follows each one: (B, N) -> (B, N, V). `cache` holds the tokens before, if any."""
-        return self.logits(self.hidden(tokens, cache))
+    def forward(self, tokens: Tensor, cache: KVCache | None = None, targets: Tensor | None = None) -> Tensor:
+        """Logits of the token that follows each one: (B, N) -> (B, N, V). `cache` holds the tokens before, if any.
+
+        With `targets` (B, N) it returns the mean loss, and the logits are never in memory.
+        """
+        hidden = self.hidden(tokens, cache)
+        if targets is None:
+            return self.logits(hidden)
+        loss: Tensor = self.linear_cross_entropy(hidden, self.wte.weight, targets)
+        return loss
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """The mean cross-entropy in nats of `targets` (B, N) after `tokens` (B, N)."""
-        loss: Tensor = self.linear_cross_entropy(self.hidden(tokens), self.wte.weight, targets)
+        loss: Tensor = self(tokens, targets=targets)  # by the call, which hooks see
         return loss
 
     def published(self) -> dict[str, Tensor]:
