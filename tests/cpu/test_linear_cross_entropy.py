@@ -125,6 +125,19 @@ def test_every_way_to_ask_for_the_gradient(reduction: str) -> None:
         torch.testing.assert_close(gradient(leaf), 2 * expected)
 
 
+def test_a_loss_scale_keeps_small_gradients_in_float16() -> None:
+    torch.manual_seed(0)
+    x, weight, target = torch.randn(2000, 24), torch.randn(40, 24) * 1e-3, torch.randint(40, (2000,))
+    found = []
+    for dtype, loss_of in ((torch.float64, reference.linear_cross_entropy), (torch.float32, ops.linear_cross_entropy)):
+        a, w = x.to(dtype).requires_grad_(), weight.to(dtype).requires_grad_()
+        with torch.autocast("cpu", torch.float16, enabled=dtype is torch.float32):
+            loss = loss_of(a, w, target)
+        found.append(torch.autograd.grad(2.0**16 * loss, (a, w)))
+    for exact, ours in zip(*found, strict=True):
+        assert float((ours - exact).norm() / exact.norm()) < 2e-3
+
+
 def test_fake_tensors_have_gradients() -> None:
     with FakeTensorMode():
         x, w, target, b = tensors(20, 8, 40)

@@ -1,12 +1,18 @@
-"""linear_cross_entropy by torch's own products, a chunk of rows at a time: for devices without a kernel of it."""
+"""The registered op behind `torchweld.ops.linear_cross_entropy`: its kernel, and its fake.
+
+A device without a kernel of it takes torch's own products, a chunk of rows at a time.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from torchweld import backend
+from torchweld.ops._register import register, settle
 from torchweld.reference.linear_cross_entropy import losses_of
 
+_OP = "linear_cross_entropy"
 _CHUNK_ELEMENTS = 1 << 26  # of the logits, 256 MB in float32
 
 
@@ -59,3 +65,82 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     if a.is_cuda and a.dtype != torch.float32:
         return torch.mm(a, b, out_dtype=torch.float32)
     return torch.mm(a, b)
+
+
+# ---- Implementation. The losses of all rows and, for gradients `dloss` of them, those of what is `wanted` of input,
+# weight and bias; what is not is empty. The bindings look at every target.
+
+
+def _kernel(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    softcap: float,
+    z_loss: float,
+    dloss: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    x, w, classes = (
+        settle(t, f"[{_OP}] {name}") for name, t in (("input", input), ("weight", weight), ("target", target))
+    )
+    b = None if bias is None else settle(bias, f"[{_OP}] bias", torch.float32)
+    if dloss is not None:
+        dloss = settle(dloss, f"[{_OP}] gradient of the loss", torch.float32)
+    if x.is_cuda:
+        return by_chunks(x, w, b, classes, ignore_index, smoothing, softcap, z_loss, dloss, wanted)
+    loss = x.new_empty(x.shape[0], dtype=torch.float32)
+    grads = [torch.empty_like(t) if want and t is not None else None for t, want in zip((x, w, b), wanted, strict=True)]
+    dinput, dweight, dbias = grads
+    backend.kernels[x.device.type].linear_cross_entropy(
+        input=x,
+        weight=w,
+        bias=b,
+        target=classes,
+        ignore_index=ignore_index,
+        smoothing=smoothing,
+        softcap=softcap,
+        z_loss=z_loss,
+        dloss=dloss,
+        loss=loss,
+        dinput=dinput,
+        dweight=dweight,
+        dbias=dbias,
+    )
+    dinput, dweight, dbias = (x.new_empty(0) if g is None else g for g in grads)
+    return loss, dinput, dweight, dbias
+
+
+# ---- Fake
+
+
+def _fake(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    smoothing: float,
+    softcap: float,
+    z_loss: float,
+    dloss: Tensor | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dinput, dweight = (
+        torch.empty_like(t, memory_format=torch.contiguous_format) if want else t.new_empty(0)
+        for t, want in zip((input, weight), wanted[:2], strict=True)
+    )
+    biased = wanted[2] and bias is not None
+    dbias = input.new_empty(weight.shape[0], dtype=torch.float32) if biased else input.new_empty(0)
+    return input.new_empty(input.shape[0], dtype=torch.float32), dinput, dweight, dbias
+
+
+op = register(
+    "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, int ignore_index, float smoothing,"
+    " float softcap, float z_loss, Tensor? dloss, bool[3] wanted)"
+    " -> (Tensor loss, Tensor dinput, Tensor dweight, Tensor dbias)",
+    _kernel,
+    _fake,
+)

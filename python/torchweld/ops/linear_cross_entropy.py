@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld._torch import graph_is_kept
 from torchweld.ops._arguments import (
     KERNEL_DTYPES,
     check_dense,
@@ -21,180 +18,11 @@ from torchweld.ops._arguments import (
     number,
     shown,
 )
-from torchweld.ops._linear_cross_entropy import by_chunks
-from torchweld.ops._register import (
-    applier,
-    double_backward,
-    elsewhere,
-    register,
-    settle,
-    under_autocast,
-    wants_definition,
-    wants_grad,
-)
+from torchweld.ops._linear_cross_entropy import op
+from torchweld.ops._linear_cross_entropy_autograd import loss_of_rows, reduced
+from torchweld.ops._register import elsewhere, under_autocast, wants_grad
 
 _OP = "linear_cross_entropy"
-
-# ---- Implementation. The losses of all rows and, for gradients `dloss` of them, those of what is `wanted` of input,
-# weight and bias; what is not is empty. The bindings look at every target.
-
-
-def _kernel(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    smoothing: float,
-    softcap: float,
-    z_loss: float,
-    dloss: Tensor | None,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    x, w, classes = (
-        settle(t, f"[{_OP}] {name}") for name, t in (("input", input), ("weight", weight), ("target", target))
-    )
-    b = None if bias is None else settle(bias, f"[{_OP}] bias", torch.float32)
-    if dloss is not None:
-        dloss = settle(dloss, f"[{_OP}] gradient of the loss", torch.float32)
-    if x.is_cuda:
-        return by_chunks(x, w, b, classes, ignore_index, smoothing, softcap, z_loss, dloss, wanted)
-    loss = x.new_empty(x.shape[0], dtype=torch.float32)
-    grads = [torch.empty_like(t) if want and t is not None else None for t, want in zip((x, w, b), wanted, strict=True)]
-    dinput, dweight, dbias = grads
-    backend.kernels[x.device.type].linear_cross_entropy(
-        input=x,
-        weight=w,
-        bias=b,
-        target=classes,
-        ignore_index=ignore_index,
-        smoothing=smoothing,
-        softcap=softcap,
-        z_loss=z_loss,
-        dloss=dloss,
-        loss=loss,
-        dinput=dinput,
-        dweight=dweight,
-        dbias=dbias,
-    )
-    dinput, dweight, dbias = (x.new_empty(0) if g is None else g for g in grads)
-    return loss, dinput, dweight, dbias
-
-
-# ---- Fake
-
-
-def _fake(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    ignore_index: int,
-    smoothing: float,
-    softcap: float,
-    z_loss: float,
-    dloss: Tensor | None,
-    wanted: list[bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dinput, dweight = (
-        torch.empty_like(t, memory_format=torch.contiguous_format) if want else t.new_empty(0)
-        for t, want in zip((input, weight), wanted[:2], strict=True)
-    )
-    biased = wanted[2] and bias is not None
-    dbias = input.new_empty(weight.shape[0], dtype=torch.float32) if biased else input.new_empty(0)
-    return input.new_empty(input.shape[0], dtype=torch.float32), dinput, dweight, dbias
-
-
-_op = register(
-    "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, int ignore_index, float smoothing,"
-    " float softcap, float z_loss, Tensor? dloss, bool[3] wanted)"
-    " -> (Tensor loss, Tensor dinput, Tensor dweight, Tensor dbias)",
-    _kernel,
-    _fake,
-)
-
-# ---- Autograd
-
-
-def _reduced(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
-    """In float64: what a row's loss was rounded by may be the same for all."""
-    if reduction == "none":
-        return losses
-    total = losses.sum(dtype=torch.float64)
-    return total / (target != ignore_index).sum() if reduction == "mean" else total
-
-
-class _LinearCrossEntropy(torch.autograd.Function):
-    """A mean or a sum gives each row a gradient that is known beforehand, but for a factor: so all is done at once."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        options: tuple[int, float, float, float],
-        reduction: str,
-        wanted: tuple[bool, bool, bool],
-    ) -> Tensor:
-        dloss = None
-        if reduction != "none":
-            dloss = input.new_ones(input.shape[0], dtype=torch.float32)
-            if reduction == "mean":
-                dloss = dloss / (target != options[0]).sum()
-        now = list(wanted) if dloss is not None else [False] * 3
-        losses, *grads = _op(input, weight, bias, target, *options, dloss, now)
-        ctx.save_for_backward(input, weight, bias, target, *grads)
-        ctx.options, ctx.reduction, ctx.wanted = options, reduction, wanted
-        return _reduced(losses, target, options[0], reduction)
-
-    @staticmethod
-    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        input, weight, bias, target, *grads = ctx.saved_tensors
-        if wants_definition(dloss):
-            return (*_definition(ctx, input, weight, bias, target, dloss), *[None] * 4)
-        if ctx.reduction == "none":
-            grads = list(_op(input, weight, bias, target, *ctx.options, dloss, list(ctx.wanted))[1:])
-        elif not _is_last_use_of_all(dloss):
-            grads = [g * dloss for g in grads]
-        if bias is not None:
-            grads[2] = grads[2].to(bias.dtype)
-        return (*[g if want else None for g, want in zip(grads, ctx.wanted, strict=True)], *[None] * 4)
-
-
-def _is_last_use_of_all(dloss: Tensor) -> bool:
-    """Whether saved gradients may be given away as they are: no other backward follows, and the factor is 1."""
-    if torch.compiler.is_compiling() or type(dloss) is not Tensor or dloss.device.type != "cpu":
-        return False
-    return float(dloss) == 1.0 and not graph_is_kept()
-
-
-def _definition(
-    ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, dloss: Tensor
-) -> list[Tensor | None]:
-    ignore_index, smoothing, softcap, z_loss = ctx.options
-
-    def function(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
-        loss = reference.linear_cross_entropy(
-            x.float(),
-            w.float(),
-            target,
-            None if b is None else b.float(),
-            ignore_index=ignore_index,
-            label_smoothing=smoothing,
-            reduction=ctx.reduction,
-            softcap=softcap or None,
-            z_loss=z_loss,
-        )
-        return loss.to(dloss.dtype)
-
-    return double_backward(function, (input, weight, bias), (dloss,), ctx.wanted)
-
-
-_loss = applier(_LinearCrossEntropy)
-
-# ---- Public
 
 
 def _refusal(input: Tensor, dtype: torch.dtype) -> str | None:
@@ -322,10 +150,10 @@ def linear_cross_entropy(
     w, settings = weight.to(dtype), (ignore_index, label_smoothing, softcap or 0.0, z_loss)
     if wants_grad(input, weight, bias):
         wanted = tuple(t is not None and t.requires_grad for t in (input, weight, bias))
-        losses = _loss(rows, w, bias, classes, settings, reduction, wanted)
+        losses = loss_of_rows(rows, w, bias, classes, settings, reduction, wanted)
     else:
-        losses = _op(rows, w, bias, classes, *settings, None, [False] * 3)[0]
-        losses = _reduced(losses, classes, ignore_index, reduction)
+        losses = op(rows, w, bias, classes, *settings, None, [False] * 3)[0]
+        losses = reduced(losses, classes, ignore_index, reduction)
     if reduction == "none":
         losses = losses.reshape(target.shape)
         losses = losses[..., :-1] if shift else losses
