@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import torchweld.ops
 from torchweld.errors import UserError
 from torchweld.models.layers import Norm
-from torchweld.models.published import Published, check_config, check_sizes
+from torchweld.models.published import Published, check_config, check_heads, check_sizes
 from torchweld.models.sequences import Packed, Padded, arrange, positions
 
 _SIZES = [
@@ -51,13 +51,7 @@ class BERTConfig:
 
     def __post_init__(self) -> None:
         check_sizes(self, _SIZES)
-        if self.hidden_size % self.num_attention_heads:
-            raise UserError(
-                f"BERTConfig: expected hidden_size divisible by num_attention_heads, but got {self.hidden_size} and "
-                f"{self.num_attention_heads}"
-            )
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"BERTConfig: dropout: expected a number in [0, 1), but got {self.dropout!r}")
+        check_heads(self, "hidden_size", "num_attention_heads")
 
     @classmethod
     def from_hugging_face(cls, values: Mapping[str, Any]) -> BERTConfig:

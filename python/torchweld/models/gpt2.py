@@ -21,7 +21,7 @@ import torchweld.ops
 from torchweld.errors import UserError
 from torchweld.models.decoding import Decoder, KVCache
 from torchweld.models.layers import Norm
-from torchweld.models.published import check_config, check_sizes
+from torchweld.models.published import check_config, check_heads, check_sizes
 
 SIZES = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
 
@@ -39,12 +39,8 @@ class GPT2Config:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        name = type(self).__name__
         check_sizes(self, SIZES)
-        if self.n_embd % self.n_head:
-            raise UserError(f"{name}: expected n_embd divisible by n_head, but got {self.n_embd} and {self.n_head}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"{name}: dropout: expected a number in [0, 1), but got {self.dropout!r}")
+        check_heads(self, "n_embd", "n_head")
 
     @classmethod
     def from_hugging_face(cls, values: Mapping[str, Any]) -> GPT2Config:

@@ -97,3 +97,12 @@ def check_sizes(config: object, names: list[str]) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or value < 1:
             raise UserError(f"{type(config).__name__}: {name}: expected a positive whole number, but got {value!r}")
+
+
+def check_heads(config: object, width: str, heads: str) -> None:
+    """Raises UserError unless the field `heads` of a config divides `width`, and its dropout is in [0, 1)."""
+    name, n, parts, dropout = type(config).__name__, *(getattr(config, f) for f in (width, heads, "dropout"))
+    if n % parts:
+        raise UserError(f"{name}: expected {width} divisible by {heads}, but got {n} and {parts}")
+    if not 0.0 <= dropout < 1.0:
+        raise UserError(f"{name}: dropout: expected a number in [0, 1), but got {dropout!r}")
