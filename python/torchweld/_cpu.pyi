@@ -8,6 +8,7 @@ from torch import Tensor
 
 from torchweld.ops._attention import Modifiers as _Modifiers
 from torchweld.ops._attention import Options as _Options
+from torchweld.ops._linear_cross_entropy import LossOptions as _LossOptions
 from torchweld.ops._norm import Norm as _Norm
 from torchweld.ops._optimizer import Step as _Step
 from torchweld.ops.adamw import AdamWLists as _AdamWLists
@@ -26,6 +27,7 @@ GRAD_NORM_BLOCKS: int
 
 AdamWLists: tuple[str, ...]
 AdamWOptions: tuple[str, ...]
+LossOptions: tuple[str, ...]
 Modifiers: tuple[str, ...]
 Norm: tuple[str, ...]
 Options: tuple[str, ...]
@@ -60,10 +62,7 @@ def linear_cross_entropy(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    ignore_index: int,
-    smoothing: float,
-    softcap: float,
-    z_loss: float,
+    options: _LossOptions,
     dloss: Tensor | None,
     loss: Tensor,
     dinput: Tensor | None,

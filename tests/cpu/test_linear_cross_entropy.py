@@ -193,12 +193,12 @@ def test_by_chunks_of_torchs_products(
 ) -> None:
     """What serves a GPU is the kernel's result, whatever a chunk holds."""
     x, w, target, b = (t.detach() for t in tensors(70, 12, 50, dtype))
-    settings = [-100, options.get("label_smoothing", 0.0), options.get("softcap") or 0.0, options.get("z_loss", 0.0)]
-    op = torch.ops.torchweld.linear_cross_entropy.default
+    smoothing, softcap, z_loss = (options.get(n) or 0.0 for n in ("label_smoothing", "softcap", "z_loss"))
+    settings = chunks.LossOptions(-100, smoothing, softcap, z_loss)
     for rows, wanted in ((70, [True] * 3), (9, [True] * 3), (9, [False, True, False]), (1, [True, False, True])):
         monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", rows * 50)
-        call: list[Any] = [x, w, b.float(), target, *settings, torch.rand(70), wanted]
-        found, expected = chunks.by_chunks(*call), op(*call)
+        call: list[Any] = [x, w, b.float(), target, settings, torch.rand(70), wanted]
+        found, expected = chunks.by_chunks(*call), chunks.op(*call)
         for ours, theirs in zip(found, expected, strict=True):
             assert (ours.dtype, ours.shape) == (theirs.dtype, theirs.shape)
             rounding = 8 * torch.finfo(dtype).eps * max(1.0, theirs.abs().max().item() if theirs.numel() else 0.0)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from torchweld import _cpu, ops, optim
 from torchweld.ops._attention import Options
+from torchweld.ops._linear_cross_entropy import LossOptions
 from torchweld.ops._norm import Norm
 from torchweld.ops._optimizer import Step
 from torchweld.ops.adamw import AdamWLists, AdamWOptions
@@ -199,9 +200,9 @@ def test_a_class_outside_of_the_logits_is_refused() -> None:
             IndexError, match=rf"expected classes in \[0, 4\) or ignore_index -100, but got {bad} in row 1"
         ):
             _cpu.cross_entropy_forward(logits, target, -100, 0.0, loss, stats)
-        wanted, weight = [None] * 3, torch.ones(4, 4)
+        wanted, weight, options = [None] * 3, torch.ones(4, 4), LossOptions(-100, 0.0, 0.0, 0.0)
         with pytest.raises(IndexError, match=rf"^\[linear_cross_entropy\] target: .*, but got {bad} in row 1"):
-            _cpu.linear_cross_entropy(logits, weight, None, target, -100, 0.0, 0.0, 0.0, None, loss, *wanted)
+            _cpu.linear_cross_entropy(logits, weight, None, target, options, None, loss, *wanted)
 
 
 def test_lazily_negated_integers_are_negated() -> None:

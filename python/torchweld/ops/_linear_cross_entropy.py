@@ -5,6 +5,8 @@ A device without a kernel of it takes torch's own products, a chunk of rows at a
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -16,15 +18,21 @@ _OP = "linear_cross_entropy"
 _CHUNK_ELEMENTS = 1 << 26  # of the logits, 256 MB in float32
 
 
+class LossOptions(NamedTuple):
+    """What the losses of rows are made by, beside the logits. `softcap`: 0 for none."""
+
+    ignore_index: int
+    smoothing: float
+    softcap: float
+    z_loss: float
+
+
 def by_chunks(
     input: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    ignore_index: int,
-    smoothing: float,
-    softcap: float,
-    z_loss: float,
+    options: LossOptions,
     dloss: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -38,13 +46,15 @@ def by_chunks(
     for begin in range(0, rows, chunk):
         part = slice(begin, begin + chunk)
         # Rows without a target are not read: what they hold must reach no product.
-        x = input[part].masked_fill((target[part] == ignore_index).unsqueeze(1), 0.0)
+        x = input[part].masked_fill((target[part] == options.ignore_index).unsqueeze(1), 0.0)
         with torch.enable_grad():
             logits = torch.mm(x.detach(), weight.detach().t()).float()
             if bias is not None:
                 logits = logits + bias.detach()
             logits.requires_grad_(dloss is not None)
-            losses = losses_of(logits, target[part], ignore_index, smoothing, softcap or None, z_loss)
+            losses = losses_of(
+                logits, target[part], options.ignore_index, options.smoothing, options.softcap or None, options.z_loss
+            )
         loss[part] = losses.detach()
         if dloss is None:
             continue
@@ -76,10 +86,7 @@ def _kernel(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    ignore_index: int,
-    smoothing: float,
-    softcap: float,
-    z_loss: float,
+    options: LossOptions,
     dloss: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -90,7 +97,7 @@ def _kernel(
     if dloss is not None:
         dloss = settle(dloss, f"[{_OP}] gradient of the loss", torch.float32)
     if x.is_cuda:
-        return by_chunks(x, w, b, classes, ignore_index, smoothing, softcap, z_loss, dloss, wanted)
+        return by_chunks(x, w, b, classes, options, dloss, wanted)
     loss = x.new_empty(x.shape[0], dtype=torch.float32)
     grads = [torch.empty_like(t) if want and t is not None else None for t, want in zip((x, w, b), wanted, strict=True)]
     dinput, dweight, dbias = grads
@@ -99,10 +106,7 @@ def _kernel(
         weight=w,
         bias=b,
         target=classes,
-        ignore_index=ignore_index,
-        smoothing=smoothing,
-        softcap=softcap,
-        z_loss=z_loss,
+        options=options,
         dloss=dloss,
         loss=loss,
         dinput=dinput,
@@ -121,10 +125,7 @@ def _fake(
     weight: Tensor,
     bias: Tensor | None,
     target: Tensor,
-    ignore_index: int,
-    smoothing: float,
-    softcap: float,
-    z_loss: float,
+    options: LossOptions,
     dloss: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -138,9 +139,10 @@ def _fake(
 
 
 op = register(
-    "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, int ignore_index, float smoothing,"
-    " float softcap, float z_loss, Tensor? dloss, bool[3] wanted)"
+    "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, LossOptions options, Tensor? dloss,"
+    " bool[3] wanted)"
     " -> (Tensor loss, Tensor dinput, Tensor dweight, Tensor dbias)",
     _kernel,
     _fake,
+    LossOptions,
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchweld import reference
 from torchweld._torch import graph_is_kept
-from torchweld.ops._linear_cross_entropy import op
+from torchweld.ops._linear_cross_entropy import LossOptions, op
 from torchweld.ops._register import applier, double_backward, wants_definition
 
 
@@ -31,7 +31,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        options: tuple[int, float, float, float],
+        options: LossOptions,
         reduction: str,
         wanted: tuple[bool, bool, bool],
     ) -> Tensor:
@@ -42,12 +42,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if reduction == "mean":
                 if input.dtype is torch.float16:
                     ctx.scale = _float16_scale(input.shape[0])
-                dloss = dloss * ctx.scale / (target != options[0]).sum()
+                dloss = dloss * ctx.scale / (target != options.ignore_index).sum()
         now = list(wanted) if dloss is not None else [False] * 3
-        losses, *grads = op(input, weight, bias, target, *options, dloss, now)
+        losses, *grads = op(input, weight, bias, target, options, dloss, now)
         ctx.save_for_backward(input, weight, bias, target, *grads)
         ctx.options, ctx.reduction, ctx.wanted = options, reduction, wanted
-        return reduced(losses, target, options[0], reduction)
+        return reduced(losses, target, options.ignore_index, reduction)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
@@ -55,7 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if wants_definition(dloss):
             return (*_definition(ctx, input, weight, bias, target, dloss), *[None] * 4)
         if ctx.reduction == "none":
-            grads = list(op(input, weight, bias, target, *ctx.options, dloss, list(ctx.wanted))[1:])
+            grads = list(op(input, weight, bias, target, ctx.options, dloss, list(ctx.wanted))[1:])
         elif ctx.scale != 1.0 or not _is_last_use_of_all(dloss):
             grads = [g * (dloss / ctx.scale) for g in grads]
         if bias is not None:
@@ -81,7 +81,7 @@ def _is_last_use_of_all(dloss: Tensor) -> bool:
 def _definition(
     ctx: Any, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, dloss: Tensor
 ) -> list[Tensor | None]:
-    ignore_index, smoothing, softcap, z_loss = ctx.options
+    options: LossOptions = ctx.options
 
     def function(x: Tensor, w: Tensor, b: Tensor | None = None) -> Tensor:
         loss = reference.linear_cross_entropy(
@@ -89,11 +89,11 @@ def _definition(
             w.float(),
             target,
             None if b is None else b.float(),
-            ignore_index=ignore_index,
-            label_smoothing=smoothing,
+            ignore_index=options.ignore_index,
+            label_smoothing=options.smoothing,
             reduction=ctx.reduction,
-            softcap=softcap or None,
-            z_loss=z_loss,
+            softcap=options.softcap or None,
+            z_loss=options.z_loss,
         )
         return loss.to(dloss.dtype)
 
