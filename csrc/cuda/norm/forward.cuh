@@ -48,11 +48,26 @@ __device__ __forceinline__ Slice<R, E, V> load_sum(const LayerNormForwardParams&
   return s;
 }
 
+// The first number of row m, about. The mean is summed about it: in a row of nearly equal numbers the sum itself would
+// be rounded by more than they deviate.
+template <class T, class R>
+__device__ __forceinline__ float pivot(const LayerNormForwardParams& p, int64_t m) {
+  Vector<T, 1> x;
+  Vector<R, 1> residual = {};
+  x.reload(at<T>(p.input, m * p.cols));
+  if (p.residual != nullptr) residual.reload(at<R>(p.residual, m * p.cols));
+  return x[0] + residual[0];
+}
+
 template <class T, int E, int V>
-__device__ __forceinline__ float sum(const Slice<T, E, V>& x) {
+__device__ __forceinline__ float sum_about(float pivot, const Slice<T, E, V>& x, const Columns<E, V>& own) {
   float total = 0.0f;
 #pragma unroll
-  for (int e = 0; e < E; ++e) total += x.vectors[e / V][e % V];
+  for (int c = 0; c < x.kVectors; ++c) {
+    if (!own.has(c)) continue;  // a missing column is not a zero
+#pragma unroll
+    for (int i = 0; i < V; ++i) total += x.vectors[c][i] - pivot;
+  }
   return total;
 }
 
@@ -126,9 +141,10 @@ __global__ void __launch_bounds__(kMaxThreads, V * sizeof(R) == 16 && sizeof(R) 
     // Mean.
     float mean = 0.0f;
     if (p.centred) {
-      float total[1] = {sum(x)};
+      const float near = exists ? pivot<T, R>(p, m) : 0.0f;
+      float total[1] = {sum_about(near, x, own)};
       sum_over_row(total);
-      mean = total[0] / static_cast<float>(N);
+      mean = near + total[0] / static_cast<float>(N);
     }
 
     // Variance.
@@ -154,10 +170,12 @@ __global__ void __launch_bounds__(kMaxThreads) forward_long_rows(const __grid_co
 
   for (int64_t m = blockIdx.x; m < p.rows; m += gridDim.x) {
     // Mean.
+    const float near = pivot<T, R>(p, m);
     float total[1] = {};
-    for (int64_t tile = 0; tile < N; tile += kTile) total[0] += sum(load_sum<T, R>(p, m, tile, own_of(tile)));
+    for (int64_t tile = 0; tile < N; tile += kTile)
+      total[0] += sum_about(near, load_sum<T, R>(p, m, tile, own_of(tile)), own_of(tile));
     sum_over_row(total);
-    const float mean = p.centred ? total[0] / static_cast<float>(N) : 0.0f;
+    const float mean = p.centred ? near + total[0] / static_cast<float>(N) : 0.0f;
 
     // Variance.
     float sums[2] = {};
@@ -191,9 +209,10 @@ __global__ void __launch_bounds__(kMaxThreads) statistics_of_slabs(const __grid_
   const Slice<R, E, V> x = load_sum<T, R>(p, blockIdx.y, column, own);
   float mean = 0.0f;
   if (p.centred) {
-    float total[1] = {sum(x)};
+    const float near = pivot<T, R>(p, blockIdx.y);
+    float total[1] = {sum_about(near, x, own)};
     sum_over_slab(total);
-    mean = total[0] / static_cast<float>(own.count);
+    mean = near + total[0] / static_cast<float>(own.count);
   }
   float sums[2] = {};
   add_centred(sums, x, mean, own);
