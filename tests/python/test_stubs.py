@@ -86,7 +86,8 @@ def records() -> dict[str, type[Any]]:
 @pytest.mark.parametrize("name", list(backend.kernels))
 def test_records_have_the_fields_of_the_module(name: str) -> None:
     published = {n: v for n, v in vars(backend.kernels[name]).items() if isinstance(v, tuple)}
-    assert published == {n: record._fields for n, record in records().items()}
+    promised = stub(f"_{name}")
+    assert published == {n: record._fields for n, record in records().items() if n in promised}
     assert len(published) > 8
 
 
