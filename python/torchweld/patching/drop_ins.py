@@ -36,7 +36,9 @@ class DropIn:
 
 
 def _gelu(self: Any, input: torch.Tensor) -> torch.Tensor:
-    if input.is_nested:
+    # Forward alone torch's exact form is as fast, and faster in bfloat16.
+    forward_alone = self.approximate == "none" and not (input.requires_grad and torch.is_grad_enabled())
+    if input.is_nested or forward_alone:
         return torch.nn.functional.gelu(input, approximate=self.approximate)
     return ops.gelu(input, self.approximate)
 
