@@ -281,3 +281,8 @@ def test_nonsense_sampling_is_refused(sampling: dict[str, Any], message: str) ->
         GPT2(TINY).generate(tokens(1, 3), 1, **sampling)
     with pytest.raises(UserError, match="tokens: expected shape"):
         GPT2(TINY).generate(torch.empty(1, 0, dtype=torch.long), 1)
+
+
+def test_an_empty_batch_has_logits_of_its_shape() -> None:
+    config = CONFIGS["tiny"]
+    assert GPT2(config)(torch.zeros(0, 5, dtype=torch.int64)).shape == (0, 5, config.vocab_size)

@@ -9,8 +9,7 @@ care, because there torch's error or the output's scale says nothing about what 
 Few elements. The largest of a handful of rounding errors is a matter of luck, and torch's may be 0. So is that of many
 elements where one of them, or one row, is far larger than the others. The limit itself does not change: `Oracle` judges
 a small case over several draws of its inputs as if they were one tensor, and one that misses over more draws, those
-that missed among them. A fault stays the largest error of all draws; only the estimate
-of torch's error gets better.
+that missed among them. A fault stays the largest error of all draws; only the estimate of torch's error gets better.
 
 Outputs near cancellation. Where the result is a difference of terms far larger than itself (dx of a layer norm over
 two columns, dquery where one key takes all the weight), an ulp of the result means nothing. There the case gives
