@@ -109,8 +109,6 @@ class Attention(nn.Module):
         B, N, C = x.shape
         heads = self.c_attn(x).view(B, N, 3, self.n_head, C // self.n_head)
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, N, D), a view
-            self.c_attn(x).view(B, N, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)
-        )  # views (B, H, N, D)
         past = 0
         if cache is not None:
             past = cache.length
