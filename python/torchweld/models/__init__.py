@@ -1,22 +1,26 @@
-"""Transformer models on `torchweld.ops`: one file and one dataclass config each."""
+"""Models on `torchweld.ops`: one file and one dataclass config each."""
 
-from torchweld.models import bert, gpt2, gpt3, stock
+from torchweld.models import bert, gpt2, gpt3, stock, vae
 from torchweld.models.bert import BERT, BERTConfig, BERTForPreTraining, BERTForSequenceClassification
 from torchweld.models.gpt2 import CONFIGS, GPT2, GPT2Config
 from torchweld.models.gpt3 import GPT3, GPT3Config
+from torchweld.models.vae import VAE, VAEConfig
 
 __all__ = [
     "BERT",
     "CONFIGS",
     "GPT2",
     "GPT3",
+    "VAE",
     "BERTConfig",
     "BERTForPreTraining",
     "BERTForSequenceClassification",
     "GPT2Config",
     "GPT3Config",
+    "VAEConfig",
     "bert",
     "gpt2",
     "gpt3",
     "stock",
+    "vae",
 ]

@@ -65,7 +65,8 @@ def run(args: argparse.Namespace) -> int:
     """Writes a line for each line that it reads, with tabs between the parts."""
     device = pick_device(args.device)
     directory = checkpoint.locate(Path(args.checkpoint), to_use=True)
-    config, weights, tokenizer = checkpoint.load_model(directory, read_config)
+    config, weights = checkpoint.load_model(directory, read_config)
+    tokenizer = checkpoint.load_tokenizer(directory, config)
     tokenizer.no_padding()
     tokenizer.enable_truncation(config.max_position_embeddings)
     with forced_backend(args.backend, device), _opened(args.file) as lines:

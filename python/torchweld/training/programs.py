@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from torchweld.training.autoencoding import VAE
 from torchweld.training.language_model import GPT2, GPT3
 from torchweld.training.pretraining import BERT
 from torchweld.training.program import Program
 
-PROGRAMS: dict[str, Program] = {program.name: program for program in (GPT2, GPT3, BERT)}
+PROGRAMS: dict[str, Program] = {program.name: program for program in (GPT2, GPT3, BERT, VAE)}

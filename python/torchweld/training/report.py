@@ -30,8 +30,8 @@ MEAN_LIMIT = 0.03
 class Reporter:
     """Prints lines, with a live bar below them on a terminal and a line every `every` steps elsewhere."""
 
-    def __init__(self, console: Console, done: int, total: int, perplexities: bool = True) -> None:
-        self.perplexities = perplexities
+    def __init__(self, console: Console, done: int, total: int, program: Program) -> None:
+        self.program = program
         self.console, self.total, self.every = console, total, max(1, round(total / 20))
         self.bar = Progress(
             TextColumn("training"),
@@ -58,7 +58,7 @@ class Reporter:
         if len(named) > 1:
             text += f" (now {', '.join(f'{name} {loss:.3f}' for name, loss in named.items())})"
         for trainer in trainers:
-            text += f", {median(trainer.rates[-_RECENT:]):,.0f} tokens/s"
+            text += f", {median(trainer.rates[-_RECENT:]):,.0f} {self.program.counted}/s"
             text += f" ({trainer.name})" if len(trainers) > 1 else ""
         self.bar.update(self.task, completed=len(losses), description=text)
         if not self.console.is_terminal and len(losses) % self.every == 0:
@@ -69,7 +69,7 @@ class Reporter:
         for trainer in trainers:
             step, loss = trainer.validation[-1]
             name = f" ({trainer.name})" if len(trainers) > 1 else ""
-            exponential = f", perplexity {perplexity(loss)}" if self.perplexities else ""
+            exponential = f", perplexity {perplexity(loss)}" if self.program.unit == "nats per token" else ""
             self.console.print(f"step {step}/{self.total}: validation loss {loss:.4f}{exponential}{name}")
 
 
@@ -85,9 +85,9 @@ def compare(console: Console, trainers: Sequence[Trainer]) -> bool:
         Whether all agree.
     """
     ours, *rivals = trainers
-    tokens = round(fmean(ours.tokens))
-    table = Table(title=f"{ours.step} steps of {tokens:,} tokens each, from the same weights in the same order")
-    for heading in ("", "median tokens/s", "20% .. 80%", "training loss", "validation loss"):
+    count, counted = round(fmean(ours.counts)), ours.program.counted
+    table = Table(title=f"{ours.step} steps of {count:,} {counted} each, from the same weights in the same order")
+    for heading in ("", f"median {counted}/s", "20% .. 80%", "training loss", "validation loss"):
         table.add_column(heading, justify="right")
     for trainer in trainers:
         slow, fast = _spread(trainer.rates)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 CLEAR = 0.5  # a number so far from zero has a sign
 MOST_CONFUSED = 10
-LOWER_IS_BETTER = {"squared error", "masked, nats"}
+LOWER_IS_BETTER = {"squared error", "masked, nats", "bits per number"}
 
 
 def of_numbers(outputs: Tensor, targets: Tensor) -> dict[str, float]:
@@ -38,16 +38,26 @@ def of_labels(outputs: Tensor, targets: Tensor) -> dict[str, float]:
 
 
 def table(ours: Mapping[str, Mapping[str, float]], others: Mapping[str, Mapping[str, float]]) -> Table:
-    """A row for each; the best of a column has a star."""
+    """A row for each, with the columns of ours; the best of a column has a star. What was not measured is a dash."""
     rows = {**ours, **others}
     names = list(next(iter(rows.values())))
     shown = Table("")
     for name in names:
         shown.add_column(name, justify="right")
-    best = {name: (min if name in LOWER_IS_BETTER else max)(scores[name] for scores in rows.values()) for name in names}
+    best = {
+        name: (min if name in LOWER_IS_BETTER else max)(scores[name] for scores in rows.values() if name in scores)
+        for name in names
+    }
     for who, scores in rows.items():
-        shown.add_row(who, *(f"{scores[name]:.3f}{'*' if scores[name] == best[name] else ' '}" for name in names))
+        shown.add_row(who, *(_cell(scores.get(name), best[name]) for name in names))
     return shown
+
+
+def _cell(score: float | None, best: float) -> str:
+    if score is None:
+        return "- "
+    digits = 3 if abs(score) >= 0.1 or score == 0 else 4
+    return f"{score:.{digits}f}{'*' if score == best else ' '}"
 
 
 def confusion(said: Tensor, meant: Tensor, labels: Sequence[str]) -> Table:
