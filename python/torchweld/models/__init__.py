@@ -1,10 +1,11 @@
 """Models on `torchweld.ops`: one file and one dataclass config each."""
 
-from torchweld.models import bert, gpt2, gpt3, stock, vae
+from torchweld.models import bert, gpt2, gpt3, stock, vae, vit
 from torchweld.models.bert import BERT, BERTConfig, BERTForPreTraining, BERTForSequenceClassification
 from torchweld.models.gpt2 import CONFIGS, GPT2, GPT2Config
 from torchweld.models.gpt3 import GPT3, GPT3Config
 from torchweld.models.vae import VAE, VAEConfig
+from torchweld.models.vit import ViT, ViTConfig
 
 __all__ = [
     "BERT",
@@ -18,9 +19,12 @@ __all__ = [
     "GPT2Config",
     "GPT3Config",
     "VAEConfig",
+    "ViT",
+    "ViTConfig",
     "bert",
     "gpt2",
     "gpt3",
     "stock",
     "vae",
+    "vit",
 ]

@@ -138,6 +138,11 @@ def load_model(checkpoint: Path, read_config: Callable[[dict[str, Any]], Any]) -
     return read_config(_read_json(checkpoint / "config.json")), _read_tensors(checkpoint / "model.safetensors")
 
 
+def model_type(checkpoint: Path) -> Any:
+    """The model's type, by its config."""
+    return _read_json(checkpoint / "config.json").get("model_type")
+
+
 def load_tokenizer(checkpoint: Path, config: Any) -> Tokenizer:
     """The tokenizer of a model of `config`.
 

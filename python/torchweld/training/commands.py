@@ -86,11 +86,12 @@ def add_classify_parser(subparsers: Subparsers) -> None:
     """Adds `torchweld classify`; its `func` takes the parsed arguments and returns the exit code."""
     parser = subparsers.add_parser(
         "classify",
-        help="say of each line what a fine-tuned model has learned",
-        description="Reads lines and writes for each the label and its probability, or the number, and the line.",
+        help="say of each line, or of images, what a model has learned",
+        description="Reads lines and writes for each the label and its probability, or the number, and the line. A ViT "
+        "takes the names of images.",
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a model, or the --out of a run")
-    parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="of texts (default: standard input)")
+    parser.add_argument("file", nargs="*", metavar="FILE", help="of texts (default: standard input), or images")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     add_machine_options(parser)
     parser.set_defaults(func=_classify)

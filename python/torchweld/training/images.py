@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -52,12 +52,13 @@ class Images:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Images for a program. `labels`: the names of the classes."""
+    """Images for a program. `labels`: the names of the classes; files: as in `Data`."""
 
     labels: tuple[str, ...]
     training: Images
     validation: Images
     test: Images
+    files: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def digest(self) -> str:
@@ -67,11 +68,6 @@ class Pictures:
             for tensor in (part.pixels, part.labels):
                 found.update(tensor.contiguous().numpy().data)
         return found.hexdigest()
-
-    @property
-    def files(self) -> Mapping[str, str]:
-        """As in `Data`: nothing; the names of the classes are in the config."""
-        return {}
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -288,6 +284,19 @@ def _class_files(root: Path) -> dict[str, list[Path]]:
 
 def _image_files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+
+
+def open_as(path: Path, channels: int, size: int) -> Tensor:
+    """An image of any size and colour as (channels, size, size) of uint8.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    if channels not in (1, 3):
+        raise UserError(f"config.json: num_channels: expected 1 or 3 for files of images, but got {channels}")
+    image = _open(path).convert("L" if channels == 1 else "RGB")
+    array = np.array(image if image.size == (size, size) else image.resize((size, size)))
+    return torch.from_numpy(array.reshape(size, size, channels)).permute(2, 0, 1)
 
 
 def _open(path: Path) -> Any:

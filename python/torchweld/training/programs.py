@@ -6,5 +6,6 @@ from torchweld.training.autoencoding import VAE
 from torchweld.training.language_model import GPT2, GPT3
 from torchweld.training.pretraining import BERT
 from torchweld.training.program import Program
+from torchweld.training.recognition import VIT
 
-PROGRAMS: dict[str, Program] = {program.name: program for program in (GPT2, GPT3, BERT, VAE)}
+PROGRAMS: dict[str, Program] = {program.name: program for program in (GPT2, GPT3, BERT, VAE, VIT)}

@@ -7,19 +7,23 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median, quantiles
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
 from torchweld.errors import UserError
 from torchweld.training.program import Program
 from torchweld.training.trainer import Trainer
 
 _RECENT = 20
+_NAMED = 20  # labels that a picture has room for
 # Exact implementations differ by rounding, and training multiplies it: stock PyTorch beside itself, from weights that
 # differ by 1e-7, is 5% off at single steps after two hundred, and 0.6% in the mean of twenty; after a warm-up of twelve
 # steps it can be 1% off at once. So steps of the warm-up are held to rounding, and the others to their means.
@@ -149,6 +153,28 @@ def plot(path: Path, program: Program, trainers: Sequence[Trainer], baselines: M
     for (name, loss), style in zip(baselines.items(), (":", "-.", "--"), strict=False):
         axes.axhline(loss, color="grey", linestyle=style, label=name)
     axes.legend()
+    _save(figure, path)
+    return True
+
+
+def plot_confusion(path: Path, counts: Tensor, labels: Sequence[str]) -> bool:
+    """Draws how often each label was taken for each, (meant, said), into a PNG; False without matplotlib."""
+    if find_spec("matplotlib") is None:
+        return False
+    shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    figure = import_module("matplotlib.figure").Figure(figsize=(7, 6.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="predicted", ylabel="labelled", title="share of each label's images")
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    if len(labels) <= _NAMED:
+        axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+        axes.set_yticks(range(len(labels)), labels)
+        for (i, j), share in zip(product(range(len(labels)), repeat=2), shares.flatten().tolist(), strict=True):
+            axes.text(j, i, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "black")
+    _save(figure, path)
+    return True
+
+
+def _save(figure: Any, path: Path) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         figure.savefig(aside, format="png", dpi=120)
@@ -156,4 +182,3 @@ def plot(path: Path, program: Program, trainers: Sequence[Trainer], baselines: M
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise UserError(f"{path}: expected a file that can be written, but got: {error.strerror}") from None
-    return True

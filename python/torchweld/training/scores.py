@@ -60,11 +60,25 @@ def _cell(score: float | None, best: float) -> str:
     return f"{score:.{digits}f}{'*' if score == best else ' '}"
 
 
+def each_label(said: Tensor, meant: Tensor, labels: Sequence[str]) -> Table:
+    """Precision, recall and F1 of each label."""
+    found = counts(said, meant, len(labels)).double()
+    hits, precise, recalled = found.diagonal(), found.sum(0).clamp_min(1), found.sum(1).clamp_min(1)
+    columns = (hits / precise, hits / recalled, 2 * hits / (precise + recalled))
+    shown = Table("", "precision", "recall", "F1", "of the test", title="classes one by one")
+    for i, label in enumerate(labels):
+        shown.add_row(label, *(f"{float(column[i]):.3f}" for column in columns), str(int(found[i].sum())))
+    return shown
+
+
+def counts(said: Tensor, meant: Tensor, labels: int) -> Tensor:
+    """How often each label was taken for each: (labels meant, labels said)."""
+    return torch.bincount(meant * labels + said, minlength=labels * labels).view(labels, labels)
+
+
 def confusion(said: Tensor, meant: Tensor, labels: Sequence[str]) -> Table:
     """How often each label was taken for each."""
-    count = len(labels)
-    counts = torch.bincount(meant * count + said, minlength=count * count).view(count, count)
     shown = Table("labelled / predicted", *labels, title="what was taken for what")
-    for label, row in zip(labels, counts.tolist(), strict=True):
+    for label, row in zip(labels, counts(said, meant, len(labels)).tolist(), strict=True):
         shown.add_row(label, *map(str, row))
     return shown
