@@ -7,5 +7,6 @@ from torchweld.training.language_model import GPT2, GPT3
 from torchweld.training.pretraining import BERT
 from torchweld.training.program import Program
 from torchweld.training.recognition import VIT
+from torchweld.training.recommendation import RECOMMENDER
 
-PROGRAMS: dict[str, Program] = {program.name: program for program in (GPT2, GPT3, BERT, VAE, VIT)}
+PROGRAMS: dict[str, Program] = {program.name: program for program in (GPT2, GPT3, BERT, VAE, VIT, RECOMMENDER)}
