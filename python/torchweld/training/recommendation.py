@@ -119,7 +119,7 @@ class Recommender:
 
 
 CONFIGS = {
-    "tiny": gpt2.GPT2Config(n_positions=16, n_embd=32, n_layer=1, n_head=2, dropout=0.1),
+    "tiny": gpt2.GPT2Config(n_positions=16, n_embd=32, n_layer=1, n_head=2),
     "small": gpt2.GPT2Config(n_positions=64, n_embd=64, n_layer=2, n_head=2, dropout=0.2),
     "medium": gpt2.GPT2Config(n_positions=200, n_embd=128, n_layer=3, n_head=4, dropout=0.2),
     "large": gpt2.GPT2Config(n_positions=200, n_embd=256, n_layer=6, n_head=8, dropout=0.2),
