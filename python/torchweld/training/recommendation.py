@@ -108,14 +108,13 @@ class Recommender:
             said = next_items(model, before)
         own = ranking.judge(said, before, wanted)
         others = ranking.baselines(data.training, before, wanted, len(data.items))
-        table = scores.table({"GPT-2": own}, others)
-        table.title = f"the last item of {len(wanted):,} users, among {len(data.items):,}"
-        console.print(table)
+        title = f"the last item of {len(wanted):,} users, among {len(data.items):,}"
+        scores.show(console, outcome.out, title, {"GPT-2": own}, others)
         for history in before[:3]:
             had = "; ".join(data.titles[item - 1] for item in history[-3:])
             console.print(f"after {had}: {'; '.join(data.titles[i - 1] for i, _ in likeliest(model, history, 3))}")
-        title = data.titles[before[0][-1] - 1]
-        console.print(f'try it: torchweld recommend --checkpoint {outcome.out} "{title}"')
+        last = data.titles[before[0][-1] - 1]
+        console.print(f'try it: torchweld recommend --checkpoint {outcome.out} "{last}"')
 
 
 CONFIGS = {

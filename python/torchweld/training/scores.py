@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -56,6 +60,16 @@ def table(ours: Mapping[str, Mapping[str, float]], others: Mapping[str, Mapping[
             cells.append(f"{scores[name]:.{digits[name]}f}{mark}" if name in scores else "- ")
         shown.add_row(who, *cells)
     return shown
+
+
+def show(
+    console: Console, out: Path, title: str, ours: Mapping[str, Mapping[str, float]], others: Mapping[str, Any]
+) -> None:
+    """Prints the table, and writes its numbers to OUT/scores.json."""
+    shown = table(ours, others)
+    shown.title = title
+    console.print(shown)
+    (out / "scores.json").write_text(json.dumps({**ours, **others}, indent=1) + "\n", encoding="utf-8")
 
 
 def each_label(said: Tensor, meant: Tensor, labels: Sequence[str]) -> Table:
