@@ -19,6 +19,7 @@ from torchweld.ops._arguments import (
 )
 from torchweld.ops._register import (
     applier,
+    compiling,
     double_backward,
     elsewhere,
     register,
@@ -83,6 +84,7 @@ class _Gelu(torch.autograd.Function):
 
 
 _gelu = applier(_Gelu)
+_whole = backend.whole_call("gelu")
 
 # ---- Public
 
@@ -107,6 +109,8 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         RuntimeError: `approximate` is another string.
         TypeError: input is not floating point of 16 bits or more, or not a dense tensor.
     """
+    if not compiling() and (found := _whole(input, approximate)) is not None:
+        return _gelu(input, approximate == "none") if found is True else found
     if not isinstance(approximate, str) or approximate not in ("none", "tanh"):
         raise RuntimeError(f"[gelu] approximate: expected 'none' or 'tanh', but got {shown(approximate)}")
     if theirs := elsewhere(gelu, _twin, ("input",), input):
