@@ -143,8 +143,8 @@ def add_translate_parser(subparsers: Subparsers) -> None:
         "translate",
         help="translate texts, a file or standard input",
         description="Writes a translation for each text or line, an empty line for an empty one. A text longer than "
-        "half the model's positions is translated in pieces, cut behind punctuation. At a terminal each line is answered "
-        "at once.",
+        "half the model's positions is translated in pieces, cut behind punctuation. At a terminal each line has its "
+        "answer at once.",
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a model, or the --out of a run")
     parser.add_argument("text", nargs="*", metavar="TEXT", help="to translate (default: standard input, line by line)")

@@ -122,6 +122,12 @@ def train_joint_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenize
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"$A {CLOSE}", special_tokens=[(CLOSE, special_token(tokenizer, CLOSE))]
     )
+    return with_marks_as_text(tokenizer)
+
+
+def with_marks_as_text(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, for which a "</s>" in a sentence is text; `tokenizer.json` does not say so."""
+    tokenizer.encode_special_tokens = True
     return tokenizer
 
 

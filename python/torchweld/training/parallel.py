@@ -15,7 +15,7 @@ from torch import Tensor
 from torchweld.errors import UserError
 from torchweld.models.seq2seq import Seq2SeqConfig
 from torchweld.training.cleaning import Dropped, clean, split
-from torchweld.training.corpus import CLOSE, load_tokens, special_token, train_joint_tokenizer
+from torchweld.training.corpus import CLOSE, load_tokens, special_token, train_joint_tokenizer, with_marks_as_text
 from torchweld.training.packing import pack
 from torchweld.training.pairs import Pair
 from torchweld.training.program import Batch
@@ -137,7 +137,7 @@ def load(pairs: Sequence[Pair], config: Seq2SeqConfig, tokenizer: Tokenizer | No
     tokenizer, digest, tokens = load_tokens(
         [text for part in texts for text in part],
         config.vocab_size,
-        tokenizer,
+        tokenizer and with_marks_as_text(tokenizer),
         CLOSE,
         lambda: train_joint_tokenizer(texts[0], config.vocab_size),
     )

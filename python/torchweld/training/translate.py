@@ -19,7 +19,7 @@ from torchweld.errors import UserError
 from torchweld.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from torchweld.models.translating import alignment, generate
 from torchweld.training import checkpoint
-from torchweld.training.corpus import CLOSE, special_token
+from torchweld.training.corpus import CLOSE, special_token, with_marks_as_text
 from torchweld.training.lines import AT_ONCE, batches, opened
 from torchweld.training.machine import forced_backend, pick_device
 from torchweld.training.packing import pack
@@ -42,7 +42,7 @@ class Translator:
         special_token(self.tokenizer, CLOSE)
         self.tokenizer.no_padding()
         self.tokenizer.no_truncation()
-        self.tokenizer.encode_special_tokens = True  # a "</s>" in a text is text
+        with_marks_as_text(self.tokenizer)
 
     def encode(self, text: str) -> list[int]:
         """The tokens of a sentence, closed by </s>."""
