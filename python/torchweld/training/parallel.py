@@ -74,7 +74,9 @@ class Part:
             if total >= budget:
                 cuts.append(place + 1)
                 total = 0
-        return [lot for lot in np.split(order, cuts) if len(lot)]
+        if 2 * total < budget:  # what is left goes with the last lot
+            cuts = cuts[:-1]
+        return np.split(order, cuts)
 
 
 class Schedule:

@@ -89,7 +89,7 @@ class Translator:
         if not (piece := "".join(self.pieces(text)[:1])):
             raise UserError("--attention-map: expected a text that is not empty")
         source = self.encode(piece)
-        target = self.encode(self([piece])[0])
+        target = self.encode(self([piece])[0])[: self.model.config.max_position_embeddings]
         device = next(self.model.parameters()).device
         start = self.model.config.decoder_start_token_id
         inputs = torch.tensor([start, *target[:-1]], device=device)

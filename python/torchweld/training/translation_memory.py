@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-LONGEST = 4
+LONGEST = 3
 
 
 def grams(text: str) -> Counter[str]:
