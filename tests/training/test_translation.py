@@ -225,6 +225,7 @@ WHEEL = os.environ.get("TORCHWELD_TEST_DATA", "") + "/homeassistant-2026.2.3-py3
 
 
 @pytest.mark.slow
+@pytest.mark.data
 @pytest.mark.skipif(not Path(WHEEL).is_file(), reason="TORCHWELD_TEST_DATA has no wheel of Home Assistant 2026.2.3")
 def test_english_to_german_reaches_its_floor(command: Run) -> None:
     code, out, error = command("train", "seq2seq", "--data", WHEEL, "--device", "cpu", "--out", "run")
