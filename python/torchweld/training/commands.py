@@ -1,4 +1,4 @@
-"""The options of `torchweld train`, `fine-tune`, `generate`, `classify` and `fill-mask`."""
+"""The options of `torchweld train`, `fine-tune`, `generate`, `classify`, `fill-mask` and `translate`."""
 
 from __future__ import annotations
 
@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torchweld.errors import UserError
-from torchweld.training import checkpoint, classify, fill_mask, generate, run
+from torchweld.training import checkpoint, classify, fill_mask, generate, run, translate
 from torchweld.training.fine_tune import FineTune
 from torchweld.training.optimizers import OPTIMIZERS
 from torchweld.training.programs import PROGRAMS
+from torchweld.training.seq2seq import Translation
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 TASKS = ("classify", "regress")
+LANGUAGES = {"source_language": "en", "target_language": "de"}
 _EXIT = (
     "Ctrl-C saves a checkpoint after the step it falls in and ends with exit code 130; a second one ends at once. "
     "Other exit codes: 0 done, 1 --compare found loss curves that differ, 2 bad input."
@@ -32,12 +34,23 @@ def add_train_parser(subparsers: Subparsers) -> None:
         "train",
         help="train a model on text, here and now",
         description="Trains a model with torchweld's kernels, validates it, saves a checkpoint and shows a sample. "
-        "Without --data it learns the text of Python's standard library, which is on every machine. Several processes "
+        "Without --data it learns the text of Python's standard library, which is on every machine; seq2seq learns to "
+        "translate and needs --data. Several processes "
         "share each batch: torchrun --nproc-per-node 2 -m torchweld train gpt2.",
         epilog=_EXIT,
     )
     parser.add_argument("name", metavar="NAME", help=f"what to train: {', '.join(PROGRAMS)}")
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="UTF-8 text files (default: the standard library)")
+    parser.add_argument(
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="UTF-8 text files (default: the standard library); for seq2seq two of them, line beside line, or .tsv, "
+        ".mo, and folders or wheels with a JSON file for each language",
+    )
+    for side, language in LANGUAGES.items():
+        parser.add_argument(
+            f"--{side.replace('_', '-')}", metavar="NAME", help=f"seq2seq: as files name it (default: {language})"
+        )
     sizes = "; ".join(f"{name}: {', '.join(program.configs)}" for name, program in PROGRAMS.items())
     parser.add_argument("--config", help=f"the size (default: small). {sizes}")
     _add_run_options(parser)
@@ -124,11 +137,44 @@ def add_fill_mask_parser(subparsers: Subparsers) -> None:
     parser.set_defaults(func=_fill_mask)
 
 
+def add_translate_parser(subparsers: Subparsers) -> None:
+    """Adds `torchweld translate`; its `func` takes the parsed arguments and returns the exit code."""
+    parser = subparsers.add_parser(
+        "translate",
+        help="translate texts, a file or standard input",
+        description="Writes a translation for each text or line, an empty line for an empty one. A text longer than "
+        "half the model's positions is translated in pieces, cut behind punctuation. At a terminal each line has its "
+        "answer at once.",
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a model, or the --out of a run")
+    parser.add_argument("text", nargs="*", metavar="TEXT", help="to translate (default: standard input, line by line)")
+    parser.add_argument("--file", metavar="FILE", help="of texts, one a line")
+    parser.add_argument(
+        "--beam", type=whole(1), default=1, metavar="N", help="translations that grow side by side (default: 1, greedy)"
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=number(-10.0, 10.0),
+        default=1.0,
+        metavar="A",
+        help="of --beam: the largest log-probability / length^A wins, so a larger A favours longer ones (default: 1)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a text")
+    parser.add_argument(
+        "--attention-map", metavar="PNG", help="draw which words of the first TEXT each word comes from"
+    )
+    _add_machine_options(parser)
+    parser.set_defaults(func=_translate)
+
+
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="where it all goes (default: torchweld-NAME)")
     parser.add_argument("--steps", type=whole(1), metavar="N", help="updates in all (default: the config's)")
     parser.add_argument(
-        "--batch-size", type=whole(1), metavar="N", help="sequences per step, of all processes (default: the config's)"
+        "--batch-size",
+        type=whole(1),
+        metavar="N",
+        help="sequences (seq2seq: tokens of both languages) per step, of all processes (default: the config's)",
     )
     parser.add_argument(
         "--accumulate",
@@ -173,7 +219,14 @@ def _add_machine_options(parser: argparse.ArgumentParser) -> None:
 def _train(args: argparse.Namespace) -> int:
     if args.name not in PROGRAMS:
         raise UserError(f"train: expected the name of a program, one of {', '.join(PROGRAMS)}, but got {args.name!r}")
-    return run.run(args, PROGRAMS[args.name])
+    program = PROGRAMS[args.name]
+    languages = {side: getattr(args, side) for side in LANGUAGES}
+    if isinstance(program, Translation):
+        defaults = dict.fromkeys(LANGUAGES) if args.resume is not None else LANGUAGES
+        program = replace(program, options={side: languages[side] or defaults[side] for side in LANGUAGES})
+    elif given := [side for side in LANGUAGES if languages[side] is not None]:
+        raise UserError(f"--{given[0].replace('_', '-')}: expected it with seq2seq alone, but got {args.name}")
+    return run.run(args, program)
 
 
 def _fine_tune(args: argparse.Namespace) -> int:
@@ -204,6 +257,10 @@ def _classify(args: argparse.Namespace) -> int:
 
 def _fill_mask(args: argparse.Namespace) -> int:
     return fill_mask.run(args)
+
+
+def _translate(args: argparse.Namespace) -> int:
+    return translate.run(args)
 
 
 def _generate(args: argparse.Namespace) -> int:
