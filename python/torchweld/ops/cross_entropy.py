@@ -232,7 +232,9 @@ def cross_entropy(
         ValueError, RuntimeError: an argument, shape, dtype or device does not fit.
     """
     if weight is None and size_average is None and reduce is None and not compiling():
-        found = _whole(input, target, ignore_index, reduction, label_smoothing)
+        found = _whole(
+            input=input, target=target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
         if found is True:
             dtype = torch.float32 if under_autocast(input) else input.dtype
             return _with_grad(input, target, ignore_index, label_smoothing, reduction, dtype)

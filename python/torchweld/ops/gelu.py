@@ -109,7 +109,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         RuntimeError: `approximate` is another string.
         TypeError: input is not floating point of 16 bits or more, or not a dense tensor.
     """
-    if not compiling() and (found := _whole(input, approximate)) is not None:
+    if not compiling() and (found := _whole(input=input, approximate=approximate)) is not None:
         return _gelu(input, approximate == "none") if found is True else found
     if not isinstance(approximate, str) or approximate not in ("none", "tanh"):
         raise RuntimeError(f"[gelu] approximate: expected 'none' or 'tanh', but got {shown(approximate)}")

@@ -126,8 +126,12 @@ def layer_norm(
         TypeError: input, weight or bias is not floating point of 16 bits or more, or an argument is of another type.
         ValueError: weight or bias is on another device than input.
     """
-    if not compiling() and (found := _whole(input, normalized_shape, weight, bias, eps)) is not None:
-        return layer_norm_function(input, weight, bias, norm_of(normalized_shape[0], eps)) if found is True else found
+    if not compiling():
+        found = _whole(input=input, normalized_shape=normalized_shape, weight=weight, bias=bias, eps=eps)
+        if found is True:
+            return layer_norm_function(input, weight, bias, norm_of(normalized_shape[0], eps))
+        if found is not None:
+            return found
     shape = sizes("layer_norm", normalized_shape)
     if type(eps) is not float:
         eps = number("layer_norm", "eps", eps)

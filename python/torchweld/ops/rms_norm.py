@@ -47,8 +47,8 @@ def rms_norm(
         TypeError: input is not floating point of 16 bits or more, or an argument is of another type.
         ValueError: weight is on another device than input.
     """
-    if not (zero_centered_weight or compiling()):
-        found = _whole(input, normalized_shape, weight, eps)
+    if zero_centered_weight is False and not compiling():
+        found = _whole(input=input, normalized_shape=normalized_shape, weight=weight, eps=eps)
         if found is True:
             norm = norm_of(normalized_shape[0], default_eps(input.dtype) if eps is None else eps, centred=False)
             return layer_norm_function(input, weight, None, norm)

@@ -98,7 +98,10 @@ def scaled_dot_product_attention(
     """
     op = "scaled_dot_product_attention"
     if not compiling():
-        found = _whole(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
+        found = _whole(
+            query=query, key=key, value=value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
+            scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
         if found is True:
             scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
             options = Options(scale, right=0 if is_causal else -1)

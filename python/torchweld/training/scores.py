@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 CLEAR = 0.5  # a number so far from zero has a sign
 MOST_CONFUSED = 10
-LOWER_IS_BETTER = {"squared error", "masked, nats"}
+SMALL = 0.05  # a column with a smaller number has four digits
+LOWER_IS_BETTER = {"squared error", "masked, nats", "bits per number"}
 
 
 def of_numbers(outputs: Tensor, targets: Tensor) -> dict[str, float]:
@@ -50,23 +55,54 @@ def of_translations(said: Sequence[str], meant: Sequence[str]) -> dict[str, floa
 
 
 def table(ours: Mapping[str, Mapping[str, float]], others: Mapping[str, Mapping[str, float]]) -> Table:
-    """A row for each; the best of a column has a star."""
+    """A row for each, with the columns of ours; the best of a column has a star. What was not measured is a dash."""
     rows = {**ours, **others}
     names = list(next(iter(rows.values())))
     shown = Table("")
+    best, digits = {}, {}
     for name in names:
         shown.add_column(name, justify="right")
-    best = {name: (min if name in LOWER_IS_BETTER else max)(scores[name] for scores in rows.values()) for name in names}
+        column = [scores[name] for scores in rows.values() if name in scores]
+        best[name] = (min if name in LOWER_IS_BETTER else max)(column)
+        digits[name] = 4 if min(map(abs, column)) < SMALL else 3
     for who, scores in rows.items():
-        shown.add_row(who, *(f"{scores[name]:.3f}{'*' if scores[name] == best[name] else ' '}" for name in names))
+        cells = []
+        for name in names:
+            mark = "*" if scores.get(name) == best[name] else " "
+            cells.append(f"{scores[name]:.{digits[name]}f}{mark}" if name in scores else "- ")
+        shown.add_row(who, *cells)
     return shown
+
+
+def show(
+    console: Console, out: Path, title: str, ours: Mapping[str, Mapping[str, float]], others: Mapping[str, Any]
+) -> None:
+    """Prints the table, and writes its numbers to OUT/scores.json."""
+    shown = table(ours, others)
+    shown.title = title
+    console.print(shown)
+    (out / "scores.json").write_text(json.dumps({**ours, **others}, indent=1) + "\n", encoding="utf-8")
+
+
+def each_label(said: Tensor, meant: Tensor, labels: Sequence[str]) -> Table:
+    """Precision, recall and F1 of each label."""
+    found = counts(said, meant, len(labels)).double()
+    hits, precise, recalled = found.diagonal(), found.sum(0).clamp_min(1), found.sum(1).clamp_min(1)
+    columns = (hits / precise, hits / recalled, 2 * hits / (precise + recalled))
+    shown = Table("", "precision", "recall", "F1", "of the test", title="classes one by one")
+    for i, label in enumerate(labels):
+        shown.add_row(label, *(f"{float(column[i]):.3f}" for column in columns), str(int(found[i].sum())))
+    return shown
+
+
+def counts(said: Tensor, meant: Tensor, labels: int) -> Tensor:
+    """How often each label was taken for each: (labels meant, labels said)."""
+    return torch.bincount(meant * labels + said, minlength=labels * labels).view(labels, labels)
 
 
 def confusion(said: Tensor, meant: Tensor, labels: Sequence[str]) -> Table:
     """How often each label was taken for each."""
-    count = len(labels)
-    counts = torch.bincount(meant * count + said, minlength=count * count).view(count, count)
     shown = Table("labelled / predicted", *labels, title="what was taken for what")
-    for label, row in zip(labels, counts.tolist(), strict=True):
+    for label, row in zip(labels, counts(said, meant, len(labels)).tolist(), strict=True):
         shown.add_row(label, *map(str, row))
     return shown

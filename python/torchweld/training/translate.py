@@ -126,7 +126,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("TEXT: expected text in the terminal's encoding (UTF-8), but got other bytes") from None
     device = pick_device(args.device)
     directory = checkpoint.locate(Path(args.checkpoint), to_use=True)
-    config, weights, tokenizer = checkpoint.load_model(directory, Seq2SeqConfig.from_hugging_face)
+    config, weights = checkpoint.load_model(directory, Seq2SeqConfig.from_hugging_face)
+    tokenizer = checkpoint.load_tokenizer(directory, config)
     with forced_backend(args.backend, device):
         model = Seq2Seq(config).eval()
         model.load_hugging_face(weights)
