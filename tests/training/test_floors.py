@@ -1,6 +1,6 @@
 """What the programs reach on real data, as in the README, held to looser floors: minutes each, so only when asked for.
 
-TORCHWELD_FLOORS=1 pytest tests/training/test_floors.py, after `torchweld data get` for each data set.
+TORCHWELD_TEST_DATA names the folder that has them: ~/.cache/torchweld/data after `torchweld data get` for each.
 """
 
 from __future__ import annotations
@@ -12,32 +12,18 @@ from pathlib import Path
 import pytest
 
 from commands import Run
-from torchweld.errors import UserError
-from torchweld.training import packages
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        "TORCHWELD_FLOORS" not in os.environ, reason="trains for minutes; TORCHWELD_FLOORS=1 asks for it"
-    ),
-]
-
-
-@pytest.fixture
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory of the test's own, and the user's cache, where the data are."""
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+pytestmark = [pytest.mark.slow, pytest.mark.data]
 
 
 def reached(command: Run, program: str, data: str) -> dict[str, dict[str, float]]:
     """The scores of a run with the default config."""
-    try:
-        packages.find(data)
-    except UserError as error:
-        pytest.skip(str(error))
-    code, _, error_text = command("train", program, "--device", "cpu", "--no-keep-memory", "--out", "run")
-    assert code == 0, error_text
+    folder = Path(os.environ.get("TORCHWELD_TEST_DATA", "nowhere"), data)
+    if not folder.is_dir():
+        pytest.skip(f"trains for minutes on {data}, which is not in TORCHWELD_TEST_DATA")
+    options = ("--device", "cpu", "--no-keep-memory", "--out", "run")
+    code, _, error = command("train", program, "--data", folder.absolute(), *options)
+    assert code == 0, error
     return json.loads(Path("run/scores.json").read_text())
 
 
