@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ def test_cross_entropy(monkeypatch: pytest.MonkeyPatch, reduction: str, dtype: t
         target[rows // 2] = -1
         options: dict[str, Any] = {"ignore_index": -1, "reduction": reduction, "label_smoothing": smoothing}
         found = ops.cross_entropy(logits, target, **options)
-        expected = slowly(monkeypatch, lambda o=options, x=logits, t=target: ops.cross_entropy(x, t, **o))
+        expected = slowly(monkeypatch, partial(ops.cross_entropy, logits, target, **options))
         torch.testing.assert_close(found, expected, rtol=2e-7 if dtype is torch.float32 else 0, atol=0, equal_nan=True)
         with torch.autocast("cpu", torch.bfloat16):
             assert ops.cross_entropy(logits, target, **options).dtype is torch.float32
@@ -74,9 +75,9 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     merged = (query.transpose(1, 2).contiguous().transpose(1, 2), key, value)
     narrow = (query, key, value[..., :8])
     for operands, option in itertools.product(((query, key, value), merged, narrow), options):
-        call = lambda o=operands, option=option: ops.scaled_dot_product_attention(*o, **option)  # noqa: E731
+        call = partial(ops.scaled_dot_product_attention, *operands, **option)
         same(call(), slowly(monkeypatch, call))
-    call = lambda: ops.scaled_dot_product_attention(*grouped, enable_gqa=True)  # noqa: E731
+    call = partial(ops.scaled_dot_product_attention, *grouped, enable_gqa=True)
     same(call(), slowly(monkeypatch, call))
 
 
@@ -133,7 +134,8 @@ def test_what_is_not_common_is_left_to_python() -> None:
         for place in range(3):
             operands: list[Any] = [torch.randn(1, 2, 4, 8) for _ in range(3)]
             operands[place] = given
-            assert _cpu.whole_attention(*operands, None, 0.0, False, None, False) is None
+            query, key, value = operands
+            assert _cpu.whole_attention(query, key, value, None, 0.0, False, None, False) is None
     for shape in ((9,), [8], 8, (8.0,), (2**70,), (-1,), (4, 8), ()):
         assert _cpu.whole_layer_norm(x, shape, None, None, 1e-5) is None
     for eps in (1, "1", None, x):
