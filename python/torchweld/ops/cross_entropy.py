@@ -158,8 +158,6 @@ def _refusal(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None
     """Why the kernels do not take this call; None if they do."""
     if input.dtype not in KERNEL_DTYPES:
         return f"input of dtype {input.dtype}"
-    if input.is_cuda:
-        return "no CUDA kernel for it yet"
     if weight is not None:
         return "class weights"
     if target.dtype.is_floating_point:
