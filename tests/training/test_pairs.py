@@ -190,7 +190,7 @@ def test_an_epoch_has_every_pair_once_in_lots_of_like_lengths(data: parallel.Par
     for lots in epochs:
         assert sorted(index for lot in lots for index in lot) == list(range(len(data.training)))
     assert epochs[0] != epochs[1]
-    totals = [data.training.batch(lot).tokens for lot in epochs[0]]
+    totals = [data.training.batch(lot).count for lot in epochs[0]]
     assert sum(200 <= total < 264 for total in totals) >= count - 1  # the last one has what was left
     assert min(totals) >= 100 and max(totals) < 364
     padded = sum(len(lot) * max(len(data.training.sources[i]) for i in lot) for lot in epochs[0])
@@ -209,7 +209,7 @@ def test_a_batch_is_the_arguments_of_the_loss(data: parallel.Parallel) -> None:
         assert inputs[own].tolist() == [seq2seq.END, *data.training.targets[index][:-1]]
         own = slice(int(source_bounds[place]), int(source_bounds[place + 1]))
         assert source[own].tolist() == data.training.sources[index]
-    assert batch.weights == {"loss": len(targets)} and batch.tokens == len(source) + len(targets)
+    assert batch.weights == {"loss": len(targets)} and batch.count == len(source) + len(targets)
     assert bounds.dtype == source_bounds.dtype == torch.int32
     with pytest.raises(UserError, match=re.escape("--batch-size: expected tokens of at least a pair for each of 99")):
         data.schedule(200, 0).check(99)

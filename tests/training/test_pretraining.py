@@ -70,7 +70,7 @@ def test_masks(data: pretraining.Text) -> None:
     assert (tokens[rows] == words).double().mean().item() == pytest.approx(0.1, abs=0.03)
     untouched = torch.ones(len(tokens), dtype=torch.bool).index_fill(0, rows, False)
     assert (tokens[untouched] != mask).all()
-    assert batch.weights == {"mlm": count, "nsp": 200} and batch.tokens == len(tokens)
+    assert batch.weights == {"mlm": count, "nsp": 200} and batch.count == len(tokens)
 
 
 def test_prose_of_the_standard_library() -> None:

@@ -69,7 +69,8 @@ def test_checkpoint_is_a_hugging_face_model(train: Run) -> None:
     transformers = pytest.importorskip("transformers", reason="loads the checkpoint with transformers, a test extra")
     train("--steps", 3, "--out", "run")
     theirs = transformers.GPT2LMHeadModel.from_pretrained("run/checkpoint-3").eval()
-    config, weights, tokenizer = checkpoint.load_model(Path("run/checkpoint-3"), GPT2Config.from_hugging_face)
+    config, weights = checkpoint.load_model(Path("run/checkpoint-3"), GPT2Config.from_hugging_face)
+    tokenizer = checkpoint.load_tokenizer(Path("run/checkpoint-3"), config)
     ours = GPT2(config).eval()
     ours.load_hugging_face(weights)
     ids = torch.tensor([tokenizer.encode("import argparse as _argparse\n").ids])
@@ -252,9 +253,9 @@ def test_schedule() -> None:
 
 def test_a_terminal_gets_a_live_bar() -> None:
     runner = trainer.Trainer(PROGRAMS["gpt2"], CONFIGS["tiny"], TINY, Processes(), "float32")
-    runner.losses, runner.seconds, runner.tokens = [5.0, 4.0], [0.5, 0.5], [1000, 1000]
+    runner.losses, runner.seconds, runner.counts = [5.0, 4.0], [0.5, 0.5], [1000, 1000]
     shown = io.StringIO()
-    with report.Reporter(Console(file=shown, force_terminal=True, width=120), 0, 10) as reporter:
+    with report.Reporter(Console(file=shown, force_terminal=True, width=120), 0, 10, PROGRAMS["gpt2"]) as reporter:
         reporter.step([runner])
     assert "2/10" in shown.getvalue() and "loss 4.500, 2,000 tokens/s" in shown.getvalue()
     assert "step 2/10" not in shown.getvalue()

@@ -1,4 +1,5 @@
-"""The `torchweld` command: info, check, bench, train, fine-tune, generate, classify, fill-mask, translate.
+"""The `torchweld` command: info, check, bench, train, fine-tune, generate, classify, fill-mask, translate, sample,
+data.
 
 Exit codes: 0 done, 1 a check missed, 2 bad input (one line on stderr, no traceback), 130 interrupted, 141 reader left.
 """
@@ -25,7 +26,9 @@ _COMMANDS = {
     "generate": ("torchweld.training.commands", "add_generate_parser"),
     "classify": ("torchweld.training.commands", "add_classify_parser"),
     "fill-mask": ("torchweld.training.commands", "add_fill_mask_parser"),
-    "translate": ("torchweld.training.commands", "add_translate_parser"),
+    "translate": ("torchweld.training.translate", "add_parser"),
+    "sample": ("torchweld.training.sample", "add_parser"),
+    "data": ("torchweld.training.packages", "add_parser"),
 }
 
 

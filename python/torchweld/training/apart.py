@@ -35,7 +35,7 @@ def _serve(
             batches = [batch.map(torch.from_numpy) for batch in batches]
             if task == "advance":
                 trainer.advance(batches)
-                parent.send((trainer.losses[-1], trainer.tokens[-1], trainer.seconds[-1]))
+                parent.send((trainer.losses[-1], trainer.counts[-1], trainer.seconds[-1]))
             else:
                 parent.send(trainer.validate(batches))
         except Exception as error:  # the parent raises it
@@ -47,7 +47,7 @@ class ApartTrainer(Trainer):
 
     def __init__(self, program: Program, config: Any, settings: Settings, dtype: str, name: str, label: str) -> None:
         self.name, self.settings, self.dtype = label, settings, DTYPES[dtype]
-        self.losses, self.seconds, self.tokens, self.named, self.validation = [], [], [], {}, []
+        self.losses, self.seconds, self.counts, self.named, self.validation = [], [], [], {}, []
         spawned = multiprocessing.get_context("spawn")  # a fork would have the parent's malloc
         self._child, theirs = spawned.Pipe()
         arguments = (theirs, program, config, settings, dtype, name, torch.get_num_threads())
@@ -69,9 +69,9 @@ class ApartTrainer(Trainer):
 
     def advance(self, parts: Sequence[Batch]) -> None:
         """As `Trainer.advance`."""
-        loss, tokens, seconds = self._ask("advance", parts)
+        loss, count, seconds = self._ask("advance", parts)
         self.losses.append(loss)
-        self.tokens.append(tokens)
+        self.counts.append(count)
         self.seconds.append(seconds)
 
     def validate(self, batches: Sequence[Batch]) -> float:

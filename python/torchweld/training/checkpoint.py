@@ -1,6 +1,6 @@
 """A training run on disk: OUT/checkpoint-STEP, a directory that appears whole or not at all.
 
-    config.json model.safetensors tokenizer.json    a model that Hugging Face's transformers loads too
+    config.json model.safetensors tokenizer.json    a model that Hugging Face's transformers loads too, where it has it
     optimizer.safetensors                           the optimizer's state by parameter name
     training.json                                   settings, step, losses
 
@@ -14,7 +14,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,11 +34,11 @@ _NAME = re.compile(r"(checkpoint|best)-(\d+)")
 
 @dataclass(frozen=True)
 class Weights:
-    """What of a model is kept. `config`: the contents of config.json."""
+    """What of a model is kept. `config`: the contents of config.json; `files`: contents of others by their names."""
 
     config: dict[str, Any]
     model: Published
-    tokenizer: Tokenizer
+    files: Mapping[str, str]
 
 
 def checkpoints(out: Path, kind: str = "checkpoint") -> list[Path]:
@@ -114,7 +114,8 @@ def _replace(out: Path, kind: str, step: int, weights: Weights, more: Callable[[
     try:
         aside.mkdir()
         _write_json(aside / "config.json", weights.config)
-        weights.tokenizer.save(str(aside / "tokenizer.json"))
+        for name, contents in weights.files.items():
+            (aside / name).write_text(contents, encoding="utf-8")
         _write_tensors(aside / "model.safetensors", weights.model.to_hugging_face())
         more(aside)
         aside.rename(target)
@@ -128,15 +129,26 @@ def _replace(out: Path, kind: str, step: int, weights: Weights, more: Callable[[
     return target
 
 
-def load_model(
-    checkpoint: Path, read_config: Callable[[dict[str, Any]], Any]
-) -> tuple[Any, dict[str, Tensor], Tokenizer]:
-    """The config as `read_config` takes it, the weights in Hugging Face's layout and the tokenizer.
+def load_model(checkpoint: Path, read_config: Callable[[dict[str, Any]], Any]) -> tuple[Any, dict[str, Tensor]]:
+    """The config as `read_config` takes it, and the weights in Hugging Face's layout.
 
     Raises:
         UserError: a file is missing, damaged or of another model.
     """
-    config = read_config(_read_json(checkpoint / "config.json"))
+    return read_config(_read_json(checkpoint / "config.json")), _read_tensors(checkpoint / "model.safetensors")
+
+
+def model_type(checkpoint: Path) -> Any:
+    """The model's type, by its config."""
+    return _read_json(checkpoint / "config.json").get("model_type")
+
+
+def load_tokenizer(checkpoint: Path, config: Any) -> Tokenizer:
+    """The tokenizer of a model of `config`.
+
+    Raises:
+        UserError: it is missing, damaged or of another model.
+    """
     path = checkpoint / "tokenizer.json"
     try:
         tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
@@ -146,7 +158,7 @@ def load_model(
         raise _damaged(path, str(error)) from None
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise _damaged(path, f"{tokenizer.get_vocab_size()} tokens for a vocab_size of {config.vocab_size}")
-    return config, _read_tensors(checkpoint / "model.safetensors"), tokenizer
+    return tokenizer
 
 
 def load_training(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

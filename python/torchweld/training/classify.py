@@ -1,4 +1,4 @@
-"""`torchweld classify`: what a fine-tuned BERT says of each line of a file, or of standard input."""
+"""`torchweld classify`: what a fine-tuned BERT says of each line of a file, or of standard input; a ViT of images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from torchweld.errors import UserError
 from torchweld.models.bert import BERTConfig, BERTForSequenceClassification
-from torchweld.training import checkpoint
+from torchweld.training import checkpoint, recognition
 from torchweld.training.lines import batches, opened
 from torchweld.training.machine import forced_backend, pick_device
 from torchweld.training.packing import encode, pack
@@ -52,12 +52,17 @@ def answers(
 
 def run(args: argparse.Namespace) -> int:
     """Writes a line for each line that it reads, with tabs between the parts."""
-    device = pick_device(args.device)
     directory = checkpoint.locate(Path(args.checkpoint), to_use=True)
-    config, weights, tokenizer = checkpoint.load_model(directory, read_config)
+    if checkpoint.model_type(directory) == "vit":
+        return recognition.classify(args, directory)
+    if len(args.file) > 1:
+        raise UserError(f"FILE: expected one file of texts, but got {len(args.file)}")
+    device = pick_device(args.device)
+    config, weights = checkpoint.load_model(directory, read_config)
+    tokenizer = checkpoint.load_tokenizer(directory, config)
     tokenizer.no_padding()
     tokenizer.enable_truncation(config.max_position_embeddings)
-    with forced_backend(args.backend, device), opened(args.file) as lines:
+    with forced_backend(args.backend, device), opened(args.file[0] if args.file else "-") as lines:
         model = BERTForSequenceClassification(config).eval()
         model.load_hugging_face(weights)
         model.to(device)

@@ -1,27 +1,25 @@
-"""The options of `torchweld train`, `fine-tune`, `generate`, `classify`, `fill-mask` and `translate`."""
+"""The options of `torchweld train`, `fine-tune`, `generate`, `classify`, and `fill-mask`."""
 
 from __future__ import annotations
 
 import argparse
-import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torchweld.errors import UserError
-from torchweld.training import checkpoint, classify, fill_mask, generate, run, translate
+from torchweld.training import checkpoint, classify, fill_mask, generate, run
+from torchweld.training.arguments import add_machine_options, number, whole
 from torchweld.training.fine_tune import FineTune
 from torchweld.training.optimizers import OPTIMIZERS
 from torchweld.training.programs import PROGRAMS
-from torchweld.training.seq2seq import Translation
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
 TASKS = ("classify", "regress")
-LANGUAGES = {"source_language": "en", "target_language": "de"}
+OPTIONS = ("source_language", "target_language", "likelihood", "shift", "flip")
 _EXIT = (
     "Ctrl-C saves a checkpoint after the step it falls in and ends with exit code 130; a second one ends at once. "
     "Other exit codes: 0 done, 1 --compare found loss curves that differ, 2 bad input."
@@ -32,7 +30,7 @@ def add_train_parser(subparsers: Subparsers) -> None:
     """Adds `torchweld train NAME`; its `func` takes the parsed arguments and returns the exit code."""
     parser = subparsers.add_parser(
         "train",
-        help="train a model on text, here and now",
+        help="train a model on text or images, here and now",
         description="Trains a model with torchweld's kernels, validates it, saves a checkpoint and shows a sample. "
         "Without --data it learns the text of Python's standard library, which is on every machine; seq2seq learns to "
         "translate and needs --data. Several processes "
@@ -45,15 +43,17 @@ def add_train_parser(subparsers: Subparsers) -> None:
         nargs="+",
         metavar="FILE",
         help="UTF-8 text files (default: the standard library); for seq2seq two of them, line beside line, or .tsv, "
-        ".mo, and folders or wheels with a JSON file for each language",
+        ".mo, and folders or wheels with a JSON file for each language; or a folder of images (default: Fashion-MNIST)",
     )
-    for side, language in LANGUAGES.items():
-        parser.add_argument(
-            f"--{side.replace('_', '-')}", metavar="NAME", help=f"seq2seq: as files name it (default: {language})"
-        )
     sizes = "; ".join(f"{name}: {', '.join(program.configs)}" for name, program in PROGRAMS.items())
     parser.add_argument("--config", help=f"the size (default: small). {sizes}")
     _add_run_options(parser)
+    own = parser.add_argument_group("of single programs")
+    for side, language in (("source", "en"), ("target", "de")):
+        own.add_argument(f"--{side}-language", metavar="NAME", help=f"seq2seq: as files name it (default: {language})")
+    own.add_argument("--likelihood", help="vae: logistic (default), gaussian, or bernoulli in black and white")
+    own.add_argument("--shift", metavar="N", help="vae, vit: move training images by up to N pixels (default: 0)")
+    own.add_argument("--flip", action="store_const", const="yes", help="vae, vit: flip half of the training images")
     parser.set_defaults(func=_train, max_samples=None)
 
 
@@ -90,13 +90,14 @@ def add_classify_parser(subparsers: Subparsers) -> None:
     """Adds `torchweld classify`; its `func` takes the parsed arguments and returns the exit code."""
     parser = subparsers.add_parser(
         "classify",
-        help="say of each line what a fine-tuned model has learned",
-        description="Reads lines and writes for each the label and its probability, or the number, and the line.",
+        help="say of each line, or of images, what a model has learned",
+        description="Reads lines and writes for each the label and its probability, or the number, and the line. A ViT "
+        "takes the names of images.",
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a model, or the --out of a run")
-    parser.add_argument("file", nargs="?", default="-", metavar="FILE", help="of texts (default: standard input)")
+    parser.add_argument("file", nargs="*", metavar="FILE", help="of texts (default: standard input), or images")
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    _add_machine_options(parser)
+    add_machine_options(parser)
     parser.set_defaults(func=_classify)
 
 
@@ -118,7 +119,7 @@ def add_generate_parser(subparsers: Subparsers) -> None:
         "--top-p", type=number(0.0, 1.0, above=True), metavar="P", help="draw from the likeliest that together reach P"
     )
     parser.add_argument("--seed", type=whole(0), metavar="N", help="the same text each time (default: another one)")
-    _add_machine_options(parser)
+    add_machine_options(parser)
     parser.set_defaults(func=_generate)
 
 
@@ -133,38 +134,8 @@ def add_fill_mask_parser(subparsers: Subparsers) -> None:
     parser.add_argument("text", nargs="+", metavar="TEXT", help="with [MASK] in it")
     parser.add_argument("--top", type=whole(1), default=5, metavar="K", help="words (default: %(default)s)")
     parser.add_argument("--json", action="store_true", help="one JSON object a text")
-    _add_machine_options(parser)
+    add_machine_options(parser)
     parser.set_defaults(func=_fill_mask)
-
-
-def add_translate_parser(subparsers: Subparsers) -> None:
-    """Adds `torchweld translate`; its `func` takes the parsed arguments and returns the exit code."""
-    parser = subparsers.add_parser(
-        "translate",
-        help="translate texts, a file or standard input",
-        description="Writes a translation for each text or line, an empty line for an empty one. A text longer than "
-        "half the model's positions is translated in pieces, cut behind punctuation. At a terminal each line has its "
-        "answer at once.",
-    )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a model, or the --out of a run")
-    parser.add_argument("text", nargs="*", metavar="TEXT", help="to translate (default: standard input, line by line)")
-    parser.add_argument("--file", metavar="FILE", help="of texts, one a line")
-    parser.add_argument(
-        "--beam", type=whole(1), default=1, metavar="N", help="translations that grow side by side (default: 1, greedy)"
-    )
-    parser.add_argument(
-        "--length-penalty",
-        type=number(-10.0, 10.0),
-        default=1.0,
-        metavar="A",
-        help="of --beam: the largest log-probability / length^A wins, so a larger A favours longer ones (default: 1)",
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object a text")
-    parser.add_argument(
-        "--attention-map", metavar="PNG", help="draw which words of the first TEXT each word comes from"
-    )
-    _add_machine_options(parser)
-    parser.set_defaults(func=_translate)
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -208,25 +179,20 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="on a CPU, call torchweld.keep_memory() first, for both sides of --compare",
     )
-    _add_machine_options(parser)
-
-
-def _add_machine_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", help="cpu or cuda (default: cuda where there is one)")
-    parser.add_argument("--backend", help="force cuda, cpu or reference (default: the best one for the device)")
+    add_machine_options(parser)
 
 
 def _train(args: argparse.Namespace) -> int:
     if args.name not in PROGRAMS:
         raise UserError(f"train: expected the name of a program, one of {', '.join(PROGRAMS)}, but got {args.name!r}")
-    program = PROGRAMS[args.name]
-    languages = {side: getattr(args, side) for side in LANGUAGES}
-    if isinstance(program, Translation):
-        defaults = dict.fromkeys(LANGUAGES) if args.resume is not None else LANGUAGES
-        program = replace(program, options={side: languages[side] or defaults[side] for side in LANGUAGES})
-    elif given := [side for side in LANGUAGES if languages[side] is not None]:
-        raise UserError(f"--{given[0].replace('_', '-')}: expected it with seq2seq alone, but got {args.name}")
-    return run.run(args, program)
+    program: Any = PROGRAMS[args.name]
+    own = {option: getattr(args, option) for option in OPTIONS}
+    for option, given in own.items():
+        if given is not None and option not in program.defaults:
+            raise UserError(
+                f"--{option.replace('_', '-')}: expected a program that has this option, but got {args.name}"
+            )
+    return run.run(args, replace(program, options={option: own[option] for option in program.defaults}))
 
 
 def _fine_tune(args: argparse.Namespace) -> int:
@@ -244,7 +210,8 @@ def _fine_tune(args: argparse.Namespace) -> int:
                 "--resume"
             )
         directory = checkpoint.locate(Path(args.checkpoint), to_use=True)
-        config, weights, tokenizer = checkpoint.load_model(directory, program.read_config)
+        config, weights = checkpoint.load_model(directory, program.read_config)
+        tokenizer = checkpoint.load_tokenizer(directory, config)
         program = replace(program, config=config, weights=weights, tokenizer=tokenizer)
     elif args.checkpoint is not None:
         raise UserError("--checkpoint: expected none beside --resume, whose run has its own weights, but got one")
@@ -259,42 +226,5 @@ def _fill_mask(args: argparse.Namespace) -> int:
     return fill_mask.run(args)
 
 
-def _translate(args: argparse.Namespace) -> int:
-    return translate.run(args)
-
-
 def _generate(args: argparse.Namespace) -> int:
     return generate.run(args)
-
-
-def whole(least: int) -> Callable[[str], int]:
-    """Reads a whole number >= `least`."""
-
-    def read(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = None
-        # Seeds and sizes end up in torch's 64 bits.
-        if value is None or not least <= value < 2**63:
-            raise argparse.ArgumentTypeError(f"expected a whole number of at least {least}, but got {text!r}")
-        return value
-
-    return read
-
-
-def number(least: float, most: float = math.inf, above: bool = False) -> Callable[[str], float]:
-    """Reads a finite number from `least` (or, with `above`, from just above it) to `most`."""
-
-    def read(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not (math.isfinite(value) and least <= value <= most) or (above and value == least):
-            lower = f"above {least:g}" if above else f"of at least {least:g}"
-            upper = f" and at most {most:g}" if most < math.inf else ""
-            raise argparse.ArgumentTypeError(f"expected a number {lower}{upper}, but got {text!r}")
-        return value
-
-    return read

@@ -11,7 +11,7 @@ import os
 import random
 import re
 import sysconfig
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -167,7 +167,19 @@ def end_of_text(tokenizer: Tokenizer) -> int:
 
 
 @dataclass(frozen=True)
-class Corpus:
+class Tokenized:
+    """Data of text, whose tokenizer goes with the model."""
+
+    tokenizer: Tokenizer
+
+    @property
+    def files(self) -> Mapping[str, str]:
+        """As in `Data`."""
+        return {"tokenizer.json": self.tokenizer.to_str(pretty=True)}
+
+
+@dataclass(frozen=True)
+class Corpus(Tokenized):
     """Tokens ready for training.
 
     Attributes:
@@ -175,7 +187,6 @@ class Corpus:
         train, validation: (tokens), int32.
     """
 
-    tokenizer: Tokenizer
     digest: str
     train: Tensor
     validation: Tensor

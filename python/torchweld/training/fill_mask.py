@@ -61,7 +61,8 @@ def run(args: argparse.Namespace) -> int:
     """Writes a line for each [MASK]: its words, the likeliest first."""
     device = pick_device(args.device)
     directory = checkpoint.locate(Path(args.checkpoint), to_use=True)
-    config, weights, tokenizer = checkpoint.load_model(directory, BERTConfig.from_hugging_face)
+    config, weights = checkpoint.load_model(directory, BERTConfig.from_hugging_face)
+    tokenizer = checkpoint.load_tokenizer(directory, config)
     tokenizer.no_padding()
     tokenizer.no_truncation()
     with forced_backend(args.backend, device):

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from torchweld.errors import UserError
 from torchweld.models.bert import BERTConfig, BERTForSequenceClassification
-from torchweld.training import bag_of_words, scores
+from torchweld.training import bag_of_words, checkpoint, corpus, order, scores
 from torchweld.training.labelled import Rows, label_names, numbers, read_rows, split
 from torchweld.training.packing import encode, pack
 from torchweld.training.program import Batch, Outcome
@@ -53,10 +53,9 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Labelled:
+class Labelled(corpus.Tokenized):
     """Labelled texts. `labels`: their names; of regression the column's."""
 
-    tokenizer: Tokenizer
     digest: str
     labels: tuple[str, ...]
     training: Part
@@ -75,6 +74,7 @@ class FineTune:
     tokenizer: Tokenizer | None = None
     epochs: int = 1
     input: str = "data"
+    counted: str = "tokens"
     title: str = "BERT"
     architecture: str = "BertForSequenceClassification"
 
@@ -96,6 +96,10 @@ class FineTune:
         return self.task == "regress"
 
     @property
+    def defaults(self) -> Mapping[str, str]:
+        return {option: option for option in self.options}
+
+    @property
     def configs(self) -> Mapping[str, Any]:
         return {"checkpoint": self.config}
 
@@ -103,7 +107,7 @@ class FineTune:
     def recipes(self) -> Mapping[str, Recipe]:
         return {"checkpoint": RECIPE}
 
-    def data(self, settings: Settings, config: BERTConfig, tokenizer: Tokenizer | None = None) -> Labelled:
+    def data(self, settings: Settings, config: BERTConfig, source: Path | None = None) -> Labelled:
         """The rows of the files, split and encoded; as in `Program`."""
         if not settings.data:
             raise UserError(f"{self.command}: expected files of texts and labels, but got none; name them with --data")
@@ -111,7 +115,7 @@ class FineTune:
         rows = read_rows(settings.data, columns["text"], columns["label"])
         predicted = "score" if columns["label"].isdigit() else columns["label"]
         labels = (predicted,) if self.regression else label_names(rows)
-        tokenizer = tokenizer or self.tokenizer
+        tokenizer = checkpoint.load_tokenizer(source, config) if source else self.tokenizer
         assert tokenizer is not None
         tokenizer.no_padding()
         tokenizer.enable_truncation(config.max_position_embeddings)
@@ -149,12 +153,9 @@ class FineTune:
 
     def batches(self, data: Labelled, settings: Settings, config: BERTConfig, step: int, parts: int) -> list[Batch]:
         """The next examples of an order that is drawn for each epoch."""
-        size, count = settings.batch_size, len(data.training)
-        first = step * size
-        epochs = range(first // count, (first + size - 1) // count + 1)
-        orders = {epoch: np.random.default_rng((settings.seed, epoch)).permutation(count) for epoch in epochs}
-        chosen = [int(orders[at // count][at % count]) for at in range(first, first + size)]
-        return [data.training.batch(chosen[i : i + size // parts]) for i in range(0, size, size // parts)]
+        size = settings.batch_size
+        indices = order.chosen(settings.seed, len(data.training), step, size)
+        return [data.training.batch(indices[i : i + size // parts]) for i in range(0, size, size // parts)]
 
     def validation(self, data: Labelled, settings: Settings, config: BERTConfig) -> list[Batch]:
         """All texts of validation."""
@@ -168,7 +169,7 @@ class FineTune:
         """As in `Program`."""
         return BERTConfig.from_hugging_face(values)
 
-    def write_config(self, config: BERTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    def write_config(self, config: BERTConfig, data: Labelled) -> dict[str, Any]:
         """As in `Program`."""
         return {**config.to_hugging_face(), "architectures": [self.architecture]}
 

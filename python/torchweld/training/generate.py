@@ -52,7 +52,8 @@ def run(args: argparse.Namespace) -> int:
     except UnicodeEncodeError:  # bytes of the command line that were no text
         raise UserError("--prompt: expected text in the terminal's encoding (UTF-8), but got other bytes") from None
     directory = checkpoint.locate(Path(args.checkpoint), to_use=True)
-    config, weights, tokenizer = checkpoint.load_model(directory, read_config)
+    config, weights = checkpoint.load_model(directory, read_config)
+    tokenizer = checkpoint.load_tokenizer(directory, config)
     with forced_backend(args.backend, device):
         model = (GPT3 if isinstance(config, GPT3Config) else GPT2)(config).eval()
         model.load_hugging_face(weights)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from rich.console import Console
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from torchweld.errors import UserError
 from torchweld.models import gpt2, gpt3
-from torchweld.training import corpus, report
+from torchweld.training import checkpoint, corpus, report
 from torchweld.training.generate import continuation
 from torchweld.training.program import Batch, Outcome
 from torchweld.training.settings import Recipe, Settings
@@ -35,16 +35,19 @@ class LanguageModel:
     config_kind: type[gpt2.GPT2Config]
     input: str = "text"
     unit: str = "nats per token"
+    counted: str = "tokens"
     options: Mapping[str, str | None] = field(default_factory=dict)
+    defaults: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def command(self) -> str:
         """On the command line."""
         return f"train {self.name}"
 
-    def data(self, settings: Settings, config: gpt2.GPT2Config, tokenizer: Tokenizer | None = None) -> corpus.Corpus:
+    def data(self, settings: Settings, config: gpt2.GPT2Config, source: Path | None = None) -> corpus.Corpus:
         """The text, split; as in `Program`."""
         documents = corpus.read_files(settings.data) if settings.data else corpus.standard_library()
+        tokenizer = checkpoint.load_tokenizer(source, config) if source else None
         text = corpus.load_corpus(documents, config.vocab_size, tokenizer)
         need = config.n_positions + 2
         for part, tokens in (("training", text.train), ("validation", text.validation)):
@@ -84,9 +87,9 @@ class LanguageModel:
         """As in `Program`."""
         return self.config_kind.from_hugging_face(values)
 
-    def write_config(self, config: gpt2.GPT2Config, tokenizer: Tokenizer) -> dict[str, Any]:
+    def write_config(self, config: gpt2.GPT2Config, data: corpus.Corpus) -> dict[str, Any]:
         """As in `Program`."""
-        end = corpus.end_of_text(tokenizer)
+        end = corpus.end_of_text(data.tokenizer)
         return {**config.to_hugging_face(), "bos_token_id": end, "eos_token_id": end}
 
     def describe(self, data: corpus.Corpus, settings: Settings, config: gpt2.GPT2Config) -> tuple[str, str]:

@@ -15,7 +15,14 @@ from torch import Tensor
 from torchweld.errors import UserError
 from torchweld.models.seq2seq import Seq2SeqConfig
 from torchweld.training.cleaning import Dropped, clean, split
-from torchweld.training.corpus import CLOSE, load_tokens, special_token, train_joint_tokenizer, with_marks_as_text
+from torchweld.training.corpus import (
+    CLOSE,
+    Tokenized,
+    load_tokens,
+    special_token,
+    train_joint_tokenizer,
+    with_marks_as_text,
+)
 from torchweld.training.packing import pack
 from torchweld.training.pairs import Pair
 from torchweld.training.program import Batch
@@ -105,7 +112,7 @@ class Schedule:
 
 
 @dataclass(frozen=True)
-class Parallel:
+class Parallel(Tokenized):
     """Pairs of sentences.
 
     Attributes:
@@ -113,7 +120,6 @@ class Parallel:
         schedules: of the training pairs, by budget and seed.
     """
 
-    tokenizer: Tokenizer
     digest: str
     dropped: str
     training: Part

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -13,12 +14,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from rich.console import Console
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from torchweld.errors import UserError
 from torchweld.models import bert
-from torchweld.training import corpus, scores
+from torchweld.training import checkpoint, corpus, scores
 from torchweld.training.packing import pack
 from torchweld.training.program import Batch, Outcome
 from torchweld.training.settings import Recipe, Settings
@@ -71,10 +71,9 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class Text:
+class Text(corpus.Tokenized):
     """A corpus of documents for BERT."""
 
-    tokenizer: Tokenizer
     digest: str
     train: Documents
     validation: Documents
@@ -120,7 +119,9 @@ class PreTraining:
     title: str = "BERT"
     input: str = "text"
     unit: str = "nats: masked words + next segment"
+    counted: str = "tokens"
     options: Mapping[str, str | None] = field(default_factory=dict)
+    defaults: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def configs(self) -> Mapping[str, bert.BERTConfig]:
@@ -130,9 +131,10 @@ class PreTraining:
     def recipes(self) -> Mapping[str, Recipe]:
         return RECIPES
 
-    def data(self, settings: Settings, config: bert.BERTConfig, tokenizer: Tokenizer | None = None) -> Text:
+    def data(self, settings: Settings, config: bert.BERTConfig, source: Path | None = None) -> Text:
         """The text, split; as in `Program`."""
         documents = corpus.read_files(settings.data) if settings.data else corpus.standard_library_prose()
+        tokenizer = checkpoint.load_tokenizer(source, config) if source else None
         text = corpus.load_corpus(documents, config.vocab_size, tokenizer, corpus.SEPARATOR)
         separator = corpus.special_token(text.tokenizer, corpus.SEPARATOR)
         parts = [Documents(tokens, separator) for tokens in (text.train, text.validation)]
@@ -170,7 +172,7 @@ class PreTraining:
         """As in `Program`."""
         return bert.BERTConfig.from_hugging_face(values)
 
-    def write_config(self, config: bert.BERTConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    def write_config(self, config: bert.BERTConfig, data: Text) -> dict[str, Any]:
         """As in `Program`."""
         return {**config.to_hugging_face(), "architectures": ["BertForPreTraining"]}
 

@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any, Protocol
 
 from rich.console import Console
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from torchweld.models.published import Published
@@ -24,16 +23,16 @@ class Batch:
     Attributes:
         tensors: the arguments of `Program.losses` after the model.
         weights: over how many items each named loss is a mean.
-        tokens: how many the model works on; speed is counted in them.
+        count: how many tokens or images the model works on; speed is counted in them.
     """
 
     tensors: tuple[Tensor, ...]
     weights: Mapping[str, float]
-    tokens: int
+    count: int
 
     def map(self, change: Callable[[Any], Any]) -> Batch:
         """The same batch with each tensor changed."""
-        return Batch(tuple(change(t) for t in self.tensors), self.weights, self.tokens)
+        return Batch(tuple(change(t) for t in self.tensors), self.weights, self.count)
 
 
 class Data(Protocol):
@@ -44,8 +43,8 @@ class Data(Protocol):
         """Of the contents, so that a resumed run can tell that they are still the same."""
 
     @property
-    def tokenizer(self) -> Tokenizer:
-        """What makes tokens of text."""
+    def files(self) -> Mapping[str, str]:
+        """What a checkpoint keeps beside the model: contents by name, of text `tokenizer.json`."""
 
 
 @dataclass(frozen=True)
@@ -75,11 +74,13 @@ class Program(Protocol):
 
     Attributes:
         name, command: on the command line.
-        options: choices of its own; a checkpoint keeps them with the settings.
+        options: choices of its own that the command line makes; a checkpoint keeps them with the settings.
+        defaults: of all options.
         title: in plots.
         input: what it learns from, in error messages.
         configs, recipes: by the name of a size; how each is trained.
         unit: of the sum of the losses.
+        counted: what `Batch.count` counts.
     """
 
     @property
@@ -89,18 +90,22 @@ class Program(Protocol):
     @property
     def options(self) -> Mapping[str, str | None]: ...
     @property
+    def defaults(self) -> Mapping[str, str]: ...
+    @property
     def title(self) -> str: ...
     @property
     def input(self) -> str: ...
     @property
     def unit(self) -> str: ...
     @property
+    def counted(self) -> str: ...
+    @property
     def configs(self) -> Mapping[str, Any]: ...
     @property
     def recipes(self) -> Mapping[str, Recipe]: ...
 
-    def data(self, settings: Settings, config: Any, tokenizer: Tokenizer | None = None) -> Any:
-        """Reads `settings.data`. `tokenizer`: that of a run that goes on.
+    def data(self, settings: Settings, config: Any, source: Path | None = None) -> Any:
+        """Reads `settings.data`. `source`: the checkpoint of a run that goes on, with the `files` of its data.
 
         Raises:
             UserError: there is nothing to learn from, or not enough.
@@ -124,7 +129,7 @@ class Program(Protocol):
     def read_config(self, values: dict[str, Any]) -> Any:
         """From the contents of `config.json`."""
 
-    def write_config(self, config: Any, tokenizer: Tokenizer) -> dict[str, Any]:
+    def write_config(self, config: Any, data: Any) -> dict[str, Any]:
         """The contents of `config.json`."""
 
     def describe(self, data: Any, settings: Settings, config: Any) -> tuple[str, str]:

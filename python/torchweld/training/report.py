@@ -7,19 +7,23 @@ import os
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from statistics import fmean, median, quantiles
+from typing import Any
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from torch import Tensor
 
 from torchweld.errors import UserError
 from torchweld.training.program import Program
 from torchweld.training.trainer import Trainer
 
 _RECENT = 20
+_NAMED = 20  # labels that a picture has room for
 # Exact implementations differ by rounding, and training multiplies it: stock PyTorch beside itself, from weights that
 # differ by 1e-7, is 5% off at single steps after two hundred, and 0.6% in the mean of twenty; after a warm-up of twelve
 # steps it can be 1% off at once. So steps of the warm-up are held to rounding, and the others to their means.
@@ -30,8 +34,8 @@ MEAN_LIMIT = 0.03
 class Reporter:
     """Prints lines, with a live bar below them on a terminal and a line every `every` steps elsewhere."""
 
-    def __init__(self, console: Console, done: int, total: int, perplexities: bool = True) -> None:
-        self.perplexities = perplexities
+    def __init__(self, console: Console, done: int, total: int, program: Program) -> None:
+        self.program = program
         self.console, self.total, self.every = console, total, max(1, round(total / 20))
         self.bar = Progress(
             TextColumn("training"),
@@ -58,7 +62,7 @@ class Reporter:
         if len(named) > 1:
             text += f" (now {', '.join(f'{name} {loss:.3f}' for name, loss in named.items())})"
         for trainer in trainers:
-            text += f", {median(trainer.rates[-_RECENT:]):,.0f} tokens/s"
+            text += f", {median(trainer.rates[-_RECENT:]):,.0f} {self.program.counted}/s"
             text += f" ({trainer.name})" if len(trainers) > 1 else ""
         self.bar.update(self.task, completed=len(losses), description=text)
         if not self.console.is_terminal and len(losses) % self.every == 0:
@@ -69,7 +73,7 @@ class Reporter:
         for trainer in trainers:
             step, loss = trainer.validation[-1]
             name = f" ({trainer.name})" if len(trainers) > 1 else ""
-            exponential = f", perplexity {perplexity(loss)}" if self.perplexities else ""
+            exponential = f", perplexity {perplexity(loss)}" if self.program.unit == "nats per token" else ""
             self.console.print(f"step {step}/{self.total}: validation loss {loss:.4f}{exponential}{name}")
 
 
@@ -85,9 +89,9 @@ def compare(console: Console, trainers: Sequence[Trainer]) -> bool:
         Whether all agree.
     """
     ours, *rivals = trainers
-    tokens = round(fmean(ours.tokens))
-    table = Table(title=f"{ours.step} steps of {tokens:,} tokens each, from the same weights in the same order")
-    for heading in ("", "median tokens/s", "20% .. 80%", "training loss", "validation loss"):
+    count, counted = round(fmean(ours.counts)), ours.program.counted
+    table = Table(title=f"{ours.step} steps of {count:,} {counted} each, from the same weights in the same order")
+    for heading in ("", f"median {counted}/s", "20% .. 80%", "training loss", "validation loss"):
         table.add_column(heading, justify="right")
     for trainer in trainers:
         slow, fast = _spread(trainer.rates)
@@ -149,6 +153,28 @@ def plot(path: Path, program: Program, trainers: Sequence[Trainer], baselines: M
     for (name, loss), style in zip(baselines.items(), (":", "-.", "--"), strict=False):
         axes.axhline(loss, color="grey", linestyle=style, label=name)
     axes.legend()
+    _save(figure, path)
+    return True
+
+
+def plot_confusion(path: Path, counts: Tensor, labels: Sequence[str]) -> bool:
+    """Draws how often each label was taken for each, (meant, said), into a PNG; False without matplotlib."""
+    if find_spec("matplotlib") is None:
+        return False
+    shares = counts / counts.sum(1, keepdim=True).clamp_min(1)
+    figure = import_module("matplotlib.figure").Figure(figsize=(7, 6.5), layout="constrained")
+    axes = figure.add_subplot(xlabel="predicted", ylabel="labelled", title="share of each label's images")
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
+    if len(labels) <= _NAMED:
+        axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right")
+        axes.set_yticks(range(len(labels)), labels)
+        for (i, j), share in zip(product(range(len(labels)), repeat=2), shares.flatten().tolist(), strict=True):
+            axes.text(j, i, f"{share:.2f}", ha="center", va="center", color="white" if share > 0.5 else "black")
+    _save(figure, path)
+    return True
+
+
+def _save(figure: Any, path: Path) -> None:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         figure.savefig(aside, format="png", dpi=120)
@@ -156,4 +182,3 @@ def plot(path: Path, program: Program, trainers: Sequence[Trainer], baselines: M
     except OSError as error:
         aside.unlink(missing_ok=True)
         raise UserError(f"{path}: expected a file that can be written, but got: {error.strerror}") from None
-    return True

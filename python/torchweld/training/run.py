@@ -67,13 +67,13 @@ class Job:
             checkpoint.save_best(self.out, ours.step, self._weights())
 
     def _weights(self) -> checkpoint.Weights:
-        model, tokenizer = self.trainers[0].model, self.data.tokenizer
-        return checkpoint.Weights(self.program.write_config(self.config, tokenizer), model, tokenizer)
+        config = self.program.write_config(self.config, self.data)
+        return checkpoint.Weights(config, self.trainers[0].model, self.data.files)
 
 
 def start(args: argparse.Namespace, program: Program, processes: Processes, kept: KeptMemory | None) -> Job:
     """A fresh run in an output directory of its own. `kept`: what malloc keeps in this process, if it was asked to."""
-    settings = Settings.fresh(args, program.name, program.recipes, program.options, processes.count)
+    settings = Settings.fresh(args, program, processes.count)
     optimizers.choice(settings.optimizer)
     out = Path(args.out or default_out(program))
     if not args.overwrite and (found := checkpoint.checkpoints(out)):
@@ -130,10 +130,10 @@ def resume(args: argparse.Namespace, program: Program, processes: Processes, kep
     source = checkpoint.locate(Path(args.resume or args.out or default_out(program)))
     training, state = checkpoint.load_training(source)
     stored, step = training["settings"], training["step"]
-    settings = Settings.resumed(args, program.name, program.options, stored, step, processes.count)
-    config, weights, tokenizer = checkpoint.load_model(source, program.read_config)
+    settings = Settings.resumed(args, program, stored, step, processes.count)
+    config, weights = checkpoint.load_model(source, program.read_config)
     with processes.one_after_another():
-        data = program.data(settings, config, tokenizer)
+        data = program.data(settings, config, source)
     if training["digest"] != data.digest:
         raise UserError(
             f"--resume {source}: expected the {program.input} that the run was started with, but it has changed; "
@@ -154,7 +154,7 @@ def train(job: Job, console: Console) -> bool:
     """Runs the steps, validating and saving on the way; False if Ctrl-C ended it before the last one."""
     ours, settings, processes = job.trainers[0], job.settings, job.processes
     steps, patient = settings.steps, processes.count > 1
-    reporting = report.Reporter(console, ours.step, steps, perplexities=job.program.unit == "nats per token")
+    reporting = report.Reporter(console, ours.step, steps, job.program)
     with deferred_interrupt(patient) as interrupted, reporting as reporter:
         while ours.step < steps:
             batches = job.batches(ours.step)

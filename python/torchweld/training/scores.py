@@ -12,7 +12,7 @@ from torch import Tensor
 
 CLEAR = 0.5  # a number so far from zero has a sign
 MOST_CONFUSED = 10
-LOWER_IS_BETTER = {"squared error", "masked, nats"}
+LOWER_IS_BETTER = {"squared error", "masked, nats", "bits per number"}
 
 
 def of_numbers(outputs: Tensor, targets: Tensor) -> dict[str, float]:
@@ -50,23 +50,47 @@ def of_translations(said: Sequence[str], meant: Sequence[str]) -> dict[str, floa
 
 
 def table(ours: Mapping[str, Mapping[str, float]], others: Mapping[str, Mapping[str, float]]) -> Table:
-    """A row for each; the best of a column has a star."""
+    """A row for each, with the columns of ours; the best of a column has a star. What was not measured is a dash."""
     rows = {**ours, **others}
     names = list(next(iter(rows.values())))
     shown = Table("")
     for name in names:
         shown.add_column(name, justify="right")
-    best = {name: (min if name in LOWER_IS_BETTER else max)(scores[name] for scores in rows.values()) for name in names}
+    best = {
+        name: (min if name in LOWER_IS_BETTER else max)(scores[name] for scores in rows.values() if name in scores)
+        for name in names
+    }
     for who, scores in rows.items():
-        shown.add_row(who, *(f"{scores[name]:.3f}{'*' if scores[name] == best[name] else ' '}" for name in names))
+        shown.add_row(who, *(_cell(scores.get(name), best[name]) for name in names))
     return shown
+
+
+def _cell(score: float | None, best: float) -> str:
+    if score is None:
+        return "- "
+    digits = 3 if abs(score) >= 0.1 or score == 0 else 4
+    return f"{score:.{digits}f}{'*' if score == best else ' '}"
+
+
+def each_label(said: Tensor, meant: Tensor, labels: Sequence[str]) -> Table:
+    """Precision, recall and F1 of each label."""
+    found = counts(said, meant, len(labels)).double()
+    hits, precise, recalled = found.diagonal(), found.sum(0).clamp_min(1), found.sum(1).clamp_min(1)
+    columns = (hits / precise, hits / recalled, 2 * hits / (precise + recalled))
+    shown = Table("", "precision", "recall", "F1", "of the test", title="classes one by one")
+    for i, label in enumerate(labels):
+        shown.add_row(label, *(f"{float(column[i]):.3f}" for column in columns), str(int(found[i].sum())))
+    return shown
+
+
+def counts(said: Tensor, meant: Tensor, labels: int) -> Tensor:
+    """How often each label was taken for each: (labels meant, labels said)."""
+    return torch.bincount(meant * labels + said, minlength=labels * labels).view(labels, labels)
 
 
 def confusion(said: Tensor, meant: Tensor, labels: Sequence[str]) -> Table:
     """How often each label was taken for each."""
-    count = len(labels)
-    counts = torch.bincount(meant * count + said, minlength=count * count).view(count, count)
     shown = Table("labelled / predicted", *labels, title="what was taken for what")
-    for label, row in zip(labels, counts.tolist(), strict=True):
+    for label, row in zip(labels, counts(said, meant, len(labels)).tolist(), strict=True):
         shown.add_row(label, *map(str, row))
     return shown

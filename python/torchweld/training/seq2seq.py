@@ -5,19 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from tokenizers import Tokenizer
 from torch import Tensor
 
 from torchweld.errors import UserError
 from torchweld.models import seq2seq
 from torchweld.models.seq2seq import Seq2Seq, Seq2SeqConfig
-from torchweld.training import corpus, parallel, scores
+from torchweld.training import checkpoint, corpus, parallel, scores
 from torchweld.training.pairs import read_pairs
 from torchweld.training.parallel import Parallel
 from torchweld.training.program import Batch, Outcome
@@ -39,6 +39,11 @@ class Translation:
     title: str = "An encoder-decoder"
     input: str = "pairs"
     unit: str = "nats per token"
+    counted: str = "tokens"
+
+    @property
+    def defaults(self) -> Mapping[str, str]:
+        return {"source_language": "en", "target_language": "de"}
 
     @property
     def configs(self) -> Mapping[str, Seq2SeqConfig]:
@@ -48,16 +53,16 @@ class Translation:
     def recipes(self) -> Mapping[str, Recipe]:
         return RECIPES
 
-    def data(self, settings: Settings, config: Seq2SeqConfig, tokenizer: Tokenizer | None = None) -> Parallel:
+    def data(self, settings: Settings, config: Seq2SeqConfig, source: Path | None = None) -> Parallel:
         """The pairs of the files, cleaned, split and encoded; as in `Program`."""
         if not settings.data:
             raise UserError(
                 "train seq2seq: expected sentences and their translations, but got none; name two text files, .tsv "
-                "or .mo files, or a folder or wheel of JSON translations with --data. A wheel of 65 languages: pip "
-                "download --no-deps --only-binary=:all: --python-version 3.14 homeassistant==2026.2.3"
+                "or .mo files, or a folder or wheel of JSON translations with --data. A wheel of 65 languages: torchweld "
+                "data get home-assistant"
             )
-        source, target = (settings.options[f"{side}_language"] for side in ("source", "target"))
-        return parallel.load(read_pairs(settings.data, source, target), config, tokenizer)
+        pairs = read_pairs(settings.data, settings.options["source_language"], settings.options["target_language"])
+        return parallel.load(pairs, config, checkpoint.load_tokenizer(source, config) if source else None)
 
     def fit(self, settings: Settings, config: Seq2SeqConfig, data: Parallel) -> tuple[Settings, Seq2SeqConfig]:
         """As in `Program`: nothing does, but each part of a batch needs a pair."""
@@ -90,7 +95,7 @@ class Translation:
         """As in `Program`."""
         return Seq2SeqConfig.from_hugging_face(values)
 
-    def write_config(self, config: Seq2SeqConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    def write_config(self, config: Seq2SeqConfig, data: Parallel) -> dict[str, Any]:
         """As in `Program`."""
         return config.to_hugging_face()
 

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torchweld.errors import UserError
 
@@ -54,6 +54,19 @@ class Recipe:
         return self.learning_rate * (FINAL_RATE + (1.0 - FINAL_RATE) * cosine)
 
 
+class Choices(Protocol):
+    """What of a program the settings are made from, as in `program.Program`."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def recipes(self) -> Mapping[str, Recipe]: ...
+    @property
+    def options(self) -> Mapping[str, str | None]: ...
+    @property
+    def defaults(self) -> Mapping[str, str]: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings(Recipe):
     """All choices that the weights depend on; a checkpoint keeps them.
@@ -74,20 +87,14 @@ class Settings(Recipe):
     max_samples: int | None = None
 
     @classmethod
-    def fresh(
-        cls,
-        args: argparse.Namespace,
-        program: str,
-        recipes: Mapping[str, Recipe],
-        options: Mapping[str, str | None],
-        processes: int,
-    ) -> Settings:
+    def fresh(cls, args: argparse.Namespace, program: Choices, processes: int) -> Settings:
         """From the command line, and from the config's recipe where it says nothing."""
+        recipes = program.recipes
         name = args.config or ("small" if "small" in recipes else next(iter(recipes)))
         if name not in recipes:
             raise UserError(f"--config: expected one of {', '.join(recipes)}, but got {name!r}")
-        own = {option: value or option for option, value in options.items()}
-        chosen = {"program": program, "config": name, "seed": 0, "data": None, "options": own}
+        own = {option: program.options.get(option) or default for option, default in program.defaults.items()}
+        chosen = {"program": program.name, "config": name, "seed": 0, "data": None, "options": own}
         settings = cls(**{**asdict(recipes[name]), **chosen, **_given(args)})
         if settings.optimizer == "sgd" and args.learning_rate is None:
             settings = replace(settings, learning_rate=SGD_RATE * settings.learning_rate)
@@ -97,8 +104,7 @@ class Settings(Recipe):
     def resumed(
         cls,
         args: argparse.Namespace,
-        program: str,
-        options: Mapping[str, str | None],
+        program: Choices,
         stored: dict[str, Any],
         step: int,
         processes: int,
@@ -110,13 +116,13 @@ class Settings(Recipe):
             raise UserError(
                 f"training.json: expected the settings of `torchweld train`, but got others: {error}"
             ) from None
-        if settings.program != program:
+        if settings.program != program.name:
             raise UserError(
-                f"--resume: expected a run of {program}, but got one of {settings.program}; resume it with that"
+                f"--resume: expected a run of {program.name}, but got one of {settings.program}; resume it with that"
             )
         names = ("config", "optimizer", "max_samples")
         fixed = {**{name: getattr(settings, name) for name in names}, **settings.options}
-        for name, given in {**{name: getattr(args, name) for name in names}, **options}.items():
+        for name, given in {**{name: getattr(args, name) for name in names}, **program.options}.items():
             if given not in (None, was := fixed.get(name)):
                 raise UserError(
                     f"--{name.replace('_', '-')}: expected {was!r}, with which the run was started, but got {given!r}; "

@@ -43,7 +43,7 @@ class Trainer:
     Several processes share each batch; DistributedDataParallel averages their gradients.
 
     Attributes:
-        losses, seconds, tokens: of each step; the latter two only of those that this process ran.
+        losses, seconds, counts: of each step; the latter two only of those that this process ran.
         named: the losses of the last step by name.
         validation: (step, loss) pairs.
     """
@@ -62,7 +62,7 @@ class Trainer:
         )
         self.losses: list[float] = []
         self.seconds: list[float] = []
-        self.tokens: list[int] = []
+        self.counts: list[int] = []
         self.named: dict[str, float] = {}
         self.validation: list[tuple[int, float]] = []
 
@@ -108,7 +108,7 @@ class Trainer:
                 f"lower --learning-rate (now {self.settings.learning_rate:g})"
             )
         self.losses.append(value)
-        self.tokens.append(sum(part.tokens for part in parts))
+        self.counts.append(sum(part.count for part in parts))
         self.seconds.append(time.perf_counter() - start)
 
     @torch.no_grad()
@@ -132,8 +132,8 @@ class Trainer:
 
     @property
     def rates(self) -> list[float]:
-        """Tokens a second of each step that this process ran."""
-        return [tokens / seconds for tokens, seconds in zip(self.tokens, self.seconds, strict=True)]
+        """Tokens or images a second of each step that this process ran."""
+        return [count / seconds for count, seconds in zip(self.counts, self.seconds, strict=True)]
 
     def _unshared(self) -> AbstractContextManager[None]:
         """Gradients stay with the process: the last part of a step adds them up over all."""
