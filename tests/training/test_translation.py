@@ -108,7 +108,7 @@ def test_train_refuses(train: Run, command: Run, home: Path) -> None:
         code, _, error = train(*words, "--out", "run")
         assert code == 2 and re.search(message, error) and not Path("run").exists()
     code, _, error = command("train", "seq2seq")
-    assert code == 2 and "name two text files, .tsv or .mo files, or a folder or wheel" in error
+    assert code == 2 and "name two text files, .tsv" in error and "`torchweld data get home-assistant`" in error
     code, _, error = command("train", "gpt2", "--source-language", "en")
     assert code == 2 and "--source-language: expected a program that has this option, but got gpt2" in error
 

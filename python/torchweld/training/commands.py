@@ -32,8 +32,8 @@ def add_train_parser(subparsers: Subparsers) -> None:
         "train",
         help="train a model on text or images, here and now",
         description="Trains a model with torchweld's kernels, validates it, saves a checkpoint and shows a sample. "
-        "Without --data it learns the text of Python's standard library, which is on every machine; seq2seq learns to "
-        "translate and needs --data. Several processes "
+        "Without --data it learns the text of Python's standard library, which is on every machine; what "
+        "other programs learn `torchweld data get` brings. Several processes "
         "share each batch: torchrun --nproc-per-node 2 -m torchweld train gpt2.",
         epilog=_EXIT,
     )
