@@ -1,5 +1,5 @@
 """The `torchweld` command: info, check, bench, train, fine-tune, generate, classify, fill-mask, translate, sample,
-data.
+recommend, data.
 
 Exit codes: 0 done, 1 a check missed, 2 bad input (one line on stderr, no traceback), 130 interrupted, 141 reader left.
 """
@@ -28,6 +28,7 @@ _COMMANDS = {
     "fill-mask": ("torchweld.training.commands", "add_fill_mask_parser"),
     "translate": ("torchweld.training.translate", "add_parser"),
     "sample": ("torchweld.training.sample", "add_parser"),
+    "recommend": ("torchweld.training.recommend", "add_parser"),
     "data": ("torchweld.training.packages", "add_parser"),
 }
 

@@ -106,9 +106,7 @@ class AutoEncoder:
         others = {name: {BITS: cost} for name, cost in coders.bits(data, config.levels).items()}
         project = coders.principal_components(data.training, config.latents)
         others[f"PCA, {config.latents} components"] = {ERROR: _error(data.test, project)}
-        table = scores.table({"VAE": ours}, others)
-        table.title = f"{len(data.test):,} images of the test"
-        console.print(table)
+        scores.show(console, outcome.out, f"{len(data.test):,} images of the test", {"VAE": ours}, others)
         try:
             for name, picture in sample.gallery(model, data.test, outcome.settings.seed).items():
                 console.print(f"{name}: {sample.write(outcome.out / f'{name}.png', picture)}")

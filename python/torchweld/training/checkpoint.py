@@ -135,12 +135,12 @@ def load_model(checkpoint: Path, read_config: Callable[[dict[str, Any]], Any]) -
     Raises:
         UserError: a file is missing, damaged or of another model.
     """
-    return read_config(_read_json(checkpoint / "config.json")), _read_tensors(checkpoint / "model.safetensors")
+    return read_config(read_json(checkpoint / "config.json")), _read_tensors(checkpoint / "model.safetensors")
 
 
 def model_type(checkpoint: Path) -> Any:
     """The model's type, by its config."""
-    return _read_json(checkpoint / "config.json").get("model_type")
+    return read_json(checkpoint / "config.json").get("model_type")
 
 
 def load_tokenizer(checkpoint: Path, config: Any) -> Tokenizer:
@@ -168,7 +168,7 @@ def load_training(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         UserError: a file is missing or damaged.
     """
     path = checkpoint / "training.json"
-    training = _read_json(path)
+    training = read_json(path)
     if missing := {"step", "settings", "digest", "losses", "validation"} - training.keys():
         raise _damaged(path, f"no {sorted(missing)[0]!r} in it")
     losses = training["losses"]
@@ -231,15 +231,20 @@ def _write_json(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, kind: type = dict) -> Any:
+    """The contents of a file of JSON, an object or what `kind` says.
+
+    Raises:
+        UserError: it is missing, or damaged.
+    """
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _damaged(path, str(error.strerror)) from None
     except ValueError as error:
         raise _damaged(path, f"no JSON ({error})") from None
-    if not isinstance(values, dict):
-        raise _damaged(path, f"a {type(values).__name__}, not an object")
+    if not isinstance(values, kind):
+        raise _damaged(path, f"a {type(values).__name__}, not {'an object' if kind is dict else 'a list'}")
     return values
 
 

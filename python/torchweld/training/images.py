@@ -1,14 +1,8 @@
-"""Images with classes from files: IDX, or a folder for each class; their split, and how they are varied.
-
-IDX is the format of MNIST (yann.lecun.com/exdb/mnist): two zero bytes, the type, the number of dimensions, each of them
-in four bytes, the data.
-"""
+"""Images with classes from files: IDX, or a folder for each class; their split, and how they are varied."""
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from importlib import import_module
@@ -23,14 +17,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from torchweld.errors import UserError
-from torchweld.training import packages
+from torchweld.training import idx, packages
 from torchweld.training.settings import Settings
 
-Pixels = NDArray[np.uint8]
-
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".pgm", ".ppm", ".tif", ".tiff"}
-_BYTES = 8  # IDX's number of the type
-_PARTS = (("train", "train"), ("t10k", "test"), ("test", "test"))
 _FASHION_LABELS = "657fbd221bfc9f4198cc14b5619cc33ec57c58dd0e47af4d99d6650759e869a7"  # sha256 of those for training
 FASHION = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
@@ -112,7 +102,7 @@ def read(folder: Path) -> Pictures:
             f"--data {folder}: expected a folder of IDX files or of a folder of images for each class, but got "
             f"{'a file' if folder.exists() else 'no such folder'}"
         )
-    found = _idx_files(folder)
+    found = idx.files(folder)
     parts, labels = _read_idx(folder, found) if found else _read_folders(folder)
     test = parts.get("test")
     draws = _draws(parts["train"])
@@ -143,63 +133,11 @@ def _draws(images: Images) -> NDArray[np.int64]:
 # ---- IDX
 
 
-def _idx_files(folder: Path) -> dict[str, tuple[Path, Path]]:
-    """Images and labels of each part that is there."""
-    found = {}
-    for prefix, part in _PARTS:
-        pair = [_either(folder / f"{prefix}-{kind}-ubyte") for kind in ("images-idx3", "labels-idx1")]
-        if pair[0] is None:
-            continue
-        if pair[1] is None:
-            raise UserError(
-                f"--data {folder}: expected {prefix}-labels-idx1-ubyte beside the images, but it is missing"
-            )
-        found[part] = (pair[0], pair[1])
-    if found and "train" not in found:
-        raise UserError(f"--data {folder}: expected train-images-idx3-ubyte, but got images for the test alone")
-    return found
-
-
-def _either(path: Path) -> Path | None:
-    """The file, or the same with .gz; None if there is neither."""
-    return next((p for p in (path, path.with_name(f"{path.name}.gz")) if p.is_file()), None)
-
-
-def read_idx(path: Path, dimensions: int) -> Pixels:
-    """The array of bytes in an IDX file, which may be compressed by gzip.
-
-    Raises:
-        UserError: it is damaged, or of other dimensions.
-    """
-    try:
-        contents = path.read_bytes()
-        if path.suffix == ".gz":
-            contents = gzip.decompress(contents)
-    except (OSError, EOFError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"--data {path}: expected a whole file, but got: {reason}; download it again") from None
-    magic = bytes([0, 0, _BYTES, dimensions])
-    if contents[:4] != magic:
-        raise UserError(
-            f"--data {path}: expected an IDX file of bytes with {dimensions} dimension(s), which begins with "
-            f"{magic.hex()}, but got {contents[:4].hex() or 'nothing'}"
-        )
-    start = 4 + 4 * dimensions
-    shape = [int.from_bytes(contents[at : at + 4], "big") for at in range(4, start, 4)]
-    got = len(contents) - start
-    if got != math.prod(shape):
-        raise UserError(
-            f"--data {path}: expected {' x '.join(map(str, shape))} bytes, as its beginning says, but got {got}; "
-            f"download it again"
-        )
-    return np.frombuffer(contents, np.uint8, offset=start).reshape(shape)
-
-
 def _read_idx(folder: Path, found: dict[str, tuple[Path, Path]]) -> tuple[dict[str, Images], tuple[str, ...]]:
     parts: dict[str, Images] = {}
     size, most = (0, 0), 0
     for part, (of_images, of_labels) in found.items():
-        pixels, labels = read_idx(of_images, 3), read_idx(of_labels, 1)
+        pixels, labels = idx.read(of_images, 3), idx.read(of_labels, 1)
         if len(pixels) != len(labels):
             raise UserError(f"--data {of_labels}: expected {len(pixels)} labels, one an image, but got {len(labels)}")
         if parts and size != pixels.shape[1:]:

@@ -7,6 +7,7 @@ from torchweld.training.language_model import GPT2, GPT3
 from torchweld.training.pretraining import BERT
 from torchweld.training.program import Program
 from torchweld.training.recognition import VIT
+from torchweld.training.recommendation import RECOMMENDER
 from torchweld.training.seq2seq import SEQ2SEQ
 
-PROGRAMS: dict[str, Program] = {program.name: program for program in (GPT2, GPT3, BERT, SEQ2SEQ, VAE, VIT)}
+PROGRAMS: dict[str, Program] = {program.name: program for program in (GPT2, GPT3, BERT, SEQ2SEQ, VAE, VIT, RECOMMENDER)}

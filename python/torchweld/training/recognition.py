@@ -116,9 +116,8 @@ class Recognition:
             "most frequent class": torch.bincount(data.training.labels, minlength=len(data.labels)).expand_as(own),
         }
         judged = {name: scores.of_labels(said, test.labels) for name, said in others.items()}
-        table = scores.table({"ViT": scores.of_labels(own, test.labels)}, judged)
-        table.title = f"{len(test):,} images of the test"
-        console.print(table)
+        ours = {"ViT": scores.of_labels(own, test.labels)}
+        scores.show(console, outcome.out, f"{len(test):,} images of the test", ours, judged)
         said = own.argmax(1)
         console.print(scores.each_label(said, test.labels, data.labels))
         if len(data.labels) <= scores.MOST_CONFUSED:

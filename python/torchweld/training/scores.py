@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 CLEAR = 0.5  # a number so far from zero has a sign
 MOST_CONFUSED = 10
+SMALL = 0.05  # a column with a smaller number has four digits
 LOWER_IS_BETTER = {"squared error", "masked, nats", "bits per number"}
 
 
@@ -54,22 +59,29 @@ def table(ours: Mapping[str, Mapping[str, float]], others: Mapping[str, Mapping[
     rows = {**ours, **others}
     names = list(next(iter(rows.values())))
     shown = Table("")
+    best, digits = {}, {}
     for name in names:
         shown.add_column(name, justify="right")
-    best = {
-        name: (min if name in LOWER_IS_BETTER else max)(scores[name] for scores in rows.values() if name in scores)
-        for name in names
-    }
+        column = [scores[name] for scores in rows.values() if name in scores]
+        best[name] = (min if name in LOWER_IS_BETTER else max)(column)
+        digits[name] = 4 if min(map(abs, column)) < SMALL else 3
     for who, scores in rows.items():
-        shown.add_row(who, *(_cell(scores.get(name), best[name]) for name in names))
+        cells = []
+        for name in names:
+            mark = "*" if scores.get(name) == best[name] else " "
+            cells.append(f"{scores[name]:.{digits[name]}f}{mark}" if name in scores else "- ")
+        shown.add_row(who, *cells)
     return shown
 
 
-def _cell(score: float | None, best: float) -> str:
-    if score is None:
-        return "- "
-    digits = 3 if abs(score) >= 0.1 or score == 0 else 4
-    return f"{score:.{digits}f}{'*' if score == best else ' '}"
+def show(
+    console: Console, out: Path, title: str, ours: Mapping[str, Mapping[str, float]], others: Mapping[str, Any]
+) -> None:
+    """Prints the table, and writes its numbers to OUT/scores.json."""
+    shown = table(ours, others)
+    shown.title = title
+    console.print(shown)
+    (out / "scores.json").write_text(json.dumps({**ours, **others}, indent=1) + "\n", encoding="utf-8")
 
 
 def each_label(said: Tensor, meant: Tensor, labels: Sequence[str]) -> Table:

@@ -121,12 +121,9 @@ class Translation:
             ours = Translator(outcome.model, data.tokenizer)(sources)
         memory = TranslationMemory(*([pair[side] for pair in data.training.pairs] for side in (0, 1)))
         rivals = {"translation memory": [*memory.translate(sources)], "the source itself": sources}
-        table = scores.table(
-            {"seq2seq": scores.of_translations(ours, meant)},
-            {name: scores.of_translations(said, meant) for name, said in rivals.items()},
-        )
-        table.title = f"{len(meant):,} sentences of the test"
-        console.print(table)
+        judged = {name: scores.of_translations(said, meant) for name, said in {"seq2seq": ours, **rivals}.items()}
+        title = f"{len(meant):,} sentences of the test"
+        scores.show(console, outcome.out, title, {"seq2seq": judged.pop("seq2seq")}, judged)
         if find_spec("sacrebleu") is None:
             console.print("chrF and BLEU need sacrebleu: pip install torchweld[translate]")
         examples = Table("source", "translation", "reference", title="held-out sentences")
