@@ -26,7 +26,7 @@ _COMMANDS = {
     "generate": ("torchweld.training.commands", "add_generate_parser"),
     "classify": ("torchweld.training.commands", "add_classify_parser"),
     "fill-mask": ("torchweld.training.commands", "add_fill_mask_parser"),
-    "translate": ("torchweld.training.commands", "add_translate_parser"),
+    "translate": ("torchweld.training.translate", "add_parser"),
     "sample": ("torchweld.training.sample", "add_parser"),
     "recommend": ("torchweld.training.recommend", "add_parser"),
     "data": ("torchweld.training.packages", "add_parser"),

@@ -1,4 +1,4 @@
-"""The options of `torchweld train`, `fine-tune`, `generate`, `classify`, `fill-mask` and `translate`."""
+"""The options of `torchweld train`, `fine-tune`, `generate`, `classify`, and `fill-mask`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchweld.errors import UserError
-from torchweld.training import checkpoint, classify, fill_mask, generate, run, translate
+from torchweld.training import checkpoint, classify, fill_mask, generate, run
 from torchweld.training.arguments import add_machine_options, number, whole
 from torchweld.training.fine_tune import FineTune
 from torchweld.training.optimizers import OPTIMIZERS
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 TASKS = ("classify", "regress")
-OPTIONS = ("likelihood", "shift", "flip", "source_language", "target_language")
+OPTIONS = ("source_language", "target_language", "likelihood", "shift", "flip")
 _EXIT = (
     "Ctrl-C saves a checkpoint after the step it falls in and ends with exit code 130; a second one ends at once. "
     "Other exit codes: 0 done, 1 --compare found loss curves that differ, 2 bad input."
@@ -32,9 +32,9 @@ def add_train_parser(subparsers: Subparsers) -> None:
         "train",
         help="train a model on text or images, here and now",
         description="Trains a model with torchweld's kernels, validates it, saves a checkpoint and shows a sample. "
-        "Without --data it learns the text of Python's standard library, which is on every machine; seq2seq learns to "
-        "translate and needs --data. Several processes share each batch: "
-        "torchrun --nproc-per-node 2 -m torchweld train gpt2.",
+        "Without --data it learns the text of Python's standard library, which is on every machine; what "
+        "other programs learn `torchweld data get` brings. Several processes "
+        "share each batch: torchrun --nproc-per-node 2 -m torchweld train gpt2.",
         epilog=_EXIT,
     )
     parser.add_argument("name", metavar="NAME", help=f"what to train: {', '.join(PROGRAMS)}")
@@ -42,18 +42,18 @@ def add_train_parser(subparsers: Subparsers) -> None:
         "--data",
         nargs="+",
         metavar="FILE",
-        help="UTF-8 text files (default: the standard library), or a folder of images (default: Fashion-MNIST); for "
-        "seq2seq two of them, line beside line, or .tsv, .mo, and folders or wheels with a JSON file for each language",
+        help="UTF-8 text files (default: the standard library); for seq2seq two of them, line beside line, or .tsv, "
+        ".mo, and folders or wheels with a JSON file for each language; or a folder of images (default: Fashion-MNIST)",
     )
     sizes = "; ".join(f"{name}: {', '.join(program.configs)}" for name, program in PROGRAMS.items())
     parser.add_argument("--config", help=f"the size (default: small). {sizes}")
     _add_run_options(parser)
     own = parser.add_argument_group("of single programs")
+    for side, language in (("source", "en"), ("target", "de")):
+        own.add_argument(f"--{side}-language", metavar="NAME", help=f"seq2seq: as files name it (default: {language})")
     own.add_argument("--likelihood", help="vae: logistic (default), gaussian, or bernoulli in black and white")
     own.add_argument("--shift", metavar="N", help="vae, vit: move training images by up to N pixels (default: 0)")
     own.add_argument("--flip", action="store_const", const="yes", help="vae, vit: flip half of the training images")
-    for side, language in (("source", "en"), ("target", "de")):
-        own.add_argument(f"--{side}-language", metavar="NAME", help=f"seq2seq: as files name it (default: {language})")
     parser.set_defaults(func=_train, max_samples=None)
 
 
@@ -136,36 +136,6 @@ def add_fill_mask_parser(subparsers: Subparsers) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object a text")
     add_machine_options(parser)
     parser.set_defaults(func=_fill_mask)
-
-
-def add_translate_parser(subparsers: Subparsers) -> None:
-    """Adds `torchweld translate`; its `func` takes the parsed arguments and returns the exit code."""
-    parser = subparsers.add_parser(
-        "translate",
-        help="translate texts, a file or standard input",
-        description="Writes a translation for each text or line, an empty line for an empty one. A text longer than "
-        "half the model's positions is translated in pieces, cut behind punctuation. At a terminal each line has its "
-        "answer at once.",
-    )
-    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a model, or the --out of a run")
-    parser.add_argument("text", nargs="*", metavar="TEXT", help="to translate (default: standard input, line by line)")
-    parser.add_argument("--file", metavar="FILE", help="of texts, one a line")
-    parser.add_argument(
-        "--beam", type=whole(1), default=1, metavar="N", help="translations that grow side by side (default: 1, greedy)"
-    )
-    parser.add_argument(
-        "--length-penalty",
-        type=number(-10.0, 10.0),
-        default=1.0,
-        metavar="A",
-        help="of --beam: the largest log-probability / length^A wins, so a larger A favours longer ones (default: 1)",
-    )
-    parser.add_argument("--json", action="store_true", help="one JSON object a text")
-    parser.add_argument(
-        "--attention-map", metavar="PNG", help="draw which words of the first TEXT each word comes from"
-    )
-    add_machine_options(parser)
-    parser.set_defaults(func=_translate)
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -254,10 +224,6 @@ def _classify(args: argparse.Namespace) -> int:
 
 def _fill_mask(args: argparse.Namespace) -> int:
     return fill_mask.run(args)
-
-
-def _translate(args: argparse.Namespace) -> int:
-    return translate.run(args)
 
 
 def _generate(args: argparse.Namespace) -> int:

@@ -102,7 +102,8 @@ def counts(said: Tensor, meant: Tensor, labels: int) -> Tensor:
 
 def confusion(said: Tensor, meant: Tensor, labels: Sequence[str]) -> Table:
     """How often each label was taken for each."""
-    shown = Table("labelled / predicted", *labels, title="what was taken for what")
-    for label, row in zip(labels, counts(said, meant, len(labels)).tolist(), strict=True):
-        shown.add_row(label, *map(str, row))
+    numbers = [str(i) for i in range(len(labels))]  # ten names have no room side by side
+    shown = Table("labelled / predicted", *numbers, title="what was taken for what")
+    for i, row in enumerate(counts(said, meant, len(labels)).tolist()):
+        shown.add_row(f"{i} {labels[i]}", *map(str, row))
     return shown

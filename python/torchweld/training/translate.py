@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from tokenizers import Tokenizer
@@ -19,10 +20,14 @@ from torchweld.errors import UserError
 from torchweld.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from torchweld.models.translating import alignment, generate
 from torchweld.training import checkpoint
+from torchweld.training.arguments import add_machine_options, number, whole
 from torchweld.training.corpus import CLOSE, special_token, with_marks_as_text
 from torchweld.training.lines import AT_ONCE, batches, opened
 from torchweld.training.machine import forced_backend, pick_device
 from torchweld.training.packing import pack
+
+if TYPE_CHECKING:
+    Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 # Where a long sentence is cut, the best place first: after the end of a sentence, at a comma, between words.
 _CUTS = [re.compile(p) for p in (r"(?<=[.!?;:])\s+|(?<=[。！？；])", r"(?<=,)\s+|(?<=[，、])", r"\s+")]  # noqa: RUF001
@@ -109,6 +114,36 @@ class Translator:
 
     def _shown(self, token: int) -> str:
         return str(self.tokenizer.decode([token], skip_special_tokens=False)).replace("$", r"\$")
+
+
+def add_parser(subparsers: Subparsers) -> None:
+    """Adds `torchweld translate`; its `func` takes the parsed arguments and returns the exit code."""
+    parser = subparsers.add_parser(
+        "translate",
+        help="translate texts, a file or standard input",
+        description="Writes a translation for each text or line, an empty line for an empty one. A text longer than "
+        "half the model's positions is translated in pieces, cut behind punctuation. At a terminal each line has its "
+        "answer at once.",
+    )
+    parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a model, or the --out of a run")
+    parser.add_argument("text", nargs="*", metavar="TEXT", help="to translate (default: standard input, line by line)")
+    parser.add_argument("--file", metavar="FILE", help="of texts, one a line")
+    parser.add_argument(
+        "--beam", type=whole(1), default=1, metavar="N", help="translations that grow side by side (default: 1, greedy)"
+    )
+    parser.add_argument(
+        "--length-penalty",
+        type=number(-10.0, 10.0),
+        default=1.0,
+        metavar="A",
+        help="of --beam: the largest log-probability / length^A wins, so a larger A favours longer ones (default: 1)",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a text")
+    parser.add_argument(
+        "--attention-map", metavar="PNG", help="draw which words of the first TEXT each word comes from"
+    )
+    add_machine_options(parser)
+    parser.set_defaults(func=run)
 
 
 def run(args: argparse.Namespace) -> int:
