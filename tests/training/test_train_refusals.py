@@ -126,7 +126,7 @@ def drop_moments(path: Path) -> None:
         (lambda d: truncate(d / "model.safetensors"), "model.safetensors: expected one that `torchweld train` wrote"),
         (lambda d: (d / "model.safetensors").unlink(), "model.safetensors: .*No such file"),
         (lambda d: (d / "config.json").write_text("{"), "config.json: .*no JSON"),
-        (lambda d: (d / "config.json").write_text("[]"), "config.json: .*a list, not a dict"),
+        (lambda d: (d / "config.json").write_text("[]"), "config.json: .*a list, not an object"),
         (lambda d: edit(d / "config.json", model_type="bert"), "config.json: model_type: expected 'gpt2'"),
         (lambda d: edit(d / "config.json", n_embd=128), "expected shape"),
         (lambda d: edit(d / "config.json", vocab_size=100), "512 tokens for a vocab_size of 100"),
