@@ -147,12 +147,17 @@ class ViT(Published):
 
     @torch.no_grad()
     def initialise(self) -> None:
-        """ViT's: normal with 0.02, biases zero; norms are right as they are."""
+        """The authors': Glorot's for linear layers, LeCun's for patches; the classifier begins with zeros."""
         for name, p in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith("bias") or name in ("first", "classifier.weight"):
                 p.zero_()
-            elif p.dim() > 1:
+            elif name == "positions":
                 p.normal_(std=0.02)
+            elif name == "embed.weight":
+                p.normal_(std=p[0].numel() ** -0.5)
+            elif p.dim() > 1:
+                for part in p.chunk(3) if ".qkv." in name else [p]:
+                    nn.init.xavier_uniform_(part)
 
     def forward(self, images: Tensor) -> Tensor:
         """A logit for each label: (B, K, S, S) -> (B, labels)."""

@@ -33,7 +33,7 @@ def bits(pictures: Pictures, levels: int) -> dict[str, float]:
         "gzip, all images in one file": _rate(len(gzip.compress(packed, 9)), test.pixels),
         "xz, all images in one file": _rate(len(lzma.compress(packed, preset=9)), test.pixels),
     }
-    with suppress(UserError):  # without Pillow
+    with suppress(UserError, KeyError):  # without Pillow, or a Pillow without WebP
         for name, options in FORMATS.items():
             found[f"{name}, image by image"] = _alone(test.pixels[:ALONE], levels, name, options)
     return found
