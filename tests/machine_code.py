@@ -25,13 +25,20 @@ _AFTER_A_PREDICATE = ("SHFL", "ATOM", "MATCH")  # their first operand is a predi
 _PAIRS = ("DADD", "DMUL", "DFMA", "CS2R")
 
 
-def disassembler() -> str | None:
-    """nvdisasm of the CUDA toolkit, or the one that comes with triton."""
-    found = shutil.which("nvdisasm")
-    spec = importlib.util.find_spec("triton") if found is None else None
-    if spec is None or spec.origin is None:
-        return found
-    return shutil.which("nvdisasm", path=str(Path(spec.origin).parent / "backends/nvidia/bin"))
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: on PATH, of NVIDIA's own wheels, or the one that comes with triton."""
+    found = shutil.which(name)
+    for package, folder in (("nvidia", "cu13/bin"), ("triton", "backends/nvidia/bin")):
+        spec = importlib.util.find_spec(package) if found is None else None
+        for place in (spec.submodule_search_locations if spec else None) or ():
+            found = found or shutil.which(name, path=str(Path(place) / folder))
+    return found
+
+
+def library() -> Path | None:
+    """The CUDA kernels that are installed."""
+    spec = importlib.util.find_spec("torchweld._cuda")
+    return None if spec is None or spec.origin is None else Path(spec.origin)
 
 
 @dataclass(frozen=True)
@@ -167,10 +174,34 @@ def parse(sass: str) -> list[Kernel]:
     return kernels
 
 
+def _output(name: str, *arguments: object, folder: Path | None = None) -> str:
+    program = tool(name)
+    assert program is not None
+    command = [program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=folder).stdout
+
+
 def disassemble(cubin: Path) -> list[Kernel]:
-    tool = disassembler()
-    assert tool is not None
-    return parse(subprocess.run([tool, "-c", cubin], capture_output=True, text=True, check=True).stdout)
+    return parse(_output("nvdisasm", "-c", cubin))
+
+
+def cubins(library: Path, folder: Path) -> dict[Path, str]:
+    """The machine code in a library, as files in `folder`, with the architecture of each."""
+    _output("cuobjdump", "-xelf", "all", library, folder=folder)
+    return {path: path.suffixes[-2].removeprefix(".sm_") for path in sorted(folder.glob("*.cubin"))}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """Of one kernel."""
+
+    registers: int
+    stack: int  # bytes, 0 for a kernel that spills nothing
+
+
+def resources(cubin: Path) -> dict[str, Resources]:
+    found = re.findall(r"Function (\S+):\s+REG:(\d+) STACK:(\d+)", _output("cuobjdump", "-res-usage", cubin))
+    return {name: Resources(int(registers), int(stack)) for name, registers, stack in found}
 
 
 # ---- What must hold. Each returns what does not, a sentence per fault.
@@ -259,26 +290,24 @@ def register_pools(kernel: Kernel, registers: int) -> Iterator[str]:
         yield f"{registers} registers at the start do not make {most} for some warpgroups and {least} for one"
 
 
-# ---- What ptxas says
+def serialized(kernel: Kernel) -> Iterator[str]:
+    """What ptxas makes of products that it cannot leave in flight: each is a group of its own, and waited for."""
+    products = [each for _, each in kernel.products()]
+    if len(products) > 1 and all("gsb0" in each.operands for each in products):
+        yield "every product is waited for before the next begins"
 
 
-@dataclass(frozen=True)
-class Report:
-    """Of one kernel, from the log of ptxas -v."""
-
-    registers: int
-    spilled: int  # bytes of spill stores
-
-
-def reports(log: str) -> dict[str, Report]:
-    found = {}
-    for part in log.split("Compiling entry function '")[1:]:
-        spilled, registers = re.search(r"(\d+) bytes spill stores", part), re.search(r"Used (\d+) registers", part)
-        assert spilled and registers, part
-        found[part.split("'")[0]] = Report(int(registers[1]), int(spilled[1]))
-    return found
+def spilled(kernel: Kernel) -> int:
+    """Bytes that a thread stores to its own memory."""
+    widths = {"64": 8, "128": 16}
+    stores = (each.opcode.split(".") for each in kernel.instructions if each.name == "STL")
+    return sum(next((widths[s] for s in suffixes if s in widths), 4) for suffixes in stores)
 
 
-def serialized(log: str) -> list[str]:
-    """What ptxas says about products that it could not leave in flight, or a setmaxnreg that it ignored."""
-    return [line for line in log.splitlines() if re.search(r"\(C75\d\d\)", line)]
+def vector_accesses(cubin: Path) -> dict[str, tuple[int, int]]:
+    """How many loads and stores of each kernel move 16 bytes of global memory."""
+    sections = _output("nvdisasm", "-c", cubin).split("\n.text.")[1:]
+    return {
+        s.split(":")[0]: (len(re.findall(r"LDG\.E\S*\.128", s)), len(re.findall(r"STG\.E\S*\.128", s)))
+        for s in sections
+    }

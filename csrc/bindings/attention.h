@@ -202,6 +202,15 @@ inline void fill_scores(const Arguments& args, AttentionInputs& p, const Modifie
 }
 
 template <class Backend>
+void run_attention_forward(const Arguments& args, AttentionForwardParams& p, const TensorView& query,
+                           const TensorView& output) {
+  p.output = rows_of(args, p, p.dtype, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
+  const Workspace workspace(query.device, Backend::kernels().attention_forward_workspace(p));
+  p.workspace = workspace.data();
+  Backend::run(&Backend::Kernels::attention_forward, p, query.device.index);
+}
+
+template <class Backend>
 void bind_attention(Module& m) {
   m.def_record<Modifiers>("Modifiers");
   m.def_record<Options>("Options");
@@ -216,15 +225,12 @@ void bind_attention(Module& m) {
           AttentionForwardParams p{};
           fill_inputs<Backend>(args, p, query, key, value, modifiers, options);
           fill_scores(args, p, modifiers, options);
-          p.output = rows_of(args, p, p.dtype, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
           if (wide_output && !Backend::leaves_wide_output) args.fail("wide_output", "None", "a tensor");
           if (wide_output)
             p.wide_output = static_cast<float*>(rows_of(args, p, DType::float32, *wide_output, "wide_output", p.heads,
                                                         p.total_q, p.value_dim, p.wide_output_strides));
           fill_statistics(args, p, statistics);
-          const Workspace workspace(query.device, Backend::kernels().attention_forward_workspace(p));
-          p.workspace = workspace.data();
-          Backend::run(&Backend::Kernels::attention_forward, p, query.device.index);
+          run_attention_forward<Backend>(args, p, query, output);
         });
 
   // output: the forward's output or wide_output; statistics: lse (1 row), or max and inverse; dlse: float32 (B, H, Nq),

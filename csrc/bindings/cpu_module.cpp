@@ -9,6 +9,8 @@
 #include "bindings/optimizer.h"
 #include "bindings/paged_attention.h"
 #include "bindings/rotary_embedding.h"
+#include "bindings/whole_attention.h"
+#include "bindings/whole_call.h"
 #include "cpu/isa/isa.h"
 
 namespace {
@@ -57,4 +59,6 @@ PYBIND11_MODULE(_cpu, python, py::mod_gil_not_used()) {
   bind_layer_norm<Cpu>(m);
   bind_linear_cross_entropy<Cpu>(m);
   bind_optimizers<Cpu>(m);
+  bind_whole_calls<Cpu>(m);
+  bind_whole_attention<Cpu>(m);
 }

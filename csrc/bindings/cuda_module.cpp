@@ -1,4 +1,6 @@
 #include "bindings/attention.h"
+#include "bindings/cross_entropy.h"
+#include "bindings/gelu.h"
 #include "bindings/layer_norm.h"
 #include "bindings/optimizer.h"
 #include "bindings/paged_attention.h"
@@ -50,4 +52,6 @@ PYBIND11_MODULE(_cuda, python, py::mod_gil_not_used()) {
   bind_paged_attention<Cuda>(m);
   bind_optimizers<Cuda>(m);
   bind_layer_norm<Cuda>(m);
+  bind_gelu<Cuda>(m);
+  bind_cross_entropy<Cuda>(m);
 }

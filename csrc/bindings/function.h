@@ -92,6 +92,8 @@ class Function {
     if constexpr (std::is_void_v<Return>) {
       function_(std::get<I>(readers).get()...);
       Py_RETURN_NONE;
+    } else if constexpr (std::is_same_v<Return, py::object>) {
+      return function_(std::get<I>(readers).get()...).release().ptr();
     } else {
       return py::cast(function_(std::get<I>(readers).get()...)).release().ptr();
     }

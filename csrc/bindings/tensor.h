@@ -3,6 +3,7 @@
 // expected and what came.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <optional>
@@ -114,7 +115,7 @@ class Arguments {
   }
 
   void check_shape(const TensorView& t, const char* name, std::initializer_list<int64_t> shape) const {
-    if (std::vector<int64_t>(shape) != std::vector<int64_t>(t.shape, t.shape + t.ndim))
+    if (!std::equal(shape.begin(), shape.end(), t.shape, t.shape + t.ndim))
       fail(name, "shape " + list(shape.begin(), static_cast<int>(shape.size())), list(t.shape, t.ndim));
   }
 

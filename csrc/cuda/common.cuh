@@ -122,6 +122,7 @@ __device__ __forceinline__ T* at(void* base, int64_t index) {
 // accesses.
 template <class T, int V>
 struct Vector {
+  static constexpr int kSize = V;
   static constexpr bool kPairs = V > 1 && sizeof(T) == 2;
   static constexpr int kWords = kPairs ? V / 2 : V;
   static_assert(V == 1 || V * sizeof(T) % 16 == 0, "a run is one element or whole 16-byte vectorized");
@@ -188,14 +189,19 @@ bool aligned16(const Pointers*... pointers) {
   return (uintptr_t{0} | ... | reinterpret_cast<uintptr_t>(pointers)) % 16 == 0;
 }
 
-// ---- Sums
+// ---- Sums over lanes
 
-// The sum over each group of `width` neighbouring lanes (a power of two, at most 32). Every lane gets the same bits.
-__device__ __forceinline__ float group_sum(float v, int width) {
+// f over each group of `width` neighbouring lanes (a power of two, at most 32). Every lane gets the same bits.
+template <class F>
+__device__ __forceinline__ float group_reduce(float v, int width, F&& f) {
 #pragma unroll
   for (int offset = 16; offset > 0; offset /= 2)
-    if (offset < width) v += __shfl_xor_sync(0xffffffffu, v, offset);
+    if (offset < width) v = f(v, __shfl_xor_sync(0xffffffffu, v, offset));
   return v;
+}
+
+__device__ __forceinline__ float group_sum(float v, int width) {
+  return group_reduce(v, width, [](float a, float b) { return a + b; });
 }
 
 // The sum of v over a block of `threads` (a power of two), in a fixed order. Thread 0 gets it, the others 0. Uses
@@ -209,5 +215,63 @@ __device__ __forceinline__ double block_sum(double v, int threads) {
   }
   return threadIdx.x == 0 ? sums[0] : 0.0;
 }
+
+// ---- Rows. A block has blockDim.y rows of blockDim.x lanes; lanes are a power of two up to a warp, or whole warps.
+
+// How many lanes a row takes: a power of two up to a warp, or whole warps.
+inline int lanes_for(int64_t cols, int columns_per_lane) {
+  const int64_t wanted = (cols + columns_per_lane - 1) / columns_per_lane;
+  if (wanted > kWarpSize) return static_cast<int>((wanted + kWarpSize - 1) / kWarpSize * kWarpSize);
+  int lanes = 1;
+  while (lanes < wanted) lanes *= 2;
+  return lanes;
+}
+
+// Sums and maxima over a row, in the first bytes of shared memory. The warps of a row alternate between two buffers, so
+// one barrier per sum is enough: a warp that writes a buffer again has passed the barrier of the other buffer.
+template <int kMost>
+class RowSums {
+ public:
+  static __host__ __device__ int floats(int threads) { return 2 * kMost * (threads / kWarpSize); }
+
+  // Sums K values over the lanes of each row of the block, in one order. Every lane gets the same bits.
+  template <int K>
+  __device__ __forceinline__ void operator()(float (&v)[K]) {
+    reduce(v, [](float a, float b) { return a + b; });
+  }
+
+  // The largest value. A NaN is lost.
+  __device__ __forceinline__ float max(float v) {
+    float values[1] = {v};
+    reduce(values, [](float a, float b) { return fmaxf(a, b); });
+    return values[0];
+  }
+
+ private:
+  template <int K, class F>
+  __device__ __forceinline__ void reduce(float (&v)[K], F&& f) {
+    static_assert(K <= kMost);
+    const int lanes = static_cast<int>(blockDim.x);
+#pragma unroll
+    for (int k = 0; k < K; ++k) v[k] = group_reduce(v[k], lanes, f);
+    if (lanes <= kWarpSize) return;
+    const int warps = lanes / kWarpSize, rows = static_cast<int>(blockDim.y);
+    float* row = reinterpret_cast<float*>(shared_memory) + (place_ * rows + threadIdx.y) * warps * kMost;
+    if (threadIdx.x % kWarpSize == 0) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) row[threadIdx.x / kWarpSize * K + k] = v[k];
+    }
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < K; ++k) v[k] = row[k];
+    for (int w = 1; w < warps; ++w) {
+#pragma unroll
+      for (int k = 0; k < K; ++k) v[k] = f(v[k], row[w * K + k]);
+    }
+    place_ ^= 1;
+  }
+
+  int place_ = 0;
+};
 
 }  // namespace torchweld::cuda

@@ -4,6 +4,10 @@
 
 #include "cuda/common.cuh"
 
+// What assert() calls, also where NDEBUG is defined.
+extern "C" __host__ __device__ void __assert_fail(const char* assertion, const char* file, unsigned int line,
+                                                  const char* function) noexcept;
+
 namespace torchweld::cuda::ptx {
 
 // The address of the block's shared memory.
@@ -139,6 +143,12 @@ __device__ __forceinline__ float exp2(float x) {
   float y;
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+}
+
+// Ends the kernel for a value that it cannot serve, as assert() does: CUDA prints the message, and the next call that
+// waits for the GPU gets cudaErrorAssert.
+__device__ __forceinline__ void refuse(const char* expected, const char* kernel) {
+  __assert_fail(expected, "torchweld", 0, kernel);
 }
 
 }  // namespace torchweld::cuda::ptx

@@ -172,3 +172,24 @@ def sgd_(lists: _SgdLists, options: _SgdOptions, step: _Step, table: Tensor | No
 def grad_norm(
     grads: _List, grad_scale: Tensor | None, partial: Tensor, norm: Tensor, table: Tensor | None
 ) -> _Refusals: ...
+
+# ---- Whole calls: the output; True where autograd must record the call; None where the call is not a common one
+
+def whole_attention(
+    query: object,
+    key: object,
+    value: object,
+    attn_mask: object,
+    dropout_p: object,
+    is_causal: object,
+    scale: object,
+    enable_gqa: object,
+) -> Tensor | bool | None: ...
+def whole_cross_entropy(
+    input: object, target: object, ignore_index: object, reduction: object, label_smoothing: object
+) -> Tensor | bool | None: ...
+def whole_gelu(input: object, approximate: object) -> Tensor | bool | None: ...
+def whole_layer_norm(
+    input: object, normalized_shape: object, weight: object, bias: object, eps: object
+) -> Tensor | bool | None: ...
+def whole_rms_norm(input: object, normalized_shape: object, weight: object, eps: object) -> Tensor | bool | None: ...

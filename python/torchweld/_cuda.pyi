@@ -14,6 +14,10 @@ from torchweld._cpu import Step as Step
 from torchweld._cpu import adamw_ as adamw_
 from torchweld._cpu import attention_backward as attention_backward
 from torchweld._cpu import attention_forward as attention_forward
+from torchweld._cpu import cross_entropy_backward as cross_entropy_backward
+from torchweld._cpu import cross_entropy_forward as cross_entropy_forward
+from torchweld._cpu import gelu_backward as gelu_backward
+from torchweld._cpu import gelu_forward as gelu_forward
 from torchweld._cpu import grad_norm as grad_norm
 from torchweld._cpu import layer_norm_backward as layer_norm_backward
 from torchweld._cpu import layer_norm_forward as layer_norm_forward

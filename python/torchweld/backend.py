@@ -10,10 +10,10 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -28,6 +28,7 @@ __all__ = [
     "strict",
     "unavailable",
     "use_backend",
+    "whole_call",
 ]
 
 BACKENDS = ("cuda", "cpu", "reference")
@@ -196,6 +197,19 @@ def choose(op: str, device: torch.device, refusal: str | None) -> str:
         _logged.add((op, refusal))
         _log.info("[%s] runs on the reference: %s", op, refusal)
     return "reference"
+
+
+def whole_call(op: str) -> Callable[..., Any]:
+    """The CPU module's function that does a whole call of `op`, as csrc/bindings/whole_call.h says.
+
+    It returns the output; True if the call is common but autograd must record it; None if it is not common. A module
+    that does not load has no common calls.
+    """
+    return getattr(_modules["cpu"][0], f"whole_{op}", _not_common)
+
+
+def _not_common(*_: object) -> None:
+    """A whole call without a kernel."""
 
 
 def module(device: torch.device) -> Kernels:

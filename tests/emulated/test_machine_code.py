@@ -1,4 +1,4 @@
-"""The machine code of the attention kernels: operands of Hopper's products, and spills; see machine_code.py.
+"""The machine code that is installed: operands of Hopper's products, spills, 16-byte accesses; see machine_code.py.
 
 The emulation runs the sources: what the device compiler does of its own is seen here alone.
 """
@@ -6,26 +6,27 @@ The emulation runs the sources: what the device compiler does of its own is seen
 from __future__ import annotations
 
 import re
-import shutil
 import subprocess
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 import machine_code
-from emulation import build
-from machine_code import Kernel
+from machine_code import Kernel, Resources
 
 REASON = (
-    "there is no nvcc"
-    if shutil.which("nvcc") is None
+    "torchweld._cuda is not built"
+    if machine_code.library() is None
     else None
-    if machine_code.disassembler()
-    else "there is no nvdisasm: neither in the CUDA toolkit nor in triton"
+    if machine_code.tool("nvdisasm") and machine_code.tool("cuobjdump")
+    else "there is no nvdisasm or no cuobjdump: pip install nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump"
 )
-
-SM90 = [("90a", dtype, size) for dtype in ("__nv_bfloat16", "__half") for size in (64, 128, 256)]
-SM80 = [("80", dtype, size) for dtype, sizes in build.HEAD_SIZES.items() for size in sizes]
+needs_machine_code = [
+    pytest.mark.slow,
+    pytest.mark.skipif(REASON is not None, reason=REASON or ""),
+    pytest.mark.xdist_group("machine_code"),
+]
 
 # Bytes that a kernel may spill, by the beginning of its name. All other kernels spill nothing.
 SPILLS = {
@@ -43,10 +44,30 @@ SPILLS = {
     r"sm80::decode_split<float, 256, true>": 20,
 }
 
+# Loads and stores of 16 bytes that a kernel has at least, by the beginning of its name. V is 8 elements of 16 bits or 4
+# of 32. A kernel of single elements has none.
+VECTORS = {
+    r"activation::forward<.*, [48]>": (2, 2),
+    r"activation::backward<.*, [48]>": (4, 2),
+    r"loss::forward<.*, [48]>": (5, 0),
+    r"loss::backward<.*, [48]>": (2, 2),
+    r"norm::forward_rows<.*, 32, [48]>": (4, 4),
+    r"norm::forward_rows<.*, 8, [48]>": (1, 1),
+    r"norm::backward_rows<.*, 32, [48], ": (8, 4),
+    r"norm::backward_rows<.*, 8, [48], ": (2, 1),
+    r"optimizer::step<.*Adam": (4, 3),
+    r"optimizer::step<.*Sgd": (2, 1),
+}
+
+
+def short(kernel: str) -> str:
+    """A demangled name without its namespaces above the family."""
+    name = kernel.removeprefix("void ").replace("(anonymous namespace)::", "").replace("torchweld::cuda::", "")
+    return name.removeprefix("attention::")
+
 
 def allowed(kernel: str) -> int:
-    name = kernel.removeprefix("void ").replace("torchweld::cuda::attention::", "")
-    return next((most for pattern, most in SPILLS.items() if re.match(pattern, name)), 0)
+    return next((most for pattern, most in SPILLS.items() if re.match(pattern, short(kernel))), 0)
 
 
 def demangled(names: list[str]) -> list[str]:
@@ -54,35 +75,78 @@ def demangled(names: list[str]) -> list[str]:
     return found.stdout.split("\n")
 
 
-def compiled(architecture: str, dtype: str, size: int, folder: Path) -> tuple[Path, str]:
-    """The cubin of an instance, and the log of ptxas."""
-    source, flags = build.instance(int(architecture[:2]), dtype, size)
-    cubin = folder / "instance.cubin"
-    command = ["nvcc", "-std=c++17", "-O3", "-DNDEBUG", f"-gencode=arch=compute_{architecture},code=sm_{architecture}"]
-    command += [*flags, "-Xptxas", "-v", f"-I{build.CSRC}", "-cubin", "-o", str(cubin), str(source)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert run.returncode == 0, run.stderr
-    return cubin, run.stderr
+class Cubin(NamedTuple):
+    path: Path
+    architecture: str
+    kernels: dict[str, tuple[str, Resources]]  # by mangled name: the readable one
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(REASON is not None, reason=REASON or "")
-@pytest.mark.parametrize(("architecture", "dtype", "size"), SM90 + SM80, ids=lambda x: str(x).strip("_"))
-def test_instance(architecture: str, dtype: str, size: int, tmp_path: Path) -> None:
-    cubin, log = compiled(architecture, dtype, size, tmp_path)
-    said = machine_code.reports(log)
-    faults = machine_code.serialized(log)
-    for name, readable in zip(said, demangled(list(said)), strict=False):
-        if said[name].spilled > allowed(readable):
-            faults.append(f"{readable} spills {said[name].spilled} bytes, not {allowed(readable)}")
-    if architecture == "90a":
-        kernels = [k for k in machine_code.disassemble(cubin) if k.name in said and any(k.products())]
-        assert len(kernels) == len(said)
-        for kernel in kernels:
-            found = [*machine_code.mixed_operands(kernel), *machine_code.touched_in_flight(kernel)]
-            found += machine_code.register_pools(kernel, said[kernel.name].registers)
-            faults += [f"{kernel.name}: {fault}" for fault in found]
-    assert faults == []
+@pytest.fixture(scope="session")
+def shipped(tmp_path_factory: pytest.TempPathFactory) -> list[Cubin]:
+    library = machine_code.library()
+    assert library is not None
+    found = []
+    for path, architecture in machine_code.cubins(library, tmp_path_factory.mktemp("cubins")).items():
+        resources = machine_code.resources(path)
+        readable = demangled(list(resources))
+        kernels = {name: (readable[i], each) for i, (name, each) in enumerate(resources.items())}
+        found.append(Cubin(path, architecture, kernels))
+    return found
+
+
+class TestShipped:
+    pytestmark = needs_machine_code
+
+    def test_nothing_else_spills(self, shipped: list[Cubin]) -> None:
+        """A kernel without a stack frame has no spills."""
+        kernels = [(cubin.architecture, *each) for cubin in shipped for each in cubin.kernels.values()]
+        assert len(kernels) > 300
+        faults = [f"{name} on {a}: {r.stack} bytes of stack" for a, name, r in kernels if r.stack and not allowed(name)]
+        assert faults == []
+
+    @pytest.mark.parametrize("size", [64, 128, 256])
+    @pytest.mark.parametrize("dtype", ["__nv_bfloat16", "__half"])
+    def test_products_of_hopper(self, shipped: list[Cubin], dtype: str, size: int) -> None:
+        faults: list[str] = []
+        count = 0
+        for cubin in shipped:
+            if not any(re.match(rf"sm90::\w+<{dtype}, {size}\b", short(name)) for name, _ in cubin.kernels.values()):
+                continue
+            assert cubin.architecture == "90a"
+            for kernel in machine_code.disassemble(cubin.path):
+                if kernel.name not in cubin.kernels:
+                    continue
+                readable, resources = cubin.kernels[kernel.name]
+                assert any(kernel.products()), readable
+                found = [*machine_code.mixed_operands(kernel), *machine_code.touched_in_flight(kernel)]
+                found += machine_code.serialized(kernel)
+                found += machine_code.register_pools(kernel, resources.registers)
+                if machine_code.spilled(kernel) > allowed(readable):
+                    found.append(f"spills {machine_code.spilled(kernel)} bytes, not {allowed(readable)}")
+                faults += [f"{readable}: {fault}" for fault in found]
+                count += 1
+        if count == 0:
+            pytest.skip("not built for sm_90a")
+        assert count >= 8 and faults == []
+
+    def test_tensors_move_by_16_bytes(self, shipped: list[Cubin]) -> None:
+        seen: set[str] = set()
+        faults: list[str] = []
+        for cubin in shipped:
+            wanted = {
+                n: (p, most)
+                for n, (r, _) in cubin.kernels.items()
+                for p, most in VECTORS.items()
+                if re.match(p, short(r))
+            }
+            if not wanted:
+                continue
+            found = machine_code.vector_accesses(cubin.path)
+            for name, (pattern, (loads, stores)) in wanted.items():
+                seen.add(pattern)
+                if found[name][0] < loads or found[name][1] < stores:
+                    faults.append(f"{cubin.kernels[name][0]} on {cubin.architecture}: {found[name]}")
+        assert seen == set(VECTORS) and faults == []
 
 
 # ---- Planted faults, in a shortened loop of a kernel: a left operand, a product, a wait.
@@ -171,13 +235,19 @@ def test_registers_that_do_not_add_up() -> None:
         assert list(machine_code.register_pools(kernel(most, least), start)) != []
 
 
-def test_what_ptxas_says() -> None:
-    log = """ptxas info    : Compiling entry function '_Z6kernelv' for 'sm_90a'
-    24 bytes stack frame, 20 bytes spill stores, 24 bytes spill loads
-ptxas info    : Used 168 registers, used 1 barriers
-ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized"""
-    assert machine_code.reports(log) == {"_Z6kernelv": machine_code.Report(registers=168, spilled=20)}
-    assert len(machine_code.serialized(log)) == 1
+def test_products_that_the_compiler_serializes() -> None:
+    """The code of ptxas where it says C7510 to C7515: it gives every product a group of its own."""
+    (kernel,) = machine_code.parse(LOOP)
+    assert list(machine_code.serialized(kernel)) == []
+    (kernel,) = machine_code.parse(LOOP.replace("gdesc[UR8], RZ, !UPT", "gdesc[UR8], RZ, !UPT, gsb0"))
+    assert len(list(machine_code.serialized(kernel))) == 1
+
+
+def test_spills() -> None:
+    code = "".join(line(f"{store} [R1+0x8], R4") for store in ("STL", "STL.64", "@P0 STL.128"))
+    (kernel,) = machine_code.parse(".text.kernel:\n" + code + line("LDL R4, [R1]") + line("EXIT"))
+    assert machine_code.spilled(kernel) == 28
     attention = "torchweld::cuda::attention"
     assert allowed(f"void {attention}::sm90::backward_bias<__half, 64>({attention}::Backward)") == 176
     assert allowed(f"void {attention}::sm80::backward_bias<__half, 64>({attention}::Backward)") == 0
+    assert allowed("void torchweld::cuda::norm::(anonymous namespace)::forward_rows<float, 8>(int)") == 0

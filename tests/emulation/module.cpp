@@ -1,5 +1,7 @@
 // The CUDA kernels as a Python module whose functions take CPU tensors.
 #include "bindings/attention.h"
+#include "bindings/cross_entropy.h"
+#include "bindings/gelu.h"
 #include "bindings/layer_norm.h"
 #include "bindings/optimizer.h"
 #include "bindings/paged_attention.h"
@@ -65,4 +67,6 @@ PYBIND11_MODULE(emulated, python) {
   bind_paged_attention<Emulated>(m);
   bind_optimizers<Emulated>(m);
   bind_layer_norm<Emulated>(m);
+  bind_gelu<Emulated>(m);
+  bind_cross_entropy<Emulated>(m);
 }

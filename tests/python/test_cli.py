@@ -13,7 +13,7 @@ import torch
 
 import fresh
 from torchweld import _cpu, backend, ops, testing
-from torchweld.bench import command, harness, report
+from torchweld.bench import command, harness, report, sweep
 from torchweld.bench.functional import works
 from torchweld.bench.harness import Settings, Work, interleave, measure
 from torchweld.cli import check, main
@@ -258,3 +258,29 @@ def test_bench_does_not_time_the_reference(monkeypatch: pytest.MonkeyPatch, caps
     assert main(["bench", "layer_norm", "--quick"]) == 0
     out = capsys.readouterr().out
     assert out.count("not timed: [layer_norm] the cpu kernels do not serve this call: it is Sunday") == 1
+
+
+def test_sweep_sums_up_its_cells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sweep, "ROWS", ((1, 8), (2, 4)))
+    monkeypatch.setattr(sweep, "LOGITS", ((3, 5),))
+    monkeypatch.setattr(sweep, "HEADS", ((1, 2, 3, 4, 8), (1, 1, 4, 4, 8)))
+    monkeypatch.setattr(sweep, "LISTS", ((2, 3),))
+    monkeypatch.setattr(sweep, "SAMPLE", 1e-6)
+    monkeypatch.setattr(sweep, "SHARE", 10**6)
+    rows, picture = tmp_path / "rows.json", tmp_path / "map.png"
+    arguments = ["bench", "sweep", "--quick", "--dtype", "float32", "--json", str(rows), "--plot", str(picture)]
+    assert main(arguments) == 0
+    found = report.read(rows)
+    kinds = {(row["op"], row["direction"]) for row in found}
+    norms = {"layer_norm", "rms_norm", "gelu tanh", "gelu none", "cross_entropy", "attention"}
+    assert {(op, direction) for op in norms for direction in ("forward", "training")} <= kinds
+    assert {("AdamW", "step"), ("SGD", "step"), ("attention, causal", "training")} <= kinds
+    assert len(found) == 2 * (2 * (2 * 4 + 1 + 2 * 2 + 1) + 2)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    assert "x torch" in printed and "gelu none" in printed
+    assert main(["bench", "sweep", "layer_norm"]) == 2
+    assert "or sweep alone, but got 'sweep'" in capsys.readouterr().err

@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.data]
 def reached(command: Run, program: str, data: str) -> dict[str, dict[str, float]]:
     """The scores of a run with the default config."""
     folder = Path(os.environ.get("TORCHWELD_TEST_DATA", "nowhere"), data)
-    if not folder.is_dir():
+    if not folder.exists():
         pytest.skip(f"trains for minutes on {data}, which is not in TORCHWELD_TEST_DATA")
     options = ("--device", "cpu", "--no-keep-memory", "--out", "run")
     code, _, error = command("train", program, "--data", folder.absolute(), *options)
@@ -42,3 +42,9 @@ def test_vit(command: Run) -> None:
 def test_recommender(command: Run) -> None:
     found = reached(command, "recommender", "ml-100k")
     assert found["GPT-2"]["HR@10"] > found["Markov chain"]["HR@10"] > found["popularity"]["HR@10"]
+
+
+def test_seq2seq(command: Run) -> None:
+    found = reached(command, "seq2seq", "home-assistant/homeassistant-2026.2.3-py3-none-any.whl")
+    assert found["seq2seq"]["chrF"] >= 38.0 > found["translation memory"]["chrF"] > found["the source itself"]["chrF"]
+    assert found["seq2seq"]["exact"] >= 0.04 > found["translation memory"]["exact"]

@@ -16,7 +16,7 @@ import torchweld.ops
 from leaves import gradient
 from torchweld.errors import UserError
 from torchweld.models import CONFIGS, GPT2, GPT2Config, stock
-from torchweld.models.decoding import KVCache, sample
+from torchweld.models.decoding import sample
 
 TINY = CONFIGS["tiny"]
 
@@ -232,7 +232,7 @@ def test_greedy_tokens_are_the_likeliest(model: GPT2) -> None:
 
 def test_cache_takes_several_tokens_at_once(model: GPT2) -> None:
     ids = tokens(2, 50)
-    cache = KVCache(TINY, 2, model.wte.weight)
+    cache = model.cache(2)
     with torch.no_grad():
         pieces = [model(part, cache) for part in ids.split([20, 1, 29], dim=1)]
         torch.testing.assert_close(torch.cat(pieces, 1), model(ids), rtol=1e-5, atol=1e-5)

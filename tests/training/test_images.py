@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from pictures import NAMES, drawn, idx, write_folders, write_idx
 from PIL import Image
 
+from pictures import NAMES, drawn, idx, write_folders, write_idx
 from torchweld.errors import UserError
 from torchweld.training import images, packages
 

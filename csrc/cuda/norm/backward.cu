@@ -29,7 +29,7 @@ constexpr const char* kName = "layer_norm_backward";
 constexpr int64_t kPartsPerProcessor = 4;  // of sums_of_rows
 
 // Mode slab: the sums of g and g * xhat over a row. Grid (parts of a row, rows): part k takes tiles k, k + parts, ...
-template <class T, class R, class WT, int V>
+template <class T, class R, int V>
 __global__ void __launch_bounds__(kMaxThreads) sums_of_rows(const __grid_constant__ Backward p) {
   constexpr int E = V > 1 ? 16 : 8, kTile = E * kMaxThreads;
   RowSums<2> sum_over_row;
@@ -41,7 +41,9 @@ __global__ void __launch_bounds__(kMaxThreads) sums_of_rows(const __grid_constan
       row.load(p, m, p.rows, tile, own);
 #pragma unroll
       for (int c = 0; c < E / V; ++c) {
-        const Vector<WT, V> w = load_weight<WT, V>(p, tile + own.first(c), own.has(c));
+        Vector<float, V> w;
+        w.set([](int) { return 1.0f; });
+        if (p.weight != nullptr && own.has(c)) w = load_parameters<T, V>(p.weight, p.weight_dtype, tile + own.first(c));
 #pragma unroll
         for (int i = 0; i < V; ++i) {
           const float g = row.doutput.vectors[c][i] * (w[i] + p.weight_offset);
@@ -168,7 +170,7 @@ void layer_norm_backward(const LayerNormBackwardParams& params, Stream stream) {
   p.row_sums = p.partial + p.blocks * 2 * p.cols;
   p.parts = p.row_sums + 2 * p.rows;
 
-  dispatch_norm(kName, p, [&](auto t, auto r, auto wt) {
+  const auto run = [&](auto t, auto r, auto wt) {
     using T = typename decltype(t)::type;
     using R = typename decltype(r)::type;
     using WT = typename decltype(wt)::type;
@@ -181,7 +183,7 @@ void layer_norm_backward(const LayerNormBackwardParams& params, Stream stream) {
       if (plan.mode == Mode::slab && p.rows > 0 && (p.dinput != nullptr || p.dx != nullptr)) {
         const dim3 parts(static_cast<unsigned>(p.parts_per_row),
                          static_cast<unsigned>(std::min<int64_t>(p.rows, 65535)));
-        launch(kName, sums_of_rows<T, R, WT, V>, parts, dim3(kMaxThreads), sums_bytes(kMaxThreads), stream, p);
+        launch(kName, sums_of_rows<T, R, V>, parts, dim3(kMaxThreads), sums_bytes(kMaxThreads), stream, p);
         launch(kName, means_of_rows, dim3(static_cast<unsigned>(p.rows)), dim3(kWarpSize), 0, stream, p);
       }
       auto* kernel = plan.mode == Mode::slab ? backward_rows<T, R, WT, kSlice, V, Mode::slab>
@@ -196,7 +198,8 @@ void layer_norm_backward(const LayerNormBackwardParams& params, Stream stream) {
     while (lanes < kWarpSize && lanes < p.blocks) lanes *= 2;
     const dim3 columns(static_cast<unsigned>((2 * p.cols + kWarpSize - 1) / kWarpSize)), block(kWarpSize, lanes);
     launch(kName, reduce_partials<WT>, columns, block, kWarpSize * lanes * sizeof(float), stream, p);
-  });
+  };
+  dispatch_norm(kName, p, [&](auto t, auto r) { p.weight_dtype == p.dtype ? run(t, r, t) : run(t, r, Tag<float>{}); });
 }
 
 }  // namespace torchweld::cuda

@@ -62,10 +62,9 @@ void layer_norm_forward(const LayerNormForwardParams& params, Stream stream) {
   using namespace norm;
   if (params.rows == 0) return;
   const LayerNormForwardParams p = with_defaults(params);
-  dispatch_norm(kName, p, [&](auto t, auto r, auto wt) {
+  dispatch_norm(kName, p, [&](auto t, auto r) {
     using T = typename decltype(t)::type;
     using R = typename decltype(r)::type;
-    using WT = typename decltype(wt)::type;
     const bool vectorized = can_vectorize<T>(p.cols, p.input, p.residual, p.weight, p.bias, p.sum, p.output);
     dispatch_width<T>(vectorized, [&](auto width) {
       constexpr int V = decltype(width)::value;
@@ -79,12 +78,12 @@ void layer_norm_forward(const LayerNormForwardParams& params, Stream stream) {
                                       std::to_string(p.workspace_size));
         const dim3 grid(static_cast<unsigned>(slabs), static_cast<unsigned>(p.rows));
         launch(kName, statistics_of_slabs<T, R, V>, grid, block, shared, stream, p);
-        launch(kName, normalise_slabs<T, R, WT, V>, grid, block, shared, stream, p);
+        launch(kName, normalise_slabs<T, R, V>, grid, block, shared, stream, p);
         return;
       }
-      auto* kernel = p.cols <= kShortRow        ? forward_rows<T, R, WT, kShortSlice, V>
-                     : p.cols <= kLongestRow<V> ? forward_rows<T, R, WT, kSlice<V>, V>
-                                                : forward_long_rows<T, R, WT, V>;
+      auto* kernel = p.cols <= kShortRow        ? forward_rows<T, R, kShortSlice, V>
+                     : p.cols <= kLongestRow<V> ? forward_rows<T, R, kSlice<V>, V>
+                                                : forward_long_rows<T, R, V>;
       const int64_t groups = (p.rows + block.y - 1) / block.y;
       const dim3 grid(static_cast<unsigned>(groups < INT32_MAX ? groups : INT32_MAX));
       launch(kName, kernel, grid, block, shared, stream, p);

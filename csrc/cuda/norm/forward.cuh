@@ -93,22 +93,20 @@ __device__ __forceinline__ Moments moments(const LayerNormForwardParams& p, floa
   return p.centred ? corrected(mean, sums[0], sums[1], count) : Moments{0.0f, 0.0f, sums[1] / count};
 }
 
-template <class T, class WT, class R, int E, int V>
+template <class T, class R, int E, int V>
 __device__ __forceinline__ void store_normalised(const LayerNormForwardParams& p, int64_t m, int64_t column,
                                                  const Slice<R, E, V>& x, const Moments& row, float rstd,
                                                  const Columns<E, V>& own) {
   const float rest = p.centred ? row.rest * rstd : 0.0f;  // rstd may be infinite
-  const WT* weight = p.weight != nullptr ? at<WT>(p.weight, column) : nullptr;
-  const WT* bias = p.bias != nullptr ? at<WT>(p.bias, column) : nullptr;
   T* output = at<T>(p.output, m * p.cols + column);
 #pragma unroll
   for (int c = 0; c < x.kVectors; ++c) {
     if (!own.has(c)) continue;
-    Vector<WT, V> w, b;
+    Vector<float, V> w, b;
     w.set([](int) { return 1.0f; });
     b.set([](int) { return -0.0f; });  // -0 leaves every sum as it is
-    if (weight != nullptr) w.load(weight + own.first(c));
-    if (bias != nullptr) b.load(bias + own.first(c));
+    if (p.weight != nullptr) w = load_parameters<T, V>(p.weight, p.weight_dtype, column + own.first(c));
+    if (p.bias != nullptr) b = load_parameters<T, V>(p.bias, p.weight_dtype, column + own.first(c));
     Vector<T, V> y;
     y.set([&](int i) { return ((x.vectors[c][i] - row.mean) * rstd - rest) * (w[i] + p.weight_offset) + b[i]; });
     y.store(output + own.first(c));
@@ -122,7 +120,7 @@ __device__ __forceinline__ void store_statistics(const LayerNormForwardParams& p
   if (p.rstd != nullptr) p.rstd[m] = rstd;
 }
 
-template <class T, class R, class WT, int E, int V>
+template <class T, class R, int E, int V>
 __global__ void __launch_bounds__(kMaxThreads, V * sizeof(R) == 16 && sizeof(R) == 2 ? 2 : 1)
     forward_rows(const __grid_constant__ LayerNormForwardParams p) {
   const int N = static_cast<int>(p.cols);
@@ -155,12 +153,12 @@ __global__ void __launch_bounds__(kMaxThreads, V * sizeof(R) == 16 && sizeof(R) 
     const float rstd = rsqrtf(row.variance + p.eps);
 
     // Normalise.
-    store_normalised<T, WT>(p, m, 0, x, row, rstd, own);
+    store_normalised<T>(p, m, 0, x, row, rstd, own);
     if (exists) store_statistics(p, m, row, rstd);
   }
 }
 
-template <class T, class R, class WT, int V>
+template <class T, class R, int V>
 __global__ void __launch_bounds__(kMaxThreads) forward_long_rows(const __grid_constant__ LayerNormForwardParams p) {
   constexpr int E = kLongSlice<V>, kTile = E * kMaxThreads;
   const int64_t N = p.cols;
@@ -192,7 +190,7 @@ __global__ void __launch_bounds__(kMaxThreads) forward_long_rows(const __grid_co
     for (int64_t tile = 0; tile < N; tile += kTile) {
       Slice<R, E, V> x;
       x.reload(at<R>(normalised, m * N + tile), own_of(tile));
-      store_normalised<T, WT>(p, m, tile, x, row, rstd, own_of(tile));
+      store_normalised<T>(p, m, tile, x, row, rstd, own_of(tile));
     }
     store_statistics(p, m, row, rstd);
   }
@@ -225,7 +223,7 @@ __global__ void __launch_bounds__(kMaxThreads) statistics_of_slabs(const __grid_
 }
 
 // Grid (slabs, rows), the last slab of the last row first: L2 still holds it.
-template <class T, class R, class WT, int V>
+template <class T, class R, int V>
 __global__ void __launch_bounds__(kMaxThreads) normalise_slabs(const __grid_constant__ LayerNormForwardParams p) {
   constexpr int E = kSlice<V>, kSlab = kLongestRow<V>;
   const int slabs = static_cast<int>(gridDim.x), slab = slabs - 1 - static_cast<int>(blockIdx.x);
@@ -251,7 +249,7 @@ __global__ void __launch_bounds__(kMaxThreads) normalise_slabs(const __grid_cons
   const Moments row = moments(p, mean, sums);
   const float rstd = rsqrtf(row.variance + p.eps);
 
-  store_normalised<T, WT>(p, m, column, x, row, rstd, own);
+  store_normalised<T>(p, m, column, x, row, rstd, own);
   if (slab == 0) store_statistics(p, m, row, rstd);
 }
 

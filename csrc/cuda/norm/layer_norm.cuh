@@ -1,5 +1,4 @@
-// How the threads of a block share a row of a layer norm, in both directions. A block has blockDim.y rows of blockDim.x
-// lanes; lanes are a power of two up to a warp, or whole warps.
+// How the lanes of a row share its columns (common.cuh: "Rows"), in both directions of a layer norm.
 #pragma once
 
 #include "cuda/common.cuh"
@@ -18,12 +17,25 @@ bool can_vectorize(int64_t cols, const Pointers*... pointers) {
   return cols % (16 / sizeof(T)) == 0 && aligned16(pointers...);
 }
 
-// Calls f(Tag<T>, Tag<R>, Tag<WT>). Residual and sum (R) and the parameters (WT) are float32 or of the type of the
-// activations (T).
+// Calls f(Tag<T>, Tag<R>). Residual and sum (R) are float32 or of the type of the activations (T).
 template <class Params, class F>
 void dispatch_norm(const char* op, const Params& p, F&& f) {
-  dispatch_types(op, p.dtype, p.weight_dtype,
-                 [&](auto t, auto wt) { p.sum_dtype == p.dtype ? f(t, t, wt) : f(t, Tag<float>{}, wt); });
+  dispatch_types(op, p.dtype, p.sum_dtype, f);
+}
+
+// V parameters from `column` on. They are float32 or of the type of the activations: a branch at run time, where a
+// template argument would double the kernels and save no register.
+template <class T, int V>
+__device__ __forceinline__ Vector<float, V> load_parameters(const void* base, DType dtype, int64_t column) {
+  Vector<float, V> wide;
+  if (std::is_same_v<T, float> || dtype == DType::float32) {
+    wide.load(at<float>(base, column));
+  } else {
+    Vector<T, V> narrow;
+    narrow.load(at<T>(base, column));
+    wide.set([&](int i) { return narrow[i]; });
+  }
+  return wide;
 }
 
 // The defaults that the kernels rely on: without dropout the scale is 1, without weight the offset is 0.
@@ -32,15 +44,6 @@ Params with_defaults(Params p) {
   if (p.dropout.seed == nullptr) p.dropout.scale = 1.0f;
   if (p.weight == nullptr) p.weight_offset = 0.0f;
   return p;
-}
-
-// How many lanes a row takes: a power of two up to a warp, or whole warps.
-inline int lanes_for(int64_t cols, int columns_per_lane) {
-  const int64_t wanted = (cols + columns_per_lane - 1) / columns_per_lane;
-  if (wanted > kWarpSize) return static_cast<int>((wanted + kWarpSize - 1) / kWarpSize * kWarpSize);
-  int lanes = 1;
-  while (lanes < wanted) lanes *= 2;
-  return lanes;
 }
 
 // One thread's E columns of a row, in vectors of V neighbours. A warp owns 32 * E columns in a row, and the vectors of
@@ -120,41 +123,6 @@ struct DropoutMask {
   __device__ __forceinline__ float operator()(int e, float v, const Dropout& dropout) const {
     return v * (kept >> e & 1 ? dropout.scale : 0.0f);
   }
-};
-
-// Sums over a row, in the first bytes of shared memory. The warps of a row alternate between two buffers, so one
-// barrier per sum is enough: a warp that writes a buffer again has passed the barrier of the other buffer.
-template <int kMost>
-class RowSums {
- public:
-  static __host__ __device__ int floats(int threads) { return 2 * kMost * (threads / kWarpSize); }
-
-  // Sums K values over the lanes of each row of the block, in one order. Every lane gets the same bits.
-  template <int K>
-  __device__ __forceinline__ void operator()(float (&v)[K]) {
-    static_assert(K <= kMost);
-    const int lanes = static_cast<int>(blockDim.x);
-#pragma unroll
-    for (int k = 0; k < K; ++k) v[k] = group_sum(v[k], lanes);
-    if (lanes <= kWarpSize) return;
-    const int warps = lanes / kWarpSize, rows = static_cast<int>(blockDim.y);
-    float* row = reinterpret_cast<float*>(shared_memory) + (place_ * rows + threadIdx.y) * warps * kMost;
-    if (threadIdx.x % kWarpSize == 0) {
-#pragma unroll
-      for (int k = 0; k < K; ++k) row[threadIdx.x / kWarpSize * K + k] = v[k];
-    }
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < K; ++k) v[k] = row[k];
-    for (int w = 1; w < warps; ++w) {
-#pragma unroll
-      for (int k = 0; k < K; ++k) v[k] += row[w * K + k];
-    }
-    place_ ^= 1;
-  }
-
- private:
-  int place_ = 0;
 };
 
 }  // namespace torchweld::cuda::norm

@@ -16,6 +16,8 @@ from torchweld.console import console
 from torchweld.errors import UserError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from torchweld.bench.harness import Settings, Work
 
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
@@ -33,6 +35,7 @@ OPS = (
     "transformer_layer",
     "overhead",
 )
+SWEEP = "sweep"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _DIRECTIONS = ("forward", "backward", "step")
 
@@ -46,7 +49,13 @@ def add_parser(subparsers: Subparsers) -> None:
         "are called in turn, launch by launch. `of limit` is the share of what a plain copy (or a matrix product) "
         "reaches in the same rounds.",
     )
-    parser.add_argument("op", nargs="*", metavar="OP", help=f"any of {', '.join(OPS)} (default: all)")
+    parser.add_argument(
+        "op",
+        nargs="*",
+        metavar="OP",
+        help=f"any of {', '.join(OPS)} (default: all); or {SWEEP} alone: calls of all sizes beside torch, the "
+        "slowest and the median of each op, and for --plot a heat map",
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
     parser.add_argument(
         "--dtype", nargs="+", choices=_DTYPES, default=["float32", "bfloat16"], help="default: float32 and bfloat16"
@@ -70,8 +79,8 @@ def _check(args: argparse.Namespace) -> None:
     from torchweld.bench.report import plotter  # noqa: PLC0415  (`--help` need not wait for it)
 
     for op in args.op:
-        if op not in OPS:
-            raise UserError(f"bench: expected any of {', '.join(OPS)}, but got {op!r}")
+        if op not in OPS and args.op != [SWEEP]:
+            raise UserError(f"bench: expected any of {', '.join(OPS)}, or {SWEEP} alone, but got {op!r}")
     if args.device == "cuda" and (reason := backend.unavailable("cuda")):
         raise UserError(f"--device cuda: {reason}")
     if args.threads is not None and not 1 <= args.threads <= 4096:
@@ -135,6 +144,9 @@ def run(args: argparse.Namespace) -> int:
     kept = keep_memory()
     out, rows, wrong, skipped = console(), [], 0, set()
     out.print(f"memory, for all providers: {kept}")
+    if args.op == [SWEEP]:
+        _sweep(settings, args, out)
+        return 0
     for op in args.op or OPS:
         found = []
         for work in sources()[op](settings):
@@ -156,3 +168,19 @@ def run(args: argparse.Namespace) -> int:
     if args.plot is not None:
         report.plot(rows, args.plot)
     return 1 if wrong else 0
+
+
+def _sweep(settings: Settings, args: argparse.Namespace, out: Console) -> None:
+    """Measures all cells and prints their summary."""
+    from torchweld.bench import report, sweep  # noqa: PLC0415
+
+    rows: list[report.Row] = []
+    with out.status("sweep") as status:
+        for found in sweep.sweep(settings):
+            rows += found
+            status.update(f"sweep: {found[0]['op']} {found[0]['direction']} {found[0]['case']['name']}")
+    out.print(sweep.summary(rows))
+    if args.json is not None:
+        report.write(rows, args.json)
+    if args.plot is not None:
+        sweep.heat_map(rows, args.plot)

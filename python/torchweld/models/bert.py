@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -252,7 +252,7 @@ class Headed(Published):
 class BERTForPreTraining(Headed):
     """BERT with its two heads: which word was masked, and whether the second segment follows the first."""
 
-    head, tied = "cls.predictions.decoder.weight", "bert.embeddings.word_embeddings.weight"
+    tied: ClassVar = {"cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight"}
     heads = (
         ("transform.", "cls.predictions.transform.dense."),
         ("norm.", "cls.predictions.transform.LayerNorm."),

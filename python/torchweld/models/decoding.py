@@ -15,12 +15,11 @@ from torchweld.models.published import Published
 
 
 class KVCache:
-    """The keys and values of the tokens seen so far, for every layer: 2 x n_layer tensors (B, H, n_positions, D)."""
+    """The keys and values of the tokens seen so far, for every layer: of `shape` (B, H, most tokens, D)."""
 
-    def __init__(self, config: Any, batch: int, like: Tensor) -> None:
-        shape = (batch, config.n_head, config.n_positions, config.n_embd // config.n_head)
-        self.keys = [like.new_empty(shape) for _ in range(config.n_layer)]
-        self.values = [like.new_empty(shape) for _ in range(config.n_layer)]
+    def __init__(self, layers: int, shape: tuple[int, int, int, int], like: Tensor) -> None:
+        self.keys = [like.new_empty(shape) for _ in range(layers)]
+        self.values = [like.new_empty(shape) for _ in range(layers)]
         self.length = 0
 
     def extend(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -29,6 +28,12 @@ class KVCache:
         self.keys[layer][:, :, self.length : end] = key
         self.values[layer][:, :, self.length : end] = value
         return self.keys[layer][:, :, :end], self.values[layer][:, :, :end]
+
+    def select(self, rows: Tensor) -> None:
+        """Goes on with other sequences: row i is what row `rows[i]` (B) was."""
+        for tensors in (self.keys, self.values):
+            for tensor in tensors:
+                tensor[:, :, : self.length] = tensor[rows, :, : self.length]
 
 
 class Decoder(Published):
@@ -41,6 +46,12 @@ class Decoder(Published):
     def logits(self, hidden: Tensor) -> Tensor:
         """Of the token that follows each position: (..., C) -> (..., V)."""
         raise NotImplementedError
+
+    def cache(self, batch: int) -> KVCache:
+        """An empty one for `batch` sequences."""
+        config = self.config
+        shape = (batch, config.n_head, config.n_positions, config.n_embd // config.n_head)
+        return KVCache(config.n_layer, shape, next(self.parameters()))
 
     def generate(self, tokens: Tensor, count: int, **sampling: Any) -> Tensor:
         """`tokens` (B, N) followed by `count` sampled ones: (B, N + count). `sampling`: as in `stream`."""
@@ -79,7 +90,7 @@ class Decoder(Published):
         fresh = context  # the tokens that the cache has not seen
         while True:
             if use_cache and cache is None:
-                cache = KVCache(self.config, tokens.shape[0], next(self.parameters()))
+                cache = self.cache(tokens.shape[0])
             last = self.hidden(fresh if use_cache else context, cache)[:, -1]
             token = sample(self.logits(last), temperature, top_k, top_p, generator)
             yield token

@@ -156,7 +156,7 @@ class Block(nn.Module):
 class GPT2(Decoder):
     """GPT-2 on the functions of `ops`: `torchweld.ops`, or `torchweld.models.stock` for stock PyTorch."""
 
-    title, prefix, head, tied = "GPT-2", "transformer.", "lm_head.weight", "wte.weight"
+    title, prefix, tied = "GPT-2", "transformer.", {"lm_head.weight": "wte.weight"}
     ignored = (".attn.bias", ".attn.masked_bias")
 
     def __init__(self, config: GPT2Config, ops: ModuleType = torchweld.ops) -> None:

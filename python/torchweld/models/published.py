@@ -19,14 +19,13 @@ class Published(nn.Module):
         title: what error messages call it.
         prefix: of the parameter names in a checkpoint of the whole model; the bare one lacks it.
         ignored: ends of names of stored tensors that are no parameters.
-        head: the output layer's weight, if it is stored although it is that of `tied`.
+        tied: names of stored tensors that are one of the parameters once more, and the name of that.
     """
 
     title: ClassVar[str]
     prefix: ClassVar[str] = ""
     ignored: ClassVar[tuple[str, ...]] = ()
-    head: ClassVar[str] = ""
-    tied: ClassVar[str] = ""
+    tied: ClassVar[Mapping[str, str]] = {}
     config: Any
 
     def published(self) -> dict[str, Tensor]:
@@ -49,11 +48,12 @@ class Published(nn.Module):
         """
         stored = {_modern(name.removeprefix(self.prefix)): tensor for name, tensor in state.items()}
         stored = {name: tensor for name, tensor in stored.items() if not name.endswith(self.ignored)}
-        head = stored.pop(self.head, None)
+        twins = {name: stored.pop(name) for name in self.tied if name in stored}
         with torch.no_grad():
             check_tensors(self.title, self.published(), stored)
-        if head is not None and not torch.equal(head, stored[self.tied]):
-            raise UserError(f"{self.title} weights: {self.head}: expected it tied to {self.tied}, but it differs")
+        for name, twin in twins.items():
+            if not torch.equal(twin, stored[self.tied[name]]):
+                raise UserError(f"{self.title} weights: {name}: expected it tied to {self.tied[name]}, but it differs")
         self.load_published(stored)
 
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:

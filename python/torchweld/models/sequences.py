@@ -6,15 +6,12 @@ PyTorch has no form of it, and its layers work on the padding too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from torchweld.models import stock
-
-Attend = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 
 
 class Packed:
@@ -32,12 +29,14 @@ class Packed:
         """To (total, C)."""
         return x
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        """Each sequence to itself: (total, H, D) three times -> the same."""
-        bounds, longest = self.cu_seqlens, self.longest
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, seen: Packed | None = None, causal: bool = False
+    ) -> Tensor:
+        """Each sequence to itself, or to that of the same number in `seen`: (total, H, D) three times -> as q."""
+        seen = seen or self
         return self.ops.attention(
-            q, k, v, dropout_p=dropout, cu_seqlens_q=bounds, cu_seqlens_k=bounds,
-            max_seqlen_q=longest, max_seqlen_k=longest,
+            q, k, v, causal=causal, dropout_p=dropout, cu_seqlens_q=self.cu_seqlens, cu_seqlens_k=seen.cu_seqlens,
+            max_seqlen_q=self.longest, max_seqlen_k=seen.longest,
         )  # fmt: skip
 
 
@@ -61,10 +60,13 @@ class Padded:
         """To (total, C)."""
         return x.flatten(0, 1)[self.index]
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, dropout: float) -> Tensor:
-        """Each sequence to itself: (B, N, H, D) three times -> the same."""
+    def attend(
+        self, q: Tensor, k: Tensor, v: Tensor, dropout: float = 0.0, seen: Padded | None = None, causal: bool = False
+    ) -> Tensor:
+        """Each sequence to itself, or to that of the same number in `seen`: (B, N, H, D) three times -> as q."""
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-        return self.ops.scaled_dot_product_attention(q, k, v, self.mask, dropout).transpose(1, 2)
+        mask = None if causal else (seen or self).mask  # the padding stands behind all that a real token sees
+        return self.ops.scaled_dot_product_attention(q, k, v, mask, dropout, causal).transpose(1, 2)
 
 
 def arrange(cu_seqlens: Tensor, ops: ModuleType) -> Packed | Padded:

@@ -24,9 +24,10 @@ __all__ = [
 ]
 
 
-def linear_cross_entropy(input: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+def linear_cross_entropy(input: Tensor, weight: Tensor, target: Tensor, *, label_smoothing: float = 0.0) -> Tensor:
     """The mean cross-entropy of the logits input @ weight^T, (*, H) and (V, H), for classes (*)."""
-    return cross_entropy(linear(input, weight).flatten(0, -2), target.flatten())
+    logits = linear(input, weight).flatten(0, -2)
+    return cross_entropy(logits, target.flatten(), label_smoothing=label_smoothing)
 
 
 def add_layer_norm(

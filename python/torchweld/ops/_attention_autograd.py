@@ -85,6 +85,19 @@ class _Attention(torch.autograd.Function):
 _attention_with_grad = applier(_Attention)
 
 
+def attend_with_grad(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    modifiers: Modifiers,
+    options: Options,
+    deterministic: bool = True,
+    return_lse: bool = False,
+) -> Any:
+    """output, or (output, lse), of arguments that the kernels take, recorded by autograd."""
+    return _attention_with_grad((options, deterministic, return_lse), query, key, value, *modifiers)
+
+
 def attend(
     op: str,
     return_lse: bool,
@@ -101,7 +114,7 @@ def attend(
         both = defined(_on_reference, op, tensors, query, key, value, modifiers, options)
         return both if return_lse else both[0]
     if wants_grad(query, key, value, modifiers.bias, modifiers.alibi_slopes, modifiers.sinks):
-        return _attention_with_grad((options, deterministic, return_lse), query, key, value, *modifiers)
+        return attend_with_grad(query, key, value, modifiers, options, deterministic, return_lse)
     if return_lse:
         output, _, statistics = forward_op(query, key, value, modifiers, options, 1)
         return output, statistics[0]

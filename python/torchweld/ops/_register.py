@@ -17,7 +17,7 @@ from torchweld.ops._records import Layout
 _library = torch.library.Library("torchweld", "DEF")
 
 
-_compiling = torch.compiler.is_dynamo_compiling
+compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = _torch.dispatch_modes
 _function_modes = _torch.function_modes
 _profiling = _torch.profiling
@@ -68,7 +68,7 @@ def register(
         return dict(zip(names, layout.flat(args), strict=False))
 
     def call(first: Any, *rest: Any) -> Any:
-        if _compiling() or _profiling():
+        if compiling() or _profiling():
             return op(*layout.flat((first, *rest)))
         if _dispatch_modes():
             inform_counters()
@@ -102,7 +102,7 @@ def elsewhere(
     Raises:
         TypeError: one of `tensors` is neither a tensor nor None.
     """
-    if _compiling():
+    if compiling():
         if all(type(t) in _PLAIN for t in tensors):
             return None
     elif _PLAIN.issuperset(map(type, tensors)) and not _function_modes():
@@ -117,7 +117,7 @@ def _elsewhere(
         if t is not None and not isinstance(t, Tensor):
             raise TypeError(f"[{ours.__name__}] {name}: expected a torch.Tensor, but got {type(t).__name__}")
     theirs = twin or getattr(reference, ours.__name__)
-    if _compiling():
+    if compiling():
         return theirs
     classes = [type(t) for t in tensors if t is not None]
     if torch.overrides.has_torch_function(tensors):
@@ -190,7 +190,7 @@ def applier(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     fast = super(torch.autograd.Function, function).apply  # type: ignore[misc]
 
     def apply(*args: Any) -> Any:
-        return function.apply(*_distinct(args)) if _compiling() else fast(*args)
+        return function.apply(*_distinct(args)) if compiling() else fast(*args)
 
     return apply
 

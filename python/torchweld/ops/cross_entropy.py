@@ -20,6 +20,7 @@ from torchweld.ops._arguments import (
 )
 from torchweld.ops._register import (
     applier,
+    compiling,
     double_backward,
     elsewhere,
     register,
@@ -99,28 +100,56 @@ _backward_op = register(
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, target: Tensor, ignore_index: int, smoothing: float) -> Tensor:
-        loss, stats = _forward_op(logits, target, ignore_index, smoothing)
-        ctx.save_for_backward(logits, target, stats)
-        ctx.options = ignore_index, smoothing
-        return loss
+    def forward(
+        ctx: Any,
+        logits: Tensor,
+        target: Tensor,
+        ignore_index: int,
+        smoothing: float,
+        reduction: str,
+        dtype: torch.dtype,
+    ) -> Tensor:
+        losses, stats = _forward_op(logits, target, ignore_index, smoothing)
+        loss, rows = _reduced(losses, target, ignore_index, reduction)
+        ctx.save_for_backward(logits, target, stats, rows)
+        ctx.options = ignore_index, smoothing, reduction
+        return loss.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, stats = ctx.saved_tensors
-        ignore_index, smoothing = ctx.options
+        logits, target, stats, rows = ctx.saved_tensors
+        ignore_index, smoothing, reduction = ctx.options
         if wants_definition(dloss):
 
             def function(x: Tensor) -> Tensor:
-                return reference.cross_entropy(x.float(), target, None, ignore_index, "none", smoothing)
+                return reference.cross_entropy(x.float(), target, None, ignore_index, reduction, smoothing)
 
-            dlogits = double_backward(function, (logits,), (dloss,), (True,))[0]
+            dlogits = double_backward(function, (logits,), (dloss.float(),), (True,))[0]
         else:
-            dlogits = _backward_op(dloss, logits, target, ignore_index, smoothing, stats)
-        return dlogits, None, None, None
+            if rows is not None:
+                dloss = dloss.double() / rows
+            by_row = dloss.float().expand(target.shape)
+            dlogits = _backward_op(by_row, logits, target, ignore_index, smoothing, stats)
+        return dlogits, None, None, None, None, None
 
 
-_row_losses = applier(_CrossEntropy)
+_with_grad = applier(_CrossEntropy)
+_whole = backend.whole_call("cross_entropy")
+
+
+def _reduced(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor | None]:
+    """The losses by `reduction`; and for "mean" the number of rows that count.
+
+    Summed in float64: the rounding errors of all rows may be equal, and would add up.
+    """
+    if reduction == "none":
+        return losses, None
+    total = losses.sum(dtype=torch.float64)
+    if reduction == "sum":
+        return total, None
+    rows = (target != ignore_index).sum()
+    return total / rows, rows
+
 
 # ---- Public
 
@@ -129,8 +158,6 @@ def _refusal(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None
     """Why the kernels do not take this call; None if they do."""
     if input.dtype not in KERNEL_DTYPES:
         return f"input of dtype {input.dtype}"
-    if input.is_cuda:
-        return "no CUDA kernel for it yet"
     if weight is not None:
         return "class weights"
     if target.dtype.is_floating_point:
@@ -202,6 +229,15 @@ def cross_entropy(
         TypeError: input is not floating point of 16 bits or more, or an argument is of another type.
         ValueError, RuntimeError: an argument, shape, dtype or device does not fit.
     """
+    if weight is None and size_average is None and reduce is None and not compiling():
+        found = _whole(
+            input=input, target=target, ignore_index=ignore_index, reduction=reduction, label_smoothing=label_smoothing
+        )
+        if found is True:
+            dtype = torch.float32 if under_autocast(input) else input.dtype
+            return _with_grad(input, target, ignore_index, label_smoothing, reduction, dtype)
+        if found is not None:
+            return found if input.dtype is torch.float32 or under_autocast(input) else found.to(input.dtype)
     if size_average is not None or reduce is not None:
         raise ValueError("[cross_entropy] size_average, reduce: deprecated in torch; use reduction=")
     if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
@@ -227,12 +263,6 @@ def cross_entropy(
         rest = (ignore_index, reduction, label_smoothing)
         return defined(reference.cross_entropy, "cross_entropy", tensors, input.to(dtype), target, weight, *rest)
     if wants_grad(input):
-        losses = _row_losses(input, target, ignore_index, label_smoothing)
-    else:
-        losses = _forward_op(input, target, ignore_index, label_smoothing)[0]
-    # Summed in float64: the rounding errors of all rows may be equal, and would add up.
-    if reduction == "mean":
-        losses = losses.sum(dtype=torch.float64) / (target != ignore_index).sum()
-    elif reduction == "sum":
-        losses = losses.sum(dtype=torch.float64)
-    return losses.to(dtype)
+        return _with_grad(input, target, ignore_index, label_smoothing, reduction, dtype)
+    losses = _forward_op(input, target, ignore_index, label_smoothing)[0]
+    return _reduced(losses, target, ignore_index, reduction)[0].to(dtype)

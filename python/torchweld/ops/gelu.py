@@ -19,6 +19,7 @@ from torchweld.ops._arguments import (
 )
 from torchweld.ops._register import (
     applier,
+    compiling,
     double_backward,
     elsewhere,
     register,
@@ -83,15 +84,14 @@ class _Gelu(torch.autograd.Function):
 
 
 _gelu = applier(_Gelu)
+_whole = backend.whole_call("gelu")
 
 # ---- Public
 
 
 def _refusal(input: Tensor) -> str | None:
     """Why the kernels do not take this call; None if they do."""
-    if input.dtype not in KERNEL_DTYPES:
-        return f"input of dtype {input.dtype}"
-    return "no CUDA kernel for it yet" if input.is_cuda else None
+    return None if input.dtype in KERNEL_DTYPES else f"input of dtype {input.dtype}"
 
 
 def gelu(input: Tensor, approximate: str = "none") -> Tensor:
@@ -107,6 +107,8 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         RuntimeError: `approximate` is another string.
         TypeError: input is not floating point of 16 bits or more, or not a dense tensor.
     """
+    if not compiling() and (found := _whole(input=input, approximate=approximate)) is not None:
+        return _gelu(input, approximate == "none") if found is True else found
     if not isinstance(approximate, str) or approximate not in ("none", "tanh"):
         raise RuntimeError(f"[gelu] approximate: expected 'none' or 'tanh', but got {shown(approximate)}")
     if theirs := elsewhere(gelu, _twin, ("input",), input):

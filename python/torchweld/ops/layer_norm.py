@@ -22,11 +22,12 @@ from torchweld.ops._arguments import (
 )
 from torchweld.ops._norm import add_forward_op, inference_op, norm_of
 from torchweld.ops._norm_autograd import add_layer_norm_function, layer_norm_function
-from torchweld.ops._register import elsewhere, float32_under_autocast, wants_grad
+from torchweld.ops._register import compiling, elsewhere, float32_under_autocast, wants_grad
 from torchweld.reference.philox import draw_seed
 
 _twin = torch.nn.functional.layer_norm
 _STRIDED = torch.strided
+_whole = backend.whole_call("layer_norm")
 
 
 def sizes(op: str, shape: Sequence[int]) -> tuple[int, ...]:
@@ -125,6 +126,12 @@ def layer_norm(
         TypeError: input, weight or bias is not floating point of 16 bits or more, or an argument is of another type.
         ValueError: weight or bias is on another device than input.
     """
+    if not compiling():
+        found = _whole(input=input, normalized_shape=normalized_shape, weight=weight, bias=bias, eps=eps)
+        if found is True:
+            return layer_norm_function(input, weight, bias, norm_of(normalized_shape[0], eps))
+        if found is not None:
+            return found
     shape = sizes("layer_norm", normalized_shape)
     if type(eps) is not float:
         eps = number("layer_norm", "eps", eps)

@@ -7,14 +7,16 @@ import math
 import torch
 from torch import Tensor
 
+from torchweld import backend
 from torchweld.ops._arguments import NotDenseError, as_torch_does, check_dense, check_memory, flag, number
 from torchweld.ops._attention import Modifiers, Options
-from torchweld.ops._attention_autograd import attend
+from torchweld.ops._attention_autograd import attend, attend_with_grad
 from torchweld.ops._attention_checks import check_bias, check_common, check_dropout, check_heads, fail
-from torchweld.ops._register import elsewhere, under_autocast
+from torchweld.ops._register import compiling, elsewhere, under_autocast
 from torchweld.reference.philox import draw_seed
 
 _twin = torch.nn.functional.scaled_dot_product_attention
+_whole = backend.whole_call("attention")
 _TENSORS = ("query", "key", "value", "attn_mask")
 
 
@@ -95,6 +97,17 @@ def scaled_dot_product_attention(
         TypeError: query is not floating point of 16 bits or more, or an argument is of another type.
     """
     op = "scaled_dot_product_attention"
+    if not compiling():
+        found = _whole(
+            query=query, key=key, value=value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
+            scale=scale, enable_gqa=enable_gqa,
+        )  # fmt: skip
+        if found is True:
+            scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
+            options = Options(scale, right=0 if is_causal else -1)
+            return attend_with_grad(query, key, value, Modifiers(bias=attn_mask), options)
+        if found is not None:
+            return found
     dropout_p, is_causal, enable_gqa = (
         check_dropout(op, dropout_p), flag(op, "is_causal", is_causal), flag(op, "enable_gqa", enable_gqa)
     )  # fmt: skip

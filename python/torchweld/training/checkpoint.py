@@ -244,7 +244,7 @@ def read_json(path: Path, kind: type = dict) -> Any:
     except ValueError as error:
         raise _damaged(path, f"no JSON ({error})") from None
     if not isinstance(values, kind):
-        raise _damaged(path, f"a {type(values).__name__}, not a {kind.__name__}")
+        raise _damaged(path, f"a {type(values).__name__}, not {'an object' if kind is dict else 'a list'}")
     return values
 
 

@@ -5,12 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from io import StringIO, TextIOWrapper
-from itertools import islice
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer
@@ -19,10 +16,9 @@ from torch import Tensor
 from torchweld.errors import UserError
 from torchweld.models.bert import BERTConfig, BERTForSequenceClassification
 from torchweld.training import checkpoint, recognition
+from torchweld.training.lines import batches, opened
 from torchweld.training.machine import forced_backend, pick_device
 from torchweld.training.packing import encode, pack
-
-LINES = 64
 
 
 def read_config(values: dict[str, Any]) -> BERTConfig:
@@ -54,13 +50,6 @@ def answers(
             yield {"label": model.config.labels[best], "probability": round(probabilities[best].item(), 4)}
 
 
-def batches(lines: Iterable[str], at_once: int) -> Iterator[list[str]]:
-    """The lines without their ends, a few at a time."""
-    rest = iter(lines)
-    while batch := [line.rstrip("\r\n") for line in islice(rest, at_once)]:
-        yield batch
-
-
 def run(args: argparse.Namespace) -> int:
     """Writes a line for each line that it reads, with tabs between the parts."""
     directory = checkpoint.locate(Path(args.checkpoint), to_use=True)
@@ -73,12 +62,11 @@ def run(args: argparse.Namespace) -> int:
     tokenizer = checkpoint.load_tokenizer(directory, config)
     tokenizer.no_padding()
     tokenizer.enable_truncation(config.max_position_embeddings)
-    with forced_backend(args.backend, device), _opened(args.file[0] if args.file else "-") as lines:
+    with forced_backend(args.backend, device), opened(args.file[0] if args.file else "-") as lines:
         model = BERTForSequenceClassification(config).eval()
         model.load_hugging_face(weights)
         model.to(device)
-        # Someone at a terminal waits for the answer to each line.
-        for texts in batches(lines, 1 if lines.isatty() else LINES):
+        for texts in batches(lines):
             for text, answer in zip(texts, answers(model, tokenizer, texts, device), strict=True):
                 if args.json:
                     sys.stdout.write(json.dumps({"text": text, **answer}, ensure_ascii=False) + "\n")
@@ -86,17 +74,3 @@ def run(args: argparse.Namespace) -> int:
                     sys.stdout.write("\t".join([*map(str, answer.values()), text]) + "\n")
             sys.stdout.flush()
     return 0
-
-
-@contextmanager
-def _opened(path: str) -> Iterator[TextIO]:
-    if path == "-":
-        if isinstance(sys.stdin, TextIOWrapper):
-            sys.stdin.reconfigure(encoding="utf-8", errors="replace")
-        yield sys.stdin
-        return
-    try:
-        lines = Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise UserError(f"FILE {path}: expected a readable text file, but got: {error.strerror}") from None
-    yield StringIO(lines)

@@ -1,4 +1,4 @@
-"""The options of `torchweld train`, `fine-tune`, `generate`, `classify` and `fill-mask`."""
+"""The options of `torchweld train`, `fine-tune`, `generate`, `classify`, and `fill-mask`."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 TASKS = ("classify", "regress")
-OPTIONS = ("likelihood", "shift", "flip")
+OPTIONS = ("source_language", "target_language", "likelihood", "shift", "flip")
 _EXIT = (
     "Ctrl-C saves a checkpoint after the step it falls in and ends with exit code 130; a second one ends at once. "
     "Other exit codes: 0 done, 1 --compare found loss curves that differ, 2 bad input."
@@ -32,7 +32,8 @@ def add_train_parser(subparsers: Subparsers) -> None:
         "train",
         help="train a model on text or images, here and now",
         description="Trains a model with torchweld's kernels, validates it, saves a checkpoint and shows a sample. "
-        "Without --data it learns the text of Python's standard library, which is on every machine. Several processes "
+        "Without --data it learns the text of Python's standard library, which is on every machine; what "
+        "other programs learn `torchweld data get` brings. Several processes "
         "share each batch: torchrun --nproc-per-node 2 -m torchweld train gpt2.",
         epilog=_EXIT,
     )
@@ -41,12 +42,15 @@ def add_train_parser(subparsers: Subparsers) -> None:
         "--data",
         nargs="+",
         metavar="FILE",
-        help="UTF-8 text files (default: the standard library), or a folder of images (default: Fashion-MNIST)",
+        help="UTF-8 text files (default: the standard library); for seq2seq two of them, line beside line, or .tsv, "
+        ".mo, and folders or wheels with a JSON file for each language; or a folder of images (default: Fashion-MNIST)",
     )
     sizes = "; ".join(f"{name}: {', '.join(program.configs)}" for name, program in PROGRAMS.items())
     parser.add_argument("--config", help=f"the size (default: small). {sizes}")
     _add_run_options(parser)
     own = parser.add_argument_group("of single programs")
+    for side, language in (("source", "en"), ("target", "de")):
+        own.add_argument(f"--{side}-language", metavar="NAME", help=f"seq2seq: as files name it (default: {language})")
     own.add_argument("--likelihood", help="vae: logistic (default), gaussian, or bernoulli in black and white")
     own.add_argument("--shift", metavar="N", help="vae, vit: move training images by up to N pixels (default: 0)")
     own.add_argument("--flip", action="store_const", const="yes", help="vae, vit: flip half of the training images")
@@ -138,7 +142,10 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", metavar="DIR", help="where it all goes (default: torchweld-NAME)")
     parser.add_argument("--steps", type=whole(1), metavar="N", help="updates in all (default: the config's)")
     parser.add_argument(
-        "--batch-size", type=whole(1), metavar="N", help="sequences per step, of all processes (default: the config's)"
+        "--batch-size",
+        type=whole(1),
+        metavar="N",
+        help="sequences (seq2seq: tokens of both languages) per step, of all processes (default: the config's)",
     )
     parser.add_argument(
         "--accumulate",
@@ -182,7 +189,9 @@ def _train(args: argparse.Namespace) -> int:
     own = {option: getattr(args, option) for option in OPTIONS}
     for option, given in own.items():
         if given is not None and option not in program.defaults:
-            raise UserError(f"--{option}: expected a program that has this option, but got {args.name}")
+            raise UserError(
+                f"--{option.replace('_', '-')}: expected a program that has this option, but got {args.name}"
+            )
     return run.run(args, replace(program, options={option: own[option] for option in program.defaults}))
 
 

@@ -11,7 +11,7 @@ import os
 import random
 import re
 import sysconfig
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -30,6 +30,8 @@ from torchweld.errors import UserError
 END = "<|endoftext|>"
 SEPARATOR, MASK = "[SEP]", "[MASK]"
 BERT_TOKENS = ["[PAD]", "[UNK]", "[CLS]", SEPARATOR, MASK]
+CLOSE = "</s>"
+MBART_TOKENS = ["<s>", "<pad>", CLOSE, "<unk>"]
 _DOCSTRING = re.compile(r'^[ \t]*[rRuU]?"""(.*?)"""', re.MULTILINE | re.DOTALL)  # parsing takes ten times as long
 _CODE = re.compile(r"^(?:import|from|def|class) ", re.MULTILINE)
 VALIDATION = 0.1
@@ -105,6 +107,30 @@ def train_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
+def train_joint_tokenizer(documents: Iterable[str], vocab_size: int) -> Tokenizer:
+    """mBART's: one byte-level BPE for both languages; a sentence is closed by </s>."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)  # a word is the same at the beginning
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=MBART_TOKENS,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(documents, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"$A {CLOSE}", special_tokens=[(CLOSE, special_token(tokenizer, CLOSE))]
+    )
+    return with_marks_as_text(tokenizer)
+
+
+def with_marks_as_text(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer, for which a "</s>" in a sentence is text; `tokenizer.json` does not say so."""
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
 def train_wordpiece(documents: Iterable[str], vocab_size: int) -> Tokenizer:
     """BERT's: lower-case words, and pieces of the rare ones; a text goes between [CLS] and [SEP]."""
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
@@ -126,8 +152,8 @@ def special_token(tokenizer: Tokenizer, token: str) -> int:
     """
     number = tokenizer.token_to_id(token)
     if number is None:
-        kind = "GPT-2" if token == END else "BERT"
-        raise UserError(f"tokenizer.json: expected a {kind} tokenizer with a token {token}, but got one without")
+        kind = {END: "a GPT-2", CLOSE: "an mBART"}.get(token, "a BERT")
+        raise UserError(f"tokenizer.json: expected {kind} tokenizer with a token {token}, but got one without")
     return int(number)
 
 
@@ -198,19 +224,31 @@ def load_corpus(documents: list[str], vocab_size: int, tokenizer: Tokenizer | No
     `end`: the token that closes each document, GPT-2's or BERT's; the tokenizer is of the same kind.
     """
     random.Random(0).shuffle(documents)
+    learn = train_tokenizer if end == END else train_wordpiece
+    tokenizer, digest, tokens = load_tokens(documents, vocab_size, tokenizer, end, lambda: learn(documents, vocab_size))
+    cut = len(tokens) - int(len(tokens) * VALIDATION)
+    return Corpus(tokenizer, digest, tokens[:cut], tokens[cut:])
+
+
+def load_tokens(
+    documents: list[str], vocab_size: int, tokenizer: Tokenizer | None, end: str, learn: Callable[[], Tokenizer]
+) -> tuple[Tokenizer, str, Tensor]:
+    """`tokenizer`, or the one that `learn` makes; a digest of the documents; and their tokens, each closed by `end`.
+
+    Tokenizer and tokens are cached between runs.
+    """
     text = hashlib.sha256("\0".join(documents).encode())
     digest = text.hexdigest()
     text.update(f"{vocab_size} {end} {tokenizer.to_str() if tokenizer else ''}".encode())
     cached = cache_directory() / f"tokens-{text.hexdigest()[:32]}.safetensors"
     found = _read_cache(cached)
     if found is None:
-        tokenizer = tokenizer or (train_tokenizer if end == END else train_wordpiece)(documents, vocab_size)
+        tokenizer = tokenizer or learn()
         tokens = _encode(tokenizer, documents, special_token(tokenizer, end))
         _write_cache(cached, tokenizer, tokens)
     else:
         tokenizer, tokens = found
-    cut = len(tokens) - int(len(tokens) * VALIDATION)
-    return Corpus(tokenizer, digest, tokens[:cut], tokens[cut:])
+    return tokenizer, digest, tokens
 
 
 def _encode(tokenizer: Tokenizer, documents: list[str], last: int) -> Tensor:

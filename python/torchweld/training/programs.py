@@ -8,5 +8,6 @@ from torchweld.training.pretraining import BERT
 from torchweld.training.program import Program
 from torchweld.training.recognition import VIT
 from torchweld.training.recommendation import RECOMMENDER
+from torchweld.training.seq2seq import SEQ2SEQ
 
-PROGRAMS: dict[str, Program] = {program.name: program for program in (GPT2, GPT3, BERT, VAE, VIT, RECOMMENDER)}
+PROGRAMS: dict[str, Program] = {program.name: program for program in (GPT2, GPT3, BERT, SEQ2SEQ, VAE, VIT, RECOMMENDER)}

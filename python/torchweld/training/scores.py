@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +42,16 @@ def of_labels(outputs: Tensor, targets: Tensor) -> dict[str, float]:
         hits = int(((said == label) & (targets == label)).sum())
         each.append(2 * hits / (int((said == label).sum()) + int((targets == label).sum())))
     return {"accuracy": float((said == targets).double().mean()), "mean F1": sum(each) / len(each)}
+
+
+def of_translations(said: Sequence[str], meant: Sequence[str]) -> dict[str, float]:
+    """chrF and BLEU in percent (sacrebleu's, where it is installed), and the share of exact matches."""
+    exact = sum(a == b for a, b in zip(said, meant, strict=True)) / len(meant)
+    if find_spec("sacrebleu") is None:
+        return {"exact": exact}
+    sacrebleu, references = import_module("sacrebleu"), [list(meant)]
+    chrf, bleu = sacrebleu.corpus_chrf(list(said), references), sacrebleu.corpus_bleu(list(said), references)
+    return {"chrF": float(chrf.score), "BLEU": float(bleu.score), "exact": exact}
 
 
 def table(ours: Mapping[str, Mapping[str, float]], others: Mapping[str, Mapping[str, float]]) -> Table:

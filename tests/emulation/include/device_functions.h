@@ -234,6 +234,7 @@ inline unsigned __float_as_uint(float value) {
 inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
 inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint(value)); }
 inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
+inline float normcdff(float x) { return static_cast<float>(0.5 * std::erfc(x * -0.707106781186547524)); }
 inline float __expf(float x) { return std::exp(x); }
 inline float __logf(float x) { return std::log(x); }
 inline float __frcp_rn(float x) { return 1.0f / x; }

@@ -135,7 +135,12 @@ T opaque(T x) {
   return x;
 }
 
-inline float reciprocal(float x) { return 1.0f / x; }
-inline float exp2(float x) { return std::exp2(x); }
+inline float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
+inline float reciprocal(float x) { return flushed(1.0f / flushed(x)); }
+inline float exp2(float x) { return flushed(std::exp2(x)); }
+
+[[noreturn]] inline void refuse(const char* expected, const char* kernel) {
+  emulation::fail("%s: expected %s", kernel, expected);
+}
 
 }  // namespace torchweld::cuda::ptx
