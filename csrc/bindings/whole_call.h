@@ -42,8 +42,9 @@ class Surroundings {
     return found;
   }
 
-  // Whether nothing watches or transforms operators, and the CPU's kernels are not forbidden.
+  // Whether nothing watches or transforms operators, and this module's kernels are those that serve the CPU.
   bool are_plain() const {
+    if (PyDict_GetItemWithError(kernels_.ptr(), cpu_.ptr()) != module_.ptr()) return false;
     for (const py::object& watcher : watchers_)
       if (is_true(call(watcher))) return false;
     if (!attribute(settings_, loaded_).is(py::bool_(true))) return false;
@@ -78,7 +79,10 @@ class Surroundings {
     for (const char* name : {"dispatch_modes", "function_modes", "profiling", "transforms_active", "tracing"})
       watchers_.push_back(ours.attr(name));
     forward_mode_ = ours.attr("forward_ad");
-    settings_ = py::module_::import("torchweld.backend").attr("_settings");
+    const py::module_ backend = py::module_::import("torchweld.backend");
+    settings_ = backend.attr("_settings");
+    kernels_ = backend.attr("kernels");
+    module_ = py::module_::import("torchweld._cpu");
     heads_like_ = py::module_::import("torchweld.ops._attention").attr("heads_like");
     grad_is_enabled_ = torch.attr("is_grad_enabled");
     autocast_is_on_ = torch.attr("is_autocast_enabled");
@@ -99,7 +103,8 @@ class Surroundings {
   static py::str interned(const char* text) { return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(text)); }
 
   std::vector<py::object> watchers_;
-  py::object forward_mode_, settings_, heads_like_, grad_is_enabled_, autocast_is_on_, empty_like_, float32_, dtype_;
+  py::object kernels_, module_, forward_mode_, settings_, heads_like_, grad_is_enabled_, autocast_is_on_, empty_like_,
+      float32_, dtype_;
   py::tuple no_sizes_;
   py::str cpu_ = interned("cpu"), loaded_ = interned("loaded"), forced_ = interned("forced");
   py::str level_ = interned("_current_level"), requires_grad_ = interned("requires_grad");

@@ -95,7 +95,6 @@ def test_a_call_on_the_reference_is_logged_once(caplog: pytest.LogCaptureFixture
 def test_a_broken_module_is_reported_by_its_first_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(backend._modules, "cpu", (None, "torchweld._cpu does not load: undefined symbol"))
     monkeypatch.delitem(backend.kernels, "cpu")
-    monkeypatch.setattr(backend._settings, "loaded", False)  # until the first call
     with pytest.raises(RuntimeError, match="does not load: undefined symbol"):
         ops.layer_norm(torch.ones(2, 4), (4,))
     with torchweld.use_backend("reference"):

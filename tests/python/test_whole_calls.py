@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from functools import partial
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 import torchweld
-from torchweld import _cpu, ops
+from torchweld import _cpu, backend, ops
 from torchweld._torch import lazily_negated, lazily_zero
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,7 +82,7 @@ def test_attention(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
     same(call(), slowly(monkeypatch, call))
 
 
-def test_a_call_that_is_watched_goes_to_the_dispatcher() -> None:
+def test_a_call_that_is_watched_goes_to_the_dispatcher(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.overrides import TorchFunctionMode  # noqa: PLC0415
     from torch.utils._python_dispatch import TorchDispatchMode  # noqa: PLC0415
 
@@ -108,6 +109,9 @@ def test_a_call_that_is_watched_goes_to_the_dispatcher() -> None:
     assert under(torch.autograd.forward_ad.dual_level()) is None
     assert under(torchweld.use_backend("reference")) is None
     assert isinstance(under(torchweld.use_backend("cpu")), Tensor)
+    with monkeypatch.context() as patched:
+        patched.setitem(backend.kernels, "cpu", ModuleType("other"))
+        assert _cpu.whole_gelu(x, "none") is None
     torch.func.vmap(lambda row: _none(_cpu.whole_gelu(row, "none"), row))(x)
 
 
