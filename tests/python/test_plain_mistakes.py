@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -269,3 +270,19 @@ def test_a_bias_without_dimensions_is_added_everywhere() -> None:
 
 def test_tab_completion_finds_all_public_names() -> None:
     assert set(torchweld.__all__) <= set(dir(torchweld))
+
+
+OPS = [name for name in ops.__all__ if not name.endswith("_") and callable(getattr(ops, name))]
+
+
+@pytest.mark.parametrize("kind", ["cpu", "reference"])
+@pytest.mark.parametrize("name", OPS)
+def test_none_is_no_tensor(name: str, kind: str) -> None:
+    """Whatever argument is None that must not be: the error is one of the op's own."""
+    op = getattr(ops, name)
+    given = {"normalized_shape": (4,)}
+    needed = [p.name for p in inspect.signature(op).parameters.values() if p.default is p.empty]
+    for absent in needed:
+        arguments = {n: None if n == absent else given.get(n, torch.ones(2, 4)) for n in needed}
+        with torchweld.use_backend(kind), pytest.raises((TypeError, ValueError, RuntimeError), match=rf"^\[{name}\]"):
+            op(**arguments)

@@ -8,6 +8,7 @@ of an optimizer.
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from torchweld.bench.harness import Call, Settings, Work, measure
 from torchweld.bench.report import Row, plotter
 
 SLOWER = 0.95  # of torch's speed
+DARK = 1.3  # the log2 of a ratio whose colour wants white letters
 SAMPLE = 1e-3  # seconds of calls in a sample
 SHARE = 20  # cells in the time of one measurement of `bench`
 
@@ -193,11 +195,13 @@ def heat_map(rows: Sequence[Row], path: Path) -> None:
         grid = torch.tensor([[by_size.get(size, float("nan")) for size in sizes] for by_size in kinds.values()])
         picture = ax.imshow(grid.log2(), cmap="RdBu", vmin=-2, vmax=2, aspect="auto")
         for i, j in itertools.product(range(len(kinds)), range(len(sizes))):
-            ax.text(j, i, f"{grid[i, j]:.2f}", ha="center", va="center", fontsize=7)
-        ax.set_xticks(range(len(sizes)), sizes, fontsize=7, rotation=15)
+            ratio = float(grid[i, j])
+            dark = abs(math.log2(ratio)) > DARK  # False for the NaN of a size that this row has not
+            ax.text(j, i, f"{ratio:.2f}", ha="center", va="center", fontsize=7, color="white" if dark else "black")
+        ax.set_xticks(range(len(sizes)), sizes, fontsize=7, rotation=20, ha="right")
         ax.set_yticks(range(len(kinds)), [f"{direction} {dtype}" for _, direction, dtype in kinds], fontsize=7)
         ax.set_title(op, fontsize=9)
     bar = figure.colorbar(picture, ax=axes[:, 0], shrink=0.3, label="speed as a multiple of torch's")
     bar.set_ticks(range(-2, 3), labels=["1/4", "1/2", "1", "2", "4"])
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=80)
     pyplot.close(figure)

@@ -145,6 +145,7 @@ def gated(public: Any, gate: Tensor, up: Tensor | None, activation: str, **optio
     op = public.__name__
     if theirs := elsewhere(public, None, ("gate", "up"), gate, up):
         return theirs(gate, up, **options)
-    if backend.choose(op, gate.device, _refusal(op, gate, up)) == "reference":
+    refusal = _refusal(op, gate, up)  # also says that None is no gate
+    if backend.choose(op, gate.device, refusal) == "reference":
         return defined(getattr(reference, op), op, {"gate": gate, "up": up}, gate, up, **options)
     return _gated(gate, up, activation) if wants_grad(gate, up) else _forward_op(gate, up, activation)

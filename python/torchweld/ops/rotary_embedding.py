@@ -11,6 +11,7 @@ from torch import Tensor
 from torchweld import backend, reference
 from torchweld.ops._arguments import (
     KERNEL_DTYPES,
+    check_dense,
     check_memory,
     defined,
     flag,
@@ -269,6 +270,8 @@ def rotary_embedding(
     if theirs := elsewhere(rotary_embedding, None, _NAMES, *tensors):
         options = {"interleaved": interleaved, "base": base, "rotary_dim": rotary_dim, "seq_dim": seq_dim}
         return theirs(query, key, cos, sin, position_ids=position_ids, inplace=inplace, **options)
+    if query is None:
+        check_dense(op, query=query)
     if seq_dim not in (-2, -3, 1, 2):
         raise ValueError(f"[{op}] seq_dim: expected -2 or -3, but got {seq_dim}")
     seq_dim = -3 if seq_dim in (1, -3) else -2
