@@ -237,7 +237,8 @@ def cross_entropy(
             dtype = torch.float32 if under_autocast(input) else input.dtype
             return _with_grad(input, target, ignore_index, label_smoothing, reduction, dtype)
         if found is not None:
-            return found if input.dtype is torch.float32 or under_autocast(input) else found.to(input.dtype)
+            wide = input.dtype is torch.float16 and not under_autocast(input)
+            return found.to(input.dtype) if wide else found
     if size_average is not None or reduce is not None:
         raise ValueError("[cross_entropy] size_average, reduce: deprecated in torch; use reduction=")
     if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
