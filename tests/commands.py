@@ -1,11 +1,14 @@
-"""How the tests of training call the command line, and interrupt it."""
+"""What the tests of training share: calls of the command line, interrupts, and models away from their beginning."""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from torchweld.training import trainer
 from torchweld.training.program import Batch
@@ -25,3 +28,27 @@ def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) 
                 signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(trainer.Trainer, "advance", interrupted)
+
+
+def perturbed(model: Any) -> Any:
+    """Away from the initial values, where biases are 0 and norms are 1."""
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p) * 0.1)
+    return model.eval()
+
+
+def check_resuming(
+    train: Run, resume: Run, monkeypatch: pytest.MonkeyPatch, files: Sequence[str], steps: Sequence[object] = ()
+) -> None:
+    """A run of 8 steps that is interrupted in the 5th and resumed ends with the files of one that is not."""
+    steps = ("--steps", 8, "--validate-every", 4, "--accumulate", 2, *steps)
+    assert train(*steps, "--out", "straight")[0] == 0
+    with monkeypatch.context() as patch:
+        interrupt_after(patch, 5)
+        assert train(*steps, "--out", "broken")[0] == 130
+    code, out, error = resume("--device", "cpu", "--resume", "broken")
+    assert code == 0 and "resuming after step 5" in out, error
+    for name in files:
+        straight, broken = (Path(run, "checkpoint-8", name).read_bytes() for run in ("straight", "broken"))
+        assert straight == broken, name

@@ -45,9 +45,10 @@ inline bool are_heads(const TensorView& q, const TensorView& k, const TensorView
          q.size(3) == k.size(3) && k.size(2) == v.size(2);
 }
 
+// heads_like(query, size): the function that makes an output in the layout of a query.
 template <class Backend>
 py::object attention(Object query, Object key, Object value, Object attn_mask, Object dropout_p, Object is_causal,
-                     Object scale, Object enable_gqa) {
+                     Object scale, Object enable_gqa, Object heads_like) {
   const auto& surroundings = Surroundings::get();
   CommonTensors tensors;
   TensorView q, k, v, given;
@@ -76,7 +77,9 @@ py::object attention(Object query, Object key, Object value, Object attn_mask, O
   fill_inputs<Backend>(args, p, q, k, v, modifiers, options);
   fill_scores(args, p, modifiers, options);
   const bool alike = q.size(3) == v.size(3) && CommonTensors::are_neighbours(q);
-  py::object output = alike ? surroundings.empty_like(query.source) : surroundings.heads_like(query.source, v.size(3));
+  py::object output = alike
+                          ? surroundings.empty_like(query.source)
+                          : py::reinterpret_borrow<py::object>(heads_like.source)(py::handle(query.source), v.size(3));
   run_attention_forward<Backend>(args, p, q, CommonTensors::made(output));
   return output;
 }
@@ -85,7 +88,7 @@ py::object attention(Object query, Object key, Object value, Object attn_mask, O
 
 template <class Backend>
 void bind_whole_attention(Module& m) {
-  m.def("whole_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)",
+  m.def("whole_attention(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa, heads_like)",
         &whole::attention<Backend>);
 }
 

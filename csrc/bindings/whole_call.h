@@ -35,17 +35,28 @@ struct Reader<Object> {
   PyObject* source = nullptr;
 };
 
-// The parts of torch and of torchweld that decide whether a call is common, and those that make an output.
+// The parts of torch that a whole call uses, and the objects that decide whether a call is common.
 class Surroundings {
  public:
-  static const Surroundings& get() {
-    static const Surroundings& found = *new Surroundings;  // lives as long as the process
+  static Surroundings& get() {
+    static Surroundings& found = *new Surroundings;  // lives as long as the process
     return found;
+  }
+
+  // watchers: functions without arguments, true where something watches or transforms torch's operators;
+  // forward_mode: the module whose `_current_level` is at least 0 in forward mode; kernels: which module serves a
+  // device; settings: `forced` is the name of a backend or None, once `loaded` is true.
+  void set(const py::tuple& watchers, py::object forward_mode, py::dict kernels, py::object settings) {
+    watchers_.clear();
+    for (const py::handle watcher : watchers) watchers_.push_back(py::reinterpret_borrow<py::object>(watcher));
+    forward_mode_ = std::move(forward_mode);
+    kernels_ = std::move(kernels);
+    settings_ = std::move(settings);
   }
 
   // Whether nothing watches or transforms operators, and this module's kernels are those that serve the CPU.
   bool are_plain() const {
-    if (PyDict_GetItemWithError(kernels_.ptr(), cpu_.ptr()) != module_.ptr()) return false;
+    if (!kernels_ || PyDict_GetItemWithError(kernels_.ptr(), cpu_.ptr()) != module_.ptr()) return false;
     for (const py::object& watcher : watchers_)
       if (is_true(call(watcher))) return false;
     if (!attribute(settings_, loaded_).is(py::bool_(true))) return false;
@@ -63,10 +74,6 @@ class Surroundings {
 
   py::object empty_like(PyObject* tensor) const { return checked(PyObject_CallOneArg(empty_like_.ptr(), tensor)); }
 
-  py::object heads_like(PyObject* query, int64_t size) const {
-    return checked(PyObject_CallFunctionObjArgs(heads_like_.ptr(), query, py::int_(size).ptr(), nullptr));
-  }
-
   // A tensor without dimensions, of the dtype of `tensor`, or of float32. Naming the dtype costs 0.5 us.
   py::object number_beside(PyObject* tensor, bool in_float32) const {
     PyObject* const args[] = {tensor, no_sizes_.ptr(), float32_.ptr()};
@@ -75,15 +82,8 @@ class Surroundings {
 
  private:
   Surroundings() {
-    const py::module_ torch = py::module_::import("torch"), ours = py::module_::import("torchweld._torch");
-    for (const char* name : {"dispatch_modes", "function_modes", "profiling", "transforms_active", "tracing"})
-      watchers_.push_back(ours.attr(name));
-    forward_mode_ = ours.attr("forward_ad");
-    const py::module_ backend = py::module_::import("torchweld.backend");
-    settings_ = backend.attr("_settings");
-    kernels_ = backend.attr("kernels");
+    const py::module_ torch = py::module_::import("torch");
     module_ = py::module_::import("torchweld._cpu");
-    heads_like_ = py::module_::import("torchweld.ops._attention").attr("heads_like");
     grad_is_enabled_ = torch.attr("is_grad_enabled");
     autocast_is_on_ = torch.attr("is_autocast_enabled");
     empty_like_ = torch.attr("empty_like");
@@ -103,8 +103,8 @@ class Surroundings {
   static py::str interned(const char* text) { return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(text)); }
 
   std::vector<py::object> watchers_;
-  py::object kernels_, module_, forward_mode_, settings_, heads_like_, grad_is_enabled_, autocast_is_on_, empty_like_,
-      float32_, dtype_;
+  py::object kernels_, module_, forward_mode_, settings_, grad_is_enabled_, autocast_is_on_, empty_like_, float32_,
+      dtype_;
   py::tuple no_sizes_;
   py::str cpu_ = interned("cpu"), loaded_ = interned("loaded"), forced_ = interned("forced");
   py::str level_ = interned("_current_level"), requires_grad_ = interned("requires_grad");
@@ -288,6 +288,13 @@ py::object cross_entropy(Object logits, Object target, Object ignore_index, Obje
 
 template <class Backend>
 void bind_whole_calls(Module& m) {
+  m.def("allow_whole_calls(watchers, forward_mode, kernels, settings)",
+        [](Object watchers, Object forward_mode, Object kernels, Object settings) {
+          if (!PyTuple_Check(watchers.source) || !PyDict_Check(kernels.source))
+            throw py::type_error("[allow_whole_calls] watchers, kernels: expected a tuple and a dict, but got others");
+          const auto borrowed = [](Object object) { return py::reinterpret_borrow<py::object>(object.source); };
+          Surroundings::get().set(borrowed(watchers), borrowed(forward_mode), borrowed(kernels), borrowed(settings));
+        });
   m.def("whole_gelu(input, approximate)", &whole::gelu<Backend>);
   m.def("whole_layer_norm(input, normalized_shape, weight, bias, eps)",
         [](Object input, Object normalized_shape, Object weight, Object bias, Object eps) {

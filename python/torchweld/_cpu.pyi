@@ -175,6 +175,7 @@ def grad_norm(
 
 # ---- Whole calls: the output; True where autograd must record the call; None where the call is not a common one
 
+def allow_whole_calls(watchers: object, forward_mode: object, kernels: object, settings: object) -> None: ...
 def whole_attention(
     query: object,
     key: object,
@@ -184,6 +185,7 @@ def whole_attention(
     is_causal: object,
     scale: object,
     enable_gqa: object,
+    heads_like: object,
 ) -> Tensor | bool | None: ...
 def whole_cross_entropy(
     input: object, target: object, ignore_index: object, reduction: object, label_smoothing: object

@@ -36,6 +36,7 @@ __all__ = [
     "constant_for_dynamo",
     "dispatch_mode_stack",
     "dispatch_modes",
+    "forward_ad",
     "forward_mode_is_on",
     "function_mode_stack",
     "function_modes",

@@ -17,7 +17,16 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from torchweld._torch import constant_for_dynamo, forward_mode_is_on, tracing, transforms_active
+from torchweld._torch import (
+    constant_for_dynamo,
+    dispatch_modes,
+    forward_ad,
+    forward_mode_is_on,
+    function_modes,
+    profiling,
+    tracing,
+    transforms_active,
+)
 
 __all__ = [
     "BACKENDS",
@@ -60,6 +69,7 @@ if TYPE_CHECKING:
         GRAD_NORM_BLOCKS: int
         leaves_wide_output: bool
         adamw_ = staticmethod(_cpu.adamw_)
+        allow_whole_calls = staticmethod(_cpu.allow_whole_calls)
         attention_backward = staticmethod(_cpu.attention_backward)
         attention_forward = staticmethod(_cpu.attention_forward)
         cross_entropy_backward = staticmethod(_cpu.cross_entropy_backward)
@@ -110,6 +120,14 @@ class _Settings:
 
 
 _settings = _Settings()
+
+if "cpu" in kernels:  # what decides whether a whole call (see `whole_call`) may skip the ways through Python
+    kernels["cpu"].allow_whole_calls(
+        watchers=(dispatch_modes, function_modes, profiling, transforms_active, tracing),
+        forward_mode=forward_ad,
+        kernels=kernels,
+        settings=_settings,
+    )
 
 
 def _load_once() -> None:

@@ -139,7 +139,7 @@ def test_what_is_not_common_is_left_to_python() -> None:
             operands: list[Any] = [torch.randn(1, 2, 4, 8) for _ in range(3)]
             operands[place] = given
             query, key, value = operands
-            assert _cpu.whole_attention(query, key, value, None, 0.0, False, None, False) is None
+            assert _cpu.whole_attention(query, key, value, None, 0.0, False, None, False, None) is None
     for shape in ((9,), [8], 8, (8.0,), (2**70,), (-1,), (4, 8), ()):
         assert _cpu.whole_layer_norm(x, shape, None, None, 1e-5) is None
     for eps in (1, "1", None, x):

@@ -7,11 +7,14 @@ import shutil
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 
+import torchweld.ops
 from commands import Run
 from torchweld import cli
+from torchweld.models import stock
 
 
 @pytest.fixture(autouse=True)
@@ -58,3 +61,9 @@ def train(text: str, command: Run) -> Run:
     """Runs `torchweld train gpt2 --config tiny` on the text; the process of the tests keeps its malloc."""
     options = ("--config", "tiny", "--device", "cpu", "--no-keep-memory", "--data", text)
     return lambda *words: command("train", "gpt2", *options, *words)
+
+
+@pytest.fixture(params=[torchweld.ops, stock], ids=["torchweld", "stock"])
+def ops(request: pytest.FixtureRequest) -> ModuleType:
+    """What a model computes with."""
+    return request.param

@@ -11,26 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-import torchweld.ops
+from commands import perturbed
 from leaves import gradient
 from torchweld.errors import UserError
 from torchweld.models import BERT, BERTConfig, BERTForPreTraining, BERTForSequenceClassification, bert, stock
 
 TINY = bert.CONFIGS["tiny"]
 LENGTHS = [17, 1, 40, 64, 5]
-
-
-def perturbed(model: Any) -> Any:
-    """Away from the initial values, where biases are 0 and norms are 1."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model.eval()
-
-
-@pytest.fixture(params=[torchweld.ops, stock], ids=["torchweld", "stock"])
-def ops(request: pytest.FixtureRequest) -> ModuleType:
-    return request.param
 
 
 @pytest.fixture

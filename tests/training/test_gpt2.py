@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import torchweld.ops
+from commands import perturbed
 from leaves import gradient
 from torchweld.errors import UserError
 from torchweld.models import CONFIGS, GPT2, GPT2Config, stock
@@ -21,21 +21,8 @@ from torchweld.models.decoding import sample
 TINY = CONFIGS["tiny"]
 
 
-def perturbed(model: GPT2) -> GPT2:
-    """Away from the initial values, where biases are 0, norms are 1 and logits are close to uniform."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model.eval()
-
-
 def tokens(batch: int, count: int, config: GPT2Config = TINY) -> Tensor:
     return torch.randint(config.vocab_size, (batch, count))
-
-
-@pytest.fixture(params=[torchweld.ops, stock], ids=["torchweld", "stock"])
-def ops(request: pytest.FixtureRequest) -> ModuleType:
-    return request.param
 
 
 @pytest.fixture

@@ -11,30 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import torchweld.ops
-from commands import Run
+from commands import Run, perturbed
 from leaves import gradient
 from torchweld.errors import UserError
-from torchweld.models import GPT3, GPT3Config, gpt3, stock
+from torchweld.models import GPT3, GPT3Config, gpt3
 
 TINY = gpt3.CONFIGS["tiny"]
 
 
-def perturbed(model: Any) -> Any:
-    """Away from the initial values, where biases are 0, norms are 1 and logits are close to uniform."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model.eval()
-
-
 def tokens(batch: int, count: int) -> Tensor:
     return torch.randint(TINY.vocab_size, (batch, count))
-
-
-@pytest.fixture(params=[torchweld.ops, stock], ids=["torchweld", "stock"])
-def ops(request: pytest.FixtureRequest) -> ModuleType:
-    return request.param
 
 
 @pytest.fixture

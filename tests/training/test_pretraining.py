@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from commands import Run, interrupt_after
+from commands import Run, check_resuming
 from torchweld.models import bert
 from torchweld.training import corpus, pretraining
 from torchweld.training.programs import PROGRAMS
@@ -107,16 +108,7 @@ def test_learns_beside_stock_and_is_fine_tuned(train: Run, command: Run, home: P
 
 @pytest.mark.slow
 def test_resume_continues_bit_for_bit(train: Run, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = ("--steps", 8, "--validate-every", 4, "--accumulate", 2)
-    assert train(*steps, "--out", "straight")[0] == 0
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 5)
-        assert train(*steps, "--out", "broken")[0] == 130
-    code, out, error = command("train", "bert", "--device", "cpu", "--resume", "broken")
-    assert code == 0 and "resuming after step 5" in out, error
-    for name in FILES:
-        straight, broken = (Path(out, "checkpoint-8", name).read_bytes() for out in ("straight", "broken"))
-        assert straight == broken, name
+    check_resuming(train, partial(command, "train", "bert"), monkeypatch, FILES)
 
 
 @pytest.fixture

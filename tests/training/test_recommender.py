@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from commands import Run, interrupt_after
+from commands import Run, check_resuming
 from torchweld.errors import UserError
 from torchweld.training import ranking, ratings, recommendation
 from torchweld.training.programs import PROGRAMS
@@ -206,13 +207,4 @@ def test_it_learns_beside_stock_and_recommends(train: Run, command: Run) -> None
 
 @pytest.mark.slow
 def test_resume_continues_bit_for_bit(train: Run, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = ("--steps", 8, "--validate-every", 4, "--accumulate", 2)
-    assert train(*steps, "--out", "straight")[0] == 0
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 5)
-        assert train(*steps, "--out", "broken")[0] == 130
-    code, out, error = command("train", "recommender", "--device", "cpu", "--resume", "broken")
-    assert code == 0 and "resuming after step 5" in out, error
-    for name in FILES:
-        straight, broken = (Path(run, "checkpoint-8", name).read_bytes() for run in ("straight", "broken"))
-        assert straight == broken, name
+    check_resuming(train, partial(command, "train", "recommender"), monkeypatch, FILES)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-import torchweld.ops
+from commands import perturbed
 from leaves import gradient
 from torchweld.errors import UserError
 from torchweld.models import Seq2Seq, Seq2SeqConfig, seq2seq, stock
@@ -20,19 +20,6 @@ from torchweld.models.translating import alignment, generate
 TINY = replace(seq2seq.CONFIGS["tiny"], encoder_layers=3, encoder_ffn_dim=192, max_position_embeddings=40)
 SOURCES, TARGETS = [17, 1, 40, 9, 5], [3, 21, 40, 1, 12]
 Parts = tuple[list[Tensor], list[Tensor]]
-
-
-def perturbed(model: Any) -> Any:
-    """Away from the initial values, where biases are 0 and norms are 1."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.05)
-    return model.eval()
-
-
-@pytest.fixture(params=[torchweld.ops, stock], ids=["torchweld", "stock"])
-def ops(request: pytest.FixtureRequest) -> ModuleType:
-    return request.param
 
 
 @pytest.fixture

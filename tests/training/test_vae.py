@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -16,8 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributions import Normal, kl_divergence
 
-import torchweld.ops
-from commands import Run, interrupt_after
+from commands import Run, check_resuming
 from pictures import NAMES, drawn, write_folders, write_idx
 from torchweld.errors import UserError
 from torchweld.models import VAE, VAEConfig, stock, vae
@@ -68,11 +68,6 @@ def test_divergence_is_that_of_torch() -> None:
     mean, scale, of, width = torch.randn(4, 5, 3).unbind()
     expected = kl_divergence(Normal(mean, scale.exp()), Normal(of, width.exp())).sum(1)
     torch.testing.assert_close(vae.divergence(mean, scale, of, width), expected)
-
-
-@pytest.fixture(params=[torchweld.ops, stock], ids=["torchweld", "stock"])
-def ops(request: pytest.FixtureRequest) -> ModuleType:
-    return request.param
 
 
 def given(config: VAEConfig, count: int = 6) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,16 +212,7 @@ def test_colours_and_one_class(home: Path, command: Run) -> None:
 
 @pytest.mark.slow
 def test_resume_continues_bit_for_bit(train: Run, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = ("--steps", 8, "--validate-every", 4, "--accumulate", 2, "--shift", 1, "--flip")
-    assert train(*steps, "--out", "straight")[0] == 0
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 5)
-        assert train(*steps, "--out", "broken")[0] == 130
-    code, out, error = command("train", "vae", "--device", "cpu", "--resume", "broken")
-    assert code == 0 and "resuming after step 5" in out, error
-    for name in FILES:
-        straight, broken = (Path(run, "checkpoint-8", name).read_bytes() for run in ("straight", "broken"))
-        assert straight == broken, name
+    check_resuming(train, partial(command, "train", "vae"), monkeypatch, FILES, ("--shift", 1, "--flip"))
     code, _, error = command("train", "vae", "--device", "cpu", "--resume", "broken", "--shift", 2)
     assert code == 2 and "--shift: expected '1', with which the run was started, but got '2'" in error
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,29 +13,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-import torchweld.ops
-from commands import Run, interrupt_after
+from commands import Run, check_resuming, perturbed
 from leaves import gradient
 from pictures import NAMES, drawn, write_folders, write_idx
 from torchweld.errors import UserError
-from torchweld.models import ViT, ViTConfig, stock, vit
+from torchweld.models import ViT, ViTConfig, vit
 from torchweld.training import checkpoint, images, logistic
 
 TINY = replace(vit.CONFIGS["tiny"], image_size=12, num_channels=3, labels=("a", "b", "c"))
 FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "preprocessor_config.json", "training.json")
-
-
-def perturbed(model: Any) -> Any:
-    """Away from the initial values, where biases are 0 and norms are 1."""
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(torch.randn_like(p) * 0.1)
-    return model.eval()
-
-
-@pytest.fixture(params=[torchweld.ops, stock], ids=["torchweld", "stock"])
-def ops(request: pytest.FixtureRequest) -> ModuleType:
-    return request.param
 
 
 @pytest.fixture
@@ -155,16 +142,7 @@ def test_it_learns_beside_stock_and_classifies(train: Run, command: Run, home: P
 
 @pytest.mark.slow
 def test_resume_continues_bit_for_bit(train: Run, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    steps = ("--steps", 8, "--validate-every", 4, "--accumulate", 2, "--shift", 1, "--flip")
-    assert train(*steps, "--out", "straight")[0] == 0
-    with monkeypatch.context() as patch:
-        interrupt_after(patch, 5)
-        assert train(*steps, "--out", "broken")[0] == 130
-    code, out, error = command("train", "vit", "--device", "cpu", "--resume", "broken")
-    assert code == 0 and "resuming after step 5" in out, error
-    for name in FILES:
-        straight, broken = (Path(run, "checkpoint-8", name).read_bytes() for run in ("straight", "broken"))
-        assert straight == broken, name
+    check_resuming(train, partial(command, "train", "vit"), monkeypatch, FILES, ("--shift", 1, "--flip"))
 
 
 def test_refusals(train: Run, command: Run, home: Path) -> None:

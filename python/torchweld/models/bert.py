@@ -179,19 +179,9 @@ class BERT(Published):
         """What stands for each sequence, made from its first token: (T, C) -> (B, C)."""
         return torch.tanh(self.pooler(hidden[cu_seqlens[:-1].long()]))
 
-    def published(self) -> dict[str, Tensor]:
-        """The parameters by their published names: queries, keys and values apart."""
-        stored: dict[str, Tensor] = {}
-        for name, p in self.state_dict().items():
-            tensors = p.detach().chunk(3) if ".qkv." in name else [p.detach()]
-            stored |= zip(_published_names(name), tensors, strict=True)
-        return stored
-
-    def load_published(self, stored: Mapping[str, Tensor]) -> None:
-        """The inverse of `published`."""
-        self.load_state_dict(
-            {name: torch.cat([stored[n] for n in _published_names(name)]) for name in self.state_dict()}
-        )
+    def published_names(self, name: str) -> list[str]:
+        """As in `Published`: queries, keys and values apart."""
+        return _published_names(name)
 
 
 # Our names and the published ones; queries, keys and values aside.

@@ -28,13 +28,22 @@ class Published(nn.Module):
     tied: ClassVar[Mapping[str, str]] = {}
     config: Any
 
+    def published_names(self, name: str) -> list[str]:
+        """The published names, without `prefix`, of what the parameter `name` holds one after another."""
+        return [name]
+
     def published(self) -> dict[str, Tensor]:
         """The parameters by their published names, without `prefix`, in the published layout."""
-        raise NotImplementedError
+        stored: dict[str, Tensor] = {}
+        for name, p in self.state_dict().items():
+            names = self.published_names(name)
+            stored |= zip(names, p.detach().chunk(len(names)) if len(names) > 1 else [p.detach()], strict=True)
+        return stored
 
     def load_published(self, stored: Mapping[str, Tensor]) -> None:
         """The inverse of `published`; names and shapes are right."""
-        raise NotImplementedError
+        own = {name: [stored[part] for part in self.published_names(name)] for name in self.state_dict()}
+        self.load_state_dict({name: torch.cat(parts) if len(parts) > 1 else parts[0] for name, parts in own.items()})
 
     def to_hugging_face(self) -> dict[str, Tensor]:
         """The state_dict that `transformers` and `load_hugging_face` read; tensors share memory where they can."""

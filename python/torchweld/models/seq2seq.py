@@ -279,19 +279,9 @@ class Seq2Seq(Published):
             raise UserError(f"Seq2Seq: expected at most max_position_embeddings = {limit} tokens, but got {longest}")
         return at
 
-    def published(self) -> dict[str, Tensor]:
-        """The parameters by their published names: queries, keys and values apart."""
-        stored: dict[str, Tensor] = {}
-        for name, p in self.state_dict().items():
-            names = _published_names(name)
-            stored |= zip(names, p.detach().chunk(len(names)), strict=True)
-        return stored
-
-    def load_published(self, stored: Mapping[str, Tensor]) -> None:
-        """The inverse of `published`."""
-        self.load_state_dict(
-            {name: torch.cat([stored[n] for n in _published_names(name)]) for name in self.state_dict()}
-        )
+    def published_names(self, name: str) -> list[str]:
+        """As in `Published`: queries, keys and values apart."""
+        return _published_names(name)
 
     def to_hugging_face(self) -> dict[str, Tensor]:
         """As in `Published`, with the bias of the logits, which is zero."""

@@ -267,14 +267,6 @@ class VAE(Published):
         """What is left of images after the latents, without noise: (B, C, H, W) -> (B, C, H, W)."""
         return self(self.encode(images)[0])
 
-    def published(self) -> dict[str, Tensor]:
-        """The parameters by their names; no other library has this model."""
-        return {name: p.detach() for name, p in self.state_dict().items()}
-
-    def load_published(self, stored: Mapping[str, Tensor]) -> None:
-        """The inverse of `published`."""
-        self.load_state_dict(dict(stored))
-
     @classmethod
     def load(cls, directory: str | Path) -> VAE:
         """The model of a checkpoint directory (config.json, model.safetensors), in evaluation mode."""

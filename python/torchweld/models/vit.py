@@ -177,19 +177,9 @@ class ViT(Published):
         """The mean cross-entropy in nats of the labels' numbers (B)."""
         return self.cross_entropy(self(images), labels)
 
-    def published(self) -> dict[str, Tensor]:
-        """The parameters by their published names: queries, keys and values apart."""
-        stored: dict[str, Tensor] = {}
-        for name, p in self.state_dict().items():
-            tensors = p.detach().chunk(3) if ".qkv." in name else [p.detach()]
-            stored |= zip(_published_names(name), tensors, strict=True)
-        return stored
-
-    def load_published(self, stored: Mapping[str, Tensor]) -> None:
-        """The inverse of `published`."""
-        self.load_state_dict(
-            {name: torch.cat([stored[n] for n in _published_names(name)]) for name in self.state_dict()}
-        )
+    def published_names(self, name: str) -> list[str]:
+        """As in `Published`: queries, keys and values apart."""
+        return _published_names(name)
 
 
 # Our names and the published ones; queries, keys and values aside.

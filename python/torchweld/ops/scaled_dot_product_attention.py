@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchweld import backend
 from torchweld.ops._arguments import NotDenseError, as_torch_does, check_dense, check_memory, flag, number
-from torchweld.ops._attention import Modifiers, Options
+from torchweld.ops._attention import Modifiers, Options, heads_like
 from torchweld.ops._attention_autograd import attend, attend_with_grad
 from torchweld.ops._attention_checks import check_bias, check_common, check_dropout, check_heads, fail
 from torchweld.ops._register import compiling, elsewhere, under_autocast
@@ -100,7 +100,7 @@ def scaled_dot_product_attention(
     if not compiling():
         found = _whole(
             query=query, key=key, value=value, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal,
-            scale=scale, enable_gqa=enable_gqa,
+            scale=scale, enable_gqa=enable_gqa, heads_like=heads_like,
         )  # fmt: skip
         if found is True:
             scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
