@@ -129,6 +129,17 @@ def cycle(edges: dict[str, set[str]]) -> list[str]:
     return next((found for node in sorted(edges) if (found := walk(node, []))), [])
 
 
+def test_the_bindings_import_nothing_above_them() -> None:
+    """What they need of the package is handed to them."""
+    imported = {
+        name
+        for path in (CSRC / "bindings").iterdir()
+        for name in re.findall(r"module_::import\(\"([^\"]+)\"\)", path.read_text())
+    }
+    assert "torch" in imported
+    assert {name for name in imported if name.split(".")[0] == "torchweld"} <= {"torchweld._cpu"}
+
+
 def test_no_file_of_csrc_includes_itself() -> None:
     edges = {str(p.relative_to(CSRC)): set(included(p)) for p in CSRC.rglob("*") if p.suffix in SUFFIXES}
     assert not cycle(edges)
