@@ -257,6 +257,9 @@ class Backward {
 namespace TORCHWELD_ISA {
 
 int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
+  if constexpr (kMultipliesBf16) {
+    if (too_narrow_for_bf16(p)) return avx512::attention_backward_workspace(p);
+  }
   int64_t size = 0;
   dispatch_products(p, [&](auto t, auto words) {
     size = Backward<typename decltype(t)::type, typename decltype(words)::type>::workspace(p);
@@ -265,6 +268,9 @@ int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
 }
 
 void attention_backward(const AttentionBackwardParams& p) {
+  if constexpr (kMultipliesBf16) {
+    if (too_narrow_for_bf16(p)) return avx512::attention_backward(p);
+  }
   if (p.kv_heads == 0) return;
   dispatch_products(
       p, [&](auto t, auto words) { Backward<typename decltype(t)::type, typename decltype(words)::type>::run(p); });
