@@ -121,6 +121,8 @@ SIXTEEN = [  # each with a seed for which what is too coarse, of output, weights
               layout="strided", dtypes=(torch.bfloat16,)), 369576),
     (SdpaCase(name="keys with a common part, head size 1", regime="", heads=1, queries=4, keys=4, dim=1, bias=(1, 4, 4),
               values="shifted"), 277722),
+    (AttentionCase(name="slopes, keys share a part", regime="", queries=63, keys=255, alibi=True, values="shifted",
+                   scale=0.001), 832840),
     (AttentionCase(name="large logits, head size 1", regime="", queries=33, keys=4099, dim=1, bias=(1, 1, 33, 4099),
                    logits=20.0), 292075),
     (AttentionCase(name="slopes", regime="", queries=90, keys=400, alibi=True), 0),
