@@ -85,9 +85,13 @@ def test_a_model_of_transformers_is_tuned() -> None:
     model = transformers.LlamaForCausalLM(config)
     ids = torch.randint(64, (2, 8))
     expected = model(input_ids=ids).logits
-    report = torchweld.patch(model, tune="training", example_inputs={"input_ids": ids})
-    assert len(report.swapped) + len(report.left) >= 8
-    torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+    for cached in (True, False):
+        report = torchweld.patch(model, tune="training", example_inputs={"input_ids": ids, "use_cache": cached})
+        assert len(report.swapped) + len(report.left) >= 8
+        # A cache grows with each call, so a layer that is given one is not called again.
+        assert any(e.timing == "called with a DynamicCache, not timed" for e in report.swapped) is cached
+        torch.testing.assert_close(model(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+        report.undo()
 
 
 def test_bad_arguments_are_named_and_an_error_of_the_model_leaves_it_unchanged() -> None:

@@ -50,10 +50,11 @@ def tune(model: torch.nn.Module, report: Report, call: Call, training: bool) -> 
         seen = _calls(model, [entry.name for entry in report.swapped], call)
         timed: dict[tuple[Any, ...], Times] = {}
         for entry in reversed(list(report.swapped)):  # those inside others first
-            if entry.name not in seen:
-                report.keep(entry, "not called by example_inputs, not timed")
+            inside = seen.get(entry.name, "not called by example_inputs")
+            if isinstance(inside, str):
+                report.keep(entry, f"{inside}, not timed")
                 continue
-            module, inside = model.get_submodule(entry.name), seen[entry.name]
+            module = model.get_submodule(entry.name)
             key = (entry.was, entry.now, inside.signature)
             if key not in timed:
                 timed[key] = _times(report, entry, lambda m=module, c=inside: _step(m, c, training))  # type: ignore[misc]
@@ -100,13 +101,20 @@ def _step(module: torch.nn.Module, call: Call, training: bool) -> None:
         torch.accelerator.synchronize()
 
 
-def _calls(model: torch.nn.Module, names: Sequence[str], call: Call) -> dict[str, Call]:
-    """What the modules with these names are called with first in one call of the model: copies, off any graph."""
-    seen: dict[str, Call] = {}
+def _calls(model: torch.nn.Module, names: Sequence[str], call: Call) -> dict[str, Call | str]:
+    """What the modules with these names are called with first in one call of the model: copies, off any graph.
+
+    In place of a call that cannot be made twice stands the reason: a cache, for example, would grow with each.
+    """
+    seen: dict[str, Call | str] = {}
 
     def record(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            seen.setdefault(name, Call(*_apart((args, kwargs))))
+            if name not in seen:
+                try:
+                    seen[name] = Call(*_apart((args, kwargs)))
+                except _OddArgumentError as odd:
+                    seen[name] = f"called with a {odd}"
 
         return hook
 
@@ -132,14 +140,23 @@ def _unchanged(model: torch.nn.Module) -> Iterator[None]:
                 buffer.copy_(before)
 
 
+class _OddArgumentError(Exception):
+    """An argument that may change with every call, by the name of its class."""
+
+
+_CONSTANT = (bool, int, float, str, torch.dtype, torch.device, torch.nn.Module, type(None))
+
+
 def _apart(value: Any) -> Any:
     """`value` with every tensor inside replaced by a copy that is a leaf."""
     if isinstance(value, Tensor):
         return value.detach().clone().requires_grad_(value.requires_grad)
-    if isinstance(value, Mapping):
-        return {k: _apart(v) for k, v in value.items()} if type(value) is dict else value
+    if type(value) is dict:
+        return {k: _apart(v) for k, v in value.items()}
     if type(value) in (tuple, list):
         return type(value)(map(_apart, value))
+    if not isinstance(value, _CONSTANT):
+        raise _OddArgumentError(type(value).__name__)
     return value
 
 
