@@ -43,11 +43,11 @@ class Times(NamedTuple):
 
 @dataclass
 class _Swap:
-    """A change, and how to make it again once it was taken back."""
+    """A change, and how to make it again once it was taken back; `make` keeps the module alive."""
 
     entry: Entry
     change: Change
-    make: Callable[[], Change]
+    make: Callable[[], Change] | None
 
 
 @dataclass
@@ -107,6 +107,7 @@ class Report:
     def resume(self, entry: Entry) -> None:
         """Makes a suspended swap again."""
         swap = self._of(entry)
+        assert swap.make is not None
         swap.change = swap.make()
 
     def keep(self, entry: Entry, timing: str) -> None:
@@ -120,6 +121,11 @@ class Report:
         self._swaps.remove(self._of(entry))
         self.swapped.remove(entry)
         self.leave(entry.name, entry.was, why)
+
+    def close(self) -> None:
+        """Forgets how swaps are made: from now on they can only be taken back."""
+        for swap in self._swaps:
+            swap.make = None
 
     def _of(self, entry: Entry) -> _Swap:
         return next(swap for swap in self._swaps if swap.entry is entry)

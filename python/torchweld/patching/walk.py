@@ -196,18 +196,18 @@ def patch(
         raise TypeError(f"[patch] model: expected a torch.nn.Module, but got {type(model).__name__}")
     wanted = {"norms": norms, "attention": attention, "activations": activations, "mlp": mlp, "rope": rope}
     asked = {name: flag("patch", name, value) for name, value in wanted.items()}
-    if isinstance(tune, str):
-        if tune not in ("training", "inference"):
-            raise ValueError(f"[patch] tune: expected 'training', 'inference' or a bool, but got {tune!r}")
-    elif not flag("patch", "tune", tune):
-        return _Walk(model, asked).run()
-    if example_inputs is None:
+    if isinstance(tune, str) and tune not in ("training", "inference"):
+        raise ValueError(f"[patch] tune: expected 'training', 'inference' or a bool, but got {tune!r}")
+    wants_times = isinstance(tune, str) or flag("patch", "tune", tune)
+    if wants_times and example_inputs is None:
         raise ValueError("[patch] example_inputs: expected the inputs of one call, beside tune, but got None")
-    call = example_call(example_inputs)
+    call = example_call(example_inputs) if wants_times else None
     report = _Walk(model, asked).run()
     try:
-        tuned(model, report, call, model.training if isinstance(tune, bool) else tune == "training")
+        if call is not None:
+            tuned(model, report, call, model.training if isinstance(tune, bool) else tune == "training")
     except BaseException:
         report.undo()  # all or nothing
         raise
+    report.close()
     return report
