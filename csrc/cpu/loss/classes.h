@@ -27,10 +27,12 @@ struct BlockStatistics {
   float mean;  // its part of the mean of logit - max over all classes; only under label smoothing
 };
 
-// Of a row: dlogits = factor * weight - others, at the target -own.
+// Of a row, with share = factor * weight: dlogits = share - others + share * extra, at the target with own for others.
+// The z-loss is apart: of a target with all the probability, share - own is far smaller than either.
 struct RowGradient {
   float max, factor;  // of all classes; the factor lacks exp(max of the block - max)
   float others, own;
+  float extra;
 };
 
 TW_INLINE void store_weight(float* p, Vec v, All) { store(p, v); }
@@ -95,10 +97,9 @@ TW_INLINE void differentiate(S* weights, int64_t count, int64_t target, const Ro
     const Vec share = (softcap != 0.0f ? exp2<6>((kept - row.max) * kLog2e) : kept) * factor;
     Vec d = share - row.others;
     if (static_cast<uint64_t>(target - i) < static_cast<uint64_t>(W)) d[target - i] = share[target - i] - row.own;
-    if (softcap != 0.0f) {
-      const Vec level = kept * inverse;
-      d = d * (1.0f - level * level);
-    }
+    d = d + share * row.extra;
+    // 1 - (kept / softcap)^2, from differences that are exact where it is small.
+    if (softcap != 0.0f) d = d * ((softcap - kept) * inverse * ((softcap + kept) * inverse));
     store_weight(weights + i, d, lanes);
     if (dbias != nullptr) store(dbias + i, load(dbias + i, lanes) + d, lanes);
   });

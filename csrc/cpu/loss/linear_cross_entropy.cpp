@@ -167,7 +167,8 @@ class Head {
     const double dloss = p_.dloss[index_[m]], smoothing = p_.smoothing, other = smoothing * share;
     RowGradient& row = gradients_[m];
     row.max = max;
-    row.factor = static_cast<float>(dloss * (1.0 + 2.0 * p_.z_loss * lse) / sum);
+    row.factor = static_cast<float>(dloss / sum);
+    row.extra = 2.0f * p_.z_loss * lse;
     row.others = static_cast<float>(dloss * other);
     row.own = static_cast<float>(dloss * (1.0 - smoothing + other));
   }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchweld.testing.cases import Case
+from torchweld.testing.cases import Case, Tensors
 from torchweld.testing.optimizer import HALF, LR, MIXED, WEIGHT_DECAY, WIDE, OptimizerCase, narrow
 
 _BETAS = (0.9, 0.95)
@@ -30,6 +31,15 @@ class AdamWCase(OptimizerCase):
     @property
     def states(self) -> tuple[str, ...]:
         return ("exp_avg", "exp_avg_sq", *(("max_exp_avg_sq",) if self.amsgrad else ()))
+
+    def terms(self, x: Tensors) -> Mapping[str, Tensor | float]:
+        """A step is rounded eight times before it is taken, by half an ulp each.
+
+        Where the second moment is small, it is far larger than the parameter and than the steps of all others, and the
+        errors that torch makes with those say nothing of it.
+        """
+        after = self.reference(x)
+        return {n: 4 * (after[n] - x[n]).abs() for n in after if n.startswith("param") and x[n].numel()}
 
     def call(self, of: Any, lists: dict[str, list[Tensor]], **options: Any) -> None:
         of.adamw_(

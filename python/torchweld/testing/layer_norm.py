@@ -152,8 +152,8 @@ class LayerNormCase(Case):
         }
 
     def zeros(self, x: Tensors) -> Tensors:
-        """The only column of a row is the mean of the row, so it has no gradient."""
-        only = math.prod(self.shape) == 1 and not self.rms
+        """The only column of a row is the mean of the row, so it has no gradient but that of the sum."""
+        only = math.prod(self.shape) == 1 and not self.rms and not self.add
         return {"dx": torch.ones((), dtype=torch.bool, device=x["x"].device)} if only else {}
 
 

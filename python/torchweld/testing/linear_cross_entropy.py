@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +86,38 @@ class LinearCrossEntropyCase(Case):
                 squares = squares.sum() / ((rows != _IGNORE).sum() if self.reduction == "mean" else 1)
             loss = loss + self.z_loss * squares
         return {"output": loss.view(target.shape) if self.reduction == "none" else loss}
+
+    def terms(self, x: Tensors) -> Mapping[str, Tensor | float]:
+        """Of the gradients of weight and bias, sums over rows, the size of a random walk with those steps.
+
+        With a class or a feature or two the sum can be far smaller than what was added up.
+        Under a softcap also what its slope is rounded by, two ulps of 1, ten roundings of products with it, and what the
+        slope changes where the logit is rounded, a sum over the features.
+        """
+        rows, features = x["target"].flatten(), x["input"].flatten(0, -2)
+        bias = x.get("bias", torch.zeros(self.classes, dtype=torch.float64, device=features.device))
+        logits = torch.addmm(bias, features, x["weight"].T)
+        t = torch.zeros_like(logits) if self.softcap is None else torch.tanh(logits / self.softcap)
+        capped = (logits if self.softcap is None else self.softcap * t).requires_grad_()
+        with torch.enable_grad():
+            loss = reference.cross_entropy(capped, rows, None, _IGNORE, "none", self.smoothing)
+            loss = loss + self.z_loss * capped.logsumexp(-1).square() * (rows != _IGNORE)
+            (dcapped,) = torch.autograd.grad(loss.sum(), capped)
+        counted = max(int((rows != _IGNORE).sum()), 1) if self.reduction == "mean" else 1
+        dcapped = dcapped.abs() * float(x["doutput"].abs().amax()) / counted
+        steps = dcapped * (1 - t.square())
+        found = {
+            "dweight": torch.sqrt(steps.square().T @ features.square()).amax(),
+            "dbias": steps.square().sum(0).sqrt().amax(),
+            "dinput": torch.zeros((), dtype=torch.float64),
+        }
+        if self.softcap is not None:
+            sizes = torch.sqrt(features.square() @ x["weight"].square().T)
+            rounded = 2 * dcapped + (5 + 0.6 / self.softcap * self.features**0.5 * sizes) * steps
+            found["dinput"] = (rounded @ x["weight"].abs()).amax()
+            found["dweight"] += (rounded.T @ features.abs()).amax()
+            found["dbias"] += rounded.sum(0).amax()
+        return {n: float(value) for n, value in found.items()}
 
     def zeros(self, x: Tensors) -> Tensors:
         """A row without a target has no loss and no gradient; nor has one of a single class, whose probability is 1."""
