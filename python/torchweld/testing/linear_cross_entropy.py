@@ -91,8 +91,8 @@ class LinearCrossEntropyCase(Case):
         """Of the gradients of weight and bias, sums over rows, the size of a random walk with those steps.
 
         With a class or a feature or two the sum can be far smaller than what was added up.
-        Under a softcap also what its slope is rounded by, two ulps of 1, ten roundings of products with it, and what the
-        slope changes where the logit is rounded, a sum over the features.
+        Under a softcap also what its slope is rounded by, two ulps of 1, ten roundings of products with it, and what
+        the slope changes where the logit is rounded, a sum over the features.
         """
         rows, features = x["target"].flatten(), x["input"].flatten(0, -2)
         bias = x.get("bias", torch.zeros(self.classes, dtype=torch.float64, device=features.device))
