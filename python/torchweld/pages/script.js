@@ -21,14 +21,15 @@ document.documentElement.classList.add("js");
   show();
 }
 
-// A heading's button sorts by its column: numbers by data-v, text as people read it. Empty cells stay last.
+// A heading's button sorts by its column: numbers by data-v, text as people read it. What has no number stays last.
 const key = (row, column) => {
   const cell = row.cells[column];
   return cell.dataset.v === undefined ? cell.textContent : Number(cell.dataset.v);
 };
 const compare = (a, b, direction) => {
   if (a === "" || b === "") return (a === "") - (b === "");
-  if (typeof a === "number" && typeof b === "number") return direction * (a - b);
+  if (typeof a !== typeof b) return typeof a === "number" ? -1 : 1;
+  if (typeof a === "number") return direction * (a - b);
   return direction * String(a).localeCompare(String(b), "en", { numeric: true });
 };
 for (const table of document.querySelectorAll("table.sortable")) {
