@@ -126,6 +126,7 @@ def test_dark_mode_follows_the_system_until_it_is_chosen(opened: Any) -> None:
     dark, button = shade(tab), tab.get_by_role("button", name="Dark mode")
     assert button.get_attribute("aria-pressed") == "true"
     tab.emulate_media(color_scheme="light")
+    tab.wait_for_function("document.documentElement.dataset.theme === 'light'")
     light = shade(tab)
     assert light != dark and button.get_attribute("aria-pressed") == "false"
     button.click()
