@@ -35,7 +35,7 @@ def test_marks_stay_within_the_plot_in_their_order(points: list[tuple[float, flo
 
 def test_a_level_stands_where_its_value_is() -> None:
     found = chart("c", Axis("x"), Axis("y"), [Series("s", [(0, 0.0), (1, 4.0)])], {"half": 2.0})
-    ((level, _),) = numbers(found.split("</div>")[0], r'level"[^>]* d="M66 ([\d.]+)H(\d+)')
+    ((level, _),) = numbers(found.split("</div>")[0], r'level"[^>]* d="M76 ([\d.]+)H(\d+)')
     ((_, low, _, high),) = numbers(found, r'd="M([\d.]+) ([\d.]+)L([\d.]+) ([\d.]+)"')
     assert level == pytest.approx((low + high) / 2, abs=0.1) and "half: 2" in found
 

@@ -14,7 +14,7 @@ from torchweld.bench import page
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
-TABLE = "#all-measurements"
+TABLE = "#table-all-measurements"
 
 # Elements whose text does not stand out from what lies behind it: WCAG 2.2, 1.4.3, asks for a ratio of 4.5.
 CONTRAST = """() => {

@@ -12,10 +12,11 @@ from statistics import fmean
 from torchweld.pages.page import slug
 
 WIDTH, HEIGHT = 640, 340
-LEFT, RIGHT, TOP, BOTTOM = 66, 16, 14, 46  # around the plot
+LEFT, RIGHT, TOP, BOTTOM = 76, 16, 14, 46  # around the plot
 COLOURS = 6
 DASHES = ("", "7 3", "2 3", "9 3 2 3")
 MOST = 500  # points of a line: more cannot be told apart
+FEW = 30  # points of a line that have marks
 
 Point = tuple[float, float]
 
@@ -138,8 +139,8 @@ def _frame(across: _Scale, up: _Scale) -> str:
         f'<text x="{(LEFT + right) / 2}" y="{HEIGHT - 8}" text-anchor="middle">{escape(across.axis.name)}</text>'
     )
     middle = (TOP + bottom) / 2
-    turned = f'transform="rotate(-90 14 {middle})"'
-    parts.append(f'<text x="14" y="{middle}" {turned} text-anchor="middle">{escape(up.axis.name)}</text>')
+    turned = f'transform="rotate(-90 12 {middle})"'
+    parts.append(f'<text x="12" y="{middle}" {turned} text-anchor="middle">{escape(up.axis.name)}</text>')
     return "".join(parts)
 
 
@@ -155,8 +156,10 @@ def _stroke(series: Series, colour: str) -> str:
 
 
 def _line(series: Series, colour: str, across: _Scale, up: _Scale) -> str:
-    way = "L".join(f"{across(x):.1f} {up(y):.1f}" for x, y in series.points)
-    return f'<path {_stroke(series, colour)} d="M{way}"/>'
+    places = [(across(x), up(y)) for x, y in series.points]
+    way = "L".join(f"{x:.1f} {y:.1f}" for x, y in places)
+    marks = [_mark(series, colour, x, y) for x, y in places] if len(places) <= FEW and not series.faint else []
+    return f'<path {_stroke(series, colour)} d="M{way}"/>{"".join(marks)}'
 
 
 def _points(series: Series, colour: str, across: _Scale, up: _Scale) -> str:

@@ -57,18 +57,22 @@ def table(caption: str, columns: Sequence[Column], rows: Sequence[Row], filters:
 
     It scrolls within the page where the page is narrow.
     """
-    name = slug(caption)
-    head = "".join(
-        f'<th scope="col"{_class(*["number"] * c.number)}><button type="button">{escape(c.name)}</button></th>'
-        for c in columns
-    )
+    name = f"table-{slug(caption)}"
+    head = "".join(_heading(column) for column in columns)
     body = "".join(_row(row, columns) for row in rows)
     form = _filters(name, columns, rows) if filters else ""
     return (
         f'{form}<div{_class("scroll", *["tall"] * filters)} tabindex="0" role="region" aria-label="{escape(caption)}">'
-        f'<table class="sortable" id="{name}"><caption>{escape(caption)}</caption>'
+        f'<table class="sortable" id="{name}"><caption><span>{escape(caption)}</span></caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
+
+
+def _heading(column: Column) -> str:
+    if not column.name:  # of the column that names the rows
+        return "<td></td>"
+    kind = _class(*["number"] * column.number)
+    return f'<th scope="col"{kind}><button type="button">{escape(column.name)}</button></th>'
 
 
 def _row(row: Row, columns: Sequence[Column]) -> str:
@@ -121,7 +125,7 @@ def heat_map(caption: str, rows: Mapping[str, Mapping[str, float]]) -> str:
         body.append(f'<tr><th scope="row"{_class(*_long(name))}>{escape(name)}</th>{found}</tr>')
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{escape(caption)}"><table class="heat">'
-        f"<caption>{escape(caption)}</caption><thead><tr><td></td>{head}</tr></thead>"
+        f"<caption><span>{escape(caption)}</span></caption><thead><tr><td></td>{head}</tr></thead>"
         f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
