@@ -62,7 +62,7 @@ def _summary(program: Program, ours: Trainer, baselines: Mapping[str, float], lo
     if ours.rates:
         values[f"{program.counted} a second"] = f"{median(ours.rates):,.0f}"
         values["time in steps"] = _duration(sum(ours.seconds))
-    values["parameters"] = f"{sum(p.numel() for p in ours.model.parameters()) / 1e6:.1f} M"
+    values["parameters"] = f"{sum(p.numel() for p in ours.model.parameters()):,}"
     return page.tiles(values) + page.text(f"Losses are in {program.unit}.", "quiet")
 
 
