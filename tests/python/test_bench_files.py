@@ -137,6 +137,9 @@ def test_compare_names_what_became_wrong_and_what_differs(tmp_path: Path, capsys
 def test_compare_refuses_what_it_cannot_compare(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert compared(tmp_path, [bench_rows.row(1.0)], [bench_rows.row(1.0, dtype="bfloat16")]) == 2
     assert "measurements of torchweld in common, but got none; make both" in capsys.readouterr().err
+    both = [bench_rows.row(1.0), bench_rows.row(1.0, dtype="bfloat16"), bench_rows.row(1.0, dtype="float16")]
+    assert compared(tmp_path, both, both[:1]) == 0
+    assert f"not compared: 2 that only {tmp_path / 'old.json'} has" in capsys.readouterr().out.replace("\n", "")
     assert main(["bench", "compare", str(tmp_path / "old.json")]) == 2
     assert "expected two files of --json, OLD and NEW, but got 1" in capsys.readouterr().err
 

@@ -90,6 +90,12 @@ def table(changes: Sequence[Change]) -> Table:
     return found
 
 
+def alone(old: Sequence[Row], new: Sequence[Row]) -> tuple[int, int]:
+    """How many measurements of torchweld only the old file has, and how many only the new one."""
+    before, after = ({key for key, row in _by_key(rows).items() if ours(row)} for rows in (old, new))
+    return len(before - after), len(after - before)
+
+
 def differences(old: Sequence[Row], new: Sequence[Row]) -> list[str]:
     """What of machine and versions is not the same, in words."""
     found = []

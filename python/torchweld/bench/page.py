@@ -97,9 +97,12 @@ def _summary(rows: Sequence[Row]) -> Iterator[str]:
     yield page.tiles(values)
     yield page.text("Speeds are multiples of eager torch's; the mean is the geometric one.", "quiet")
     kinds: dict[tuple[str, ...], list[Row]] = {}
+    several = len(_by_machine(rows)) > 1
     for row in compared:
-        kinds.setdefault((row["op"], row["direction"], row["dtype"], row["provider"]), []).append(row)
+        kind = (row["op"], row["direction"], row["dtype"], row["provider"], *[_label(row)] * several)
+        kinds.setdefault(kind, []).append(row)
     columns = [Column("op"), Column("direction"), Column("dtype"), Column("provider")]
+    columns += [Column("machine", wraps=False)] * several
     columns += [Column(name, number=True) for name in ("cases", "mean", "slowest", "fastest", "of limit, median")]
     lines = []
     for kind, part in kinds.items():
