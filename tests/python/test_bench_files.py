@@ -15,7 +15,6 @@ from outline import Outline
 from torchweld.bench import compare, csv_file, page, report
 from torchweld.cli import main
 from torchweld.errors import UserError
-from torchweld.pages.page import LARGEST
 
 
 @pytest.fixture
@@ -35,7 +34,11 @@ def test_the_page_is_whole_and_needs_no_network(file: Path, tmp_path: Path) -> N
     assert "default-src 'none'" in text
     assert "<padded>" not in text and "&lt;padded&gt; &amp; causal" in text
     assert "made by torchweld" in text.lower() and "from rows.json" in text
-    assert len(text) < LARGEST
+
+
+def test_the_page_of_a_sweep_is_small() -> None:
+    rows = [row for _ in range(8) for row in bench_rows.rows()]  # 584, as many as a sweep on one machine
+    assert len(page.build(rows, ["rows.json"]).html()) < 1_500_000 / 2
 
 
 def test_the_page_has_every_row_and_the_wrong_one_in_red(file: Path) -> None:

@@ -12,7 +12,6 @@ from string import Template
 
 from torchweld.files import write_text
 
-LARGEST = 1_500_000  # bytes of a page
 _ROOM = 400_000  # bytes of a picture that a page takes in; a larger one stays beside it
 
 
