@@ -23,6 +23,8 @@ ALLOWED = {
     "backend": {"_cpu"},
     "errors": set(),
     "console": set(),
+    "files": {"errors"},
+    "pages": {"pages", "files"},
     "environment": {"backend"},
     "memory": set(),
     "ops": {"ops", "backend", "reference"},
@@ -32,9 +34,10 @@ ALLOWED = {
     "optim": {"optim", "ops", "backend"},
     "models": {"models", "nn", "ops", "optim", "errors"},
     "testing": {"testing", "ops", "nn", "optim", "reference", "backend", "_cpu", "console"},
-    "training": {"training", "models", "nn", "ops", "optim", "backend", "errors", "console", "environment", "memory"},
+    "training": {"training", "models", "nn", "ops", "optim", "backend", "errors", "console", "environment", "memory"}
+    | {"files", "pages"},
     "bench": {"bench", "testing", "patching", "models", "nn", "optim", "ops", "reference", "backend"}
-    | {"errors", "console", "environment", "memory"},
+    | {"errors", "console", "environment", "memory", "files", "pages"},
     "cli": {"cli", "testing", "ops", "backend", "errors", "console", "environment"},
 }
 # What the files of each folder of csrc may include besides their own folder and the system's headers.

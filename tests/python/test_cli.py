@@ -195,9 +195,12 @@ def test_bench_does_not_time_what_is_wrong(
     right = ops.layer_norm
     monkeypatch.setattr(ops, "layer_norm", lambda x, *rest: right(x, *rest) * 1.01)
     arguments = ["bench", "layer_norm", "--quick", "--dtype", "float32", "--direction", "forward"]
-    assert main([*arguments, "--json", str(tmp_path / "rows.json")]) == 1
+    assert main([*arguments, *("--json", str(tmp_path / "rows.json"), "--report", str(tmp_path / "report.html"))]) == 1
     assert "wrong, not timed: [layer_norm] case '8192 x 768', output" in capsys.readouterr().out
-    assert not json.loads((tmp_path / "rows.json").read_text())
+    (row,) = json.loads((tmp_path / "rows.json").read_text())
+    assert row["median_ms"] is None and row["wrong"].startswith("[layer_norm] case '8192 x 768', output")
+    assert "1 result broke the accuracy rule" in (tmp_path / "report.html").read_text()
+    assert report.markdown(report.read(tmp_path / "rows.json")).count("\n") == 1
 
 
 def test_a_plot_without_matplotlib_names_the_extra(

@@ -13,6 +13,7 @@ import pytest
 
 import torchweld.ops
 from commands import Run
+from outline import Outline
 from torchweld import cli
 from torchweld.models import stock
 
@@ -49,6 +50,8 @@ def command(capsys: pytest.CaptureFixture[str]) -> Run:
         except SystemExit as error:  # argparse
             code = int(error.code or 0)
         out, err = capsys.readouterr()
+        for page in Path().glob("*/report.html"):  # that of each run of the test
+            Outline(page.read_text()).check()
         if code == 2:
             assert err.startswith("torchweld: error: ") and err.count("\n") == 1
         return code, out, err

@@ -92,7 +92,7 @@ def test_two_processes_learn_what_one_does(text: str, capsys: pytest.CaptureFixt
     (losses, validation), (expected, validated) = history("two/checkpoint-8"), history("one/checkpoint-8")
     assert losses == pytest.approx(expected, rel=1e-5) and len(losses) == 8
     assert validation[0][1] == pytest.approx(validated[0][1], rel=1e-4)
-    assert sorted(p.name for p in Path("two").iterdir()) == ["checkpoint-8", "loss.png"]
+    assert sorted(p.name for p in Path("two").iterdir()) == ["checkpoint-8", "loss.png", "report.html"]
 
 
 def test_a_run_that_one_of_them_breaks_off_continues_bit_for_bit(text: str) -> None:

@@ -195,5 +195,5 @@ def test_a_failed_save_leaves_the_last_checkpoint(train: Run, monkeypatch: pytes
     monkeypatch.setattr(checkpoint, "save_file", full)
     code, _, error = train("--resume", "run", "--steps", 4)
     assert code == 2 and "No space left on device" in error
-    assert sorted(p.name for p in Path("run").iterdir()) == ["checkpoint-2", "loss.png"]
+    assert sorted(p.name for p in Path("run").iterdir()) == ["checkpoint-2", "loss.png", "report.html"]
     assert {p.name: p.read_bytes() for p in Path("run/checkpoint-2").iterdir()} == before

@@ -48,7 +48,7 @@ def test_learns_saves_and_generates(train: Run, command: Run) -> None:
     assert loss < unigram - 0.5
     assert perplexity == pytest.approx(math.exp(loss), rel=0.01)
     assert "class Reader" not in out.split("sample")[0] and "tokens/s" in out and "\x1b" not in out
-    assert sorted(p.name for p in Path("run").iterdir()) == ["checkpoint-150", "loss.png"]
+    assert sorted(p.name for p in Path("run").iterdir()) == ["checkpoint-150", "loss.png", "report.html"]
     assert sorted(p.name for p in Path("run/checkpoint-150").iterdir()) == sorted(FILES)
     assert Path("run/loss.png").read_bytes().startswith(b"\x89PNG")
 
@@ -131,7 +131,7 @@ def test_the_best_weights_are_kept_and_used(train: Run, command: Run, monkeypatc
     code, out, _ = train("--steps", 6, "--validate-every", 2, "--keep-best", "--out", "run")
     assert code == 0 and "best validation: run/best-4, loss 2.0000" in out
     assert "validation loss 2.000 nats per token" in out
-    assert sorted(p.name for p in Path("run").iterdir()) == ["best-4", "checkpoint-6", "loss.png"]
+    assert sorted(p.name for p in Path("run").iterdir()) == ["best-4", "checkpoint-6", "loss.png", "report.html"]
     best, last = (Path("run", name, "model.safetensors").read_bytes() for name in ("best-4", "checkpoint-6"))
     assert best != last
     say = ("generate", "--tokens", 20, "--seed", 1, "--device", "cpu", "--checkpoint")
@@ -153,7 +153,7 @@ def test_resume_goes_on_past_the_end(train: Run) -> None:
     assert code == 0 and "resuming after step 3" in out
     code, out, _ = train("--resume", "run/checkpoint-3", "--steps", 5)
     assert code == 0
-    assert sorted(p.name for p in Path("run").iterdir()) == ["checkpoint-5", "loss.png"]
+    assert sorted(p.name for p in Path("run").iterdir()) == ["checkpoint-5", "loss.png", "report.html"]
 
 
 def test_an_earlier_run_is_replaced_only_when_asked(train: Run) -> None:

@@ -278,8 +278,8 @@ class Splits {
     for (int r = 0; r < R; ++r)
       for (int n = 0; n < N; ++n) {
         float* to = out + r * (width_ + W) + i + 2 * W * n;
-        store(to, __builtin_shuffle(low[r][n], high[r][n], front));
-        if (i + 2 * W * n + W < width_) store(to + W, __builtin_shuffle(low[r][n], high[r][n], back));
+        store(to, shuffle(low[r][n], high[r][n], front));
+        if (i + 2 * W * n + W < width_) store(to + W, shuffle(low[r][n], high[r][n], back));
       }
 #endif
   }

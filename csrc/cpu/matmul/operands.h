@@ -73,7 +73,7 @@ TW_INLINE Vec in_order(VecU first, VecU second) {
   typedef uint16_t Halves __attribute__((vector_size(4 * W)));
   Halves upper;
   for (int i = 0; i < 2 * W; ++i) upper[i] = static_cast<uint16_t>(2 * i + 1);
-  return (Vec)__builtin_shuffle((Halves)first, (Halves)second, upper);
+  return (Vec)shuffle((Halves)first, (Halves)second, upper);
 }
 
 struct Bf16Pairs : Fp32 {

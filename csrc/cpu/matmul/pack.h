@@ -21,8 +21,8 @@ TW_INLINE void transpose(Vec (&v)[W]) {
   for (int round = 1; round < W; round *= 2) {
     Vec next[W];
     for (int i = 0; i < W / 2; ++i) {
-      next[2 * i] = __builtin_shuffle(v[i], v[i + W / 2], low);
-      next[2 * i + 1] = __builtin_shuffle(v[i], v[i + W / 2], high);
+      next[2 * i] = shuffle(v[i], v[i + W / 2], low);
+      next[2 * i + 1] = shuffle(v[i], v[i + W / 2], high);
     }
     for (int i = 0; i < W; ++i) v[i] = next[i];
   }

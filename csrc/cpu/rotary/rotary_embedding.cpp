@@ -50,7 +50,7 @@ TW_INLINE void turn_halves(const T* input, T* output, const C* cos, const C* sin
 TW_INLINE Vec neighbours_swapped(Vec v) {
   VecI index;
   for (int i = 0; i < W; ++i) index[i] = i ^ 1;
-  return (Vec)__builtin_shuffle(v, index);
+  return shuffle(v, index);
 }
 
 TW_INLINE Vec even_lanes_negated(Vec v) {

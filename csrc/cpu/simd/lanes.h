@@ -107,12 +107,40 @@ TW_INLINE Vec fused(Vec a, Vec b, Vec c) {
 #endif
 }
 
+// Lane i of the result is lane index[i] of v, or of v and w one after the other. The indices are constants after
+// inlining.
+#if defined(__clang__)  // without __builtin_shuffle
+template <class V, class I>
+TW_INLINE V shuffle(V v, I index) {
+  constexpr int n = sizeof(V) / sizeof(v[0]);
+  V out;
+  for (int i = 0; i < n; ++i) out[i] = v[index[i] % n];
+  return out;
+}
+template <class V, class I>
+TW_INLINE V shuffle(V v, V w, I index) {
+  constexpr int n = sizeof(V) / sizeof(v[0]);
+  V out;
+  for (int i = 0; i < n; ++i) out[i] = index[i] < n ? v[index[i] % n] : w[index[i] % n];
+  return out;
+}
+#else
+template <class V, class I>
+TW_INLINE V shuffle(V v, I index) {
+  return __builtin_shuffle(v, index);
+}
+template <class V, class I>
+TW_INLINE V shuffle(V v, V w, I index) {
+  return __builtin_shuffle(v, w, index);
+}
+#endif
+
 // Lanes folded in halves, log2(W) times, by `op`: the order of a tree.
 template <class Op>
 TW_INLINE float fold(Vec v, Op&& op) {
   VecI index;
   for (int i = 0; i < W; ++i) index[i] = i;
-  for (int half = W / 2; half > 0; half /= 2) v = op(v, (Vec)__builtin_shuffle(v, index ^ half));
+  for (int half = W / 2; half > 0; half /= 2) v = op(v, shuffle(v, index ^ half));
   return v[0];
 }
 

@@ -46,7 +46,7 @@ TW_INLINE void philox_words(uint64_t seed, uint64_t row, int64_t batch, uint32_t
   const VecL low = (lane >> 1) + (lane & 1) * kLanes, high = low + kLanes / 2;
   for (int k = 0; k < 2; ++k) {
     const VecL first = (c0[k] & 0xffffffffu) | (c1[k] << 32), second = (c2[k] & 0xffffffffu) | (c3[k] << 32);
-    const VecL in_order[2] = {__builtin_shuffle(first, second, low), __builtin_shuffle(first, second, high)};
+    const VecL in_order[2] = {shuffle(first, second, low), shuffle(first, second, high)};
     std::memcpy(words + 2 * W * k, in_order, sizeof in_order);
   }
 }

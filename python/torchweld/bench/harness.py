@@ -152,24 +152,36 @@ def measure(work: Work, settings: Settings) -> list[dict[str, Any]]:
         share = None
         if limit is not None and amount is not None:
             share = (amount / medians[name]) / (limit.amount / medians["limit"])
-        rows.append(
-            {
-                "op": work.op,
-                "direction": work.direction,
-                "provider": name,
-                "device": device_name(settings.device),
-                "dtype": str(work.dtype).removeprefix("torch."),
-                "case": work.case,
-                "median_ms": medians[name],
-                "p20_ms": _quantile(samples[name], 0.2),
-                "p80_ms": _quantile(samples[name], 0.8),
-                "gflops": None if work.flops is None else work.flops / medians[name] / 1e6,
-                "gbytes_per_s": None if work.bytes is None else work.bytes / medians[name] / 1e6,
-                "share_of_limit": share,
-                "speedup_vs_torch": medians["torch"] / medians[name] if "torch" in medians else None,
-                "max_error": errors.get(name),
-                "torch_max_error": errors.get("torch"),
-                "versions": versions(),
-            }
-        )
+        measured = {
+            "median_ms": medians[name],
+            "p20_ms": _quantile(samples[name], 0.2),
+            "p80_ms": _quantile(samples[name], 0.8),
+            "gflops": None if work.flops is None else work.flops / medians[name] / 1e6,
+            "gbytes_per_s": None if work.bytes is None else work.bytes / medians[name] / 1e6,
+            "share_of_limit": share,
+            "speedup_vs_torch": medians["torch"] / medians[name] if "torch" in medians else None,
+            "max_error": errors.get(name),
+            "torch_max_error": errors.get("torch"),
+        }
+        rows.append(_row(work, settings, name, measured))
     return rows
+
+
+def wrong(work: Work, settings: Settings, reason: str) -> dict[str, Any]:
+    """The row of a result that broke the accuracy rule: without times, and with the reason."""
+    return {**_row(work, settings, "torchweld", {}), "wrong": reason}
+
+
+def _row(work: Work, settings: Settings, provider: str, measured: dict[str, float | None]) -> dict[str, Any]:
+    names = ("median_ms", "p20_ms", "p80_ms", "gflops", "gbytes_per_s", "share_of_limit", "speedup_vs_torch")
+    return {
+        "op": work.op,
+        "direction": work.direction,
+        "provider": provider,
+        "device": device_name(settings.device),
+        "dtype": str(work.dtype).removeprefix("torch."),
+        "case": work.case,
+        **dict.fromkeys((*names, "max_error", "torch_max_error")),
+        **measured,
+        "versions": versions(),
+    }

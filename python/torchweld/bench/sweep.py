@@ -23,9 +23,8 @@ from torch import Tensor, nn
 
 from torchweld import ops, optim
 from torchweld.bench.harness import Call, Settings, Work, measure
-from torchweld.bench.report import Row, plotter
+from torchweld.bench.report import SLOWER, Row, plotter
 
-SLOWER = 0.95  # of torch's speed
 DARK = 1.3  # the log2 of a ratio whose colour wants white letters
 SAMPLE = 1e-3  # seconds of calls in a sample
 SHARE = 20  # cells in the time of one measurement of `bench`

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from torchweld.errors import UserError
 from torchweld.models import vae
-from torchweld.training import coders, images, order, sample, scores
+from torchweld.training import coders, images, order, sample
+from torchweld.training.findings import Findings
 from torchweld.training.images import Augmentation, Images, Pictures
 from torchweld.training.program import Batch, Outcome
 from torchweld.training.settings import Recipe, Settings
@@ -98,7 +98,7 @@ class AutoEncoder:
         levels = 2 if not ((data.training.pixels > 0) & (data.training.pixels < 255)).any() else 256
         return {"independent pixels": coders.independent(data.training, data.validation, levels)}
 
-    def show(self, outcome: Outcome, console: Console) -> None:
+    def show(self, outcome: Outcome, found: Findings) -> None:
         """What an image costs beside what coders need, and the errors beside PCA's; samples and reconstructions."""
         model, data = outcome.model, outcome.data
         config = model.config
@@ -106,14 +106,14 @@ class AutoEncoder:
         others = {name: {BITS: cost} for name, cost in coders.bits(data, config.levels).items()}
         project = coders.principal_components(data.training, config.latents)
         others[f"PCA, {config.latents} components"] = {ERROR: _error(data.test, project)}
-        scores.show(console, outcome.out, f"{len(data.test):,} images of the test", {"VAE": ours}, others)
+        found.scores(f"{len(data.test):,} images of the test", {"VAE": ours}, others)
         try:
             for name, picture in sample.gallery(model, data.test, outcome.settings.seed).items():
-                console.print(f"{name}: {sample.write(outcome.out / f'{name}.png', picture)}")
+                found.picture(name, sample.write(outcome.out / f"{name}.png", picture), pixels=True)
         except UserError as error:
-            console.print(f"samples: not drawn, {error}")
+            found.print(f"samples: not drawn, {error}")
         label = f" --class '{config.labels[-1]}'" if config.classes > 1 else ""
-        console.print(f"try it: torchweld sample --checkpoint {outcome.out}{label} --out sample.png")
+        found.print(f"try it: torchweld sample --checkpoint {outcome.out}{label} --out sample.png")
 
 
 # "small" is five epochs of Fashion-MNIST.

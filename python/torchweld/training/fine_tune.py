@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -18,6 +17,7 @@ from torch import Tensor
 from torchweld.errors import UserError
 from torchweld.models.bert import BERTConfig, BERTForSequenceClassification
 from torchweld.training import bag_of_words, checkpoint, corpus, order, scores
+from torchweld.training.findings import Findings
 from torchweld.training.labelled import Rows, label_names, numbers, read_rows, split
 from torchweld.training.packing import encode, pack
 from torchweld.training.program import Batch, Outcome
@@ -189,19 +189,18 @@ class FineTune:
         frequencies = torch.bincount(own, minlength=len(data.labels)).double() / len(own)
         return {"frequencies of the training texts": float(-frequencies[targets].log().mean())}
 
-    def show(self, outcome: Outcome, console: Console) -> None:
+    def show(self, outcome: Outcome, found: Findings) -> None:
         """The test's scores beside those of the baselines, and the texts that went most wrong."""
         data, test = outcome.data, outcome.data.test
         own = outputs(outcome.model, test, outcome.settings.batch_size, outcome.precision)
         others = {"bag of words": self._bag_of_words(data), "the same for all": self._constant(data)}
         judge = scores.of_numbers if self.regression else scores.of_labels
-        table = scores.table({"BERT": judge(own, test.targets)}, {n: judge(o, test.targets) for n, o in others.items()})
-        table.title = f"{len(test):,} texts of the test"
-        console.print(table)
+        judged = {name: judge(said, test.targets) for name, said in others.items()}
+        found.scores(f"{len(test):,} texts of the test", {"BERT": judge(own, test.targets)}, judged)
         if not self.regression and len(data.labels) <= scores.MOST_CONFUSED:
-            console.print(scores.confusion(own.argmax(1), test.targets, data.labels))
-        console.print(self._worst(own, test, data.labels))
-        console.print(f'try it: echo "What a lovely day!" | torchweld classify --checkpoint {outcome.out}')
+            found.print(scores.confusion(own.argmax(1), test.targets, data.labels))
+        found.print(self._worst(own, test, data.labels))
+        found.print(f'try it: echo "What a lovely day!" | torchweld classify --checkpoint {outcome.out}')
 
     def _bag_of_words(self, data: Labelled) -> Tensor:
         width = len(data.labels)

@@ -8,12 +8,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor
 
 from torchweld.errors import UserError
 from torchweld.models import gpt2, gpt3
 from torchweld.training import checkpoint, corpus, report
+from torchweld.training.findings import Findings
 from torchweld.training.generate import continuation
 from torchweld.training.program import Batch, Outcome
 from torchweld.training.settings import Recipe, Settings
@@ -103,19 +103,17 @@ class LanguageModel:
         pairs = [(batch.tensors[0], batch.tensors[1]) for batch in validation]
         return {"unigram entropy of the validation tokens": corpus.unigram_entropy(pairs)}
 
-    def show(self, outcome: Outcome, console: Console) -> None:
+    def show(self, outcome: Outcome, found: Findings) -> None:
         """Perplexity, and a sample."""
         loss, (unigram,) = outcome.loss, outcome.baselines.values()
-        console.print(
+        found.print(
             f"validation loss {loss:.3f} nats per token (perplexity {report.perplexity(loss)}); unigram entropy of the "
             f"same tokens {unigram:.3f} (perplexity {report.perplexity(unigram)})"
         )
         prompt = "" if outcome.settings.data else LIBRARY_PROMPT
         sampling = {"temperature": 0.7, "top_k": 50, "seed": outcome.settings.seed}
         sample = continuation(outcome.model, outcome.data.tokenizer, prompt, SAMPLE_TOKENS, **sampling)
-        console.rule("sample")
-        console.print(prompt + "".join(sample))
-        console.rule()
+        found.sample("sample", prompt + "".join(sample))
 
 
 def _batch(inputs: Tensor, targets: Tensor) -> Batch:

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.console import Console
 from torch import Tensor
 
 from torchweld.errors import UserError
 from torchweld.models import bert
-from torchweld.training import checkpoint, corpus, scores
+from torchweld.training import checkpoint, corpus
+from torchweld.training.findings import Findings
 from torchweld.training.packing import pack
 from torchweld.training.program import Batch, Outcome
 from torchweld.training.settings import Recipe, Settings
@@ -187,14 +187,14 @@ class PreTraining:
         """What the words' frequencies and a coin reach."""
         return {"word frequencies and a coin": _unigram(validation)[0] + math.log(2)}
 
-    def show(self, outcome: Outcome, console: Console) -> None:
+    def show(self, outcome: Outcome, found: Findings) -> None:
         """Both losses and how often the model is right, beside what needs no network."""
         data, validation = outcome.data, outcome.validation
         nats, most = _unigram(validation)
         ours = _judge(outcome.model, validation, outcome.precision)
         simple = {"masked, nats": nats, "masked, right": most, "next, right": _overlap(data)}
-        console.print(scores.table({"BERT": ours}, {"word frequencies, shared words": simple}))
-        console.print(
+        found.scores("the validation", {"BERT": ours}, {"word frequencies, shared words": simple})
+        found.print(
             f'try it: torchweld fill-mask --checkpoint {outcome.out} "the name of the [MASK]", or '
             f"torchweld fine-tune classify --checkpoint {outcome.out} --data FILE"
         )

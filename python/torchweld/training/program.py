@@ -9,10 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from rich.console import Console
 from torch import Tensor
 
 from torchweld.models.published import Published
+from torchweld.training.findings import Findings
 from torchweld.training.settings import Recipe, Settings
 
 
@@ -138,5 +138,5 @@ class Program(Protocol):
     def baselines(self, data: Any, validation: Sequence[Batch]) -> dict[str, float]:
         """Losses to beat, by what they are."""
 
-    def show(self, outcome: Outcome, console: Console) -> None:
+    def show(self, outcome: Outcome, found: Findings) -> None:
         """What came out, at the end of a run."""

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from torchweld.errors import UserError
 from torchweld.models import vit
 from torchweld.training import checkpoint, images, logistic, order, report, scores
+from torchweld.training.findings import Findings
 from torchweld.training.images import Augmentation, Images, Pictures
 from torchweld.training.machine import forced_backend, pick_device
 from torchweld.training.program import Batch, Outcome
@@ -106,7 +106,7 @@ class Recognition:
         counts = torch.bincount(data.training.labels, minlength=len(data.labels)).double() + 1
         return {"frequencies of the classes": float(-(counts / counts.sum()).log()[data.validation.labels].mean())}
 
-    def show(self, outcome: Outcome, console: Console) -> None:
+    def show(self, outcome: Outcome, found: Findings) -> None:
         """The test's scores beside those of logistic regression; classes one by one, and what was taken for what."""
         data, test = outcome.data, outcome.data.test
         with outcome.precision:
@@ -117,15 +117,15 @@ class Recognition:
         }
         judged = {name: scores.of_labels(said, test.labels) for name, said in others.items()}
         ours = {"ViT": scores.of_labels(own, test.labels)}
-        scores.show(console, outcome.out, f"{len(test):,} images of the test", ours, judged)
+        found.scores(f"{len(test):,} images of the test", ours, judged)
         said = own.argmax(1)
-        console.print(scores.each_label(said, test.labels, data.labels))
+        found.print(scores.each_label(said, test.labels, data.labels))
         if len(data.labels) <= scores.MOST_CONFUSED:
-            console.print(scores.confusion(said, test.labels, data.labels))
+            found.print(scores.confusion(said, test.labels, data.labels))
         picture = outcome.out / "confusion.png"
         if report.plot_confusion(picture, scores.counts(said, test.labels, len(data.labels)), data.labels):
-            console.print(f"what was taken for what: {picture}")
-        console.print(f"try it: torchweld classify --checkpoint {outcome.out} IMAGE ...")
+            found.picture("what was taken for what", picture)
+        found.print(f"try it: torchweld classify --checkpoint {outcome.out} IMAGE ...")
 
 
 # "small" is two epochs of Fashion-MNIST; the published sizes want a GPU and more images.

@@ -15,11 +15,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from torch import Tensor
 
 from torchweld.models import gpt2
-from torchweld.training import order, packages, ranking, ratings, scores
+from torchweld.training import order, packages, ranking, ratings
+from torchweld.training.findings import Findings
 from torchweld.training.program import Batch, Outcome
 from torchweld.training.ratings import Ratings
 from torchweld.training.settings import Recipe, Settings
@@ -100,7 +100,7 @@ class Recommender:
         wanted = torch.tensor([history[-2] for history in data.histories])
         return {"popularity": ranking.entropy(data.training, wanted, len(data.items))}
 
-    def show(self, outcome: Outcome, console: Console) -> None:
+    def show(self, outcome: Outcome, found: Findings) -> None:
         """Where the last item of each user is ranked, among all that the user has not had, beside the baselines."""
         data, model = outcome.data, outcome.model
         before, wanted = [history[:-1] for history in data.histories], [history[-1] for history in data.histories]
@@ -109,12 +109,12 @@ class Recommender:
         own = ranking.judge(said, before, wanted)
         others = ranking.baselines(data.training, before, wanted, len(data.items))
         title = f"the last item of {len(wanted):,} users, among {len(data.items):,}"
-        scores.show(console, outcome.out, title, {"GPT-2": own}, others)
+        found.scores(title, {"GPT-2": own}, others)
         for history in before[:3]:
             had = "; ".join(data.titles[item - 1] for item in history[-3:])
-            console.print(f"after {had}: {'; '.join(data.titles[i - 1] for i, _ in likeliest(model, history, 3))}")
+            found.print(f"after {had}: {'; '.join(data.titles[i - 1] for i, _ in likeliest(model, history, 3))}")
         last = data.titles[before[0][-1] - 1]
-        console.print(f'try it: torchweld recommend --checkpoint {outcome.out} "{last}"')
+        found.print(f'try it: torchweld recommend --checkpoint {outcome.out} "{last}"')
 
 
 CONFIGS = {

@@ -19,6 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from torchweld.errors import UserError
+from torchweld.training.findings import Findings
 from torchweld.training.program import Program
 from torchweld.training.trainer import Trainer
 
@@ -82,8 +83,8 @@ def perplexity(loss: float) -> str:
     return f"{math.exp(loss):.1f}" if loss < 50 else "inf"
 
 
-def compare(console: Console, trainers: Sequence[Trainer]) -> bool:
-    """Prints the speed of ours and of its rivals after the same steps, and how far their losses differ.
+def compare(found: Findings, trainers: Sequence[Trainer]) -> bool:
+    """Shows the speed of ours and of its rivals after the same steps, and how far their losses differ.
 
     Returns:
         Whether all agree.
@@ -94,22 +95,22 @@ def compare(console: Console, trainers: Sequence[Trainer]) -> bool:
     for heading in ("", f"median {counted}/s", "20% .. 80%", "training loss", "validation loss"):
         table.add_column(heading, justify="right")
     for trainer in trainers:
-        slow, fast = _spread(trainer.rates)
+        slow, fast = spread(trainer.rates)
         validation = f"{trainer.validation[-1][1]:.4f}" if trainer.validation else "-"
         rate = f"{median(trainer.rates):,.0f}"
         table.add_row(trainer.name, rate, f"{slow:,.0f} .. {fast:,.0f}", f"{trainer.losses[-1]:.4f}", validation)
-    console.print(table)
+    found.print(table)
     for rival in rivals:
         # A step's two times are neighbours, so what else the machine does hits both: the ratio is steadier than either.
         ratios = [b / a for a, b in zip(ours.seconds, rival.seconds, strict=True)]
-        low, high = _spread(ratios)
-        spread = f"20% .. 80% of the steps: {low:.2f} .. {high:.2f}"
-        console.print(f"speed: torchweld / {rival.name} = {median(ratios):.2f} ({spread})")
-    verdicts = [_agree(console, ours, rival) for rival in rivals]
+        low, high = spread(ratios)
+        most = f"20% .. 80% of the steps: {low:.2f} .. {high:.2f}"
+        found.print(f"speed: torchweld / {rival.name} = {median(ratios):.2f} ({most})")
+    verdicts = [_agree(found, ours, rival) for rival in rivals]
     return all(verdicts)
 
 
-def _agree(console: Console, ours: Trainer, rival: Trainer) -> bool:
+def _agree(found: Findings, ours: Trainer, rival: Trainer) -> bool:
     first = min(_RECENT, ours.settings.warm_up)
     early = _difference(ours.losses[:first], rival.losses[:first])
     means = _difference(_means(ours.losses), _means(rival.losses))
@@ -117,7 +118,7 @@ def _agree(console: Console, ours: Trainer, rival: Trainer) -> bool:
     agree = early <= EARLY_LIMIT[ours.dtype] and means <= MEAN_LIMIT
     if getattr(ours.model.config, "dropout", 0.0):  # fused attention draws other masks than torch's
         limit, agree = "no limit, since dropout draws other masks", means <= MEAN_LIMIT
-    console.print(
+    found.print(
         f"loss curves of torchweld and {rival.name}: they {'agree' if agree else 'DIFFER'}; largest relative "
         f"difference {early:.1e} in the first {first} steps ({limit}), "
         f"{_difference(ours.losses, rival.losses):.1e} in all, {means:.1e} between means of {_RECENT} steps "
@@ -134,7 +135,7 @@ def _means(losses: Sequence[float]) -> list[float]:
     return [fmean(losses[start : start + _RECENT]) for start in range(0, len(losses), _RECENT)]
 
 
-def _spread(values: Sequence[float]) -> tuple[float, float]:
+def spread(values: Sequence[float]) -> tuple[float, float]:
     """The 20th and the 80th percentile."""
     if len(values) < 2:
         return values[0], values[0]

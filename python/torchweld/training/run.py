@@ -14,8 +14,9 @@ from rich.console import Console
 from torchweld import backend
 from torchweld.errors import UserError
 from torchweld.memory import KeptMemory, keep_memory
-from torchweld.training import checkpoint, optimizers, report
+from torchweld.training import checkpoint, optimizers, page, report
 from torchweld.training.apart import ApartTrainer
+from torchweld.training.findings import Findings
 from torchweld.training.machine import deferred_interrupt, forced_backend, pick_device
 from torchweld.training.processes import Processes, joined
 from torchweld.training.program import Batch, Data, Outcome, Program
@@ -178,10 +179,11 @@ def train(job: Job, console: Console) -> bool:
     return True
 
 
-def finish(job: Job, console: Console) -> None:
-    """Shows what came out: checkpoint, loss curve, and what the program has to say."""
+def finish(job: Job, found: Findings) -> None:
+    """Shows what came out: checkpoint, loss curve, what the program has to say, and the page with all of it."""
     ours = job.trainers[0]
     baselines = job.program.baselines(job.data, job.validation)
+    console = found.console
     console.print(f"checkpoint: {job.save()}")
     loss = ours.validation[-1][1]
     if job.settings.keep_best and (best := checkpoint.best(job.out)) is not None:
@@ -193,7 +195,9 @@ def finish(job: Job, console: Console) -> None:
     console.print(f"loss curve: {curve if drawn else 'not drawn, matplotlib is missing: pip install torchweld[plot]'}")
     ours.model.eval()
     result = loss, baselines, ours.precision()
-    job.program.show(Outcome(job.out, ours.model, job.data, job.settings, job.validation, *result), console)
+    job.program.show(Outcome(job.out, ours.model, job.data, job.settings, job.validation, *result), found)
+    whole = page.write(job.out / "report.html", job.program, job.settings, job.trainers, baselines, loss, found)
+    console.print(f"all of it in a page: {whole}")
 
 
 def run(args: argparse.Namespace, program: Program) -> int:
@@ -210,16 +214,17 @@ def run(args: argparse.Namespace, program: Program) -> int:
             on_cpu = torch.device(device).type == "cpu"
             kept = keep_memory() if args.keep_memory and on_cpu else None
             job = (start if args.resume is None else resume)(args, program, processes, kept)
-            _introduce(job, device, args.dtype, console)
+            found = Findings(console, job.out)
+            _introduce(job, device, args.dtype, found)
             if kept is not None:
-                console.print(f"memory: {kept}")
+                found.introduce("memory", str(kept))
             complete = train(job, console)
             agree = True
             if len(job.trainers) > 1:
-                agree = report.compare(console, job.trainers)
+                agree = report.compare(found, job.trainers)
             if complete:
                 if processes.first:
-                    finish(job, console)
+                    finish(job, found)
                 console.print(f"done in {time.perf_counter() - began:.0f} s")
                 return 0 if agree else 1
             console.print(
@@ -240,18 +245,21 @@ def run(args: argparse.Namespace, program: Program) -> int:
     return INTERRUPTED
 
 
-def _introduce(job: Job, device: str, dtype: str, console: Console) -> None:
+def _introduce(job: Job, device: str, dtype: str, found: Findings) -> None:
     data, each = job.program.describe(job.data, job.settings, job.config)
     model, settings = job.trainers[0].model, job.settings
     parameters = sum(p.numel() for p in model.parameters())
     parts = f" in {settings.accumulate} parts" if settings.accumulate > 1 else ""
-    console.print(data)
-    console.print(
-        f"model: {settings.config}, {parameters / 1e6:.1f} M parameters; {settings.steps} steps of {each}{parts}, "
-        f"{settings.optimizer}"
+    for line in data.splitlines():
+        name, _, text = line.partition(": ")
+        found.introduce(name, text)
+    found.introduce(
+        "model",
+        f"{settings.config}, {parameters / 1e6:.1f} M parameters; {settings.steps} steps of {each}{parts}, "
+        f"{settings.optimizer}",
     )
     threads = f", {torch.get_num_threads()} thread(s)" if torch.device(device).type == "cpu" else ""
     together = f"{job.processes.count} processes, each on " if job.processes.count > 1 else ""
-    console.print(f"device: {together}{device}{threads}, {dtype}, kernels of the {backend.active(device)} backend")
+    found.introduce("device", f"{together}{device}{threads}, {dtype}, kernels of the {backend.active(device)} backend")
     if job.trainers[0].step:
-        console.print(f"resuming after step {job.trainers[0].step}")
+        found.console.print(f"resuming after step {job.trainers[0].step}")

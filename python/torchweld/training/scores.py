@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
-from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 CLEAR = 0.5  # a number so far from zero has a sign
 MOST_CONFUSED = 10
 SMALL = 0.05  # a column with a smaller number has four digits
+Scored = Mapping[str, Mapping[str, float]]
 LOWER_IS_BETTER = {"squared error", "masked, nats", "bits per number"}
 
 
@@ -54,34 +51,30 @@ def of_translations(said: Sequence[str], meant: Sequence[str]) -> dict[str, floa
     return {"chrF": float(chrf.score), "BLEU": float(bleu.score), "exact": exact}
 
 
-def table(ours: Mapping[str, Mapping[str, float]], others: Mapping[str, Mapping[str, float]]) -> Table:
-    """A row for each, with the columns of ours; the best of a column has a star. What was not measured is a dash."""
-    rows = {**ours, **others}
-    names = list(next(iter(rows.values())))
-    shown = Table("")
-    best, digits = {}, {}
-    for name in names:
-        shown.add_column(name, justify="right")
+def columns(rows: Scored) -> tuple[dict[str, int], dict[str, float]]:
+    """Of each column of the first row: how many digits it has, and its best number."""
+    digits, best = {}, {}
+    for name in next(iter(rows.values())):
         column = [scores[name] for scores in rows.values() if name in scores]
         best[name] = (min if name in LOWER_IS_BETTER else max)(column)
         digits[name] = 4 if min(map(abs, column)) < SMALL else 3
+    return digits, best
+
+
+def table(ours: Scored, others: Scored) -> Table:
+    """A row for each, with the columns of ours; the best of a column has a star. What was not measured is a dash."""
+    rows = {**ours, **others}
+    digits, best = columns(rows)
+    shown = Table("")
+    for name in digits:
+        shown.add_column(name, justify="right")
     for who, scores in rows.items():
         cells = []
-        for name in names:
+        for name in digits:
             mark = "*" if scores.get(name) == best[name] else " "
             cells.append(f"{scores[name]:.{digits[name]}f}{mark}" if name in scores else "- ")
         shown.add_row(who, *cells)
     return shown
-
-
-def show(
-    console: Console, out: Path, title: str, ours: Mapping[str, Mapping[str, float]], others: Mapping[str, Any]
-) -> None:
-    """Prints the table, and writes its numbers to OUT/scores.json."""
-    shown = table(ours, others)
-    shown.title = title
-    console.print(shown)
-    (out / "scores.json").write_text(json.dumps({**ours, **others}, indent=1) + "\n", encoding="utf-8")
 
 
 def each_label(said: Tensor, meant: Tensor, labels: Sequence[str]) -> Table:

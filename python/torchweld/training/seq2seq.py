@@ -10,7 +10,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -18,6 +17,7 @@ from torchweld.errors import UserError
 from torchweld.models import seq2seq
 from torchweld.models.seq2seq import Seq2Seq, Seq2SeqConfig
 from torchweld.training import checkpoint, corpus, packages, parallel, scores
+from torchweld.training.findings import Findings
 from torchweld.training.pairs import read_pairs
 from torchweld.training.parallel import Parallel
 from torchweld.training.program import Batch, Outcome
@@ -113,7 +113,7 @@ class Translation:
         pairs = [(batch.tensors[2], batch.tensors[4]) for batch in validation]
         return {"unigram entropy of the validation targets": corpus.unigram_entropy(pairs)}
 
-    def show(self, outcome: Outcome, console: Console) -> None:
+    def show(self, outcome: Outcome, found: Findings) -> None:
         """The test's translations, scored beside those of baselines, and some of them."""
         data: Parallel = outcome.data
         sources, meant = ([pair[side] for pair in data.test.pairs] for side in (0, 1))
@@ -123,14 +123,14 @@ class Translation:
         rivals = {"translation memory": [*memory.translate(sources)], "the source itself": sources}
         judged = {name: scores.of_translations(said, meant) for name, said in {"seq2seq": ours, **rivals}.items()}
         title = f"{len(meant):,} sentences of the test"
-        scores.show(console, outcome.out, title, {"seq2seq": judged.pop("seq2seq")}, judged)
+        found.scores(title, {"seq2seq": judged.pop("seq2seq")}, judged)
         if find_spec("sacrebleu") is None:
-            console.print("chrF and BLEU need sacrebleu: pip install torchweld[translate]")
+            found.print("chrF and BLEU need sacrebleu: pip install torchweld[translate]")
         examples = Table("source", "translation", "reference", title="held-out sentences")
         for i in np.linspace(0, len(meant) - 1, min(SHOWN, len(meant))).astype(int):
             examples.add_row(sources[i], ours[i], meant[i])
-        console.print(examples)
-        console.print(f'try it: torchweld translate --checkpoint {outcome.out} "{sources[0]}"')
+        found.print(examples)
+        found.print(f'try it: torchweld translate --checkpoint {outcome.out} "{sources[0]}"')
 
 
 def _known() -> str:
