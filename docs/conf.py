@@ -63,6 +63,7 @@ html_favicon = "_static/mark.svg"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_js_files = ["site.js"]
+html_domain_indices = False
 html_show_sourcelink = False
 html_copy_source = False
 html_context = {"default_mode": "auto"}
