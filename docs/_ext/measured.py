@@ -1,4 +1,4 @@
-"""The directives `measured` and `sweep`: what bench/results holds of some ops, as a plot and as tables."""
+"""The directives `measured`, `speeds`, `sweep` and `heatmap`: what bench/results holds, as plots and as tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torchweld.bench import report, sweep
 RESULTS = Path(__file__).resolve().parents[2] / "bench" / "results"
 WIDTH = 480  # of a plot on a page, in pixels; at 96 of them an inch
 COLOURS = {"float32": "#3b7dd8", "bfloat16": "#d9822b", "float16": "#3a9d5d"}
-ALPHA = {"forward": 1.0, "backward": 0.6, "step": 1.0}
+ALPHA = {"backward": 0.6}  # of a colour, by direction
 Row = dict[str, Any]
 
 
@@ -57,7 +57,7 @@ def bars(rows: Sequence[Row]) -> str:
             ]
             drawn = axes.barh(at, [r["speedup_vs_torch"] for r in chosen], thickness, color=COLOURS[dtype], label=dtype)
             for bar, row in zip(drawn, chosen, strict=True):
-                bar.set_alpha(ALPHA[row["direction"]])
+                bar.set_alpha(ALPHA.get(row["direction"], 1.0))
             axes.bar_label(drawn, fmt="%.2f", padding=2, fontsize=6.5)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
@@ -135,11 +135,15 @@ class Sweep(SphinxDirective):
     final_argument_whitespace = True
 
     def run(self) -> list[nodes.Node]:
-        op, lines = self.arguments[0], []
+        op = self.arguments[0]
+        lines: list[str] = []
         for path in sorted(RESULTS.glob("*-sweep.json")):
             self.env.note_dependency(str(path))
             rows = [r for r in report.read(path) if r["op"] == op and r["provider"] == "torchweld"]
-            lines += [f"**{machine(rows)}** (`bench/results/{path.name}`)", "", *self._table(rows), ""]
+            if rows:
+                lines += [f"**{machine(rows)}** (`bench/results/{path.name}`)", "", *self._table(rows), ""]
+        if not lines:
+            raise self.error(f"no sweep of bench/results has rows of {op!r}")
         return tables(self, "\n".join(lines))
 
     def _table(self, rows: Sequence[Row]) -> list[str]:
