@@ -30,6 +30,7 @@ ALLOWED = {
     "integrations": {"integrations", "nn", "ops", "backend", "reference"},
     "patching": {"patching", "nn", "ops", "integrations", "backend"},
     "optim": {"optim", "ops", "backend"},
+    "distributed": {"distributed", "ops", "reference"},
     "models": {"models", "nn", "ops", "optim", "errors"},
     "testing": {"testing", "ops", "nn", "optim", "reference", "backend", "_cpu", "console"},
     "training": {"training", "models", "nn", "ops", "optim", "backend", "errors", "console", "environment", "memory"},

@@ -30,7 +30,12 @@ class Modifiers(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The numbers. -1 means: no bound of the band, an unknown length."""
+    """The numbers. -1 means: no bound of the band, an unknown length.
+
+    The last five place a call that is a part of a longer attention in the whole. `offset` is added to the shift of
+    query i against the keys. `mask_*` say which part of the dropout mask [B, heads, queries] x keys this is: the row of
+    query 0 of head 0, the sizes of the whole (0: those of the call), and the column of key 0, a multiple of 64.
+    """
 
     scale: float
     softcap: float = 0.0
@@ -40,6 +45,11 @@ class Options(NamedTuple):
     dropout_p: float = 0.0
     max_seqlen_q: int = -1
     max_seqlen_k: int = -1
+    offset: int = 0
+    mask_first: int = 0
+    mask_heads: int = 0
+    mask_queries: int = 0
+    mask_column: int = 0
 
 
 PLAIN = Modifiers()

@@ -1,0 +1,1 @@
+"""torchweld on several devices."""
