@@ -123,8 +123,8 @@ struct Strides {
 
 enum class MaskType : int32_t { none, boolean, float32, bfloat16, float16 };
 
-// The rows of a dropout mask [B, H, Nq] of which a call has a part, as one of several devices does: query 0 of its head 0
-// is row `first`. Without a whole: 0, H and total_q of the call.
+// The rows of a dropout mask [B, H, Nq] of which a call has a part, as one of several devices does: query 0 of its head
+// 0 is row `first`. Without a whole: 0, H and total_q of the call.
 struct MaskRows {
   int64_t first, heads, queries;
 };
@@ -142,11 +142,12 @@ struct AttentionInputs {
   int64_t left, right;  // the band of keys that a query sees; at most kUnbounded
   bool bottom_right;    // shift is Nk - Nq, not 0
   int64_t offset;       // added to shift: queries and keys are parts of longer sequences
+  bool part;            // of the keys of longer rows, of which output and statistics are in the backward
   Dropout dropout;      // the mask's rows are counted as mask_row() does, its columns as keys of the sequence
   MaskRows mask_rows;
-  const void* query;    // [B, H, Nq, D]
-  const void* key;      // [B, Hkv, Nk, D]
-  const void* value;    // [B, Hkv, Nk, Dv]
+  const void* query;  // [B, H, Nq, D]
+  const void* key;    // [B, Hkv, Nk, D]
+  const void* value;  // [B, Hkv, Nk, Dv]
   Strides query_strides, key_strides, value_strides;
   MaskType bias_type;
   const void* bias;            // [B, H, Nq, Nk], boolean (1: attend) or additive; nullptr: none

@@ -30,10 +30,11 @@ ALLOWED = {
     "integrations": {"integrations", "nn", "ops", "backend", "reference"},
     "patching": {"patching", "nn", "ops", "integrations", "backend"},
     "optim": {"optim", "ops", "backend"},
-    "distributed": {"distributed", "ops", "reference"},
+    "distributed": {"distributed", "ops", "backend", "reference"},
     "models": {"models", "nn", "ops", "optim", "errors"},
     "testing": {"testing", "ops", "nn", "optim", "reference", "backend", "_cpu", "console"},
-    "training": {"training", "models", "nn", "ops", "optim", "backend", "errors", "console", "environment", "memory"},
+    "training": {"training", "models", "nn", "ops", "optim", "distributed", "backend", "errors"}
+    | {"console", "environment", "memory"},
     "bench": {"bench", "testing", "patching", "models", "nn", "optim", "ops", "reference", "backend"}
     | {"errors", "console", "environment", "memory"},
     "cli": {"cli", "testing", "ops", "backend", "errors", "console", "environment"},

@@ -114,7 +114,9 @@ def linear_cross_entropy(function: Callable[..., Any], given: dict[str, Any], na
     def rule(classes: str | None) -> Rule:
         return Rule({"input": (*rows, None), "weight": (classes, None), "target": rows, "bias": (classes,)}, (rows,))
 
-    layout, own = _whole_or_cut(op, mesh, found, rule, smoothing == 0)
+    # A weight that is cut stays so: the rows of the input, which are fewer bytes, are gathered.
+    ordered = {name: found[name] for name in ("weight", *names) if name in found}
+    layout, own = _whole_or_cut(op, mesh, ordered, rule, smoothing == 0)
     parts = {name: layout.local(t, own.inputs[name]) for name, t in found.items()}
     dtype, classes = x.dtype, parts["target"]
     if shift:
