@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -200,6 +202,19 @@ def four(rank: int, folder: str) -> None:
     Oracle(long, torch.float32).check(spread(long))
 
 
-@pytest.mark.parametrize(("check", "count"), [(two, 2), (four, 4)])
+def without_the_other(rank: int, folder: str) -> None:
+    """A process that has ended is an error of the others, and soon."""
+    q = torch.randn(1, 2, 8, 16)
+    if rank == 0:
+        began = time.monotonic()
+        with pytest.raises(
+            RuntimeError, match=r"\[ring_attention\] mesh: expected an answer of every process, but got"
+        ):
+            torchweld.distributed.ring_attention(q, q, q)
+        assert time.monotonic() - began < 30
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("check", "count"), [(two, 2), (four, 4), (without_the_other, 2)])
 def test_context_parallel(check: Callable[[int, str], None], count: int) -> None:
-    in_processes(check, count)
+    in_processes(check, count, timeout=20 if check is without_the_other else 120)

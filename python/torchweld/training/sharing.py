@@ -43,6 +43,9 @@ class Sharing:
         """Inside, the model computes."""
         yield
 
+    def settle(self, model: Published) -> None:
+        """After a forward without a backward: leaves the model as a step leaves it."""
+
     def whole(self, model: Published) -> Published:
         """The model as one process has it. All processes call this; the first one uses it."""
         return model
@@ -105,6 +108,12 @@ class FullySharded(_Spread):
         for block in model.get_submodule("h").children():
             fully_shard(block)
         fully_shard(model)
+
+    def settle(self, model: Published) -> None:
+        for module in model.modules():
+            reshard = getattr(module, "reshard", None)  # the parameters of the root stay whole else
+            if reshard is not None:
+                reshard()
 
 
 class TensorParallel(_Spread):

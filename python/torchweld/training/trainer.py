@@ -128,6 +128,7 @@ class Trainer:
         summed = [each * replicas for each in self.processes.mean(*sums.values())]
         mean = math.fsum(part / total for part, total in zip(summed, totals.values(), strict=True))
         self.model.train()
+        self.sharing.settle(self.model)
         self.validation.append((self.step, mean))
         return mean
 
