@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import zlib
 from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -18,7 +16,8 @@ from torchweld.distributed.sequence import Spread
 class Message:
     """Tensors on their way to process `to`, and others from process `source`, all of the dtype and device of `like`.
 
-    They travel as soon as this exists. Nothing is sent where `sent` is empty, nothing received where `shapes` is.
+    They travel as soon as this exists. Nothing is sent where `sent` is empty, nothing received where `shapes` is. Tags
+    from `tag` on tell messages of two processes apart, one for each tensor.
     """
 
     def __init__(
@@ -33,21 +32,20 @@ class Message:
         shapes: Sequence[Sequence[int]],
         tag: int,
     ) -> None:
-        self.op, self.shapes = op, shapes
-        operations = []
-        if sent:
-            self._sent = torch.cat([t.reshape(-1) for t in sent])
-            operations.append(dist.P2POp(dist.isend, self._sent, spread.global_rank(to), spread.group, tag))
-        self._received = like.new_empty(sum(map(math.prod, shapes)))
-        if shapes:
-            operations.append(dist.P2POp(dist.irecv, self._received, spread.global_rank(source), spread.group, tag))
+        self.op = op
+        self._sent = [t.contiguous() for t in sent]  # most lie so already, and are not copied
+        self._received = [like.new_empty(shape) for shape in shapes]
+        to, source = spread.global_rank(to), spread.global_rank(source)
+        operations = [dist.P2POp(dist.isend, t, to, spread.group, tag + i) for i, t in enumerate(self._sent)] + [
+            dist.P2POp(dist.irecv, t, source, spread.group, tag + i) for i, t in enumerate(self._received)
+        ]
         try:
             self._works = dist.batch_isend_irecv(operations) if operations else []
         except RuntimeError as error:
             raise lost(op, error) from error
 
     def wait(self) -> list[Tensor]:
-        """What has arrived.
+        """What has arrived. The message is then empty.
 
         Raises:
             RuntimeError: the other process is gone, or late.
@@ -57,10 +55,8 @@ class Message:
                 work.wait()
         except RuntimeError as error:
             raise lost(self.op, error) from error
-        ends = [0]
-        for shape in self.shapes:
-            ends.append(ends[-1] + math.prod(shape))
-        return [self._received[a:b].view(*s) for (a, b), s in zip(pairwise(ends), self.shapes, strict=True)]
+        found, self._sent, self._received = self._received, [], []
+        return found
 
 
 class _AllToAll(torch.autograd.Function):

@@ -79,7 +79,7 @@ class Softmax:
         largest, inverse = statistics.unsqueeze(1) if block.starts else statistics
         rows = slice(block.q_begin, block.q_end)
         own, scale = self._merge(rows, largest, torch.where(inverse > 0, 1 / inverse, 0.0))
-        self.output[:, :, rows].mul_(own.unsqueeze(-1)).add_(part * scale.unsqueeze(-1))
+        self.output[:, :, rows].mul_(own.unsqueeze(-1)).addcmul_(part, scale.unsqueeze(-1))
 
     def _merge(self, rows: slice, largest: Tensor, total: Tensor) -> tuple[Tensor, Tensor]:
         """Adds a sum to those of `rows`; returns the factors of what is there, and of the normalised new output."""
@@ -117,6 +117,16 @@ class Results:
     dlse: Tensor | None
 
 
+def accumulated(total: Tensor | None, like: Tensor, begin: int, end: int, part: Tensor) -> Tensor:
+    """`total`, float32 and of the shape of `like`, with `part` added to its rows. None: zeros, which need no memory."""
+    if total is None:
+        if end - begin == like.shape[2]:
+            return part.float()
+        total = torch.zeros_like(like, dtype=torch.float32)
+    total[:, :, begin:end] += part
+    return total
+
+
 class Gradients:
     """The gradients of the queries of this process and of what modifies their scores, as blocks come in; float32."""
 
@@ -125,7 +135,7 @@ class Gradients:
             return None if t is None or name not in wanted else torch.zeros_like(t, dtype=torch.float32)
 
         self.results, self.deterministic = results, deterministic
-        self.query = torch.zeros_like(results.query, dtype=torch.float32)
+        self.query: Tensor | None = None
         self.bias, self.slopes = empty("bias", modifiers.bias), empty("alibi_slopes", modifiers.alibi_slopes)
         self.mask = [True, True, True, self.bias is not None, self.slopes is not None, False]
         assert len(self.mask) == len(DIFFERENTIABLE)
@@ -144,7 +154,7 @@ class Gradients:
         dq, dk, dv, dbias, dslopes, _ = backward_op(
             dout, dlse, out, statistics, q, k, v, modifiers, options, self.mask, self.deterministic
         )
-        self.query[:, :, rows] += _back(dq, block)
+        self.query = accumulated(self.query, r.query, block.q_begin, block.q_end, _back(dq, block))
         if self.bias is not None:
             _columns(_rows(self.bias, block), block).add_(dbias)
         if self.slopes is not None:

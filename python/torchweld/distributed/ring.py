@@ -8,6 +8,7 @@ Striped Attention, arXiv:2311.09431, with chunks in place of stripes.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,15 @@ from torch.autograd.function import once_differentiable
 
 from torchweld import backend
 from torchweld.distributed.exchange import Message
-from torchweld.distributed.parts import Gradients, Results, Softmax, modifiers_of, options_of, sinks_gradient
+from torchweld.distributed.parts import (
+    Gradients,
+    Results,
+    Softmax,
+    accumulated,
+    modifiers_of,
+    options_of,
+    sinks_gradient,
+)
 from torchweld.distributed.schedule import Band, Step, step
 from torchweld.distributed.sequence import Spread
 from torchweld.ops._attention import Modifiers, Options
@@ -60,19 +69,18 @@ class Ring:
         near, far, rank, count = self.near(t), self.far(t), self.spread.rank, self.spread.count
         needed = self.rows(near)
         return Message(
-            _OP, self.spread, key, tag=2 * t,
+            _OP, self.spread, key, tag=4 * t,
             to=(rank + t) % count, sent=[x[:, :, self.rows(far)] for x in (key, value)] if far.chunks else [],
             source=near.owner, shapes=[_shape(x, needed) for x in (key, value)] if near.chunks else [],
         )  # fmt: skip
 
-    def give_back(self, t: int, dkey: Tensor, dvalue: Tensor, key: Tensor, value: Tensor) -> Message:
+    def give_back(self, t: int, grads: Sequence[Tensor], likes: tuple[Tensor, Tensor]) -> Message:
         """The gradients of the keys of step t, to their owner; those of this process's own come from another."""
         near, far, rank, count = self.near(t), self.far(t), self.spread.rank, self.spread.count
         needed = self.rows(far)
         return Message(
-            _OP, self.spread, dkey, tag=2 * t + 1,
-            to=near.owner, sent=[dkey, dvalue] if near.chunks else [],
-            source=(rank + t) % count, shapes=[_shape(x, needed) for x in (key, value)] if far.chunks else [],
+            _OP, self.spread, likes[0].new_empty(0, dtype=torch.float32), tag=4 * t + 2, to=near.owner, sent=grads,
+            source=(rank + t) % count, shapes=[_shape(x, needed) for x in likes] if far.chunks else [],
         )  # fmt: skip
 
 
@@ -95,8 +103,7 @@ class RingAttention(torch.autograd.Function):
             k, v = (x[:, :, ring.rows(at)] for x in (key, value))
             if t > 0:
                 assert coming is not None
-                arrived = coming.wait()
-                k, v = arrived if arrived else (k, v)
+                k, v = coming.wait() or (k, v)
                 coming = ring.fetch(t + 1, key, value) if t + 1 < count else None
             for block in at.blocks:
                 options = options_of(block, ring.options, ring.whole)
@@ -122,34 +129,38 @@ class RingAttention(torch.autograd.Function):
             doutput = torch.zeros_like(query[..., :1]).expand(*query.shape[:3], value.shape[3])
         results = Results(query, output, statistics, doutput, dlse)
         grads = Gradients(results, given, wanted, ring.deterministic)
-        dkey, dvalue = (torch.zeros_like(t, dtype=torch.float32) for t in (key, value))
+        own: list[Tensor | None] = [None, None]  # the gradients of this process's keys and values
         count = ring.spread.count
         coming = ring.fetch(1, key, value) if count > 1 else None
         going: tuple[int, Message] | None = None
         for t in range(count):
             at = ring.near(t)
-            rows = ring.rows(at)
-            k, v, dk, dv = (x[:, :, rows] for x in (key, value, dkey, dvalue))
+            k, v = (x[:, :, ring.rows(at)] for x in (key, value))
             if t > 0:
                 assert coming is not None
-                arrived = coming.wait()
-                k, v = arrived if arrived else (k, v)
-                dk, dv = (torch.zeros_like(x, dtype=torch.float32) for x in (k, v))
+                k, v = coming.wait() or (k, v)
                 coming = ring.fetch(t + 1, key, value) if t + 1 < count else None
+            totals: list[Tensor | None] = [None, None]
             for block in at.blocks:
-                options = options_of(block, ring.options, ring.whole)
-                for total, part in zip(
-                    (dk, dv), grads.add(block, k, v, modifiers_of(block, given), options), strict=True
-                ):
-                    total[:, :, block.k_begin : block.k_end] += part
-            if t > 0:
-                _take(ring, going, dkey, dvalue)
-                going = t, ring.give_back(t, dk, dv, key, value)
-        _take(ring, going, dkey, dvalue)
+                parts = grads.add(block, k, v, modifiers_of(block, given), options_of(block, ring.options, ring.whole))
+                for i, (like, part) in enumerate(zip((k, v), parts, strict=True)):
+                    totals[i] = accumulated(totals[i], like, block.k_begin, block.k_end, part)
+                del parts, part
+            del k, v
+            if t == 0:
+                _add(own, ring.rows(at), totals, (key, value))
+            else:
+                _take(ring, going, own, (key, value))
+                going = t, ring.give_back(t, [x for x in totals if x is not None], (key, value))
+        _take(ring, going, own, (key, value))
+        dquery, dkey, dvalue = (
+            torch.zeros_like(like) if x is None else x.to(like.dtype)
+            for x, like in ((grads.query, query), (own[0], key), (own[1], value))
+        )
         found = {
-            "query": grads.query.to(query.dtype),
-            "key": dkey.to(key.dtype),
-            "value": dvalue.to(value.dtype),
+            "query": dquery,
+            "key": dkey,
+            "value": dvalue,
             "bias": None if given.bias is None or grads.bias is None else grads.bias.to(given.bias.dtype),
             "alibi_slopes": None if grads.slopes is None else grads.slopes.to(given.alibi_slopes.dtype),  # type: ignore[union-attr]
             "sinks": sinks_gradient(results, given.sinks, lse)
@@ -159,11 +170,17 @@ class RingAttention(torch.autograd.Function):
         return None, *(found.get(name) if name in wanted else None for name in names)
 
 
-def _take(ring: Ring, going: tuple[int, Message] | None, dkey: Tensor, dvalue: Tensor) -> None:
-    """Adds the gradients that came back from a step to those of this process's keys."""
-    if going is None:
-        return
-    t, message = going
-    rows = ring.rows(ring.far(t))
-    for total, part in zip((dkey, dvalue), message.wait(), strict=False):
-        total[:, :, rows] += part
+def _add(own: list[Tensor | None], rows: Rows, totals: Sequence[Tensor | None], likes: tuple[Tensor, Tensor]) -> None:
+    """Adds gradients of rows of this process's keys and values."""
+    for i, (total, like) in enumerate(zip(totals, likes, strict=False)):
+        if total is not None:
+            own[i] = accumulated(own[i], like, rows.start, rows.stop, total)
+
+
+def _take(
+    ring: Ring, going: tuple[int, Message] | None, own: list[Tensor | None], likes: tuple[Tensor, Tensor]
+) -> None:
+    """Adds the gradients that came back from a step."""
+    if going is not None:
+        t, message = going
+        _add(own, ring.rows(ring.far(t)), message.wait(), likes)

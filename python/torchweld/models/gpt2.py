@@ -107,8 +107,8 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
         heads = self.c_attn(x)
-        B, N = heads.shape[:2]
-        heads = heads.view(B, N, 3, -1, self.head_size)  # -1: the heads of this process, where they are shared out
+        if heads.dim() == 3:  # else they are: where they are spread over processes
+            heads = heads.unflatten(-1, (3, -1, self.head_size))
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, N, D), a view
         past = 0
         if cache is not None:
