@@ -60,3 +60,25 @@ def check_mask() -> None:
     torch.testing.assert_close(found[:, 0], factors[:, 1, :, 192:] / 64)
     with pytest.raises(ValueError, match=r"\[attention\] mask_column: expected a multiple of 64, but got 100"):
         forward_op(q, k, v, Modifiers(seed=seed), halves._replace(mask_column=100), 2)
+
+
+def check_part() -> None:
+    """The backward over halves of the keys, by the output and statistics of all: the sums are those of one call."""
+    torch.manual_seed(0)
+    q, k, v, dout = (torch.randn(1, 2, 96, 16) for _ in range(4))
+    slopes, dlse = torch.tensor([0.05, 0.3]), torch.randn(1, 2, 96)
+    modifiers, options = Modifiers(alibi_slopes=slopes), Options(0.25, left=60, right=10)
+    out, _, statistics = forward_op(q, k, v, modifiers, options, 2)
+    mask = [True] * 3 + [False, True, False]
+    dq, dk, dv, _, dslopes, _ = backward_op(dout, dlse, out, statistics, q, k, v, modifiers, options, mask, True)
+    halves = [
+        backward_op(
+            dout, dlse, out, statistics, q, k[:, :, rows], v[:, :, rows], modifiers,
+            options._replace(part=True, offset=-rows.start), mask, True,
+        )
+        for rows in (slice(0, 48), slice(48, 96))
+    ]  # fmt: skip
+    for index, expected in ((0, dq), (4, dslopes)):
+        torch.testing.assert_close(halves[0][index] + halves[1][index], expected, rtol=1e-4, atol=1e-5)
+    for index, expected in ((1, dk), (2, dv)):
+        torch.testing.assert_close(torch.cat([half[index] for half in halves], 2), expected, rtol=1e-4, atol=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from attention_parts import WINDOWS, check_mask, check_offset
+from attention_parts import WINDOWS, check_mask, check_offset, check_part
 
 
 @pytest.mark.parametrize("alibi", [False, True])
@@ -15,3 +15,7 @@ def test_offset(isa: str, window: tuple[int | None, int | None], alibi: bool) ->
 
 def test_mask(isa: str) -> None:
     check_mask()
+
+
+def test_part(isa: str) -> None:
+    check_part()

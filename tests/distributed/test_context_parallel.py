@@ -147,6 +147,28 @@ def torchs_own(rank: int, folder: str) -> None:
     assert not torch.allclose(sdpa(parts[0], parts[1], parts[2], is_causal=True, enable_gqa=True), found)
 
 
+def compiled(rank: int, folder: str) -> None:
+    """A compiled function follows the block in and out."""
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def eager(x: Tensor) -> Tensor:
+        return sdpa(ops.scaled_dot_product_attention(x * 2, x, x, is_causal=True) + 1, x, x)
+
+    torch.manual_seed(rank)
+    graphs = torch.compile(eager, backend="aot_eager")
+    x, y = (torch.randn(1, 2, 16, 8).requires_grad_() for _ in range(2))
+    y.data.copy_(x.data)
+    for _ in range(2):
+        torch.testing.assert_close(graphs(x), eager(x))
+        with torchweld.distributed.context_parallel():
+            found, expected = graphs(x), eager(y)
+        assert not torch.allclose(found, eager(x))
+        torch.testing.assert_close(found, expected)
+    found.sum().backward()
+    expected.sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+
+
 def refusals(rank: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
 
@@ -189,11 +211,38 @@ def refusals(rank: int, folder: str) -> None:
 
 
 def two(rank: int, folder: str) -> None:
-    for check in (ring, by_heads, same_bits, seeds, torchs_own, refusals):
+    for check in (ring, by_heads, same_bits, seeds, torchs_own, compiled, refusals):
         check(rank, folder)
 
 
+def heads_too(rank: int, folder: str) -> None:
+    """A mesh of two dimensions: heads are spread along one as DTensors, sequences along the other."""
+    from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
+    from torch.distributed.tensor import DTensor, Shard, distribute_tensor  # noqa: PLC0415
+
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("sequence", "heads"))
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, h, 64, 16) for h in (4, 2, 2))
+    along = mesh["sequence"]
+    parts = [torchweld.distributed.shard_sequence(t, along, dim=2) for t in (q, k, v)]
+    spread = [distribute_tensor(t, mesh["heads"], [Shard(1)]).requires_grad_() for t in parts]
+    with torchweld.distributed.context_parallel(along):
+        out: Any = ops.scaled_dot_product_attention(spread[0], spread[1], spread[2], is_causal=True, enable_gqa=True)
+    assert isinstance(out, DTensor) and out.placements == (Shard(1),)
+    leaves = [t.clone().requires_grad_() for t in (q, k, v)]
+    expected = ops.scaled_dot_product_attention(leaves[0], leaves[1], leaves[2], is_causal=True, enable_gqa=True)
+    whole = torchweld.distributed.gather_sequence(out.full_tensor(), along, dim=2)
+    torch.testing.assert_close(whole, expected)
+    out.sum().backward()
+    expected.sum().backward()
+    for part, leaf in zip(spread, leaves, strict=True):
+        assert part.grad is not None and leaf.grad is not None
+        mine = torchweld.distributed.shard_sequence(leaf.grad, along, dim=2)
+        torch.testing.assert_close(part.grad.full_tensor(), mine)  # type: ignore[attr-defined]
+
+
 def four(rank: int, folder: str) -> None:
+    heads_too(rank, folder)
     for each in (PLAIN, CASES[3], CASES[4], CASES[5], CASES[7], BIASED[0], *PACKED):
         Oracle(each, torch.float32).check(spread(each))
     for each in (CASES[6], packed("packed, dropout", 40, 0, 100, 1, 51, causal=True, dropout=0.3, heads=4)):

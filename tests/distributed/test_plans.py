@@ -44,7 +44,7 @@ def _whole(t: Any) -> Tensor:
 def decoders(rank: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
 
-    from torchweld.distributed.plans import full_parameter, local_parameter, tensor_parallel  # noqa: PLC0415
+    from torchweld.distributed import full_parameter, local_parameter, tensor_parallel  # noqa: PLC0415
 
     mesh = init_device_mesh("cpu", (2,))
 
@@ -82,7 +82,7 @@ def llama(rank: int, folder: str) -> None:
     transformers = pytest.importorskip("transformers")
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
 
-    from torchweld.distributed.plans import tensor_parallel  # noqa: PLC0415
+    from torchweld.distributed import tensor_parallel  # noqa: PLC0415
 
     sizes = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     config = transformers.LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=64)

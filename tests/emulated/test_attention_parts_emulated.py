@@ -6,7 +6,7 @@ from types import ModuleType
 
 import pytest
 
-from attention_parts import WINDOWS, check_mask, check_offset
+from attention_parts import WINDOWS, check_mask, check_offset, check_part
 
 
 @pytest.mark.parametrize("window", WINDOWS[1:3])
@@ -16,3 +16,7 @@ def test_offset(emulated: ModuleType, window: tuple[int | None, int | None]) -> 
 
 def test_mask(emulated: ModuleType) -> None:
     check_mask()
+
+
+def test_part(emulated: ModuleType) -> None:
+    check_part()

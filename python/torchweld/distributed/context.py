@@ -10,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from torchweld import ops
-from torchweld._torch import no_torch_function
+from torchweld._torch import no_torch_function, without_dynamo
 from torchweld.distributed.attention import all_to_all_attention, ring_attention
+from torchweld.distributed.rules import attention_on_parts
 from torchweld.distributed.sequence import Spread
 from torchweld.ops._attention_checks import fail
+from torchweld.ops._register import compiled_attention
 
 _METHODS: dict[str, Callable[..., Any]] = {"ring": ring_attention, "all_to_all": all_to_all_attention}
 _TORCH_SDPA = F.scaled_dot_product_attention
@@ -71,11 +74,21 @@ class _ContextParallel(TorchFunctionMode):
         bias = given.pop("bias", None)
         return self._run(query, key, value, {} if bias is None else {"bias": bias}, cu_seqlens=bounds, **given)
 
+    def compiled(self, func: Any, *args: Any, **given: Any) -> Any:
+        """A call in a compiled function, whose graph ends there: messages are not compiled."""
+        return self.__torch_function__(func, (), args, given)
+
+    @without_dynamo
     def _run(self, query: Tensor, key: Tensor, value: Tensor, bias: dict[str, Tensor], **given: Any) -> Any:
         if bias and self.method is all_to_all_attention:
             fail("all_to_all_attention", "bias", "None", "a tensor", "use context_parallel(mesh, method='ring')")
         with no_torch_function():
-            return self.method(query, key, value, self.mesh, order=self.order, **bias, **given)
+            if any(isinstance(t, DTensor) for t in (query, key, value)):  # heads or batch on other dimensions of a mesh
+                return attention_on_parts(self._method, {"query": query, "key": key, "value": value, **bias, **given})
+            return self._method(query, key, value, **bias, **given)
+
+    def _method(self, query: Tensor, key: Tensor, value: Tensor, **given: Any) -> Any:
+        return self.method(query, key, value, self.mesh, order=self.order, **given)
 
 
 @contextmanager
@@ -102,5 +115,10 @@ def context_parallel(mesh: DeviceMesh | Any = None, *, method: str = "ring", ord
     if method not in _METHODS:
         raise ValueError(f"[context_parallel] method: expected 'ring' or 'all_to_all', but got {method!r}")
     Spread.over("context_parallel", mesh, order)
-    with _ContextParallel(_METHODS[method], mesh, order):
-        yield
+    mode = _ContextParallel(_METHODS[method], mesh, order)
+    compiled_attention.append(mode.compiled)
+    try:
+        with mode:
+            yield
+    finally:
+        compiled_attention.pop()

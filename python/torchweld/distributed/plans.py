@@ -6,7 +6,6 @@ one sum follows. With `sequence` what lies between the pairs (norms, residual ad
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -150,8 +149,3 @@ def local_parameter(model: nn.Module, name: str, like: Tensor, whole: Tensor) ->
         whole = whole[rows.to(whole.device)]
     whole = whole.to(like.device)
     return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
-
-
-def map_state(model: nn.Module, change: Callable[[str, Tensor], Tensor]) -> dict[str, Tensor]:
-    """`change(name, parameter)` of all parameters and buffers, by name."""
-    return {name: change(name, t) for name, t in model.state_dict().items()}

@@ -163,6 +163,25 @@ def _call(function: Callable[..., Any], given: dict[str, Any], names: tuple[str,
     return run(op, partial(function, **given), tensors, rule, seeded)
 
 
+def attention_on_parts(function: Callable[..., Any], given: dict[str, Any]) -> Any:
+    """A function that takes what `attention` takes, of a sequence that is not to be cut: by batch and heads alone."""
+    names = tuple(name for name in _TENSORS["attention"] if not name.startswith("cu_"))
+    tensors = {name: given.pop(name, None) for name in names}
+    if given.pop("cu_seqlens", None) is not None:
+        raise RuntimeError(
+            "[attention] cu_seqlens_q: expected None beside DTensors in context_parallel, but got a tensor; use "
+            "to_local()"
+        )
+    if given.get("dropout_p", 0.0) > 0 and tensors["seed"] is None:
+        raise RuntimeError(
+            "[attention] seed: expected a tensor, the same in all processes, beside DTensors in context_parallel, but "
+            "got None; use torchweld.ops.attention"
+        )
+    seeded = _other_bits if given.get("dropout_p", 0.0) > 0 else None
+    rule = _attention({**{n: t for n, t in tensors.items() if t is not None}, "causal": True})
+    return run("attention", partial(function, **given), tensors, rule, seeded)
+
+
 def _scaled_dot_product_attention(function: Callable[..., Any], given: dict[str, Any], names: tuple[str, ...]) -> Any:
     """With dropout the masks of the parts need a seed, which `attention` takes."""
     if given.get("dropout_p", 0.0) == 0:

@@ -26,6 +26,8 @@ _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
 _DTENSOR = "torch.distributed.tensor"  # the module of DTensor, which costs half a second to import
 _on_dtensors: list[Callable[..., Any]] = []  # what serves calls with DTensors, once it is found
 _find: list[Callable[[], Callable[..., Any]]] = []
+# What compiled calls of attention go to, the last first: function(ours, *args, **options). Eager ones meet a mode.
+compiled_attention: list[Callable[..., Any]] = []
 
 
 def register(
@@ -107,6 +109,8 @@ def elsewhere(
         TypeError: one of `tensors` is neither a tensor nor None.
     """
     if compiling():
+        if compiled_attention and ours.__name__ in ("attention", "scaled_dot_product_attention"):
+            return partial(compiled_attention[-1], ours)
         if all(type(t) in _PLAIN for t in tensors):
             return None
     elif _PLAIN.issuperset(map(type, tensors)) and not _function_modes():

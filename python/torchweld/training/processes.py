@@ -99,6 +99,8 @@ def joined(device: str, parallel: str = "data") -> Iterator[Processes]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
+        if not on_gpu:  # one that fails before the others have found it would be a lost connection to them
+            dist.barrier()
         yield Processes(dist.get_rank(), count, device, parallel)
     finally:
         dist.destroy_process_group()

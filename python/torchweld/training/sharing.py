@@ -82,12 +82,12 @@ class _Spread(Sharing):
         return plain.to(self.processes.device)
 
     def whole_state(self, model: Published, name: str, t: Tensor) -> Tensor:
-        from torchweld.distributed.plans import full_parameter  # noqa: PLC0415  (torch's DTensors are slow to import)
+        from torchweld.distributed import full_parameter  # noqa: PLC0415  (torch's DTensors are slow to import)
 
         return full_parameter(model, name, t.detach())
 
     def own_state(self, model: Published, name: str, whole: Tensor) -> Tensor:
-        from torchweld.distributed.plans import local_parameter  # noqa: PLC0415
+        from torchweld.distributed import local_parameter  # noqa: PLC0415
 
         return local_parameter(model, name, model.get_parameter(name), whole)
 
@@ -122,7 +122,7 @@ class TensorParallel(_Spread):
     def spread(self, model: Published) -> None:
         from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
 
-        from torchweld.distributed.plans import tensor_parallel  # noqa: PLC0415
+        from torchweld.distributed import tensor_parallel  # noqa: PLC0415
 
         processes = self.processes
         if model.config.n_head % processes.count:
