@@ -47,7 +47,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason=f"no CUDA kernels here: {reason}"))
 
 
-@pytest.fixture(params=_cpu.available_isas())
+# avx512_bf16_fma has kernels of two others, as test_build.py holds it to.
+ISAS = [name for name in _cpu.available_isas() if name != "avx512_bf16_fma"]
+
+
+@pytest.fixture(params=ISAS)
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Runs the test once per instruction set that this CPU has."""
     before = _cpu.isa()
@@ -63,7 +67,7 @@ def each_isa() -> Iterator[Iterator[str]]:
     before = _cpu.isa()
 
     def each() -> Iterator[str]:
-        for name in _cpu.available_isas():
+        for name in ISAS:
             _cpu.use_isa(name)
             yield name
 

@@ -226,6 +226,26 @@ void run_attention_forward(const Arguments& args, AttentionForwardParams& p, con
   Backend::run(&Backend::Kernels::attention_forward, p, query.device.index);
 }
 
+// The gradient of the output, and what the forward left: output or wide_output, and statistics.
+template <class Backend>
+void fill_saved(const Arguments& args, AttentionBackwardParams& p, const TensorView& doutput, const TensorView& output,
+                const TensorView& statistics) {
+  const bool wide = Backend::leaves_wide_output && args.dtype(output, "output") == DType::float32;
+  p.output_dtype = wide ? DType::float32 : p.dtype;
+  p.output = rows_of(args, p, p.output_dtype, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
+  p.doutput = rows_of(args, p, p.dtype, doutput, "doutput", p.heads, p.total_q, p.value_dim, p.doutput_strides);
+  const Statistics rows(args, p, statistics);
+  p.max = rows.max != nullptr ? rows.max : rows.lse;
+  p.inverse = rows.inverse;
+}
+
+template <class Backend>
+void run_attention_backward(AttentionBackwardParams& p, const TensorView& query) {
+  const Workspace workspace(query.device, Backend::kernels().attention_backward_workspace(p));
+  p.workspace = workspace.data();
+  Backend::run(&Backend::Kernels::attention_backward, p, query.device.index);
+}
+
 template <class Backend>
 void bind_attention(Module& m) {
   m.def_record<Modifiers>("Modifiers");
@@ -264,14 +284,7 @@ void bind_attention(Module& m) {
         p.deterministic = deterministic;
         fill_inputs<Backend>(args, p, query, key, value, modifiers, options);
         fill_scores(args, p, modifiers, options);
-        const bool wide = Backend::leaves_wide_output && args.dtype(output, "output") == DType::float32;
-        p.output_dtype = wide ? DType::float32 : p.dtype;
-        p.output =
-            rows_of(args, p, p.output_dtype, output, "output", p.heads, p.total_q, p.value_dim, p.output_strides);
-        p.doutput = rows_of(args, p, p.dtype, doutput, "doutput", p.heads, p.total_q, p.value_dim, p.doutput_strides);
-        const Statistics rows(args, p, statistics);
-        p.max = rows.max != nullptr ? rows.max : rows.lse;
-        p.inverse = rows.inverse;
+        fill_saved<Backend>(args, p, doutput, output, statistics);
         p.dlse = values_of(args, p, dlse, "dlse");
         if (dquery)
           p.dquery = rows_of(args, p, p.dtype, *dquery, "dquery", p.heads, p.total_q, p.dim, p.dquery_strides);
@@ -298,9 +311,7 @@ void bind_attention(Module& m) {
           args.fail("dalibi_slopes", "alibi_slopes to be differentiated", "none");
         p.dsinks = by_head(dsinks, "dsinks");
         if (dsinks && !modifiers.sinks) args.fail("dsinks", "sinks to be differentiated", "none");
-        const Workspace workspace(query.device, Backend::kernels().attention_backward_workspace(p));
-        p.workspace = workspace.data();
-        Backend::run(&Backend::Kernels::attention_backward, p, query.device.index);
+        run_attention_backward<Backend>(p, query);
       });
 }
 

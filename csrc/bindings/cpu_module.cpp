@@ -11,6 +11,7 @@
 #include "bindings/rotary_embedding.h"
 #include "bindings/whole_attention.h"
 #include "bindings/whole_call.h"
+#include "bindings/whole_gradient.h"
 #include "cpu/isa/isa.h"
 
 namespace {
@@ -61,4 +62,5 @@ PYBIND11_MODULE(_cpu, python, py::mod_gil_not_used()) {
   bind_optimizers<Cpu>(m);
   bind_whole_calls<Cpu>(m);
   bind_whole_attention<Cpu>(m);
+  bind_whole_gradients<Cpu>(m);
 }

@@ -47,7 +47,7 @@ struct ExchangeAPI {
   int (*managed_tensor_allocator)(Tensor* prototype, ManagedTensor** out, void* error_ctx,
                                   void (*set_error)(void* error_ctx, const char* kind, const char* message));
   void* managed_tensor_from_py_object;
-  void* managed_tensor_to_py_object;
+  int (*managed_tensor_to_py_object)(ManagedTensor* tensor, void** out);  // takes the tensor over
   int (*tensor_from_py_object)(void* py_object, Tensor* out);  // borrows: valid while the Python tensor lives
   int (*current_work_stream)(DeviceType type, int32_t index, void** stream);
 };

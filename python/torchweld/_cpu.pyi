@@ -195,3 +195,45 @@ def whole_layer_norm(
     input: object, normalized_shape: object, weight: object, bias: object, eps: object
 ) -> Tensor | bool | None: ...
 def whole_rms_norm(input: object, normalized_shape: object, weight: object, eps: object) -> Tensor | bool | None: ...
+
+# ---- The same for an autograd node: the outputs of a registered op; None where the call is not a common one
+
+def whole_attention_backward(
+    doutput: object,
+    dlse: object,
+    output: object,
+    statistics: object,
+    query: object,
+    key: object,
+    value: object,
+    modifiers: object,
+    options: _Options,
+    mask: object,
+    deterministic: object,
+    heads_like: object,
+) -> tuple[Tensor | None, ...] | None: ...
+def whole_attention_forward(
+    query: object, key: object, value: object, modifiers: object, options: _Options, rows: int, heads_like: object
+) -> tuple[Tensor, Tensor | None, Tensor] | None: ...
+def whole_cross_entropy_backward(
+    dloss: object, logits: object, target: object, ignore_index: int, smoothing: float, stats: object, rows: int
+) -> Tensor | None: ...
+def whole_cross_entropy_forward(
+    logits: object, target: object, ignore_index: object, reduction: object, smoothing: object
+) -> tuple[Tensor, Tensor, int] | None: ...
+def whole_gelu_backward(doutput: object, input: object, exact: bool) -> Tensor | None: ...
+def whole_gelu_forward(input: object, exact: bool) -> Tensor | None: ...
+def whole_layer_norm_backward(
+    doutput: object,
+    dsum: object,
+    input: object,
+    weight: object,
+    bias: object,
+    stats: object,
+    seed: object,
+    mask: object,
+    norm: _Norm,
+) -> tuple[Tensor | None, ...] | None: ...
+def whole_layer_norm_forward(
+    input: object, weight: object, bias: object, norm: _Norm
+) -> tuple[Tensor, Tensor] | None: ...

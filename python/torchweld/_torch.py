@@ -6,6 +6,7 @@ A torch that renames one breaks only this file. tests/python/test_architecture.p
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import torch
@@ -141,9 +142,24 @@ def constant_for_dynamo(function: Callable[..., Any]) -> None:
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-# A decorator: Dynamo does not trace the function. The public torch.compiler.disable imports Dynamo, which takes
-# seconds.
-without_dynamo: Callable[..., Any] = torch._compile._disable_dynamo
+def without_dynamo(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A decorator: Dynamo does not trace the function.
+
+    The public torch.compiler.disable imports Dynamo, which takes seconds. Its form that imports it late costs each call
+    4 us, so it is called only where Dynamo traces, or looks at the frames that Python begins.
+    """
+    apart = torch._compile._disable_dynamo(function)
+
+    @wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() or _dynamo_callback() is not None:
+            return apart(*args, **kwargs)
+        return function(*args, **kwargs)
+
+    return call
+
+
+_dynamo_callback: Callable[[], object] = torch._C._dynamo.eval_frame.get_eval_frame_callback  # no public form
 
 
 def keep_donated_buffers() -> None:

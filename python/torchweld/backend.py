@@ -218,7 +218,7 @@ def choose(op: str, device: torch.device, refusal: str | None) -> str:
 
 
 def whole_call(op: str) -> Callable[..., Any]:
-    """The CPU module's function that does a whole call of `op`, as csrc/bindings/whole_call.h says.
+    """The CPU module's function that does a whole call of `op`, as csrc/bindings/common_call.h says.
 
     It returns the output; True if the call is common but autograd must record it; None if it is not common. A module
     that does not load has no common calls.
@@ -226,7 +226,7 @@ def whole_call(op: str) -> Callable[..., Any]:
     return getattr(_modules["cpu"][0], f"whole_{op}", _not_common)
 
 
-def _not_common(*_: object) -> None:
+def _not_common(*_: object, **__: object) -> None:
     """A whole call without a kernel."""
 
 

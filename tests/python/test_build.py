@@ -119,8 +119,23 @@ def test_the_forced_instruction_set_is_what_runs() -> None:
         assert name == isa  # a name that each table takes from its own compiler flags
         seen[isa] = digest
     # Vectors of another width add in another order: the last bits tell them apart.
-    widths = [isa for isa in seen if isa not in ("avx512_bf16", "amx")]
+    widths = [isa for isa in seen if isa not in ("avx512_bf16", "avx512_bf16_fma", "amx")]
     assert len({seen[isa] for isa in widths}) == len(widths)
+
+
+@pytest.mark.skipif("avx512_bf16_fma" not in _cpu.available_isas(), reason="needs an Intel CPU with AVX-512 BF16")
+def test_products_by_multiply_adds_beside_bf16_conversions() -> None:
+    q, k, v = (torch.randn(1, 2, 40, 64, dtype=torch.bfloat16) for _ in range(3))
+
+    def results(isa: str) -> tuple[torch.Tensor, torch.Tensor]:
+        _cpu.use_isa(isa)
+        return torchweld.ops.scaled_dot_product_attention(q, k, v), torchweld.ops.gelu(q)
+
+    before = _cpu.isa()
+    mixed, converting, products = map(results, ("avx512_bf16_fma", "avx512_bf16", "avx512"))
+    _cpu.use_isa(before)
+    assert torch.equal(mixed[0], products[0]) and not torch.equal(mixed[0], converting[0])
+    assert torch.equal(mixed[1], converting[1])
 
 
 @pytest.mark.parametrize("isa", ["sse9", "AVX2"])

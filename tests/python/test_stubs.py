@@ -129,15 +129,38 @@ def test_the_package_calls_kernels_by_name() -> None:
     called = set()
     for path in (ROOT / "python" / "torchweld").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "_whole":
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.startswith("_whole"):
                 assert not node.args, f"{path}:{node.lineno}"
-                called.add(f"whole_{WHOLE.get(path.stem, path.stem)}")
+                called.add(f"whole_{WHOLE.get(path.stem, path.stem)}{node.func.id.removeprefix('_whole')}")
             elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in many:
                 owner = ast.unparse(node.func.value)
                 if "kernels" in owner or owner == "module":
                     assert not node.args, f"{path}:{node.lineno}"
                     called.add(node.func.attr)
-    assert called >= many
+    assert called | {f"whole_{op}" for op in registered_with_a_whole_call()} >= many
+
+
+def registered_with_a_whole_call() -> set[str]:
+    """The names in `register(..., whole=backend.whole_call(NAME))`."""
+    found = set()
+    for path in (ROOT / "python" / "torchweld" / "ops").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.keyword) and node.arg == "whole":
+                found |= {str(n.value) for n in ast.walk(node.value) if isinstance(n, ast.Constant)}
+    return found
+
+
+def test_whole_calls_of_registered_ops_have_the_arguments_of_the_schema() -> None:
+    """`register` hands them over by position."""
+    by_argument = {name.lower(): record._fields for name, record in records().items()}
+    names = registered_with_a_whole_call()
+    assert len(names) > 5
+    for name in names:
+        listed: list[str] = []
+        for argument in functions(stub("_cpu"))[f"whole_{name}"]:
+            listed += by_argument.get(argument, (argument,))
+        schema = getattr(torch.ops.torchweld, name).default._schema
+        assert [a for a in listed if a != "heads_like"] == [a.name for a in schema.arguments], name
 
 
 def test_types_of_results_are_those_of_the_stub() -> None:

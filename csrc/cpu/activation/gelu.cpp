@@ -14,7 +14,10 @@ constexpr int64_t kChunksPerThread = 4;
 // f(Tag<T>, Tag<form>).
 template <class F>
 void dispatch_gelu(DType dtype, bool exact, F&& f) {
-  dispatch(dtype, [&](auto tag) { exact ? f(tag, Tag<ExactForm>{}) : f(tag, Tag<TanhForm>{}); });
+  dispatch(dtype, [&](auto tag) {
+    using T = typename decltype(tag)::type;
+    exact ? f(tag, Tag<ExactForm<T>>{}) : f(tag, Tag<TanhForm<T>>{});
+  });
 }
 
 // f(begin, end) over the elements, in whole chunks.

@@ -69,6 +69,10 @@ class Backward {
       const int64_t head = unit / call.blocks(), heads = call.p_.heads;
       call.queries(head).pack(call.p_, head / heads, head % heads, rows.begin, rows.end, call.plan_.tile_keys);
     });
+    if constexpr (Tile::Shared::kUsed) {
+      auto heads_of_keys = [](const Backward& call) { return call.p_.batch * call.p_.kv_heads; };
+      for_each_unit(heads_of_keys, [](const Backward& call, int64_t unit, int64_t) { call.shared_.find(unit); });
+    }
     if (sums_rows(p)) {
       auto tiles = [](const Backward& call) { return call.p_.batch * call.p_.heads * call.tiles(); };
       for_each_unit(tiles, [&](const Backward& call, int64_t unit, int64_t thread) {
@@ -103,7 +107,8 @@ class Backward {
         dbias_(p, plan_),
         group_(p.heads / p.kv_heads),
         own_(own),
-        partials_(own + p.batch * p.heads * plan_.packed) {}
+        partials_(own + p.batch * p.heads * plan_.packed),
+        shared_(p, partials_ + p.batch * p.heads * plan_.chunks * plan_.partial) {}
 
   // Of queries, for the first and the last pass.
   int64_t blocks() const { return ceil_div(p_.queries, kPrepareRows); }
@@ -147,7 +152,7 @@ class Backward {
       const int64_t keys = min_of(plan_.tile_keys, end - j0);
       std::memset(dk, 0, sizeof(float) * plan_.tile_keys * plan_.key_width);
       std::memset(dv, 0, sizeof(float) * plan_.tile_keys * plan_.value_width);
-      Tile tile(p_, b, hk, j0, keys, plan_.tile_keys, scratch);
+      Tile tile(p_, b, hk, j0, keys, plan_.tile_keys, scratch, shared_.of(kv_head));
       for (int64_t g = 0; g < group_; ++g) {
         const Scores scores(p_, b, hk * group_ + g);
         const typename Tile::Queries rows = queries(first_head + g);
@@ -174,7 +179,8 @@ class Backward {
   int64_t tiles() const { return ceil_div(p_.queries, Tile::kQueries); }  // of queries
 
   double* slope_sums(int64_t head) const {
-    return reinterpret_cast<double*>(partials_ + p_.batch * p_.heads * plan_.chunks * plan_.partial) + head * tiles();
+    float* all = partials_ + p_.batch * p_.heads * plan_.chunks * plan_.partial + Tile::Shared::words(p_);
+    return reinterpret_cast<double*>(all) + head * tiles();
   }
 
   // Whether a gradient is in float32 though the operands are in 16 bits, or weighs the keys of a row by their distance:
@@ -235,10 +241,13 @@ class Backward {
   void store_dquery(int64_t head, int64_t begin, int64_t end) const {
     T* dq = head_of<T>(p_.dquery, p_.dquery_strides, head / p_.heads, head % p_.heads);
     const int64_t next = p_.batch * p_.heads * plan_.partial;
+    const typename Tile::Queries rows = queries(head);
+    const float* shared = rows.dlse != nullptr ? shared_.of(head / group_) : nullptr;
+    auto dlse = [&](int64_t i) { return rows.inverse[i] == 0 ? 0.0f : rows.dlse[i]; };  // 0: nothing is seen
     for (int64_t i = begin; i < end; ++i) {
       const float* row = partial(head, 0) + i * plan_.key_width;
       for_each_vector(p_.dim, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
-        Vec total{};
+        Vec total = shared != nullptr ? load(shared + d, lanes) * splat(dlse(i)) : zero();
         for (int64_t c = 0; c < plan_.chunks; ++c) total += load(row + c * next + d);
         store(dq + i * p_.dquery_strides.row + d, total * p_.scale, lanes);
       });
@@ -251,6 +260,7 @@ class Backward {
   const int64_t group_;
   float* const own_;
   float* const partials_;
+  const typename Tile::Shared shared_;
 };
 
 }  // namespace
@@ -258,6 +268,9 @@ class Backward {
 namespace TORCHWELD_ISA {
 
 int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
+  if constexpr (kMultipliesBf16) {
+    if (too_narrow_for_bf16(p)) return avx512::attention_backward_workspace(p);
+  }
   int64_t size = 0;
   dispatch_products(p, [&](auto t, auto words) {
     size = Backward<typename decltype(t)::type, typename decltype(words)::type>::workspace(p);
@@ -266,6 +279,9 @@ int64_t attention_backward_workspace(const AttentionBackwardParams& p) {
 }
 
 void attention_backward(const AttentionBackwardParams& p) {
+  if constexpr (kMultipliesBf16) {
+    if (too_narrow_for_bf16(p)) return avx512::attention_backward(p);
+  }
   if (p.kv_heads == 0) return;
   dispatch_products(
       p, [&](auto t, auto words) { Backward<typename decltype(t)::type, typename decltype(words)::type>::run(p); });

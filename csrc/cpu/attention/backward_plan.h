@@ -39,7 +39,7 @@ struct BackwardPlan {
   }
   // dalibi_slopes has a sum of its own for every query head and block of its queries.
   int64_t own_words(const AttentionBackwardParams& p) const {
-    return p.batch * p.heads * (packed + chunks * partial) +
+    return p.batch * p.heads * (packed + chunks * partial) + Tile::Shared::words(p) +
            round_up(p.batch * p.heads * ceil_div(p.queries, Tile::kQueries) * 2, 16);
   }
 };

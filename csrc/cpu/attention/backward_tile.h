@@ -4,7 +4,7 @@
 #pragma once
 
 #include "cpu/attention/gradient_operands.h"
-#include "cpu/attention/queries.h"
+#include "cpu/attention/shared_keys.h"
 
 namespace torchweld::cpu {
 namespace {
@@ -13,24 +13,24 @@ template <class T, class Compute>
 class GradientTile {
   using Operands = GradientOperands<Compute>;
   using Score = typename Operands::Score;
-  static constexpr int64_t kScoreRows =
-      Compute::tiles ? (Compute::parts == 1 ? 16 : 32) : 48;  // so many rows of products at a time: they stay in L1
+  static constexpr int64_t kScoreRows = Compute::tiles ? (Compute::parts == 1 ? 16 : 32) : 48;  // at a time, in L1
   static constexpr int64_t kBlockRows = Compute::block_rows;
 
  public:
   static constexpr int64_t kQueries = Operands::kQueries;
-
   using Queries = GradientQueries<T, Compute>;
+  using Shared = SharedKeys<T, Compute>;
 
   static int64_t scratch_words(const AttentionInputs& p, int64_t tile_keys) {
     return tile_keys * (words_of<Compute>(p.dim) + words_of<Compute>(p.value_dim)) +  // key^T, value^T
            words_of<Compute>(tile_keys) * round_up(p.dim, W) +                        // key
-           3 * kScoreRows * Operands::stride_of(tile_keys) + Operands::words(tile_keys);
+           Shared::copy_words(p, tile_keys) + 3 * kScoreRows * Operands::stride_of(tile_keys) +
+           Operands::words(tile_keys);
   }
 
-  // Packs keys [j0, j0 + keys) of key head (b, hk).
+  // Packs keys [j0, j0 + keys) of key head (b, hk); shared: see SharedKeys.
   GradientTile(const AttentionInputs& p, int64_t b, int64_t hk, int64_t j0, int64_t keys, int64_t tile_keys,
-               float* scratch)
+               float* scratch, const float* shared = nullptr)
       : p_(p),
         j0_(j0),
         keys_(keys),
@@ -40,9 +40,8 @@ class GradientTile {
         exact_(Compute::exp_degree < kExactDegree<Compute> && exact_softmax(p)),
         operands_(tile_keys, scratch + scratch_words(p, tile_keys) - Operands::words(tile_keys)) {
     auto take = [&](int64_t words) {
-      float* part = scratch;
       scratch += words;
-      return part;
+      return scratch - words;
     };
     const int64_t key_steps = words_of<Compute>(p.dim), value_steps = words_of<Compute>(p.value_dim);
     const T* k = head_of<T>(p.key, p.key_strides, b, hk) + j0 * p.key_strides.row;
@@ -50,6 +49,7 @@ class GradientTile {
     float* key = take(tile_keys * key_steps);
     float* value = take(tile_keys * value_steps);
     float* steps = take(words_of<Compute>(tile_keys) * round_up(p.dim, W));
+    float* copies = take(Shared::copy_words(p, tile_keys));
     // Blocks reach past the keys that queries see: what no query sees may be NaN, and zeros stand for it.
     const int64_t seen = max_of(min_of(keys, Band(p).high(p.queries - 1) - j0), 0);
     pack_transposed<T, Compute>(k, p.key_strides.row, seen, p.dim, key);
@@ -60,12 +60,13 @@ class GradientTile {
       key_steps_ = {reinterpret_cast<const float*>(k), p.key_strides.row, kPanel};
     } else {
       const int64_t panel = Compute::tiles ? Compute::panel * words_of<Compute>(keys) : kPanel;
-      pack_rows<T, Compute>(k, p.key_strides.row, seen, p.dim, steps, panel);
+      int64_t stride = p.key_strides.row;
+      Shared::subtract(shared, k, stride, seen, p.dim, copies);
+      pack_rows<T, Compute>(k, stride, seen, p.dim, steps, panel);
       key_steps_ = {steps, Compute::tiles ? Compute::panel : round_up(p.dim, W), panel};
     }
-    products_ = take(kScoreRows * stride_);
-    dprobability_ = take(kScoreRows * stride_);
-    slopes_ = take(kScoreRows * stride_);
+    float** const rows[] = {&products_, &dprobability_, &slopes_};
+    for (float** part : rows) *part = take(kScoreRows * stride_);
   }
 
   // Where score() leaves the gradient of the bias of this head, [Nq, Nk]; nullptr: nowhere.

@@ -220,6 +220,9 @@ class Forward {
 namespace TORCHWELD_ISA {
 
 int64_t attention_forward_workspace(const AttentionForwardParams& p) {
+  if constexpr (kMultipliesBf16) {
+    if (too_narrow_for_bf16(p)) return avx512::attention_forward_workspace(p);
+  }
   if (decodes(p)) return attention_decode_workspace(p);
   int64_t size = 0;
   dispatch_products(p, [&](auto t, auto words) {
@@ -229,6 +232,9 @@ int64_t attention_forward_workspace(const AttentionForwardParams& p) {
 }
 
 void attention_forward(const AttentionForwardParams& p) {
+  if constexpr (kMultipliesBf16) {
+    if (too_narrow_for_bf16(p)) return avx512::attention_forward(p);
+  }
   if (p.batch * p.heads * p.total_q == 0) return;
   if (decodes(p)) return attention_decode(p);
   dispatch_products(

@@ -78,6 +78,12 @@ TW_INLINE void dispatch_products(const AttentionInputs& p, F&& f) {
   });
 }
 
+// Whether the kernels of float32 products serve a call in bf16 here. The rounding of dscores to bf16 averages out over
+// the head: in narrow ones, keys with a common part leave dquery off by up to three times what the rule of exactness
+// allows.
+inline bool too_narrow_for_bf16(const AttentionInputs& p) { return p.dtype == DType::bfloat16 && p.dim <= 8; }
+constexpr bool kMultipliesBf16 = VectorComputeOf<bf16>::type::per_word == 2;
+
 // A second thread is worth its start from about this many FLOPs on.
 inline int64_t threads_for(const AttentionInputs& p, int64_t flops_per_product) {
   const int64_t flops = Pairs(p).total * p.heads * (p.dim + p.value_dim) * flops_per_product;

@@ -47,6 +47,28 @@ bool may_use_tiles() {
 }
 #endif
 
+#ifdef TORCHWELD_HAS_AVX2
+// avx512_bf16 with the products of avx512. On Intel's CPUs `vdpbf16ps` has half the rate of float32's multiply-adds for
+// the same sum, on AMD's twice.
+const Kernels& avx512_bf16_fma() {
+  static const Kernels table = [] {
+    const Kernels& products = avx512::table;
+    Kernels mixed = avx512_bf16::table;
+    mixed.isa = "avx512_bf16_fma";
+    mixed.attention_forward_workspace = products.attention_forward_workspace;
+    mixed.attention_forward = products.attention_forward;
+    mixed.attention_backward_workspace = products.attention_backward_workspace;
+    mixed.attention_backward = products.attention_backward;
+    mixed.linear_cross_entropy_workspace = products.linear_cross_entropy_workspace;
+    mixed.linear_cross_entropy = products.linear_cross_entropy;
+    mixed.paged_attention_workspace = products.paged_attention_workspace;
+    mixed.paged_attention = products.paged_attention;
+    return mixed;
+  }();
+  return table;
+}
+#endif
+
 // Best first.
 std::vector<Candidate> candidates() {
   std::vector<Candidate> list;
@@ -61,6 +83,7 @@ std::vector<Candidate> candidates() {
   const bool has_amx = has_avx512_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
   list.push_back({"amx", &amx::table, has_amx && may_use_tiles()});
   #endif
+  list.push_back({"avx512_bf16_fma", &avx512_bf16_fma(), has_avx512_bf16 && __builtin_cpu_is("intel")});
   list.push_back({"avx512_bf16", &avx512_bf16::table, has_avx512_bf16});
   list.push_back({"avx512", &avx512::table, has_avx512});
   list.push_back({"avx2", &avx2::table, has_avx2});

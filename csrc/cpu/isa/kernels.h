@@ -53,6 +53,15 @@ void rotary_embedding(const RotaryParams& p);
 
 }  // namespace TORCHWELD_VECTOR_ISA
 
+namespace avx512 {  // called by the sets that multiply bf16, for heads too narrow for that
+
+int64_t attention_forward_workspace(const AttentionForwardParams& p);
+void attention_forward(const AttentionForwardParams& p);
+int64_t attention_backward_workspace(const AttentionBackwardParams& p);
+void attention_backward(const AttentionBackwardParams& p);
+
+}  // namespace avx512
+
 namespace TORCHWELD_ISA {
 
 int64_t attention_forward_workspace(const AttentionForwardParams& p);

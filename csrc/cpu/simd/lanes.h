@@ -67,6 +67,18 @@ TW_INLINE Vec vmin(Vec a, Vec b) {
 #endif
 }
 
+// 1 / v of normal numbers to 14 bits or more, in a fraction of a division's time.
+TW_INLINE Vec vreciprocal(Vec v) {
+#if defined(__AVX512F__)
+  return (Vec)_mm512_maskz_rcp14_ps(0xffff, (__m512)v);
+#elif defined(__AVX2__)
+  const Vec r = (Vec)_mm256_rcp_ps((__m256)v);  // to 11 bits; a step of Newton's doubles them
+  return r * (2.0f - v * r);
+#else
+  return 1.0f / v;
+#endif
+}
+
 TW_INLINE Vec vsqrt(Vec v) {
 #if defined(__AVX512F__)
   return (Vec)_mm512_sqrt_ps((__m512)v);

@@ -48,12 +48,13 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, numbers: tuple[Options, bool, bool], query: Tensor, key: Tensor, value: Tensor, *modifiers: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        # Autograd sees every tensor as an argument of its own, the fields of Modifiers too. One argument for all
-        # numbers: each would cost a call as much as a tensor.
+        # Autograd sees every tensor as an argument of its own, the fields of Modifiers up to the last that is given.
+        # One argument for all numbers: each would cost a call as much as a tensor.
         ctx.options, ctx.deterministic, return_lse = numbers
         rows = 3 if return_lse else 2
         output, wide, statistics = forward_op(query, key, value, Modifiers(*modifiers), ctx.options, rows)
-        ctx.save_for_backward(wide if wide.dim() > 1 else output, statistics, query, key, value, *modifiers)
+        saved = output if wide is None or wide.dim() == 1 else wide
+        ctx.save_for_backward(saved, statistics, query, key, value, *modifiers)
         ctx.set_materialize_grads(False)
         return (output, statistics[2]) if return_lse else output
 
@@ -61,9 +62,8 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, doutput: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
         output, statistics, query, key, value, *others = ctx.saved_tensors
         modifiers = Modifiers(*others)
-        inputs = {"query": query, "key": key, "value": value, **modifiers._asdict()}
-        needed = dict(zip(inputs, ctx.needs_input_grad[1:], strict=True))
-        mask = [needed[name] for name in DIFFERENTIABLE]
+        # DIFFERENTIABLE names the first six arguments; behind them stand only integers.
+        mask = (*ctx.needs_input_grad[1:], False, False, False)[: len(DIFFERENTIABLE)]
         if wants_definition(doutput, dlse):
 
             def function(query: Tensor, key: Tensor, value: Tensor, *leaves: Any) -> tuple[Tensor, ...]:
@@ -71,15 +71,16 @@ class _Attention(torch.autograd.Function):
                 here = modifiers._replace(bias=bias, alibi_slopes=alibi_slopes, sinks=sinks)
                 return _on_reference(query, key, value, here, ctx.options)
 
-            grads = double_backward(function, [inputs[name] for name in DIFFERENTIABLE], (doutput, dlse), mask)
+            inputs = (query, key, value, modifiers.bias, modifiers.alibi_slopes, modifiers.sinks)
+            grads = double_backward(function, inputs, (doutput, dlse), mask)
         else:
             if doutput is None:  # only lse was used
                 doutput = torch.zeros_like(output, dtype=query.dtype)
             grads = backward_op(
                 doutput, dlse, output, statistics, query, key, value, modifiers, ctx.options, mask, ctx.deterministic
             )
-        found = {name: g for name, g in zip(DIFFERENTIABLE, grads, strict=True) if needed[name]}
-        return None, *(found.get(name) for name in inputs)
+        found = [g if wanted else None for g, wanted in zip(grads, mask, strict=True)]
+        return None, *(*found, None, None, None)[: 3 + len(others)]
 
 
 _attention_with_grad = applier(_Attention)
@@ -95,7 +96,10 @@ def attend_with_grad(
     return_lse: bool = False,
 ) -> Any:
     """output, or (output, lse), of arguments that the kernels take, recorded by autograd."""
-    return _attention_with_grad((options, deterministic, return_lse), query, key, value, *modifiers)
+    given = len(modifiers)
+    while given > 0 and modifiers[given - 1] is None:
+        given -= 1
+    return _attention_with_grad((options, deterministic, return_lse), query, key, value, *modifiers[:given])
 
 
 def attend(

@@ -201,6 +201,7 @@ forward_op = register(
     _forward,
     _forward_fake,
     Norm,
+    whole=backend.whole_call("layer_norm_forward"),
 )
 add_forward_op = register(
     "add_layer_norm_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed, Norm norm)"
@@ -217,4 +218,5 @@ backward_op = register(
     _backward,
     _backward_fake,
     Norm,
+    whole=backend.whole_call("layer_norm_backward"),
 )

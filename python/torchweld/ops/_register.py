@@ -31,7 +31,11 @@ compiled_attention: list[Callable[..., Any]] = []
 
 
 def register(
-    schema: str, kernel: Callable[..., Any], fake: Callable[..., Any], *records: type[Any]
+    schema: str,
+    kernel: Callable[..., Any],
+    fake: Callable[..., Any],
+    *records: type[Any],
+    whole: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Defines the operator `torchweld::<schema>` for CPU and CUDA, and returns the function that calls it.
 
@@ -44,6 +48,9 @@ def register(
     bindings raise BufferError before they touch memory; the call then goes to the dispatcher. The dispatcher resolves
     lazily negated tensors (`z.conj().imag`). Without the dispatcher `kernel` must `settle` every tensor behind the
     first.
+
+    `whole` does the same in one crossing into C++ for calls that are common, and returns None for others (see
+    `backend.whole_call`). Of outputs that are not wanted it makes None, where `kernel` makes empty tensors.
     """
     name = schema[: schema.index("(")]
     layout = Layout(schema, records)
@@ -74,6 +81,8 @@ def register(
         return dict(zip(names, layout.flat(args), strict=False))
 
     def call(first: Any, *rest: Any) -> Any:
+        if whole is not None and not compiling() and (found := whole(first, *rest)) is not None:
+            return found
         if compiling() or _profiling():
             return op(*layout.flat((first, *rest)))
         if _dispatch_modes():

@@ -122,10 +122,22 @@ class _CrossEntropy(torch.autograd.Function):
         reduction: str,
         dtype: torch.dtype,
     ) -> Tensor:
+        ctx.options = ignore_index, smoothing, reduction
+        found = (
+            None
+            if compiling()
+            else _whole_forward(
+                logits=logits, target=target, ignore_index=ignore_index, reduction=reduction, smoothing=smoothing
+            )
+        )
+        if found is not None:
+            loss, stats, ctx.rows = found
+            ctx.save_for_backward(logits, target, stats, None)
+            return loss if loss.dtype is dtype else loss.to(dtype)
         losses, stats = _forward_op(logits, target, ignore_index, smoothing)
         loss, rows = _reduced(losses, target, ignore_index, reduction)
+        ctx.rows = None
         ctx.save_for_backward(logits, target, stats, rows)
-        ctx.options = ignore_index, smoothing, reduction
         return loss.to(dtype)
 
     @staticmethod
@@ -138,16 +150,25 @@ class _CrossEntropy(torch.autograd.Function):
                 return reference.cross_entropy(x.float(), target, None, ignore_index, reduction, smoothing)
 
             dlogits = double_backward(function, (logits,), (dloss.float(),), (True,))[0]
-        else:
-            if rows is not None:
-                dloss = dloss.double() / rows
-            by_row = dloss.float().expand(target.shape)
-            dlogits = _backward_op(by_row, logits, target, ignore_index, smoothing, stats)
+            return dlogits, None, None, None, None, None
+        if ctx.rows is not None:
+            dlogits = _whole_backward(
+                dloss=dloss.float(), logits=logits, target=target, ignore_index=ignore_index, smoothing=smoothing,
+                stats=stats, rows=ctx.rows,
+            )  # fmt: skip
+            if dlogits is not None:
+                return dlogits, None, None, None, None, None
+            rows = ctx.rows
+        if rows is not None:
+            dloss = dloss.double() / rows
+        dlogits = _backward_op(dloss.float().expand(target.shape), logits, target, ignore_index, smoothing, stats)
         return dlogits, None, None, None, None, None
 
 
 _with_grad = applier(_CrossEntropy)
 _whole = backend.whole_call("cross_entropy")
+_whole_forward = backend.whole_call("cross_entropy_forward")  # of a loss that is reduced
+_whole_backward = backend.whole_call("cross_entropy_backward")
 
 
 def _reduced(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor | None]:

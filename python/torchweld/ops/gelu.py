@@ -59,9 +59,17 @@ def _backward_fake(doutput: Tensor, input: Tensor, exact: bool = False) -> Tenso
     return _forward_fake(input)
 
 
-_forward_op = register("gelu_forward(Tensor input, bool exact=False) -> Tensor", _forward, _forward_fake)
+_forward_op = register(
+    "gelu_forward(Tensor input, bool exact=False) -> Tensor",
+    _forward,
+    _forward_fake,
+    whole=backend.whole_call("gelu_forward"),
+)
 _backward_op = register(
-    "gelu_backward(Tensor doutput, Tensor input, bool exact=False) -> Tensor", _backward, _backward_fake
+    "gelu_backward(Tensor doutput, Tensor input, bool exact=False) -> Tensor",
+    _backward,
+    _backward_fake,
+    whole=backend.whole_call("gelu_backward"),
 )
 
 # ---- Autograd
