@@ -21,10 +21,21 @@ if TYPE_CHECKING:
 
 pytestmark = [needs_gloo, pytest.mark.slow]
 SMALL = 1 << 14
-MODIFIED = ("GQA 8:2", "ALiBi", "sinks", "bias by key", "mask", "lse", "packed", "merged heads")
+MODIFIED = (
+    "GQA 8:2",
+    "ALiBi",
+    "sinks",
+    "bias by key",
+    "mask",
+    "lse",
+    "packed",
+    "merged heads",
+    "1 x 40",
+    "2 x 260, everything",
+)
 OPS = [
     *("attention", "layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm", "gelu", "swiglu", "geglu"),
-    *("rotary_embedding", "cross_entropy", "linear_cross_entropy"),
+    *("rotary_embedding", "cross_entropy", "linear_cross_entropy", "paged_attention"),
 ]
 FIRST = ("query", "input", "x", "gate", "logits")
 # On a mesh of two dimensions, and what the first argument is sharded along there.
@@ -120,6 +131,9 @@ def layouts(mesh: DeviceMesh) -> None:
     out = ops.layer_norm(spread(x, mesh, [2]), (8,))  # the normalised dimension is made whole
     assert out.placements == (Replicate(),)
     torch.testing.assert_close(gathered(out), F.layer_norm(x, (8,)))
+    turned = ops.rotary_embedding(spread(q, mesh, [1]), spread(one, mesh, [None]))  # a key with one head
+    for got, expected in zip(turned, ops.rotary_embedding(q, one), strict=True):
+        torch.testing.assert_close(gathered(got), expected)
     query = spread(q, mesh, [1])
     assert ops.rotary_embedding(query, inplace=True) is query
     torch.testing.assert_close(gathered(query), ops.rotary_embedding(q))

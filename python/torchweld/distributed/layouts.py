@@ -155,6 +155,9 @@ def layout_of(mesh: DeviceMesh, tensors: Mapping[str, DTensor], rule: Rule) -> L
             if chosen is not None or label is None or t.shape[labels.index(label)] == 1 != sizes[label]:
                 continue
             count = parts.get(label, 1) * mesh.size(d)
+            own = [tensors[n].shape[rule.inputs[n].index(label)] for n in rule.like if n in tensors]
+            if any(parts_of(count, size, count - 1)[0] >= size for size in own or [sizes[label]]):
+                continue  # not enough for a part in every process
             different = {size for size in by_label[label] if size != 1}
             # Grouped heads correspond part by part only where each argument's are shared out evenly.
             if rule.like or len(different) <= 1 or all(size % count == 0 for size in different):

@@ -75,7 +75,7 @@ class Softmax:
         q = query[:, :, block.q_begin : block.q_end]
         k, v = (t[:, :, block.k_begin : block.k_end] for t in (key, value))
         output, wide, statistics = forward_op(*(_call(t, block) for t in (q, k, v)), modifiers, options, 2)
-        part = _back(wide if wide.dim() > 1 else output, block)
+        part = _back(output if wide is None or wide.dim() == 1 else wide, block)
         largest, inverse = statistics.unsqueeze(1) if block.starts else statistics
         rows = slice(block.q_begin, block.q_end)
         own, scale = self._merge(rows, largest, torch.where(inverse > 0, 1 / inverse, 0.0))

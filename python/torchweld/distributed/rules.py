@@ -117,8 +117,8 @@ def _paged(given: Arguments) -> Rule:
     slopes = given.get("alibi_slopes")
     inputs: dict[str, Labels] = {
         "query": query,
-        "key_cache": (None, "heads", None, None),
-        "value_cache": (None, "heads", None, None),
+        "key_cache": (None, None, "heads", None),  # blocks, rows of a block
+        "value_cache": (None, None, "heads", None),
         "block_table": ("batch", None),
         "cache_seqlens": ("batch",),
         "alibi_slopes": _aligned(("batch", "heads"), 0 if slopes is None else slopes.dim()),
