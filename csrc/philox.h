@@ -17,10 +17,10 @@ namespace torchweld {
 
 // What a kernel needs to know of a dropout. drop is 0: none.
 struct Dropout {
-  const int64_t* seed;  // [], on the device of the kernel; nullptr: no dropout
-  uint32_t drop;        // an element is dropped where its word is below this
-  float scale;          // of those that are kept: 1 / (1 - p), or 0 where p is 1
-  int64_t first_column; // of the mask, for column 0 here; a multiple of 64
+  const int64_t* seed;   // [], on the device of the kernel; nullptr: no dropout
+  uint32_t drop;         // an element is dropped where its word is below this
+  float scale;           // of those that are kept: 1 / (1 - p), or 0 where p is 1
+  int64_t first_column;  // of the mask, for column 0 here; a multiple of 64
 };
 
 // p in [0, 1].

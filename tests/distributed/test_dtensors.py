@@ -239,6 +239,11 @@ def refusals(mesh: DeviceMesh) -> None:
 def two_dimensions(rank: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
 
+    torch.manual_seed(0)
+    ones = torch.ones(8, 64)
+    line = init_device_mesh("cpu", (4,))
+    _, total = ops.add_layer_norm(spread(ones, line, [0]), spread(0 * ones, line, [0]), (64,), dropout_p=0.5)
+    assert len({tuple(part.flatten().tolist()) for part in gathered(total).chunk(4)}) == 4  # four masks
     mesh = init_device_mesh("cpu", (2, 2))
     for op, dims in BOTH.items():
         for case in list(small(op))[:8]:

@@ -10,7 +10,11 @@ namespace {
 class MaskRow {
  public:
   TW_INLINE MaskRow(const Dropout& dropout, uint64_t row)
-      : seed_(static_cast<uint64_t>(*dropout.seed)), row_(row), drop_(dropout.drop), scale_(dropout.scale), first_(dropout.first_column) {}
+      : seed_(static_cast<uint64_t>(*dropout.seed)),
+        row_(row),
+        drop_(dropout.drop),
+        scale_(dropout.scale),
+        first_(dropout.first_column) {}
 
   // The factors of columns [col, col + W): 0 or the scale. col is a multiple of W.
   TW_INLINE Vec factors(int64_t col) {

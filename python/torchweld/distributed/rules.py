@@ -148,7 +148,8 @@ RULES: dict[str, Callable[[Arguments], Rule]] = {
 def _other_bits(layout: Layout, parts: dict[str, Any]) -> None:
     """The part's own seed: parts have other masks, copies of a part have the same."""
     if layout.is_cut:
-        parts["seed"] = parts["seed"] + layout.part() * 0x5851F42D4C957F2D
+        step = layout.part() * 0x5851F42D4C957F2D
+        parts["seed"] = parts["seed"] + ((step + (1 << 63)) % (1 << 64) - (1 << 63))  # in 64 bits, with a sign
 
 
 def _call(function: Callable[..., Any], given: dict[str, Any], names: tuple[str, ...]) -> Any:
@@ -157,7 +158,7 @@ def _call(function: Callable[..., Any], given: dict[str, Any], names: tuple[str,
     if given.get("dropout_p", 0.0) > 0:
         seeded = _other_bits
         if given.get("seed") is None:
-            given["seed"] = draw_seed(given[names[0]].to_local().device)
+            given["seed"] = draw_seed(given[names[0]].device)
     tensors = {name: given.pop(name, None) for name in names}
     rule = RULES[op]({**given, **{name: t for name, t in tensors.items() if t is not None}})
     return run(op, partial(function, **given), tensors, rule, seeded)
