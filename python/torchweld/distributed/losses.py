@@ -27,7 +27,7 @@ def _rows(layout: Layout) -> Layout:
     return Layout(layout.mesh, tuple(None if cut == _CLASSES else cut for cut in layout.cuts), layout.sizes)
 
 
-def _whole_or_cut(
+def _layout(
     op: str, mesh: Any, found: dict[str, DTensor], rule: Callable[[str | None], Rule], by_class: bool
 ) -> tuple[Layout, Rule]:
     """The layout; classes may be cut if `by_class`, and are then cut on one dimension of the mesh."""
@@ -71,7 +71,7 @@ def cross_entropy(function: Callable[..., Any], given: dict[str, Any], names: tu
         return Rule({"input": logits, "target": logits if chances else rows, "weight": (None,)}, (rows,))
 
     by_class = weight is None and smoothing == 0 and not chances and dims == 2
-    layout, own = _whole_or_cut(op, mesh, found, rule, by_class)
+    layout, own = _layout(op, mesh, found, rule, by_class)
     parts = {name: layout.local(t, own.inputs[name]) for name, t in found.items()}
     logits, classes = parts["input"], parts["target"]
     dtype = x.dtype
@@ -116,7 +116,7 @@ def linear_cross_entropy(function: Callable[..., Any], given: dict[str, Any], na
 
     # A weight that is cut stays so: the rows of the input, which are fewer bytes, are gathered.
     ordered = {name: found[name] for name in ("weight", *names) if name in found}
-    layout, own = _whole_or_cut(op, mesh, ordered, rule, smoothing == 0)
+    layout, own = _layout(op, mesh, ordered, rule, smoothing == 0)
     parts = {name: layout.local(t, own.inputs[name]) for name, t in found.items()}
     dtype, classes = x.dtype, parts["target"]
     if shift:
