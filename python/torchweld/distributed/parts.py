@@ -148,7 +148,7 @@ class Gradients:
         r = self.results
         q, out, dout = (_call(t[:, :, rows], block) for t in (r.query, r.output, r.doutput))
         k, v = (_call(t[:, :, columns], block) for t in (key, value))
-        statistics, dlse = r.statistics[..., rows], None if r.dlse is None else r.dlse[..., rows]
+        statistics, dlse = r.statistics[..., rows].contiguous(), None if r.dlse is None else r.dlse[..., rows]
         if block.starts:
             statistics, dlse = statistics[:, 0], None if dlse is None else dlse[0]
         dq, dk, dv, dbias, dslopes, _ = backward_op(
