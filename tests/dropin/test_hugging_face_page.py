@@ -40,11 +40,13 @@ PARTS = {
     "activation": {"torchweld.ops.gelu": "GELU"},
     "gated MLP": {"its gate: torchweld.ops.swiglu or geglu": "GLU"},
     "rotary embedding": {"its rotary embedding: torchweld.ops.rotary_embedding": "yes"},
+    "loss": {"its loss in training: torchweld.ops.linear_cross_entropy": "yes"},
 }
 
 
 def rows() -> dict[str, list[str]]:
-    lines = [line.strip("|").split("|") for line in PAGE.read_text().splitlines() if line.startswith("|")]
+    table = next(block for block in PAGE.read_text().split("\n\n") if block.startswith("| model |"))
+    lines = [line.strip("|").split("|") for line in table.splitlines()]
     cells = [[cell.strip() for cell in line] for line in lines]
     assert cells[0] == ["model", *PARTS]
     return {model: parts for model, *parts in cells[2:]}

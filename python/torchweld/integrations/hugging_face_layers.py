@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, wraps
 from types import CodeType
 from typing import Any
 
@@ -18,6 +18,8 @@ from torch import Tensor
 
 from torchweld import ops
 from torchweld._torch import has_hooks
+from torchweld.integrations.hugging_face_loss import forward as late_forward
+from torchweld.integrations.hugging_face_loss import is_language_model, why_no_loss
 from torchweld.integrations.hugging_face_rotary import on_the_kernels
 
 
@@ -201,6 +203,9 @@ def recognise(cls: Any) -> Known | None:
         return None
     if found := _gated(cls):
         return found
+    if is_language_model(cls):
+        now = "its loss in training: torchweld.ops.linear_cross_entropy"
+        return Known("loss", {"forward": wraps(cls.forward)(late_forward)}, now, why_no_loss)
     if forward := on_the_kernels(cls):
         return Known("rope", {"forward": forward}, "its rotary embedding: torchweld.ops.rotary_embedding")
     return None

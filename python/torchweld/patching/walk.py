@@ -25,6 +25,7 @@ _KERNELS = {
     "activations": "gelu_forward",
     "mlp": "gated_forward",
     "rope": "rotary_embedding",
+    "loss": "linear_cross_entropy",
 }
 _ADVICE = "One line more: torchweld.keep_memory(), first in a program that trains on a CPU."
 
@@ -158,15 +159,16 @@ def patch(
     activations: bool = True,
     mlp: bool = True,
     rope: bool = True,
+    loss: bool = True,
     tune: bool | str = False,
     example_inputs: Any = None,
 ) -> Report:
     """Swaps the layers of a model for the drop-ins, in place: the same modules, parameters, hooks and state_dict.
 
     Swapped are LayerNorm, RMSNorm, MultiheadAttention and the Transformer layers of torch.nn; modules that call
-    `torch.nn.functional.scaled_dot_product_attention`; GELU; the attention, norms, GELU, gated MLPs and rotary
-    embeddings of Hugging Face transformers. Subclasses are not swapped, and neither is a layer without kernels on the
-    model's device. Optimizers, tied weights and checkpoints stay valid.
+    `torch.nn.functional.scaled_dot_product_attention`; GELU; the attention, norms, GELU, gated MLPs, rotary embeddings
+    and losses over a vocabulary of Hugging Face transformers. Subclasses are not swapped, and neither is a layer
+    without kernels on the model's device. Optimizers, tied weights and checkpoints stay valid.
 
     A module that cannot be swapped is left, and the report gives the reason. If `patch` itself raises, the model is
     unchanged. Copies, pickles and replicas of a patched model are patched. `torch.compile` compiles the calls of
@@ -178,6 +180,8 @@ def patch(
         mlp: the product of activation and gate becomes one op in gated MLPs (Llama, Mistral, Qwen, Gemma, Phi-3,
             Mixtral, T5, ModernBERT).
         rope: rotary embeddings of queries and keys.
+        loss: in training calls with labels, language models of transformers make their loss from the input of their
+            output layer. The logits of the result are made when something reads them.
         tune: "training" or "inference", or True for what the model is set to: every kind of swap is timed on what the
             modules get when the model is called with `example_inputs`, forward, and in training backward too. A swap
             that is slower than what it replaces is taken back; the report has both times. It takes about a tenth of a
@@ -194,7 +198,14 @@ def patch(
     """
     if not issubclass(type(model), torch.nn.Module):
         raise TypeError(f"[patch] model: expected a torch.nn.Module, but got {type(model).__name__}")
-    wanted = {"norms": norms, "attention": attention, "activations": activations, "mlp": mlp, "rope": rope}
+    wanted = {
+        "norms": norms,
+        "attention": attention,
+        "activations": activations,
+        "mlp": mlp,
+        "rope": rope,
+        "loss": loss,
+    }
     asked = {name: flag("patch", name, value) for name, value in wanted.items()}
     if isinstance(tune, str) and tune not in ("training", "inference"):
         raise ValueError(f"[patch] tune: expected 'training', 'inference' or a bool, but got {tune!r}")
