@@ -123,6 +123,12 @@ struct Strides {
 
 enum class MaskType : int32_t { none, boolean, float32, bfloat16, float16 };
 
+// The rows of a dropout mask [B, H, Nq] of which a call has a part, as one of several devices does: query 0 of its head
+// 0 is row `first`. Without a whole: 0, H and total_q of the call.
+struct MaskRows {
+  int64_t first, heads, queries;
+};
+
 struct AttentionInputs {
   int64_t batch, heads, kv_heads, queries, keys, dim,
       value_dim;                // B, H, Hkv, Nq, Nk, D, Dv; packed: the longest Nq, Nk
@@ -135,10 +141,13 @@ struct AttentionInputs {
   float softcap;        // 0: none
   int64_t left, right;  // the band of keys that a query sees; at most kUnbounded
   bool bottom_right;    // shift is Nk - Nq, not 0
-  Dropout dropout;      // the mask's rows are counted as row() does, its columns as keys of the sequence
-  const void* query;    // [B, H, Nq, D]
-  const void* key;      // [B, Hkv, Nk, D]
-  const void* value;    // [B, Hkv, Nk, Dv]
+  int64_t offset;       // added to shift: queries and keys are parts of longer sequences
+  bool part;            // of the keys of longer rows, of which output and statistics are in the backward
+  Dropout dropout;      // the mask's rows are counted as mask_row() does, its columns as keys of the sequence
+  MaskRows mask_rows;
+  const void* query;  // [B, H, Nq, D]
+  const void* key;    // [B, Hkv, Nk, D]
+  const void* value;  // [B, Hkv, Nk, Dv]
   Strides query_strides, key_strides, value_strides;
   MaskType bias_type;
   const void* bias;            // [B, H, Nq, Nk], boolean (1: attend) or additive; nullptr: none
@@ -150,12 +159,17 @@ struct AttentionInputs {
   float* workspace;            // as many elements as the op's workspace function asks for
 
   TW_HOST_DEVICE int64_t shift() const {
-    return bottom_right ? keys - queries : 0;
+    return (bottom_right ? keys - queries : 0) + offset;
   }  // packed: of each sequence, from its own lengths
 
   // Where head (b, h) begins in what has one value per row, [B, H, Nq]. Packed: [H, total_q], b is 0 and the rows of a
   // sequence begin at `first_row`.
   TW_HOST_DEVICE int64_t row(int64_t b, int64_t h) const { return first_row + (b * heads + h) * total_q; }
+
+  // Where head (b, h) begins in the rows of the dropout mask.
+  TW_HOST_DEVICE int64_t mask_row(int64_t b, int64_t h) const {
+    return mask_rows.first + first_row + (b * mask_rows.heads + h) * mask_rows.queries;
+  }
 
   // Of an additive bias.
   DType bias_dtype() const {

@@ -17,17 +17,18 @@ namespace torchweld {
 
 // What a kernel needs to know of a dropout. drop is 0: none.
 struct Dropout {
-  const int64_t* seed;  // [], on the device of the kernel; nullptr: no dropout
-  uint32_t drop;        // an element is dropped where its word is below this
-  float scale;          // of those that are kept: 1 / (1 - p), or 0 where p is 1
+  const int64_t* seed;   // [], on the device of the kernel; nullptr: no dropout
+  uint32_t drop;         // an element is dropped where its word is below this
+  float scale;           // of those that are kept: 1 / (1 - p), or 0 where p is 1
+  int64_t first_column;  // of the mask, for column 0 here; a multiple of 64
 };
 
 // p in [0, 1].
-inline Dropout make_dropout(const int64_t* seed, double p) {
+inline Dropout make_dropout(const int64_t* seed, double p, int64_t first_column = 0) {
   constexpr double kWords = 4294967296.0;
   const double drop = p * kWords + 0.5;
   return {seed, drop >= kWords ? 0xffffffffu : static_cast<uint32_t>(drop),
-          p < 1 ? static_cast<float>(1 / (1 - p)) : 0.0f};
+          p < 1 ? static_cast<float>(1 / (1 - p)) : 0.0f, first_column};
 }
 
 namespace philox {

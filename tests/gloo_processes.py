@@ -1,10 +1,11 @@
-"""Runs a check in two processes over gloo."""
+"""Runs a check in several processes over gloo."""
 
 from __future__ import annotations
 
 import os
 import tempfile
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -20,14 +21,20 @@ needs_gloo = pytest.mark.skipif(
 
 def in_two_processes(check: Callable[[int, str], None]) -> None:
     """check(rank, folder) in each of two processes of one thread, which share a temporary folder."""
+    in_processes(check, WORLD)
+
+
+def in_processes(check: Callable[[int, str], None], count: int, timeout: float = 120) -> None:
+    """The same in `count` processes. A process waits `timeout` seconds at most for the others."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_process, (folder, check), nprocs=WORLD)
+        spawn(_process, (folder, check, count, timeout), nprocs=count)
 
 
-def _process(rank: int, folder: str, check: Callable[[int, str], None]) -> None:
+def _process(rank: int, folder: str, check: Callable[[int, str], None], count: int, timeout: float) -> None:
     torch.set_num_threads(1)
     rendezvous = Path(folder, "rendezvous").as_uri()
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=WORLD)
+    limit = timedelta(seconds=timeout)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=count, timeout=limit)
     check(rank, folder)
     dist.barrier()
     dist.destroy_process_group()

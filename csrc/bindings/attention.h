@@ -23,13 +23,16 @@ struct Modifiers {
   }
 };
 
-// The numbers. left, right: -1 where the band has no bound; max_seqlen_*: -1 where it is not known.
+// The numbers. left, right: -1 where the band has no bound; max_seqlen_*: -1 where it is not known. Those behind
+// them place a part of a longer attention in the whole (params.h); mask_heads, mask_queries: 0 for those of the call.
 struct Options {
   float scale = 1, softcap = 0;
   int64_t left = -1, right = -1;
   bool bottom_right = false;
   double dropout_p = 0;
   int64_t max_seqlen_q = -1, max_seqlen_k = -1;
+  bool part = false;
+  int64_t offset = 0, mask_first = 0, mask_heads = 0, mask_queries = 0, mask_column = 0;
 
   static constexpr auto fields() {
     return std::tuple{Field{"scale", &Options::scale},
@@ -39,7 +42,13 @@ struct Options {
                       Field{"bottom_right", &Options::bottom_right},
                       Field{"dropout_p", &Options::dropout_p},
                       Field{"max_seqlen_q", &Options::max_seqlen_q},
-                      Field{"max_seqlen_k", &Options::max_seqlen_k}};
+                      Field{"max_seqlen_k", &Options::max_seqlen_k},
+                      Field{"part", &Options::part},
+                      Field{"offset", &Options::offset},
+                      Field{"mask_first", &Options::mask_first},
+                      Field{"mask_heads", &Options::mask_heads},
+                      Field{"mask_queries", &Options::mask_queries},
+                      Field{"mask_column", &Options::mask_column}};
   }
 };
 
@@ -174,6 +183,8 @@ inline void fill_scores(const Arguments& args, AttentionInputs& p, const Modifie
   p.left = bound(options.left);
   p.right = bound(options.right);
   p.bottom_right = options.bottom_right;
+  p.part = options.part;
+  p.offset = options.offset;
   p.bias_type = MaskType::none;
   if (const OptionalTensor& bias = modifiers.bias) {
     if (p.cu_seqlens_q != nullptr) args.fail("bias", "None beside cu_seqlens_q", "a tensor");
@@ -197,7 +208,12 @@ inline void fill_scores(const Arguments& args, AttentionInputs& p, const Modifie
   if (dropout_p > 0) {
     const OptionalTensor& seed = modifiers.seed;
     if (!seed) args.fail("seed", "a tensor beside a dropout_p of " + std::to_string(dropout_p), "None");
-    p.dropout = make_dropout(static_cast<const int64_t*>(args.integers(*seed, "seed", 64, 1)), dropout_p);
+    if (options.mask_column < 0 || options.mask_column % 64 != 0)
+      args.fail("mask_column", "a multiple of 64", std::to_string(options.mask_column));
+    p.dropout =
+        make_dropout(static_cast<const int64_t*>(args.integers(*seed, "seed", 64, 1)), dropout_p, options.mask_column);
+    p.mask_rows = {options.mask_first, options.mask_heads > 0 ? options.mask_heads : p.heads,
+                   options.mask_queries > 0 ? options.mask_queries : p.total_q};
   }
 }
 

@@ -32,10 +32,11 @@ ALLOWED = {
     "integrations": {"integrations", "nn", "ops", "backend", "reference"},
     "patching": {"patching", "nn", "ops", "integrations", "backend"},
     "optim": {"optim", "ops", "backend"},
+    "distributed": {"distributed", "ops", "backend", "reference"},
     "models": {"models", "nn", "ops", "optim", "errors"},
     "testing": {"testing", "ops", "nn", "optim", "reference", "backend", "_cpu", "console"},
-    "training": {"training", "models", "nn", "ops", "optim", "backend", "errors", "console", "environment", "memory"}
-    | {"files", "pages"},
+    "training": {"training", "models", "nn", "ops", "optim", "distributed", "backend", "errors", "console"}
+    | {"environment", "memory", "files", "pages"},
     "bench": {"bench", "testing", "patching", "models", "nn", "optim", "ops", "reference", "backend"}
     | {"errors", "console", "environment", "memory", "files", "pages"},
     "cli": {"cli", "testing", "ops", "backend", "errors", "console", "environment"},

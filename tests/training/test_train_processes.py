@@ -115,3 +115,48 @@ def test_a_batch_that_cannot_be_shared_is_refused_once(text: str) -> None:
     assert first.returncode == second.returncode == 2
     assert "--batch-size: expected a multiple of the number of processes, 2, but got 3" in first.stderr
     assert second.stderr == "" and not Path("run").exists()
+
+
+def test_a_run_goes_on_in_any_layout(text: str) -> None:
+    """FSDP, then tensor parallel, then context parallel, then one process: the curve of one process all along."""
+    common = ("train", "gpt2", "--device", "cpu", "--steps")
+    legs = [("2", ("--config", "tiny", "--batch-size", "4", "--data", text)), ("4", ()), ("6", ()), ("8", ())]
+    for (steps, fresh), parallel in zip(legs, ("fsdp", "tensor", "context", None), strict=True):
+        where = ("--out", "{}") if fresh else ("--resume", "{}")
+        assert cli.main([*common, steps, *fresh, *(w.format("one") for w in where)]) == 0
+        command = [*common, steps, *fresh, *(w.format("two") for w in where)]
+        if parallel is None:
+            assert cli.main(command) == 0
+            continue
+        first, second = pair("-m", "torchweld", *command, "--parallel", parallel)
+        assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+        assert f"2 processes ({parallel} parallel), each on cpu" in first.stdout and second.stdout == ""
+    (losses, validation), (expected, validated) = history("two/checkpoint-8"), history("one/checkpoint-8")
+    assert losses == pytest.approx(expected, rel=1e-5) and len(losses) == 8
+    assert [loss for _, loss in validation] == pytest.approx([loss for _, loss in validated], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("gpt2", "--parallel", "rows"), "--parallel: expected one of data, fsdp, tensor, context, but got 'rows'"),
+        (("gpt2", "--parallel", "fsdp"), "--parallel fsdp: expected several processes, but got one; start them with"),
+        (("bert", "--parallel", "tensor"), "--parallel tensor: expected a program whose model is a decoder"),
+        (("gpt2", "--parallel", "tensor", "--compare"), "--compare: expected processes that share each batch"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused(
+    words: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["train", *words, "--device", "cpu", "--out", "run"]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_heads_that_do_not_divide_are_refused_once(text: str) -> None:
+    words = ("train", "gpt2", "--config", "small", "--device", "cpu", "--data", text, "--parallel", "tensor")
+    first, second = pair("-m", "torchweld", *words, "--out", "run")
+    assert first.returncode == second.returncode == 2
+    assert (
+        "--parallel tensor: expected a number of processes that divides the model's 3 heads, but got 2" in first.stderr
+    )
+    assert second.stderr == "" and not Path("run").exists()

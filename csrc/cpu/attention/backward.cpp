@@ -205,7 +205,8 @@ class Backward {
           .add_distances(scores, rows, span, sums);
     for (int64_t i = span.begin; i < span.end; ++i) {
       const double* row = sums + (i - span.begin) * 3;
-      const double dlse = p_.dlse != nullptr ? p_.dlse[p_.row(b, h) + i] : 0.0f, delta = row[2] - dlse;
+      const double dlse = p_.dlse != nullptr ? p_.dlse[p_.row(b, h) + i] : 0.0f,
+                   delta = p_.part ? rows.delta[i] : row[2] - dlse;
       if constexpr (!Tile::Queries::summed) rows.delta[i] = static_cast<float>(delta);
       slope -= row[0] - delta * row[1];
     }

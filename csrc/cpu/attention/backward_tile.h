@@ -231,7 +231,7 @@ class GradientTile {
   // Whether the tile holds all that query i sees.
   bool holds_all(const Band& band, int64_t i) const {
     const int64_t low = band.low(i), high = band.high(i);
-    return low < high && j0_ <= low && high <= j0_ + keys_;
+    return !band.part && low < high && j0_ <= low && high <= j0_ + keys_;
   }
 
   // P of query i, exact, in the place of its scores, row r. Returns the sum of P * dP.

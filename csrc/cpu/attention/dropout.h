@@ -10,7 +10,7 @@ namespace {
 
 class HeadDropout {
  public:
-  HeadDropout(const AttentionInputs& p, int64_t b, int64_t h) : dropout_(p.dropout), first_row_(p.row(b, h)) {}
+  HeadDropout(const AttentionInputs& p, int64_t b, int64_t h) : dropout_(p.dropout), first_row_(p.mask_row(b, h)) {}
 
   bool active() const { return dropout_.seed != nullptr; }
 

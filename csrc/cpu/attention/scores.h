@@ -24,14 +24,16 @@ T* head_of(void* base, const Strides& s, int64_t b, int64_t h) {
 // Query i sees keys [low(i), high(i)); both grow with i. Empty where high <= low.
 struct Band {
   int64_t left, right, shift, keys, queries;
+  bool part;
 
   explicit Band(const AttentionInputs& p)
-      : left(p.left), right(p.right), shift(p.shift()), keys(p.keys), queries(p.queries) {}
+      : left(p.left), right(p.right), shift(p.shift()), keys(p.keys), queries(p.queries), part(p.part) {}
 
   int64_t low(int64_t i) const { return min_of(max_of(i + shift - left, 0), keys); }
   int64_t high(int64_t i) const { return min_of(max_of(i + shift + right + 1, 0), keys); }
   // Whether what query i sees, if anything, lies in one tile of so many keys.
   bool in_one_tile(int64_t i, int64_t tile) const {
+    if (part) return false;
     return keys <= tile || low(i) >= high(i) || low(i) / tile == (high(i) - 1) / tile;
   }
   // Keys [begin, end) are seen by queries [first(begin), last(end)) and by no others.

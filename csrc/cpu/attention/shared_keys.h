@@ -29,8 +29,8 @@ class SharedKeys {
     const T* key = head_of<T>(p_.key, p_.key_strides, kv_head / p_.kv_heads, kv_head % p_.kv_heads);
     float* out = memory_ + kv_head * width_;
     for (int64_t d = 0; d < width_; d += W) store(out + d, zero());
-    // A sink has a part of its own in the sum of a row, and a softcap a slope for each score.
-    if (p_.softcap != 0 || p_.sinks != nullptr || seen == 0) return;
+    // A sink has a part of its own in the sum of a row, as keys elsewhere have, and a softcap a slope for each score.
+    if (p_.part || p_.softcap != 0 || p_.sinks != nullptr || seen == 0) return;
     for_each_vector(p_.dim, [&](int64_t d, auto lanes) __attribute__((always_inline)) {
       Vec low = load(key + d, lanes), high = low;
       for (int64_t j = 1; j < seen; ++j) {

@@ -10,10 +10,15 @@ namespace {
 class MaskRow {
  public:
   TW_INLINE MaskRow(const Dropout& dropout, uint64_t row)
-      : seed_(static_cast<uint64_t>(*dropout.seed)), row_(row), drop_(dropout.drop), scale_(dropout.scale) {}
+      : seed_(static_cast<uint64_t>(*dropout.seed)),
+        row_(row),
+        drop_(dropout.drop),
+        scale_(dropout.scale),
+        first_(dropout.first_column) {}
 
   // The factors of columns [col, col + W): 0 or the scale. col is a multiple of W.
   TW_INLINE Vec factors(int64_t col) {
+    col += first_;
     const int64_t batch = col / (4 * W);
     if (batch != batch_) fill(batch);
     return load(factors_ + col % (4 * W));
@@ -34,6 +39,7 @@ class MaskRow {
   const uint64_t seed_, row_;
   const uint32_t drop_;
   const float scale_;
+  const int64_t first_;
   int64_t batch_ = -1;
   alignas(64) float factors_[4 * W];
 };

@@ -16,6 +16,7 @@ class DropoutMask {
   // mask_row: the row of query 0 in the dropout mask. The first key (row or column) is a multiple of 4.
   __device__ __forceinline__ void generate(const Dropout& dropout, int64_t mask_row, int row, int column) {
     const auto seed = static_cast<uint64_t>(*dropout.seed);
+    (kTransposed ? row : column) += static_cast<int>(dropout.first_column);
 #pragma unroll
     for (uint32_t& word : bits_) word = 0;
 #pragma unroll

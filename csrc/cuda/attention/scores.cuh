@@ -19,7 +19,8 @@ struct Head {
   int b, h, kv, queries, keys, shift;
   int low_offset, high_offset;     // query i sees keys i + low_offset to i + high_offset
   int64_t first_query, first_key;  // of a packed sequence, else 0
-  int64_t statistics_begin;        // query 0 in the row statistics [B, H, Nq] and in the rows of the dropout mask
+  int64_t statistics_begin;        // query 0 in the row statistics [B, H, Nq]
+  int64_t mask_begin;              // query 0 in the rows of the dropout mask
 
   __device__ __forceinline__ Head(const AttentionInputs& p, int b, int h) : Head(p, b, h, static_cast<int>(p.keys)) {}
 
@@ -30,12 +31,14 @@ struct Head {
     queries = static_cast<int>(p.queries);
     keys = keys_here;
     statistics_begin = p.row(b, h);
+    mask_begin = p.mask_row(b, h);
     if (p.cu_seqlens_q != nullptr) {
       extent(p.cu_seqlens_q + b, p.total_q, first_query, queries);
       extent(p.cu_seqlens_k + b, p.total_k, first_key, keys);
       statistics_begin = p.row(0, h) + first_query;
+      mask_begin = p.mask_row(0, h) + first_query;
     }
-    shift = p.bottom_right ? keys - queries : 0;
+    shift = bounded((p.bottom_right ? keys - queries : 0) + p.offset);
     low_offset = bounded(shift - p.left);
     high_offset = bounded(shift + p.right);
   }

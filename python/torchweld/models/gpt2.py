@@ -99,22 +99,23 @@ class Attention(nn.Module):
 
     def __init__(self, config: GPT2Config, ops: ModuleType, layer: int, bias: bool = True) -> None:
         super().__init__()
-        self.n_head, self.dropout, self.layer = config.n_head, config.dropout, layer
+        self.head_size, self.dropout, self.layer = config.n_embd // config.n_head, config.dropout, layer
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias)
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
         self.scaled_dot_product_attention = ops.scaled_dot_product_attention
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        B, N, C = x.shape
-        heads = self.c_attn(x).view(B, N, 3, self.n_head, C // self.n_head)
+        heads = self.c_attn(x)
+        if heads.dim() == 3:  # else they are: where they are spread over processes
+            heads = heads.unflatten(-1, (3, -1, self.head_size))
         q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, N, D), a view
         past = 0
         if cache is not None:
             past = cache.length
             k, v = cache.extend(self.layer, k, v)
         y = self.attend(q, k, v, past)
-        return self.c_proj(y.transpose(1, 2).reshape(B, N, C))
+        return self.c_proj(y.transpose(1, 2).flatten(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
         """q (B, H, N, D), k and v (B, H, past + N, D) -> (B, H, N, D)."""
@@ -183,13 +184,17 @@ class GPT2(Decoder):
             elif p.dim() > 1:
                 p.normal_(std=0.02 / math.sqrt(2 * self.config.n_layer) if "c_proj" in name else 0.02)
 
-    def hidden(self, tokens: Tensor, cache: KVCache | None = None) -> Tensor:
-        """tokens: (B, N) of int64. Returns the final normed stream, (B, N, C)."""
+    def hidden(self, tokens: Tensor, cache: KVCache | None = None, positions: Tensor | None = None) -> Tensor:
+        """tokens: (B, N) of int64. Returns the final normed stream, (B, N, C).
+
+        `positions` (N): where the tokens stand in a sequence of which they are a part; without a cache.
+        """
         start = cache.length if cache is not None else 0
         end, limit = start + tokens.shape[1], self.config.n_positions
         if end > limit:
             raise UserError(f"{type(self).__name__}: expected at most n_positions = {limit} tokens, but got {end}")
-        x = self.drop(self.wte(tokens) + self.wpe.weight[start:end])
+        places = self.wpe.weight[start:end] if positions is None else self.wpe(positions)
+        x = self.drop(self.wte(tokens) + places)
         residual = None
         for block in self.h:
             x, residual = block(x, residual, cache)
@@ -201,20 +206,26 @@ class GPT2(Decoder):
         """Of the token that follows each position: (..., C) -> (..., V)."""
         return F.linear(hidden, self.wte.weight)
 
-    def forward(self, tokens: Tensor, cache: KVCache | None = None, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        cache: KVCache | None = None,
+        targets: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
         """Logits of the token that follows each one: (B, N) -> (B, N, V). `cache` holds the tokens before, if any.
 
         With `targets` (B, N) it returns the mean loss, and the logits are never in memory.
         """
-        hidden = self.hidden(tokens, cache)
+        hidden = self.hidden(tokens, cache, positions)
         if targets is None:
             return self.logits(hidden)
         loss: Tensor = self.linear_cross_entropy(hidden, self.wte.weight, targets)
         return loss
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """The mean cross-entropy in nats of `targets` (B, N) after `tokens` (B, N)."""
-        loss: Tensor = self(tokens, targets=targets)  # by the call, which hooks see
+    def loss(self, tokens: Tensor, targets: Tensor, positions: Tensor | None = None) -> Tensor:
+        """The mean cross-entropy in nats of `targets` (B, N) after `tokens` (B, N); `positions` as in `hidden`."""
+        loss: Tensor = self(tokens, targets=targets, positions=positions)  # by the call, which hooks see
         return loss
 
     def published(self) -> dict[str, Tensor]:

@@ -31,7 +31,13 @@ class Modifiers(NamedTuple):
 
 
 class Options(NamedTuple):
-    """The numbers. -1 means: no bound of the band, an unknown length."""
+    """The numbers. -1 means: no bound of the band, an unknown length.
+
+    The last six place a call that is a part of a longer attention in the whole. `part`: the backward gets the output
+    and the statistics of rows that see other keys too. `offset` is added to the shift of
+    query i against the keys. `mask_*` say which part of the dropout mask [B, heads, queries] x keys this is: the row of
+    query 0 of head 0, the sizes of the whole (0: those of the call), and the column of key 0, a multiple of 64.
+    """
 
     scale: float
     softcap: float = 0.0
@@ -41,6 +47,12 @@ class Options(NamedTuple):
     dropout_p: float = 0.0
     max_seqlen_q: int = -1
     max_seqlen_k: int = -1
+    part: bool = False
+    offset: int = 0
+    mask_first: int = 0
+    mask_heads: int = 0
+    mask_queries: int = 0
+    mask_column: int = 0
 
 
 PLAIN = Modifiers()
@@ -75,6 +87,12 @@ def row_statistics(query: Tensor, rows: int) -> Tensor:
     """
     shape = query.shape[:3] if query.dim() == 4 else query.shape[1::-1]
     return query.new_empty((rows, *shape), dtype=torch.float32)
+
+
+def score_unit(query: Tensor, modifiers: Modifiers, options: Options) -> float:
+    """A score is this times what row statistics count in: score_unit (csrc/cpu), score_scale_of (csrc/cuda)."""
+    plain = 1e-30 < options.scale < 1e30 and options.softcap == 0 and modifiers.bias is modifiers.alibi_slopes is None
+    return options.scale if plain and not (query.is_cuda and options.dropout_p > 0) else 1.0
 
 
 def wide_output(output: Tensor) -> Tensor | None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from torchweld import _torch, reference
+from torchweld._torch import constant_for_dynamo
 from torchweld.ops._arguments import FREED, check_memory, defined, explain, is_freed
 from torchweld.ops._flops import inform_counters
 from torchweld.ops._records import Layout
@@ -22,6 +23,11 @@ _dispatch_modes = _torch.dispatch_modes
 _function_modes = _torch.function_modes
 _profiling = _torch.profiling
 _PLAIN = frozenset((Tensor, torch.nn.Parameter, type(None)))
+_DTENSOR = "torch.distributed.tensor"  # the module of DTensor, which costs half a second to import
+_on_dtensors: list[Callable[..., Any]] = []  # what serves calls with DTensors, once it is found
+_find: list[Callable[[], Callable[..., Any]]] = []
+# What compiled calls of attention go to, the last first: function(ours, *args, **options). Eager ones meet a mode.
+compiled_attention: list[Callable[..., Any]] = []
 
 
 def register(
@@ -112,6 +118,8 @@ def elsewhere(
         TypeError: one of `tensors` is neither a tensor nor None.
     """
     if compiling():
+        if compiled_attention and ours.__name__ in ("attention", "scaled_dot_product_attention"):
+            return partial(compiled_attention[-1], ours)
         if all(type(t) in _PLAIN for t in tensors):
             return None
     elif _PLAIN.issuperset(map(type, tensors)) and not _function_modes():
@@ -125,6 +133,9 @@ def _elsewhere(
     for name, t in zip(names, tensors, strict=True):
         if t is not None and not isinstance(t, Tensor):
             raise TypeError(f"[{ours.__name__}] {name}: expected a torch.Tensor, but got {type(t).__name__}")
+    if any(type(t).__module__ == _DTENSOR for t in tensors):
+        _find_once()
+        return partial(_on_dtensors[0], ours)
     theirs = twin or getattr(reference, ours.__name__)
     if compiling():
         return theirs
@@ -141,6 +152,19 @@ def _elsewhere(
     elif all(c.__torch_dispatch__ is Tensor.__torch_dispatch__ or issubclass(c, _TRACERS) for c in classes):
         return None
     return partial(defined, theirs, ours.__name__, dict(zip(names, tensors, strict=True)))
+
+
+def serve_dtensors(find: Callable[[], Callable[..., Any]]) -> None:
+    """Tells what serves calls with DTensors: `find()(function, *args, **options)`, found at the first such call."""
+    _find[:] = [find]
+
+
+def _find_once() -> None:
+    if not _on_dtensors:
+        _on_dtensors.append(_find[0]())
+
+
+constant_for_dynamo(_find_once)  # an import is not traced
 
 
 _KEEP_TYPE = (Tensor.__torch_function__.__func__, None)  # type: ignore[attr-defined]  # None: of Parameter

@@ -95,6 +95,19 @@ _backward_op = register(
     _backward_fake,
 )
 
+
+def row_losses(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """The losses of rows that all count, and their statistics (2, N): max and sum(exp(logits - max)). float32."""
+    loss, stats = _forward_op(logits, target, -1, 0.0)
+    return loss, stats
+
+
+def row_gradients(dloss: Tensor, logits: Tensor, target: Tensor, stats: Tensor) -> Tensor:
+    """The gradient of the logits, by the statistics of whole rows of which `logits` may be a part."""
+    dlogits: Tensor = _backward_op(dloss, logits, target, -1, 0.0, stats)
+    return dlogits
+
+
 # ---- Autograd
 
 

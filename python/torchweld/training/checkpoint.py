@@ -177,19 +177,25 @@ def load_training(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return training, _read_tensors(checkpoint / "optimizer.safetensors")
 
 
-def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name."""
+def optimizer_tensors(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, whole: Callable[[str, Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """The optimizer's state by parameter name. `whole(name, value)`: of a state that is spread over processes."""
     return {
-        f"{name}/{key}": value
+        f"{name}/{key}": whole(name, value)
         for name, parameter in model.named_parameters()
         for key, value in optimizer.state[parameter].items()
     }
 
 
 def restore_optimizer(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, name: str, tensors: dict[str, Tensor]
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    name: str,
+    tensors: dict[str, Tensor],
+    own: Callable[[str, Tensor], Tensor],
 ) -> None:
-    """The inverse of `optimizer_tensors`, for the optimizer `name`.
+    """The inverse of `optimizer_tensors`, for the optimizer `name`; `own` is that of `whole`.
 
     Raises:
         UserError: the tensors belong to another model or optimizer.
@@ -210,7 +216,9 @@ def restore_optimizer(
             f"of another kind"
         )
     ordered = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {index: states[names[parameter]] for index, parameter in enumerate(ordered)}
+    state = {
+        index: {key: own(names[p], value) for key, value in states[names[p]].items()} for index, p in enumerate(ordered)
+    }
     # load_state_dict knows which of them move to the parameter's device and dtype.
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 

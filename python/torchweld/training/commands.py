@@ -153,6 +153,11 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="work on each batch in N parts, in the memory of one (default: 1)",
     )
+    parser.add_argument(
+        "--parallel",
+        metavar="KIND",
+        help="what several processes share: data (default), fsdp, tensor or context (gpt2 and gpt3)",
+    )
     parser.add_argument("--optimizer", help=f"{', '.join(OPTIMIZERS)} (default: adamw)")
     parser.add_argument("--learning-rate", type=number(0.0, above=True), metavar="X", help="at its peak")
     parser.add_argument("--seed", type=whole(0), metavar="N", help="of weights, data order and sample (default: 0)")

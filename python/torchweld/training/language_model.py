@@ -36,6 +36,7 @@ class LanguageModel:
     input: str = "text"
     unit: str = "nats per token"
     counted: str = "tokens"
+    splits: bool = True  # its model can be spread over processes, and so can its sequences
     options: Mapping[str, str | None] = field(default_factory=dict)
     defaults: Mapping[str, str] = field(default_factory=dict)
 
@@ -80,8 +81,8 @@ class LanguageModel:
 
     def losses(self, model: gpt2.GPT2, *tensors: Tensor) -> dict[str, Tensor]:
         """The mean cross-entropy of the targets, in nats."""
-        inputs, targets = tensors
-        return {"loss": model.loss(inputs, targets)}
+        inputs, targets, *positions = tensors  # the last where the sequences are spread over processes
+        return {"loss": model.loss(inputs, targets, *positions)}
 
     def read_config(self, values: dict[str, Any]) -> gpt2.GPT2Config:
         """As in `Program`."""

@@ -11,25 +11,43 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from torchweld.errors import UserError
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Processes:
-    """This process among `count`, and its device. The first one, of rank 0, is the one that prints and saves."""
+    """This process among `count`, and its device. The first one, of rank 0, is the one that prints and saves.
+
+    Attributes:
+        parallel: what they share: "data" and "fsdp" the sequences of a batch, "tensor" the layers of the model,
+            "context" the tokens of each sequence.
+    """
 
     rank: int = 0
     count: int = 1
     device: str = "cpu"
+    parallel: str = "data"
 
     @property
     def first(self) -> bool:
         return self.rank == 0
 
+    @property
+    def replicas(self) -> int:
+        """Among how many the sequences of a batch are shared."""
+        return self.count if self.parallel in ("data", "fsdp") else 1
+
+    @property
+    def replica(self) -> int:
+        """Which of them this process belongs to."""
+        return self.rank if self.replicas > 1 else 0
+
     def share(self, parts: Sequence[T]) -> Sequence[T]:
-        """This process's ones of the parts of all, whose number is a multiple of the processes'."""
-        each = len(parts) // self.count
-        return parts[self.rank * each : (self.rank + 1) * each]
+        """This process's ones of the parts of all, whose number is a multiple of the replicas'."""
+        each = len(parts) // self.replicas
+        return parts[self.replica * each : (self.replica + 1) * each]
 
     def mean(self, *values: float) -> list[float]:
         """The mean over all processes of each value."""
@@ -61,10 +79,19 @@ def local_rank() -> int | None:
 
 
 @contextmanager
-def joined(device: str) -> Iterator[Processes]:
-    """Joins the processes that `torchrun` started together with this one, over NCCL on GPUs and gloo on CPUs."""
+def joined(device: str, parallel: str = "data") -> Iterator[Processes]:
+    """Joins the processes that `torchrun` started together with this one, over NCCL on GPUs and gloo on CPUs.
+
+    Raises:
+        UserError: one process, where several are to share something else than a batch.
+    """
     count = int(os.environ.get("WORLD_SIZE", "1"))
     if local_rank() is None or count == 1:
+        if parallel != "data":
+            raise UserError(
+                f"--parallel {parallel}: expected several processes, but got one; start them with: "
+                f"torchrun --nproc-per-node N -m torchweld train ..."
+            )
         yield Processes(device=device)
         return
     on_gpu = torch.device(device).type == "cuda"
@@ -72,6 +99,8 @@ def joined(device: str) -> Iterator[Processes]:
         torch.cuda.set_device(device)
     dist.init_process_group("nccl" if on_gpu else "gloo")
     try:
-        yield Processes(dist.get_rank(), count, device)
+        if not on_gpu:  # one that fails before the others have found it would be a lost connection to them
+            dist.barrier()
+        yield Processes(dist.get_rank(), count, device, parallel)
     finally:
         dist.destroy_process_group()

@@ -21,6 +21,7 @@ from torchweld.training.machine import deferred_interrupt, forced_backend, pick_
 from torchweld.training.processes import Processes, joined
 from torchweld.training.program import Batch, Data, Outcome, Program
 from torchweld.training.settings import Settings
+from torchweld.training.sharing import check_sharing
 from torchweld.training.trainer import DTYPES, RIVALS, Trainer
 
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
@@ -46,11 +47,11 @@ class Job:
 
     def batches(self, step: int) -> list[Batch]:
         """The parts of a step's batch, of all processes."""
-        parts = self.processes.count * self.settings.accumulate
+        parts = self.processes.replicas * self.settings.accumulate
         return self.program.batches(self.data, self.settings, self.config, step, parts)
 
     def save(self) -> Path:
-        """Writes a checkpoint of our trainer, which is the same in all processes; returns its directory."""
+        """Writes a checkpoint of our trainer; returns its directory. All processes call this, and the first writes."""
         ours = self.trainers[0]
         training = {
             "settings": asdict(self.settings),
@@ -58,23 +59,31 @@ class Job:
             "losses": ours.losses,
             "validation": ours.validation,
         }
-        state = checkpoint.optimizer_tensors(ours.model, ours.optimizer)
-        return checkpoint.save(self.out, ours.step, self._weights(), state, training)
+        state = checkpoint.optimizer_tensors(
+            ours.model, ours.optimizer, lambda name, t: ours.sharing.whole_state(ours.model, name, t)
+        )
+        weights = self._weights()
+        if self.processes.first:
+            return checkpoint.save(self.out, ours.step, weights, state, training)
+        return self.out
 
     def save_best(self) -> None:
         """Keeps the weights of our trainer if no validation was better than the last one."""
         ours = self.trainers[0]
         if ours.validation[-1][1] <= min(loss for _, loss in ours.validation):
-            checkpoint.save_best(self.out, ours.step, self._weights())
+            weights = self._weights()
+            if self.processes.first:
+                checkpoint.save_best(self.out, ours.step, weights)
 
     def _weights(self) -> checkpoint.Weights:
         config = self.program.write_config(self.config, self.data)
-        return checkpoint.Weights(config, self.trainers[0].model, self.data.files)
+        ours = self.trainers[0]
+        return checkpoint.Weights(config, ours.sharing.whole(ours.model), self.data.files)
 
 
 def start(args: argparse.Namespace, program: Program, processes: Processes, kept: KeptMemory | None) -> Job:
     """A fresh run in an output directory of its own. `kept`: what malloc keeps in this process, if it was asked to."""
-    settings = Settings.fresh(args, program, processes.count)
+    settings = Settings.fresh(args, program, processes.replicas)
     optimizers.choice(settings.optimizer)
     out = Path(args.out or default_out(program))
     if not args.overwrite and (found := checkpoint.checkpoints(out)):
@@ -131,7 +140,7 @@ def resume(args: argparse.Namespace, program: Program, processes: Processes, kep
     source = checkpoint.locate(Path(args.resume or args.out or default_out(program)))
     training, state = checkpoint.load_training(source)
     stored, step = training["settings"], training["step"]
-    settings = Settings.resumed(args, program, stored, step, processes.count)
+    settings = Settings.resumed(args, program, stored, step, processes.replicas)
     config, weights = checkpoint.load_model(source, program.read_config)
     with processes.one_after_another():
         data = program.data(settings, config, source)
@@ -141,8 +150,11 @@ def resume(args: argparse.Namespace, program: Program, processes: Processes, kep
             f"give the same files with --data, or start a new run with --out DIR"
         )
     trainer = Trainer(program, config, settings, processes, args.dtype)
-    trainer.model.load_hugging_face(weights)
-    checkpoint.restore_optimizer(trainer.model, trainer.optimizer, settings.optimizer, state)
+    shared, model = trainer.sharing, trainer.model
+    shared.load(model, weights)
+    checkpoint.restore_optimizer(
+        model, trainer.optimizer, settings.optimizer, state, lambda name, t: shared.own_state(model, name, t)
+    )
     trainer.losses = training["losses"]
     trainer.validation = [(step, loss) for step, loss in training["validation"]]
     if processes.first:
@@ -168,34 +180,38 @@ def train(job: Job, console: Console) -> bool:
                 for trainer in job.trainers:
                     trainer.validate(job.validation)
                 reporter.validation(job.trainers)
-                if processes.first:
-                    if settings.keep_best:
-                        job.save_best()
-                    job.save()
+                if settings.keep_best:
+                    job.save_best()
+                job.save()
             if processes.any(interrupted()) and ours.step < steps:
-                if processes.first:
-                    job.save()
+                job.save()
                 return False
     return True
 
 
 def finish(job: Job, found: Findings) -> None:
-    """Shows what came out: checkpoint, loss curve, what the program has to say, and the page with all of it."""
-    ours = job.trainers[0]
+    """Shows what came out: checkpoint, loss curve, what the program has to say, and the page with all of it.
+
+    All processes call it, for a shared model is gathered by all; the first one shows.
+    """
+    ours, saved = job.trainers[0], job.save()
+    model = ours.sharing.whole(ours.model)
+    if not job.processes.first:
+        return
     baselines = job.program.baselines(job.data, job.validation)
     console = found.console
-    console.print(f"checkpoint: {job.save()}")
+    console.print(f"checkpoint: {saved}")
     loss = ours.validation[-1][1]
     if job.settings.keep_best and (best := checkpoint.best(job.out)) is not None:
         loss = min(loss for _, loss in ours.validation)
-        ours.model.load_hugging_face(checkpoint.load_model(best, job.program.read_config)[1])
+        model.load_hugging_face(checkpoint.load_model(best, job.program.read_config)[1])
         console.print(f"best validation: {best}, loss {loss:.4f}")
     curve = job.out / "loss.png"
     drawn = report.plot(curve, job.program, job.trainers, baselines)
     console.print(f"loss curve: {curve if drawn else 'not drawn, matplotlib is missing: pip install torchweld[plot]'}")
-    ours.model.eval()
+    model.eval()
     result = loss, baselines, ours.precision()
-    job.program.show(Outcome(job.out, ours.model, job.data, job.settings, job.validation, *result), found)
+    job.program.show(Outcome(job.out, model, job.data, job.settings, job.validation, *result), found)
     whole = page.write(job.out / "report.html", job.program, job.settings, job.trainers, baselines, loss, found)
     console.print(f"all of it in a page: {whole}")
 
@@ -206,10 +222,12 @@ def run(args: argparse.Namespace, program: Program) -> int:
     device = pick_device(args.device)
     if args.dtype not in DTYPES:
         raise UserError(f"--dtype: expected one of {', '.join(DTYPES)}, but got {args.dtype!r}")
+    parallel = getattr(args, "parallel", None) or "data"
+    check_sharing(parallel, program, args.compare)
     console = Console(highlight=False, markup=False, soft_wrap=True)
     processes = Processes()
     try:
-        with forced_backend(args.backend, device), joined(device) as processes:
+        with forced_backend(args.backend, device), joined(device, parallel) as processes:
             console.quiet = not processes.first
             on_cpu = torch.device(device).type == "cpu"
             kept = keep_memory() if args.keep_memory and on_cpu else None
@@ -223,8 +241,7 @@ def run(args: argparse.Namespace, program: Program) -> int:
             if len(job.trainers) > 1:
                 agree = report.compare(found, job.trainers)
             if complete:
-                if processes.first:
-                    finish(job, found)
+                finish(job, found)
                 console.print(f"done in {time.perf_counter() - began:.0f} s")
                 return 0 if agree else 1
             console.print(
@@ -259,7 +276,8 @@ def _introduce(job: Job, device: str, dtype: str, found: Findings) -> None:
         f"{settings.optimizer}",
     )
     threads = f", {torch.get_num_threads()} thread(s)" if torch.device(device).type == "cpu" else ""
-    together = f"{job.processes.count} processes, each on " if job.processes.count > 1 else ""
+    kind = "" if job.processes.parallel == "data" else f" ({job.processes.parallel} parallel)"
+    together = f"{job.processes.count} processes{kind}, each on " if job.processes.count > 1 else ""
     found.introduce("device", f"{together}{device}{threads}, {dtype}, kernels of the {backend.active(device)} backend")
     if job.trainers[0].step:
         found.console.print(f"resuming after step {job.trainers[0].step}")

@@ -20,6 +20,7 @@ from torchweld.training import optimizers
 from torchweld.training.processes import Processes
 from torchweld.training.program import Batch, Program
 from torchweld.training.settings import Settings
+from torchweld.training.sharing import sharing
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 OURS, RIVALS = "torchweld", ("torch", "torch.compile")
@@ -40,7 +41,7 @@ class _Losses(nn.Module):
 class Trainer:
     """Trains the model of a program: on torchweld's functions and optimizer, or as one of `RIVALS` on torch's own.
 
-    Several processes share each batch; DistributedDataParallel averages their gradients.
+    Several processes share what `Processes.parallel` says.
 
     Attributes:
         losses, seconds, counts: of each step; the latter two only of those that this process ran.
@@ -54,9 +55,9 @@ class Trainer:
         self.name, self.settings, self.processes, self.dtype = name, settings, processes, DTYPES[dtype]
         self.program, self.device = program, torch.device(processes.device)
         self.model = program.model(config, torchweld.ops if name == OURS else stock).to(self.device)
-        self.loss: nn.Module = _Losses(program, self.model, compiled=name == "torch.compile")
-        if processes.count > 1:
-            self.loss = DistributedDataParallel(self.loss)
+        self.sharing = sharing(program, processes)
+        self.sharing.spread(self.model)
+        self.loss = self.sharing.wrap(_Losses(program, self.model, compiled=name == "torch.compile"))
         self.optimizer: torch.optim.Optimizer = optimizers.build(
             settings, self.model.parameter_groups, ours=name == OURS
         )
@@ -81,7 +82,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = self.settings.rate(self.step)
         # Dropout, like the batches, is a function of seed and step alone, so resuming is free.
-        seed = np.random.default_rng((self.settings.seed, self.step, self.processes.rank)).integers(2**63)
+        seed = np.random.default_rng((self.settings.seed, self.step, self._stream)).integers(2**63)
         torch.manual_seed(int(seed))
         self.optimizer.zero_grad()
         totals, own = _total(parts), self.processes.share(parts)
@@ -89,8 +90,8 @@ class Trainer:
         for index, part in enumerate(own):
             with self._unshared() if index < len(own) - 1 else nullcontext():
                 losses = self._evaluate(self.loss, part)
-                # A mean over a part counts as much as its part of all items; DDP divides by the processes.
-                weights = {name: part.weights[name] / totals[name] * self.processes.count for name in losses}
+                # A mean over a part counts as much as its part of all items; DDP and FSDP divide by the processes.
+                weights = {name: part.weights[name] / totals[name] * self.processes.replicas for name in losses}
                 losses = {name: loss * weights[name] for name, loss in losses.items()}
                 torch.stack([*losses.values()]).sum().backward()
             shares.append({name: loss.detach() for name, loss in losses.items()})
@@ -117,12 +118,17 @@ class Trainer:
         self.model.eval()
         totals = _total(batches)
         sums = dict.fromkeys(totals, 0.0)
-        for batch in batches[self.processes.rank :: self.processes.count]:
+        replica, replicas = self.processes.replica, self.processes.replicas
+        for first in range(0, len(batches), replicas):
+            # Where the model is spread all processes call it equally often, so one without a batch takes the first.
+            counts = first + replica < len(batches)
+            batch = batches[first + replica if counts else 0]
             for name, loss in self._evaluate(self.program_losses, batch).items():
-                sums[name] += loss.item() * batch.weights[name]
-        summed = [each * self.processes.count for each in self.processes.mean(*sums.values())]
+                sums[name] += loss.item() * batch.weights[name] * counts
+        summed = [each * replicas for each in self.processes.mean(*sums.values())]
         mean = math.fsum(part / total for part, total in zip(summed, totals.values(), strict=True))
         self.model.train()
+        self.sharing.settle(self.model)
         self.validation.append((self.step, mean))
         return mean
 
@@ -135,13 +141,20 @@ class Trainer:
         """Tokens or images a second of each step that this process ran."""
         return [count / seconds for count, seconds in zip(self.counts, self.seconds, strict=True)]
 
+    @property
+    def _stream(self) -> int:
+        """Of random numbers: processes that share a layer draw the same."""
+        return self.processes.replica if self.processes.parallel == "tensor" else self.processes.rank
+
     def _unshared(self) -> AbstractContextManager[None]:
         """Gradients stay with the process: the last part of a step adds them up over all."""
         return self.loss.no_sync() if isinstance(self.loss, DistributedDataParallel) else nullcontext()
 
     def _evaluate(self, losses: Callable[..., dict[str, Tensor]], batch: Batch) -> dict[str, Tensor]:
-        with self.precision():
-            return losses(*(tensor.to(self.device) for tensor in batch.tensors))
+        tensors = self.sharing.inputs(tuple(tensor.to(self.device) for tensor in batch.tensors))
+        with self.precision(), self.sharing.around():
+            found = losses(*tensors)
+        return {name: loss.full_tensor() if hasattr(loss, "full_tensor") else loss for name, loss in found.items()}
 
     def precision(self) -> AbstractContextManager[None]:
         """The context in which the model computes in `dtype`."""

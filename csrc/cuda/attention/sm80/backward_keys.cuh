@@ -93,7 +93,7 @@ __global__ void __launch_bounds__(BackwardShape<T, D, kPlain>::kThreads, 2)
     if constexpr (kKey) multiply_rows<T, D, true>(ds, rows + memory.own[1] - memory.own[0], memory.streamed(step, 1));
     const bool uses_dropout = !kPlain && p.dropout.seed != nullptr;
     DropoutMask<true, MT, NT> keep;
-    if (uses_dropout) keep.generate(p.dropout, head.statistics_begin, row0, i0);
+    if (uses_dropout) keep.generate(p.dropout, head.mask_begin, row0, i0);
     if constexpr (kKey)
       subtract_delta(p, ds, uses_dropout, keep, [&](int, int n, int e) { return column_statistics(gradient, n, e); });
 

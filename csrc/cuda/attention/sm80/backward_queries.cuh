@@ -18,7 +18,7 @@ __device__ __forceinline__ void compute_dscores(const Backward& p, const Head& h
   multiply_rows<T, D>(ds, memory.own_rows(1), memory.streamed(step, 1));
   const bool uses_dropout = !kPlain && p.dropout.seed != nullptr;
   DropoutMask<false, MT, NT> keep;
-  if (uses_dropout) keep.generate(p.dropout, head.statistics_begin, row0, j0);
+  if (uses_dropout) keep.generate(p.dropout, head.mask_begin, row0, j0);
   subtract_delta(p, ds, uses_dropout, keep, [&](int m, int, int e) { return statistics.gradient[m][e / 2]; });
   const ScorePositions<false> positions{head, row0, j0};
   using Shape = BackwardShape<T, D, kPlain>;

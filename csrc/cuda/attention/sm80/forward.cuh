@@ -81,7 +81,7 @@ __global__ void __launch_bounds__(ForwardShape<T, D, kPlain>::kThreads, 2) forwa
     softmax.merge(s, output, scale_log2);
     if (uses_dropout) {
       DropoutMask<false, MT, NT> keep;
-      keep.generate(p.dropout, head.statistics_begin, row0, j0);
+      keep.generate(p.dropout, head.mask_begin, row0, j0);
       apply_dropout(s, keep);
     }
 

@@ -89,7 +89,7 @@ __global__ void __launch_bounds__(BiasShape<D>::kThreads, 1) backward_bias(const
     const ScorePositions<false> positions{head, i0 + warp_row, j0};
     const bool unmasked = head.all_visible(i0 + row, 64, j0, Shape::kKeys), uses_dropout = p.dropout.seed != nullptr;
     DropoutMask<false, 1, NT> keep;
-    if (uses_dropout) keep.generate(p.dropout, head.statistics_begin, i0 + warp_row, j0);
+    if (uses_dropout) keep.generate(p.dropout, head.mask_begin, i0 + warp_row, j0);
     subtract_delta(p, ds, uses_dropout, keep, [&](int m, int, int e) { return statistics.gradient[m][e / 2]; });
     modify_scores(p, positions, unmasked, s, ds, false);
     if (!unmasked) {

@@ -132,7 +132,7 @@ __global__ void __launch_bounds__(KeysShape<D>::kThreads, 1) backward_keys(const
         }
       } else {
         ptx::wgmma_wait<0>();
-        if (uses_dropout) keep.generate(p.dropout, head.statistics_begin, row0, i0);
+        if (uses_dropout) keep.generate(p.dropout, head.mask_begin, row0, i0);
         if constexpr (kKey) subtract_delta(p, ds, uses_dropout, keep, gradient);
         modify_scores(p, positions, unmasked, s, kKey ? ds : nullptr);
         if (!unmasked) {

@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(QueriesShape<D, kPlain>::kThreads, 1)
       } else {
         ptx::wgmma_wait<0>();
         const bool uses_dropout = p.dropout.seed != nullptr;
-        if (uses_dropout) keep.generate(p.dropout, head.statistics_begin, row0, j0);
+        if (uses_dropout) keep.generate(p.dropout, head.mask_begin, row0, j0);
         subtract_delta(p, ds, uses_dropout, keep, gradient);
         modify_scores(p, positions, unmasked, s, ds, p.dquery != nullptr);
         if (!unmasked) {

@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(ForwardShape<D, kPlain, kGroups>::kThreads, 1)
     softmax.exponentiate(s, scale_log2, rescale);
     if (uses_dropout) {
       DropoutMask<false, 1, NT> keep;
-      keep.generate(p.dropout, head.statistics_begin, row0, j0);
+      keep.generate(p.dropout, head.mask_begin, row0, j0);
       apply_dropout(s, keep);
     }
   };

@@ -1,0 +1,18 @@
+"""torchweld on several devices: layers and sequences spread over them. DTensors need nothing from here."""
+
+from torchweld.distributed.attention import all_to_all_attention, ring_attention
+from torchweld.distributed.context import context_parallel
+from torchweld.distributed.plans import full_parameter, local_parameter, tensor_parallel
+from torchweld.distributed.sequence import gather_sequence, sequence_positions, shard_sequence
+
+__all__ = [
+    "all_to_all_attention",
+    "context_parallel",
+    "full_parameter",
+    "gather_sequence",
+    "local_parameter",
+    "ring_attention",
+    "sequence_positions",
+    "shard_sequence",
+    "tensor_parallel",
+]
