@@ -123,6 +123,30 @@ def test_the_forced_instruction_set_is_what_runs() -> None:
     assert len({seen[isa] for isa in widths}) == len(widths)
 
 
+@pytest.mark.skipif(shutil.which("cmake") is None, reason="needs cmake")
+@pytest.mark.parametrize(
+    ("prints", "expected"),
+    [
+        ("9.0", "90a-real"),
+        ("8.0", "80"),
+        ("8.6\n9.0\n9.0", "80;90a-real"),
+        ("12.0", "80"),
+        ("7.5", "80;90a-real"),
+        ("No devices were found", "80;90a-real"),
+    ],
+)
+def test_cuda_code_is_built_for_the_gpus_that_are_here(prints: str, expected: str, tmp_path: Path) -> None:
+    tool, script = tmp_path / "nvidia-smi", tmp_path / "ask.cmake"
+    tool.write_text(f"#!/bin/sh\nprintf '{prints}\\n'\n")
+    tool.chmod(0o755)
+    script.write_text(
+        f'include({ROOT}/csrc/cuda/architectures.cmake)\ndefault_architectures(found)\nmessage(STATUS "<${{found}}>")\n'
+    )
+    environment = os.environ | {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    done = subprocess.run(["cmake", "-P", str(script)], env=environment, capture_output=True, text=True, check=True)
+    assert f"<{expected}>" in done.stdout
+
+
 @pytest.mark.skipif("avx512_bf16_fma" not in _cpu.available_isas(), reason="needs an Intel CPU with AVX-512 BF16")
 def test_products_by_multiply_adds_beside_bf16_conversions() -> None:
     q, k, v = (torch.randn(1, 2, 40, 64, dtype=torch.bfloat16) for _ in range(3))
