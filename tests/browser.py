@@ -52,10 +52,13 @@ TOO_FAINT = """() => {
   const found = [];
   for (const element of document.querySelectorAll("body *")) {
     const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
-    if (!own || !element.checkVisibility({visibilityProperty: true}) || element.closest("script, style")) continue;
-    const text = light(getComputedStyle(element).color), back = light(behind(element));
+    const hidden = element.closest("script, style, title") || !element.checkVisibility({visibilityProperty: true});
+    if (!own || hidden) continue;
+    const style = getComputedStyle(element);
+    const text = light(element.closest("svg") ? style.fill : style.color), back = light(behind(element));
     const ratio = (Math.max(text, back) + 0.05) / (Math.min(text, back) + 0.05);
-    if (ratio < 4.5) found.push([element.tagName, element.className, element.textContent.slice(0, 40), ratio]);
+    const name = element.className.baseVal ?? element.className;
+    if (ratio < 4.5) found.push([element.tagName, name, element.textContent.slice(0, 40), ratio]);
   }
   return found;
 }"""

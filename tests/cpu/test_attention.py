@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, ops
+from torchweld.ops._attention import Modifiers, Options
 from torchweld.testing import Case, Oracle, cases
 from torchweld.testing.attention import AttentionCase
 
@@ -173,8 +174,8 @@ def test_registered_ops_pass_opcheck() -> None:
     q, k, v = torch.randn(2, 4, 9, 8), torch.randn(2, 2, 12, 8), torch.randn(2, 2, 12, 5)
     merged = torch.randn(2, 9, 4, 8).transpose(1, 2)
     bias, slopes, sinks = torch.randn(4, 1, 12), torch.rand(4), torch.randn(4)
-    full = (bias, slopes, sinks, None, None, None, 0.3, 2.0, 5, 0, True, 0.0, -1, -1)
-    masked = (bias > 0, None, sinks, None, None, None, 0.3, 0.0, -1, -1, False, 0.0, -1, -1)
+    full = (*Modifiers(bias, slopes, sinks), *Options(0.3, softcap=2.0, left=5, right=0, bottom_right=True, offset=1))
+    masked = (*Modifiers(bias > 0, sinks=sinks), *Options(0.3))
     halves = (q.bfloat16(), k.bfloat16(), v.bfloat16())  # whose backward takes the output in float32
     for operands, rest in (((q, k, v), full), ((merged, k, v), masked), (halves, masked)):
         torch.library.opcheck(library.attention.default, (*operands, *rest))

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from torchweld import backend, ops, reference
+from torchweld.ops._attention import Modifiers, Options
 from torchweld.testing import Oracle
 from torchweld.testing.attention import PackedAttentionCase
 
@@ -188,8 +189,8 @@ def test_compiles_to_one_graph() -> None:
 def test_registered_ops_pass_opcheck() -> None:
     library = torch.ops.torchweld
     q, k, v, slopes, sinks = (t.detach() for t in leaves(torch.float32))
-    modifiers = (None, slopes, sinks, torch.tensor([3]), starts([2, 0, 3]), starts([3, 1, 3]))
-    rest = (*modifiers, 0.5, 0.0, -1, 0, True, 0.25, -1, 4)
+    modifiers = Modifiers(None, slopes, sinks, torch.tensor([3]), starts([2, 0, 3]), starts([3, 1, 3]))
+    rest = (*modifiers, *Options(0.5, right=0, bottom_right=True, dropout_p=0.25, max_seqlen_k=4))
     torch.library.opcheck(library.attention.default, (q, k, v, *rest))
     torch.library.opcheck(library.attention_forward.default, (q, k, v, *rest, 3))
     out, _, statistics = library.attention_forward(q, k, v, *rest, 2)

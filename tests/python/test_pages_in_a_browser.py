@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,49 +9,26 @@ from typing import Any
 import pytest
 
 import bench_rows
+from browser import TOO_FAINT, chromium
 from torchweld.bench import page
 
-CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("browser")]
 TABLE = "#table-all-measurements"
-
-# Elements whose text does not stand out from what lies behind it: WCAG 2.2, 1.4.3, asks for a ratio of 4.5.
-CONTRAST = """() => {
-  const parts = (colour) => colour.match(/[\\d.]+/g).map(Number);
-  const light = (colour) => {
-    const [r, g, b] = parts(colour).slice(0, 3).map((c) => c / 255)
-      .map((c) => (c <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4));
-    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
-  };
-  const behind = (element) => {
-    for (; element; element = element.parentElement) {
-      const [, , , alpha = 1] = parts(getComputedStyle(element).backgroundColor);
-      if (alpha > 0) return getComputedStyle(element).backgroundColor;
-    }
-    return "rgb(255, 255, 255)";
-  };
-  const found = [];
-  for (const element of document.querySelectorAll("body *")) {
-    const own = [...element.childNodes].some((node) => node.nodeType === 3 && node.textContent.trim());
-    if (!own || !element.checkVisibility() || element.closest("title, script")) continue;
-    const style = getComputedStyle(element);
-    const text = light(element.closest("svg") ? style.fill : style.color), back = light(behind(element));
-    const ratio = (Math.max(text, back) + 0.05) / (Math.min(text, back) + 0.05);
-    if (ratio < 4.5) found.push([element.tagName, element.className.baseVal ?? element.className, ratio]);
-  }
-  return found;
-}"""
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    api = pytest.importorskip("playwright.sync_api", reason="playwright, which drives the browser, is not installed")
-    if CHROMIUM is None:
-        pytest.skip("no Chromium: apt-get install chromium")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+    with chromium() as browser:
         yield browser
-        browser.close()
+
+
+def until(tab: Any, expression: str) -> None:
+    """Waits until an expression is true. Playwright's own wait compiles it in the page, which the page forbids."""
+    for _ in range(100):
+        if tab.evaluate(expression):
+            return
+        tab.wait_for_timeout(50)
+    raise AssertionError(f"not true after 5 seconds: {expression}")
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +102,7 @@ def test_dark_mode_follows_the_system_until_it_is_chosen(opened: Any) -> None:
     dark, button = shade(tab), tab.get_by_role("button", name="Dark mode")
     assert button.get_attribute("aria-pressed") == "true"
     tab.emulate_media(color_scheme="light")
-    tab.wait_for_function("document.documentElement.dataset.theme === 'light'")
+    until(tab, "document.documentElement.dataset.theme === 'light'")
     light = shade(tab)
     assert light != dark and button.get_attribute("aria-pressed") == "false"
     button.click()
@@ -150,7 +126,7 @@ def test_the_keyboard_reaches_everything(opened: Any) -> None:
     region = tab.get_by_role("region", name="All measurements")
     region.focus()
     tab.keyboard.press("End")
-    tab.wait_for_function("document.activeElement.scrollTop > 0")
+    until(tab, "document.activeElement.scrollTop > 0")
 
 
 @pytest.mark.parametrize("width", [360, 1280])
@@ -162,7 +138,7 @@ def test_nothing_is_wider_than_the_window(opened: Any, width: int) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_text_stands_out(opened: Any, scheme: str) -> None:
-    assert opened(color_scheme=scheme).evaluate(CONTRAST) == []
+    assert opened(color_scheme=scheme).evaluate(TOO_FAINT) == []
 
 
 def test_what_is_there_has_a_name(opened: Any) -> None:
