@@ -78,6 +78,7 @@ FAR = [
         for n in (8e4, -8e4, 8e9)
         for d, b in ((32, None), (64, None), (64, (1, 2, 40, 600)))
     ),
+    *(extreme(f"{q} queries, scores of 1e4", q, keys, 64, logits=1e4) for q, keys in ((1, 127), (2, 2), (4, 33))),
     extreme("far slopes", alibi=True, logits=1e3, lse=True),
     extreme("steep softcap", 190, 300, softcap=5.0, logits=1e3, alibi=True, lse=True, dtypes=(torch.float32,)),
     *(

@@ -4,7 +4,6 @@
 #pragma once
 
 #include "cpu/attention/gradient_operands.h"
-#include "cpu/attention/row_products.h"
 #include "cpu/attention/shared_keys.h"
 
 namespace torchweld::cpu {
@@ -21,11 +20,10 @@ class GradientTile {
   static constexpr int64_t kQueries = Operands::kQueries;
   using Queries = GradientQueries<T, Compute>;
   using Shared = SharedKeys<T, Compute>;
-  using Operand = TileOperand<T, Compute>;
 
   static int64_t scratch_words(const AttentionInputs& p, int64_t tile_keys) {
-    return Operand::words(tile_keys, p.dim) + Operand::words(tile_keys, p.value_dim) +
-           words_of<Compute>(tile_keys) * round_up(p.dim, W) +  // key
+    return tile_keys * (words_of<Compute>(p.dim) + words_of<Compute>(p.value_dim)) +  // key^T, value^T
+           words_of<Compute>(tile_keys) * round_up(p.dim, W) +                        // key
            Shared::copy_words(p, tile_keys) + 3 * kScoreRows * Operands::stride_of(tile_keys) +
            Operands::words(tile_keys);
   }
@@ -45,16 +43,19 @@ class GradientTile {
       scratch += words;
       return scratch - words;
     };
+    const int64_t key_steps = words_of<Compute>(p.dim), value_steps = words_of<Compute>(p.value_dim);
     const T* k = head_of<T>(p.key, p.key_strides, b, hk) + j0 * p.key_strides.row;
     const T* v = head_of<T>(p.value, p.value_strides, b, hk) + j0 * p.value_strides.row;
-    float* key = take(Operand::words(tile_keys, p.dim));
-    float* value = take(Operand::words(tile_keys, p.value_dim));
+    float* key = take(tile_keys * key_steps);
+    float* value = take(tile_keys * value_steps);
     float* steps = take(words_of<Compute>(tile_keys) * round_up(p.dim, W));
     float* copies = take(Shared::copy_words(p, tile_keys));
     // Blocks reach past the keys that queries see: what no query sees may be NaN, and zeros stand for it.
     const int64_t seen = max_of(min_of(keys, Band(p).high(p.queries - 1) - j0), 0);
-    key_.load(k, p.key_strides.row, seen, p.dim, p.queries, key);
-    value_.load(v, p.value_strides.row, seen, p.value_dim, p.queries, value);
+    pack_transposed<T, Compute>(k, p.key_strides.row, seen, p.dim, key);
+    pack_transposed<T, Compute>(v, p.value_strides.row, seen, p.value_dim, value);
+    key_ = {key, Compute::panel, Compute::panel * key_steps};
+    value_ = {value, Compute::panel, Compute::panel * value_steps};
     if (right_in_place<T, Compute>(p.dim)) {
       key_steps_ = {reinterpret_cast<const float*>(k), p.key_strides.row, kPanel};
     } else {
@@ -185,9 +186,10 @@ class GradientTile {
         columns[m / kBlockRows] =
             low < high ? Span{round_down(low, Compute::column_unit), round_up(high, Compute::column_unit)} : Span{0, 0};
       }
-      const Span seen{max_of(scores.band.low(i0) - j0_, 0), min_of(scores.band.high(i0 + count - 1) - j0_, keys_)};
-      key_.multiply(count, rows_from(rows.query, i0), columns, seen, products_, stride_);
-      value_.multiply(count, rows_from(rows.doutput, i0), columns, seen, dprobability_, stride_);
+      gemm_store<Compute>(count, words_of<Compute>(p_.dim), rows_from(rows.query, i0), key_, columns, products_,
+                          stride_);
+      gemm_store<Compute>(count, words_of<Compute>(p_.value_dim), rows_from(rows.doutput, i0), value_, columns,
+                          dprobability_, stride_);
       for (int64_t r = 0; r < count; r += Compute::per_word)
         body(i0 + r, min_of(Compute::per_word, count - r), r, columns[r / kBlockRows]);
     }
@@ -309,8 +311,7 @@ class GradientTile {
   const AttentionInputs& p_;
   const int64_t j0_, keys_, width_, tile_keys_, stride_;
   const bool exact_;                           // P is made to kExactDegree, in a pass of its own
-  TileOperand<T, Compute> key_, value_;        // to make products with rows of queries and of doutput
-  Right key_steps_;                            // key
+  Right key_, value_, key_steps_;              // key^T, value^T, key
   float *products_, *dprobability_, *slopes_;  // [kScoreRows, stride]
   Operands operands_;                          // P and dscores
 };

@@ -7,7 +7,6 @@ namespace torchweld::cpu {
 namespace {
 
 inline bool decodes(const AttentionForwardParams& p) {
-  // A packed sequence has the bits of a call of its own where lse or a gradient is wanted.
   if (p.lse != nullptr || p.max != nullptr || p.kv_heads == 0) return false;
   // With more rows the packed products win. With few keys the bits had better not depend on whether lse is wanted.
   const int64_t most = p.keys < 256 ? 4 : p.dtype == DType::float32 ? 32 : 16;

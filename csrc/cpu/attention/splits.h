@@ -7,7 +7,6 @@
 // and key head. Dao, Haziza, Massa, Sizov: Flash-Decoding, 2023.
 #pragma once
 
-#include "cpu/attention/row_products.h"
 #include "cpu/attention/sequences.h"
 
 namespace torchweld::cpu {
@@ -61,17 +60,14 @@ class Splits {
     for (int64_t r = 0; r < rows; ++r) {
       const T* q =
           head_of<T>(p_.query, p_.query_strides, b, query_head(head, r)) + r % p_.queries * p_.query_strides.row;
-      for (int64_t d = 0; d < query_words_; d += W)
-        store(queries + r * query_words_ + d, words_at<T, Compute>(q, d, p_.dim));
+      for (int64_t d = 0; d < query_words_; d += W) store(queries + r * query_words_ + d, words(q, d, p_.dim));
     }
 
     // Products. Keys that no row sees are not read.
     const Span seen = this->seen(split);
     const int64_t done = multiply_by_tiles(k, seen, queries, s);
     for_rows([&](auto several, int64_t r) {
-      row_products<T, Compute, decltype(several)::value>(k, p_.key_strides.row, p_.dim, {done, seen.end},
-                                                         queries + r * query_words_, query_words_, s + r * kSplitKeys,
-                                                         kSplitKeys);
+      multiply<decltype(several)::value>(k, {done, seen.end}, queries + r * query_words_, s + r * kSplitKeys);
     });
 
     for (int64_t r = 0; r < rows; ++r) {
@@ -135,6 +131,13 @@ class Splits {
   // Row r of a key head: query r % Nq of the query head that this returns.
   int64_t query_head(int64_t head, int64_t r) const { return head % p_.kv_heads * group_ + r / p_.queries; }
 
+  // Words [d, d + W) of a row of `dim` elements.
+  TW_INLINE static Vec words(const T* row, int64_t d, int64_t dim) {
+    Vec v[1];
+    load_words<T, Compute>(row, d, dim, v);
+    return v[0];
+  }
+
   template <int N>
   struct Count {
     static constexpr int value = N;
@@ -146,6 +149,24 @@ class Splits {
     int64_t r = 0;
     for (; r + 4 <= rows; r += 4) body(Count<4>{}, r);
     for (; r < rows; ++r) body(Count<1>{}, r);
+  }
+
+  // Products of R rows with keys [keys.begin, keys.end).
+  template <int R>
+  void multiply(const T* k, Span keys, const float* queries, float* s) const {
+    const int64_t stride = p_.key_strides.row, dim = p_.dim, steps = query_words_;
+    for (int64_t j = keys.begin; j < keys.end; j += W) {
+      Vec product[R][W];
+      for (int n = 0; n < W; ++n) {
+        Vec acc[R] = {};
+        for (int64_t d = 0; d < steps && j + n < keys.end; d += W) {
+          const Vec key = words(k + (j + n) * stride, d, dim);
+          for (int r = 0; r < R; ++r) acc[r] = Compute::dot(key, load(queries + r * steps + d), acc[r]);
+        }
+        for (int r = 0; r < R; ++r) product[r][n] = acc[r];
+      }
+      for (int r = 0; r < R; ++r) store(s + r * kSplitKeys + j, reduce(product[r], [](Vec a, Vec b) { return a + b; }));
+    }
   }
 
   // Those of all rows, by tiles: a tile of keys is loaded from where they lie. Returns the first key that is left to
@@ -240,8 +261,8 @@ class Splits {
       for (int n = 0; n < N; ++n) {
         const T* at = v + j * stride;
         const int64_t word = i / 2 + W * n;
-        const auto even = any & 0xffffu ? (__m512i)words_at<T, Compute>(at, word, dim) : __m512i{};
-        const auto odd = any >> 16 ? (__m512i)words_at<T, Compute>(at + stride, word, dim) : __m512i{};
+        const auto even = any & 0xffffu ? (__m512i)words(at, word, dim) : __m512i{};
+        const auto odd = any >> 16 ? (__m512i)words(at + stride, word, dim) : __m512i{};
         const Vec first = (Vec)_mm512_unpacklo_epi16(even, odd), second = (Vec)_mm512_unpackhi_epi16(even, odd);
         for (int r = 0; r < R; ++r) {
           low[r][n] = Compute::dot(first, weight[r], low[r][n]);
