@@ -145,6 +145,11 @@ def label_names(rows: Rows) -> tuple[str, ...]:
     return names
 
 
+def part_of(text: str) -> int:
+    """0, 1 or 2, training, validation or test, for eight, one and one of ten texts: always the same of a text."""
+    return 2 - min(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10, 2)
+
+
 def split(rows: Rows) -> tuple[Rows, Rows, Rows]:
     """Training, validation and test: eight, one and one of ten texts.
 
@@ -153,8 +158,7 @@ def split(rows: Rows) -> tuple[Rows, Rows, Rows]:
     """
     parts: tuple[list[int], list[int], list[int]] = ([], [], [])
     for index, text in enumerate(rows.texts):
-        tenth = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10
-        parts[2 - min(tenth, 2)].append(index)
+        parts[part_of(text)].append(index)
     if not all(parts):
         sizes = " / ".join(str(len(part)) for part in parts)
         raise UserError(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -49,6 +52,50 @@ def of_translations(said: Sequence[str], meant: Sequence[str]) -> dict[str, floa
     sacrebleu, references = import_module("sacrebleu"), [list(meant)]
     chrf, bleu = sacrebleu.corpus_chrf(list(said), references), sacrebleu.corpus_bleu(list(said), references)
     return {"chrF": float(chrf.score), "BLEU": float(bleu.score), "exact": exact}
+
+
+def answer_words(text: str) -> list[str]:
+    """What SQuAD compares of an answer: its words in lower case, without punctuation and articles."""
+    plain = text.lower().translate(dict.fromkeys(map(ord, string.punctuation)))
+    return re.sub(r"\b(?:a|an|the)\b", " ", plain).split()
+
+
+def overlap(said: str, meant: str) -> float:
+    """SQuAD's F1 of one answer: how many words both have; of an empty one whether both are."""
+    ours, theirs = answer_words(said), answer_words(meant)
+    if not (ours and theirs):
+        return float(ours == theirs)
+    return 2 * (Counter(ours) & Counter(theirs)).total() / (len(ours) + len(theirs))
+
+
+def best_overlap(said: str, meant: Sequence[str]) -> float:
+    """The F1 beside the best of several right answers; without one that has words, "" is right."""
+    return max(overlap(said, each) for each in _with_words(meant))
+
+
+def of_answers(said: Sequence[str], meant: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Exact match and F1 in percent, as SQuAD defines them, the best over the right answers of each question.
+
+    A question without an answer has no right ones; where there are such questions, both kinds are shown too.
+    """
+    exact, shared = [], []
+    for ours, theirs in zip(said, meant, strict=True):
+        exact.append(any(answer_words(ours) == answer_words(each) for each in _with_words(theirs)))
+        shared.append(best_overlap(ours, theirs))
+    scores = {"exact match, %": _percent(exact), "F1, %": _percent(shared)}
+    empty = [_with_words(theirs) == [""] for theirs in meant]
+    if any(empty) and not all(empty):
+        scores["F1 of the answerable, %"] = _percent([x for x, none in zip(shared, empty, strict=True) if not none])
+        scores["unanswerable found, %"] = _percent([x for x, none in zip(shared, empty, strict=True) if none])
+    return scores
+
+
+def _with_words(meant: Sequence[str]) -> list[str]:
+    return [each for each in meant if answer_words(each)] or [""]
+
+
+def _percent(shares: Sequence[float]) -> float:
+    return 100 * sum(shares) / len(shares)
 
 
 def columns(rows: Scored) -> tuple[dict[str, int], dict[str, float]]:
