@@ -20,6 +20,7 @@ from torchweld.models import (
     BERTForPreTraining,
     BERTForQuestionAnswering,
     BERTForSequenceClassification,
+    BERTForTokenClassification,
     bert,
     stock,
 )
@@ -92,6 +93,7 @@ def test_exports_load_into_transformers(batch: tuple[Tensor, Tensor, Tensor]) ->
         (BERTForPreTraining, "BertForPreTraining"),
         (BERTForSequenceClassification, "BertForSequenceClassification"),
         (BERTForQuestionAnswering, "BertForQuestionAnswering"),
+        (BERTForTokenClassification, "BertForTokenClassification"),
     ):
         shape = TINY if kind is BERTForQuestionAnswering else config
         model, theirs = perturbed(kind(shape)), published(name, shape)
@@ -108,6 +110,8 @@ def test_exports_load_into_transformers(batch: tuple[Tensor, Tensor, Tensor]) ->
         elif kind is BERTForQuestionAnswering:
             both = torch.stack((expected.start_logits, expected.end_logits), dim=2)
             torch.testing.assert_close(ours, packed(both), rtol=0, atol=1e-4)
+        elif kind is BERTForTokenClassification:
+            torch.testing.assert_close(ours, packed(expected.logits), rtol=0, atol=1e-4)
         elif kind is BERTForSequenceClassification:
             torch.testing.assert_close(ours, expected.logits, rtol=0, atol=1e-4)
         else:
@@ -144,6 +148,21 @@ def test_ends_of_answers_are_those_of_transformers(ops: ModuleType, batch: tuple
     for own, other in parts:
         limit = 1e-5 * other.weight.grad.abs().max().item()
         torch.testing.assert_close(gradient(own.weight), other.weight.grad, rtol=1e-4, atol=limit)
+
+
+def test_tags_are_those_of_transformers(ops: ModuleType, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    config = replace(TINY, labels=("no", "yes", "maybe"))
+    theirs = published("BertForTokenClassification", config)
+    model = BERTForTokenClassification(config, ops)
+    model.load_hugging_face(theirs.state_dict())
+    places = torch.arange(0, sum(LENGTHS), 3)
+    tags = torch.randint(3, (len(places),))
+    labels = torch.full((sum(LENGTHS),), -100).index_copy(0, places, tags)
+    rows = torch.nn.utils.rnn.pad_sequence(list(labels.split(LENGTHS)), batch_first=True, padding_value=-100)
+    expected = theirs(**padded(batch), labels=rows)
+    assert expected.logits.std() > 0.5
+    torch.testing.assert_close(model(*batch), packed(expected.logits), rtol=0, atol=1e-4)
+    torch.testing.assert_close(model.loss(*batch, places, tags), expected.loss, rtol=1e-5, atol=0)
 
 
 def test_packed_and_padded_are_the_same_model(batch: tuple[Tensor, Tensor, Tensor]) -> None:

@@ -231,7 +231,7 @@ def _rows(texts: list[str]) -> labelled.Rows:
 def test_other_refusals(made: Path, command: Run) -> None:
     data = ("--data", made / "kinds.csv")
     for words, message in (
-        (("fine-tune", "translate"), "expected one of classify, regress, answer, but got 'translate'"),
+        (("fine-tune", "translate"), "expected one of classify, regress, answer, tag, but got 'translate'"),
         (
             ("fine-tune", "classify", *data),
             "expected a trained BERT, but got none; name its directory with --checkpoint",

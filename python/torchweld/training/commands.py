@@ -16,13 +16,15 @@ from torchweld.training.fine_tune import FineTune
 from torchweld.training.optimizers import OPTIMIZERS
 from torchweld.training.programs import PROGRAMS
 from torchweld.training.settings import Choices
+from torchweld.training.tagged import LAST
+from torchweld.training.tagging import Tagging
 from torchweld.training.tuning import Tuning
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
-TASKS: dict[str, type[Tuning]] = {"classify": FineTune, "regress": FineTune, "answer": Answering}
+TASKS: dict[str, type[Tuning]] = {"classify": FineTune, "regress": FineTune, "answer": Answering, "tag": Tagging}
 OPTIONS = ("source_language", "target_language", "likelihood", "shift", "flip")
 TASK_OPTIONS = ("text", "label", "test", "window", "stride")
 _EXIT = (
@@ -68,9 +70,10 @@ def add_fine_tune_parser(subparsers: Subparsers) -> None:
         "fine-tune",
         help="teach a trained BERT what texts are labelled with, or where they have answers",
         description="Fine-tunes a BERT, of `torchweld train` or of Hugging Face, on labelled texts: classify learns "
-        "labels, regress numbers, and answer, from SQuAD's JSON, where a text has the answer to a question. A tenth of "
-        "the texts each is for validation and for the test, on which it is shown beside a bag of words, or beside the "
-        "words that stand near those of the question. The weights of the best validation are kept.",
+        "labels, regress numbers, tag the tags of words; answer learns from SQuAD's JSON where a text answers a "
+        "question. A tenth of the texts each is for validation and for the test, on which it is shown beside a bag of "
+        "words, each word's most frequent tag, or words near the question's. The weights of the best validation are "
+        "kept.",
         epilog=_EXIT,
     )
     parser.add_argument("name", metavar="TASK", help=f"what to learn: {', '.join(TASKS)}")
@@ -81,15 +84,17 @@ def add_fine_tune_parser(subparsers: Subparsers) -> None:
         "--data",
         nargs="+",
         metavar="FILE",
-        help="labelled texts: .csv, .jsonl, or with tabs between the columns; for answer SQuAD's .json",
+        help="labelled texts: .csv, .jsonl, or with tabs between the columns; for answer SQuAD's .json; "
+        "for tag a word and its tag a line, as CoNLL's",
     )
-    for column in ("text", "label"):
+    for column, last in (("text", "1"), ("label", LAST)):
         parser.add_argument(
-            f"--{column}", metavar="COLUMN", help=f"its name, or its number in files without names (default: {column})"
+            f"--{column}",
+            metavar="COLUMN",
+            help=f"its name, or its number in files without names (default: {column}; of tag: {last})",
         )
-    own = parser.add_argument_group("of answer")
-    own.add_argument("--test", metavar="FILE", help="the test, apart from --data (default: a tenth of --data)")
-    add_window_options(own)
+    parser.add_argument("--test", metavar="FILE", help="answer, tag: the test (default: a tenth of --data)")
+    add_window_options(parser.add_argument_group("of answer"))
     parser.add_argument(
         "--epochs", type=whole(1), metavar="N", help="passes over the texts, in place of --steps (default: 1)"
     )

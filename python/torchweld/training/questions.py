@@ -10,7 +10,7 @@ from typing import Any
 
 from torchweld.errors import UserError
 from torchweld.training.corpus import read_files
-from torchweld.training.labelled import part_of
+from torchweld.training.labelled import parted
 
 
 @dataclass(frozen=True)
@@ -124,19 +124,8 @@ def split(questions: Sequence[Question], test: Sequence[Question] = ()) -> Split
     Raises:
         UserError: a part is empty.
     """
-    parts: tuple[list[Question], list[Question], list[Question]] = ([], [], [])
-    for question in questions:
-        parts[part_of(question.context)].append(question)
-    training, validation, held = parts
-    if test:
-        training, held = [q for q in questions if part_of(q.context) != 1], list(test)
-    if not (training and validation and held):
-        sizes = " / ".join(str(len(part)) for part in (training, validation, held))
-        raise UserError(
-            f"--data: expected questions for training, validation and test, but got {sizes} (a hash of the context "
-            f"decides); give more contexts"
-        )
-    return Split(training, validation, held)
+    names = ("questions", "context")
+    return Split(*parted(questions, lambda question: question.context, names, test))
 
 
 def digest(questions: Sequence[Question]) -> str:

@@ -98,6 +98,50 @@ def _percent(shares: Sequence[float]) -> float:
     return 100 * sum(shares) / len(shares)
 
 
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """(kind, first word, word behind the last one) of each entity, by tags as B-kind, I-kind, E-kind, S-kind and O.
+
+    As CoNLL's script reads them: without a B an entity begins where the kind changes.
+    """
+    found, begin, before = set(), 0, ("O", "")
+    for i, tag in enumerate([*tags, "O"]):
+        mark, _, kind = tag.partition("-")
+        begins = kind != before[1] or mark in ("B", "S") or before[0] in ("E", "S")
+        if before[1] and begins:
+            found.add((before[1], begin, i))
+        if begins:
+            begin = i
+        before = (mark, kind)
+    return found
+
+
+def has_entities(labels: Sequence[str]) -> bool:
+    """Whether tags stand for entities, and not for words alone."""
+    return "O" in labels and all(label == "O" or re.match(r"[BIES]-.", label) for label in labels)
+
+
+def of_tags(said: Sequence[Sequence[str]], meant: Sequence[Sequence[str]], by_entity: bool) -> dict[str, float]:
+    """The accuracy of the tags of sentences; `by_entity`: F1, precision and recall of whole entities too."""
+    pairs = [pair for ours, theirs in zip(said, meant, strict=True) for pair in zip(ours, theirs, strict=True)]
+    accuracy = {"accuracy of words": sum(a == b for a, b in pairs) / len(pairs)}
+    return {**of_entities(said, meant), **accuracy} if by_entity else accuracy
+
+
+def of_entities(
+    said: Sequence[Sequence[str]], meant: Sequence[Sequence[str]], kind: str | None = None
+) -> dict[str, float]:
+    """F1, precision and recall of entities, whose kind and both ends are right; of one kind alone, or of all."""
+    hits = found = wanted = 0
+    for ours, theirs in zip(said, meant, strict=True):
+        a, b = ({e for e in entities(tags) if kind in (None, e[0])} for tags in (ours, theirs))
+        hits, found, wanted = hits + len(a & b), found + len(a), wanted + len(b)
+    return {
+        "F1 of entities": 2 * hits / max(1, found + wanted),
+        "precision": hits / max(1, found),
+        "recall": hits / max(1, wanted),
+    }
+
+
 def columns(rows: Scored) -> tuple[dict[str, int], dict[str, float]]:
     """Of each column of the first row: how many digits it has, and its best number."""
     digits, best = {}, {}
