@@ -89,7 +89,7 @@ def test_learns_and_answers(made: Path, tune: Run, command: Run, monkeypatch: py
     assert code == 0, error
     city, nothing, number = (json.loads(line) for line in out.splitlines())
     assert nothing == {"question": ""} and (city["answer"], number["answer"]) == ("Rome", "ninety nine")
-    assert context[city["start"] : city["end"]] == "Rome" and 0 < city["probability"] <= 1
+    assert context[city["start"] : city["end"]] == "Rome" and 0 < city["probability"] <= 1 and city["margin"] > 0
 
     (home / "asked.txt").write_text("\n".join(asked) + "\n")
     line = f"Rome\t{city['probability']:.4f}\t{asked[0]}"

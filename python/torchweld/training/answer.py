@@ -140,4 +140,5 @@ def _values(answer: Found | None) -> dict[str, Any]:
     if answer is None:
         return {}
     place = {"start": answer.start, "end": answer.end} if answer.text else {}
-    return {"answer": answer.text, "probability": round(answer.probability, 4), **place}
+    chances = {"probability": round(answer.probability, 4), "margin": round(answer.margin, 4)}
+    return {"answer": answer.text, **chances, **place}

@@ -46,7 +46,7 @@ class Asked(corpus.Tokenized):
 class Answering(Tuning):
     """The program."""
 
-    unit: str = "nats for an end of a span"
+    unit: str = "nats per end of an answer"
     architecture: str = "BertForQuestionAnswering"
 
     @property

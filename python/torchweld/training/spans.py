@@ -28,6 +28,7 @@ from torchweld.training.tuning import Examples, outputs
 LONGEST_WINDOW, STRIDE = 384, 128  # as the paper's authors fine-tune on SQuAD
 LONGEST_QUESTION, LONGEST_ANSWER = 64, 30  # tokens
 LEAST = 16
+AT_ONCE = 1000  # a tokenizer's encoding of a text is far larger than its tokens
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,12 @@ class Encoded:
     tokens: NDArray[np.int64]
     offsets: NDArray[np.int64]
 
+    @classmethod
+    def of(cls, encoding: Any) -> Encoded:
+        """From a tokenizer's."""
+        offsets = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2)
+        return cls(np.array(encoding.ids, dtype=np.int64), offsets)
+
     def covering(self, start: int, end: int) -> tuple[int, int]:
         """The first and the last token of the characters from `start` to before `end`."""
         first = int(np.searchsorted(self.offsets[:, 1], start, side="right"))
@@ -83,7 +90,7 @@ class Found:
 
     Attributes:
         probability: that of its first token times that of its last one, in its window.
-        margin: by how much its logits exceed those of "there is none".
+        margin: by how much the logits of the best answer exceed those of "there is none".
     """
 
     text: str
@@ -101,12 +108,12 @@ class Windows(Examples):
         self._start, self._close = (special_token(tokenizer, token) for token in ("[CLS]", SEPARATOR))
         texts = tokenizer.encode_batch_fast([question.text for question in questions], add_special_tokens=False)
         self.asked = [text.ids[: min(LONGEST_QUESTION, cut.window // 2)] for text in texts]
+        known: dict[str, Encoded] = {}
         contexts = list(dict.fromkeys(question.context for question in questions))
-        found = tokenizer.encode_batch(contexts, add_special_tokens=False)
-        known = {
-            context: Encoded(np.array(each.ids, dtype=np.int64), np.array(each.offsets, dtype=np.int64).reshape(-1, 2))
-            for context, each in zip(contexts, found, strict=True)
-        }
+        for start in range(0, len(contexts), AT_ONCE):
+            some = contexts[start : start + AT_ONCE]
+            encodings = tokenizer.encode_batch(some, add_special_tokens=False)
+            known |= zip(some, (Encoded.of(encoding) for encoding in encodings), strict=True)
         self.contexts = [known[question.context] for question in questions]
         self.windows = [window for number in range(len(questions)) for window in self._windows(number, cut)]
         self.ends = torch.tensor([self._ends(window) for window in self.windows]).view(-1, 2)
