@@ -291,9 +291,10 @@ def first(values: dict[str, Any]) -> Any:
         (change(lambda v: first(v)["qas"][0]["answers"][0].update(text="Nowhere")), "the context does not have it"),
         (change(lambda v: first(v)["qas"][0]["answers"][0].update(answer_start="1")), "expected answer_start, .*'1'"),
         (change(lambda v: first(v)["qas"][0]["answers"][0].update(text=" ")), "expected a text 'text'"),
+        (change(lambda v: first(v)["qas"][0].update(question="\ud800?")), r"qas\[0\]: question: expected Unicode text"),
         (change(lambda v: None), "expected questions for training, validation and test, but got"),
     ],
-    ids=range(12),
+    ids=range(13),
 )
 def test_bad_files_are_refused(made: Path, command: Run, contents: str, message: str) -> None:
     Path("bad.json").write_text(contents)
@@ -307,12 +308,14 @@ def test_other_refusals(made: Path, tune: Run, command: Run) -> None:
     for each in paragraphs:
         each["qas"] = [{**entry, "is_impossible": True} for entry in each["qas"]]
     Path("none.json").write_text(squad(paragraphs))
+    Path("empty.json").write_text('{"data": []}')
     tuned: list[tuple[tuple[object, ...], str]] = [
         (("--window", 65), "--window: expected 16 to 64 tokens, the max_position_embeddings of the checkpoint, but"),
         (("--window", 15), "--window: expected 16 to 64 tokens"),
         (("--stride", 0), "--stride: expected a whole number of at least 1"),
         (("--label", "x"), "--label: expected a program that has this option, but got answer"),
         (("--test", "absent.json"), "absent.json: .*No such file"),
+        (("--test", "empty.json"), r"for training, validation and test, but got \d+ / \d+ / 0 of"),
         (("--data", "none.json"), "expected questions for training that have an answer, but all are unanswerable"),
     ]
     for words, message in tuned:
@@ -324,6 +327,7 @@ def test_other_refusals(made: Path, tune: Run, command: Run) -> None:
         (("fine-tune", "answer", "--checkpoint", made / "bert"), "expected files of SQuAD's JSON, but got none"),
         (("fine-tune", "classify", "--window", 9), "--window: expected a program that has this option"),
         ((*answer, "Who?", "--text", "a"), "expected a model of `torchweld fine-tune answer`, with qa_outputs"),
+        ((*answer, "\udcff?", "--text", "a"), "QUESTION, --text: expected Unicode text"),
         ((*answer, "Who?", "--file", "x"), "QUESTION: expected none beside --file"),
         ((*answer, "Who?", "--text", "a", "--context", "x"), "--text: expected none beside --context"),
         (answer, "expected a text beside the questions from standard input, but got none"),

@@ -19,7 +19,7 @@ from torchweld.models.bert_tokens import BERTForQuestionAnswering
 from torchweld.training import checkpoint
 from torchweld.training.answering import UNANSWERABLE
 from torchweld.training.arguments import add_machine_options, add_window_options
-from torchweld.training.lines import AT_ONCE, batches, opened
+from torchweld.training.lines import AT_ONCE, batches, check_unicode, opened
 from torchweld.training.machine import forced_backend, pick_device
 from torchweld.training.questions import Question
 from torchweld.training.spans import Cut, Found, Windows
@@ -73,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         raise UserError("QUESTION: expected none beside --file, but got some; ask the ones or the others")
     if args.text is not None and args.context is not None:
         raise UserError("--text: expected none beside --context, but got one; give one text")
+    check_unicode("QUESTION, --text", [*args.question, args.text or ""])
     if not args.question and args.text is None and "-" == (args.file or "-") == (args.context or "-"):
         raise UserError(
             "answer: expected a text beside the questions from standard input, but got none; name it with --context, "

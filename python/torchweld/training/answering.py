@@ -60,7 +60,7 @@ class Answering(Tuning):
         chosen = settings.options
         cut = Cut.of(chosen["window"], chosen["stride"], config)
         read = questions.read_questions(settings.data)
-        test = questions.read_questions([chosen["test"]]) if chosen["test"] else []
+        test = questions.read_questions([chosen["test"]]) if chosen["test"] else None
         parts = questions.split(read, test)
         tokenizer = checkpoint.load_tokenizer(source, config) if source else self.tokenizer
         assert tokenizer is not None
@@ -70,7 +70,7 @@ class Answering(Tuning):
         if not any(question.answers for question in training):
             raise UserError("--data: expected questions for training that have an answer, but all are unanswerable")
         windows = [Windows(each, tokenizer, cut) for each in (training, parts.validation, parts.test)]
-        return Asked(tokenizer, questions.digest([*read, *test]), *windows)
+        return Asked(tokenizer, questions.digest([*read, *(test or ())]), *windows)
 
     def fit(self, settings: Settings, config: BERTConfig, data: Asked) -> tuple[Settings, BERTConfig]:
         """As many steps as the epochs take."""

@@ -153,21 +153,24 @@ def part_of(text: str) -> int:
 
 
 def parted(
-    items: Sequence[T], text: Callable[[T], str], names: tuple[str, str] = ("texts", "text"), test: Sequence[T] = ()
+    items: Sequence[T],
+    text: Callable[[T], str],
+    names: tuple[str, str] = ("texts", "text"),
+    test: Sequence[T] | None = None,
 ) -> tuple[list[T], list[T], list[T]]:
     """Training, validation and test by what `text` says of an item.
 
     Args:
         names: what the items, and what their texts are called.
-        test: where there are some, they are the test, and the last tenth is for training too.
+        test: the test, if it is apart; the last tenth is for training then.
 
     Raises:
         UserError: one of the parts is empty.
     """
-    parts: tuple[list[T], list[T], list[T]] = ([], [], list(test))
+    parts: tuple[list[T], list[T], list[T]] = ([], [], list(test or ()))
     for item in items:
         part = part_of(text(item))
-        parts[0 if part == 2 and test else part].append(item)
+        parts[0 if part == 2 and test is not None else part].append(item)
     if not all(parts):
         sizes = " / ".join(str(len(part)) for part in parts)
         raise UserError(

@@ -11,6 +11,7 @@ from typing import Any
 from torchweld.errors import UserError
 from torchweld.training.corpus import read_files
 from torchweld.training.labelled import parted
+from torchweld.training.lines import check_unicode
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def _text(entry: Any, name: str, place: str) -> str:
     value = entry.get(name) if isinstance(entry, dict) else None
     if not isinstance(value, str) or not value.strip():
         raise UserError(f"{place}: expected a text {name!r} that is not empty, but got {_short(entry)}")
+    check_unicode(f"{place}: {name}", [value])
     return value
 
 
@@ -115,11 +117,11 @@ def _short(entry: Any) -> str:
     return f"an object with {', '.join(map(repr, list(entry)[:8])) or 'no keys'}"
 
 
-def split(questions: Sequence[Question], test: Sequence[Question] = ()) -> Split:
+def split(questions: Sequence[Question], test: Sequence[Question] | None = None) -> Split:
     """Eight, one and one of ten contexts, by a hash: all questions on one are in one part.
 
     Args:
-        test: where there are some, they are the test, and the last tenth is for training too.
+        test: the test, if it is apart; the last tenth is for training then.
 
     Raises:
         UserError: a part is empty.

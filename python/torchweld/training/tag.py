@@ -19,7 +19,7 @@ from torchweld.models.bert import BERTConfig
 from torchweld.models.bert_tokens import BERTForTokenClassification
 from torchweld.training import checkpoint, scores
 from torchweld.training.arguments import add_machine_options
-from torchweld.training.lines import batches, opened
+from torchweld.training.lines import batches, check_unicode, opened
 from torchweld.training.machine import forced_backend, pick_device
 from torchweld.training.tagged import Sentence, Sentences, Tag
 from torchweld.training.tagging import ARCHITECTURE
@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> int:
     """Writes the words of each text that it reads."""
     if args.text and args.file is not None:
         raise UserError("TEXT: expected none beside --file, but got some; tag the one or the other")
+    check_unicode("TEXT", args.text)
     device = pick_device(args.device)
     directory = checkpoint.locate(Path(args.checkpoint), to_use=True)
     config, weights = checkpoint.load_model(directory, BERTConfig.from_hugging_face)

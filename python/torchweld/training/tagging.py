@@ -59,11 +59,11 @@ class Tagging(Tuning):
             raise UserError(f"{self.command}: expected files of words and tags, but got none; name them with --data")
         columns = settings.options
         read = tagged.read_sentences(settings.data, columns["text"], columns["label"])
-        given = [columns["test"]] if columns["test"] else []
-        test = tagged.read_sentences(given, columns["text"], columns["label"])
+        own = columns["test"]
+        test = tagged.read_sentences([own], columns["text"], columns["label"]) if own else None
         parts = parted(read, lambda sentence: sentence.text, ("sentences", "sentence"), test)
         training = parts[0][: settings.max_samples]
-        labels = _labels([*read, *test], training)
+        labels = _labels([*read, *(test or ())], training)
         tokenizer = checkpoint.load_tokenizer(source, config) if source else self.tokenizer
         assert tokenizer is not None
         tokenizer.no_padding()
@@ -74,7 +74,7 @@ class Tagging(Tuning):
             raise UserError(
                 "--data: expected words that the tokenizer knows as text, but all of a part are empty to it"
             )
-        return Words(tokenizer, tagged.digest([*read, *test]), labels, *sequences)
+        return Words(tokenizer, tagged.digest([*read, *(test or ())]), labels, *sequences)
 
     def fit(self, settings: Settings, config: BERTConfig, data: Words) -> tuple[Settings, BERTConfig]:
         """A head for the tags, and as many steps as the epochs take."""
