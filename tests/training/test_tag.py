@@ -238,7 +238,7 @@ def test_other_refusals(made: Path, command: Run) -> None:
     cases: list[tuple[tuple[object, ...], str]] = [
         (("fine-tune", "tag", "--checkpoint", made / "bert"), "expected files of words and tags, but got none"),
         ((*tag, "some words"), "expected a model of `torchweld fine-tune tag` with id2label, a BertForToken"),
-        ((*tag, "\udcff"), "TEXT: expected Unicode text"),
+        ((*tag, "\udcff"), "TEXT: expected text in Unicode"),
         ((*tag, "some words", "--file", "x"), "TEXT: expected none beside --file"),
     ]
     for words, message in cases:

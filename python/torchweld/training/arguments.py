@@ -13,8 +13,8 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", help="force cuda, cpu or reference (default: the best one for the device)")
 
 
-def add_window_options(parser: argparse._ActionsContainer) -> None:
-    """--window and --stride, of long contexts."""
+def add_window_options(parser: argparse.ArgumentParser) -> None:
+    """--window and --stride, of the contexts of questions."""
     parser.add_argument(
         "--window",
         type=whole(1),

@@ -94,7 +94,7 @@ def add_fine_tune_parser(subparsers: Subparsers) -> None:
             help=f"its name, or its number in files without names (default: {column}; of tag: {last})",
         )
     parser.add_argument("--test", metavar="FILE", help="answer, tag: the test (default: a tenth of --data)")
-    add_window_options(parser.add_argument_group("of answer"))
+    add_window_options(parser)
     parser.add_argument(
         "--epochs", type=whole(1), metavar="N", help="passes over the texts, in place of --steps (default: 1)"
     )

@@ -27,7 +27,7 @@ def check_unicode(place: str, texts: Iterable[str]) -> None:
     try:
         "".join(texts).encode()
     except UnicodeEncodeError:
-        raise UserError(f"{place}: expected Unicode text (UTF-8 in a terminal), but got other bytes") from None
+        raise UserError(f"{place}: expected text in Unicode (UTF-8 in a terminal), but got other bytes") from None
 
 
 @contextmanager
