@@ -108,6 +108,8 @@ def test_learns_and_answers(made: Path, tune: Run, command: Run, monkeypatch: py
     empty = ("--text", "they saw people of every kind in Lima with their dogs", asked[2])
     assert command(*answer, *empty)[1].startswith("\t")
     assert not command(*answer, *empty, "--no-unanswerable")[1].startswith("\t")
+    code, out, _ = command(*answer, "--text", "\x01", asked[0], "--json")
+    assert json.loads(out).keys() == {"question", "answer", "probability"}  # not even a token
 
     theirs = transformers.AutoModelForQuestionAnswering.from_pretrained(best).eval()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(best / "tokenizer.json"))

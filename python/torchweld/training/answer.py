@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -141,5 +142,5 @@ def _values(answer: Found | None) -> dict[str, Any]:
     if answer is None:
         return {}
     place = {"start": answer.start, "end": answer.end} if answer.text else {}
-    chances = {"probability": round(answer.probability, 4), "margin": round(answer.margin, 4)}
-    return {"answer": answer.text, **chances, **place}
+    margin = {"margin": round(answer.margin, 4)} if math.isfinite(answer.margin) else {}  # a text without a token
+    return {"answer": answer.text, "probability": round(answer.probability, 4), **margin, **place}
