@@ -255,7 +255,7 @@ def test_nearby_words() -> None:
     asked = Question("Who is the king of Spain?", context, (Span("Philip", context.index("Philip")),))
     assert NearbyWords([asked], [asked])(asked) == "Philip"
     other = Question("Why do zebras sing?", context)
-    learned = NearbyWords([asked, other], [asked, other])
+    learned = NearbyWords([asked, other], [asked, other, Question("Who?", "...")])
     assert (learned(asked), learned(other)) == ("Philip", "")
     assert learned(Question("Who?", "...")) == ""
 

@@ -56,7 +56,7 @@ class NearbyWords:
         places = list(_WORD.finditer(question.context))
         words = [place[0].lower() for place in places]
         if not words:
-            return "", -math.inf
+            return "", 0.0
         asked = set(_WORD.findall(question.text.lower()))
         near, own = np.zeros(len(words)), np.zeros(len(words))
         for word in asked.intersection(words):
