@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from torchweld.training import trainer
+from torchweld.models import BERTForPreTraining, bert
+from torchweld.training import corpus, trainer
 from torchweld.training.program import Batch
 
 # From the words of a command to its exit code, stdout and stderr.
@@ -36,6 +39,19 @@ def perturbed(model: Any) -> Any:
         for p in model.parameters():
             p.add_(torch.randn_like(p) * 0.1)
     return model.eval()
+
+
+def tiny_bert(folder: Path, texts: Sequence[str]) -> None:
+    """Writes a BERT of random weights, whose WordPiece is made from the texts."""
+    tokenizer = corpus.train_wordpiece(texts, 300)
+    tokenizer.enable_padding()  # as published tokenizers do; it must not come into the packed batches
+    folder.mkdir()
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = bert.CONFIGS["tiny"]
+    (folder / "config.json").write_text(json.dumps(config.to_hugging_face()))
+    torch.manual_seed(0)
+    state = {name: t.contiguous() for name, t in BERTForPreTraining(config).to_hugging_face().items()}
+    save_file(state, folder / "model.safetensors")
 
 
 def check_resuming(

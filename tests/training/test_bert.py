@@ -14,7 +14,16 @@ from torch import Tensor
 from commands import perturbed
 from leaves import gradient
 from torchweld.errors import UserError
-from torchweld.models import BERT, BERTConfig, BERTForPreTraining, BERTForSequenceClassification, bert, stock
+from torchweld.models import (
+    BERT,
+    BERTConfig,
+    BERTForPreTraining,
+    BERTForQuestionAnswering,
+    BERTForSequenceClassification,
+    BERTForTokenClassification,
+    bert,
+    stock,
+)
 
 TINY = bert.CONFIGS["tiny"]
 LENGTHS = [17, 1, 40, 64, 5]
@@ -83,8 +92,11 @@ def test_exports_load_into_transformers(batch: tuple[Tensor, Tensor, Tensor]) ->
         (BERT, "BertModel"),
         (BERTForPreTraining, "BertForPreTraining"),
         (BERTForSequenceClassification, "BertForSequenceClassification"),
+        (BERTForQuestionAnswering, "BertForQuestionAnswering"),
+        (BERTForTokenClassification, "BertForTokenClassification"),
     ):
-        model, theirs = perturbed(kind(config)), published(name, config)
+        shape = TINY if kind is BERTForQuestionAnswering else config
+        model, theirs = perturbed(kind(shape)), published(name, shape)
         state = model.to_hugging_face()
         if kind is BERT:
             state = {key.removeprefix("bert."): tensor for key, tensor in state.items()}
@@ -95,14 +107,62 @@ def test_exports_load_into_transformers(batch: tuple[Tensor, Tensor, Tensor]) ->
         if kind is BERT:
             torch.testing.assert_close(ours, packed(expected.last_hidden_state), rtol=0, atol=1e-4)
             torch.testing.assert_close(model.pooled(ours, batch[2]), expected.pooler_output, rtol=0, atol=1e-4)
+        elif kind is BERTForQuestionAnswering:
+            both = torch.stack((expected.start_logits, expected.end_logits), dim=2)
+            torch.testing.assert_close(ours, packed(both), rtol=0, atol=1e-4)
+        elif kind is BERTForTokenClassification:
+            torch.testing.assert_close(ours, packed(expected.logits), rtol=0, atol=1e-4)
         elif kind is BERTForSequenceClassification:
             torch.testing.assert_close(ours, expected.logits, rtol=0, atol=1e-4)
         else:
             torch.testing.assert_close(ours[0], packed(expected.prediction_logits), rtol=0, atol=1e-4)
-        again = kind(config)
+        again = kind(shape)
         again.load_hugging_face(theirs.state_dict())
         assert all(torch.equal(a, b) for a, b in zip(again.parameters(), model.parameters(), strict=True))
         assert BERTConfig.from_hugging_face(theirs.config.to_dict()).labels[:1] in (("no",), ("LABEL_0",))
+
+
+def test_ends_of_answers_are_those_of_transformers(ops: ModuleType, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    theirs = published("BertForQuestionAnswering")
+    model = BERTForQuestionAnswering(TINY, ops)
+    pooler = {"bert.pooler.dense.weight": torch.ones(64, 64), "bert.pooler.dense.bias": torch.ones(64)}
+    model.load_hugging_face({**theirs.state_dict(), **pooler})  # old checkpoints have one that nothing reads
+    both = theirs(**padded(batch))
+    logits = torch.stack((both.start_logits, both.end_logits), dim=2)
+    assert logits.std() > 0.5
+    torch.testing.assert_close(model(*batch), packed(logits), rtol=0, atol=1e-4)
+
+    # The padding of theirs takes part in their loss, so each sequence is asked alone.
+    ends = torch.tensor([[3, 16], [0, 0], [5, 5], [63, 63], [1, 4]])
+    tokens, types = (x.split(LENGTHS) for x in batch[:2])
+    expected = [
+        theirs(t[None], token_type_ids=kind[None], start_positions=end[None, 0], end_positions=end[None, 1]).loss
+        for t, kind, end in zip(tokens, types, ends, strict=True)
+    ]
+    loss = model.loss(*batch, ends)
+    torch.testing.assert_close(loss, torch.stack(expected).mean(), rtol=1e-5, atol=0)
+    loss.backward()
+    torch.stack(expected).mean().backward()
+    ours: Any = model
+    parts = ((ours.spans, theirs.qa_outputs), (ours.bert.layers[0].down, theirs.bert.encoder.layer[0].output.dense))
+    for own, other in parts:
+        limit = 1e-5 * other.weight.grad.abs().max().item()
+        torch.testing.assert_close(gradient(own.weight), other.weight.grad, rtol=1e-4, atol=limit)
+
+
+def test_tags_are_those_of_transformers(ops: ModuleType, batch: tuple[Tensor, Tensor, Tensor]) -> None:
+    config = replace(TINY, labels=("no", "yes", "maybe"))
+    theirs = published("BertForTokenClassification", config)
+    model = BERTForTokenClassification(config, ops)
+    model.load_hugging_face(theirs.state_dict())
+    places = torch.arange(0, sum(LENGTHS), 3)
+    tags = torch.randint(3, (len(places),))
+    labels = torch.full((sum(LENGTHS),), -100).index_copy(0, places, tags)
+    rows = torch.nn.utils.rnn.pad_sequence(list(labels.split(LENGTHS)), batch_first=True, padding_value=-100)
+    expected = theirs(**padded(batch), labels=rows)
+    assert expected.logits.std() > 0.5
+    torch.testing.assert_close(model(*batch), packed(expected.logits), rtol=0, atol=1e-4)
+    torch.testing.assert_close(model.loss(*batch, places, tags), expected.loss, rtol=1e-5, atol=0)
 
 
 def test_packed_and_padded_are_the_same_model(batch: tuple[Tensor, Tensor, Tensor]) -> None:

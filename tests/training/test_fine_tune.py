@@ -16,13 +16,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer
 
-from commands import Run, interrupt_after
-from torchweld.models import BERTForPreTraining, bert
+from commands import Run, interrupt_after, tiny_bert
 from torchweld.training import bag_of_words, checkpoint, labelled, scores
 
-TINY = bert.CONFIGS["tiny"]
 WORDS = {"good": 1.5, "lovely": 2.0, "fine": 0.8, "bad": -1.5, "awful": -2.5, "poor": -1.0}
 REST = [
     "the",
@@ -68,20 +66,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a BERT of random weights, and texts as TSV with numbers and as CSV and JSON lines with labels."""
     folder = tmp_path_factory.mktemp("made")
     rows = sentences(400)
-    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    trainer = trainers.WordPieceTrainer(vocab_size=300, special_tokens=special, show_progress=False)
-    tokenizer.train_from_iterator([text for text, _ in rows], trainer)
-    tokenizer.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
-    tokenizer.enable_padding()  # as published tokenizers do; it must not come into the packed batches
-    (folder / "bert").mkdir()
-    torch.manual_seed(0)
-    tokenizer.save(str(folder / "bert/tokenizer.json"))
-    (folder / "bert/config.json").write_text(json.dumps(TINY.to_hugging_face()))
-    state = {name: t.contiguous() for name, t in BERTForPreTraining(TINY).to_hugging_face().items()}
-    save_file(state, folder / "bert/model.safetensors")
+    tiny_bert(folder / "bert", [text for text, _ in rows])
     (folder / "rated.tsv").write_text("".join(f'{i}\t{rate}\t"{text}\n' for i, (text, rate) in enumerate(rows)))
     kinds = [("good" if rate > 1.0 else "bad" if rate < -0.5 else "so-so", text) for text, rate in rows]
     with (folder / "kinds.csv").open("w", newline="") as file:
@@ -246,7 +231,7 @@ def _rows(texts: list[str]) -> labelled.Rows:
 def test_other_refusals(made: Path, command: Run) -> None:
     data = ("--data", made / "kinds.csv")
     for words, message in (
-        (("fine-tune", "translate"), "expected one of classify, regress, but got 'translate'"),
+        (("fine-tune", "translate"), "expected one of classify, regress, answer, tag, but got 'translate'"),
         (
             ("fine-tune", "classify", *data),
             "expected a trained BERT, but got none; name its directory with --checkpoint",

@@ -1,5 +1,5 @@
-"""The `torchweld` command: info, check, bench, train, fine-tune, generate, classify, fill-mask, translate, sample,
-recommend, data.
+"""The `torchweld` command: info, check, bench, train, fine-tune, generate, classify, answer, tag, fill-mask,
+translate, sample, recommend, data.
 
 Exit codes: 0 done, 1 a check missed, 2 bad input (one line on stderr, no traceback), 130 interrupted, 141 reader left.
 """
@@ -25,6 +25,8 @@ _COMMANDS = {
     "fine-tune": ("torchweld.training.commands", "add_fine_tune_parser"),
     "generate": ("torchweld.training.commands", "add_generate_parser"),
     "classify": ("torchweld.training.commands", "add_classify_parser"),
+    "answer": ("torchweld.training.answer", "add_parser"),
+    "tag": ("torchweld.training.tag", "add_parser"),
     "fill-mask": ("torchweld.training.commands", "add_fill_mask_parser"),
     "translate": ("torchweld.training.translate", "add_parser"),
     "sample": ("torchweld.training.sample", "add_parser"),

@@ -2,6 +2,7 @@
 
 from torchweld.models import bert, gpt2, gpt3, seq2seq, stock, vae, vit
 from torchweld.models.bert import BERT, BERTConfig, BERTForPreTraining, BERTForSequenceClassification
+from torchweld.models.bert_tokens import BERTForQuestionAnswering, BERTForTokenClassification
 from torchweld.models.gpt2 import CONFIGS, GPT2, GPT2Config
 from torchweld.models.gpt3 import GPT3, GPT3Config
 from torchweld.models.seq2seq import Seq2Seq, Seq2SeqConfig
@@ -16,7 +17,9 @@ __all__ = [
     "VAE",
     "BERTConfig",
     "BERTForPreTraining",
+    "BERTForQuestionAnswering",
     "BERTForSequenceClassification",
+    "BERTForTokenClassification",
     "GPT2Config",
     "GPT3Config",
     "Seq2Seq",

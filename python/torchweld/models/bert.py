@@ -145,17 +145,18 @@ class Layer(nn.Module):
 class BERT(Published):
     """The encoder on the functions of `ops`: `torchweld.ops`, or `torchweld.models.stock` for stock PyTorch.
 
-    As `transformers`' BertModel.
+    As `transformers`' BertModel. Without `pooling` it has no pooler, which heads on tokens do not need.
     """
 
     title, prefix, ignored = "BERT", "bert.", ("embeddings.position_ids",)
 
-    def __init__(self, config: BERTConfig, ops: ModuleType = torchweld.ops) -> None:
+    def __init__(self, config: BERTConfig, ops: ModuleType = torchweld.ops, pooling: bool = True) -> None:
         super().__init__()
         self.config, self.ops = config, ops
         self.embeddings = Embeddings(config, ops)
         self.layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_hidden_layers))
-        self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
+        if pooling:
+            self.pooler = nn.Linear(config.hidden_size, config.hidden_size)
         self.apply(initialise)
 
     def forward(self, tokens: Tensor, types: Tensor, cu_seqlens: Tensor) -> Tensor:
@@ -215,9 +216,16 @@ def initialise(module: nn.Module) -> None:
 
 
 class Headed(Published):
-    """An encoder with a head on it; `heads` are our names of its parts and the published ones."""
+    """An encoder with a head on it.
 
-    title, ignored = "BERT", ("embeddings.position_ids", "cls.predictions.decoder.bias")
+    Attributes:
+        heads: our names of its parts and the published ones.
+        per_token: it has logits of each token, and not of each sequence.
+    """
+
+    title = "BERT"
+    ignored: ClassVar[tuple[str, ...]] = ("embeddings.position_ids", "cls.predictions.decoder.bias")
+    per_token: ClassVar[bool] = False
     heads: tuple[tuple[str, str], ...]
     bert: BERT
 

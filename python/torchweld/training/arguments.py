@@ -13,6 +13,19 @@ def add_machine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", help="force cuda, cpu or reference (default: the best one for the device)")
 
 
+def add_window_options(parser: argparse.ArgumentParser) -> None:
+    """--window and --stride, of the contexts of questions."""
+    parser.add_argument(
+        "--window",
+        type=whole(1),
+        metavar="N",
+        help="tokens of question and context at once (default: 384, or all positions)",
+    )
+    parser.add_argument(
+        "--stride", type=whole(1), metavar="N", help="tokens from one window of a context to the next (default: 128)"
+    )
+
+
 def whole(least: int) -> Callable[[str], int]:
     """Reads a whole number >= `least`."""
 

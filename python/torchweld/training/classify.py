@@ -19,6 +19,7 @@ from torchweld.training import checkpoint, recognition
 from torchweld.training.lines import batches, opened
 from torchweld.training.machine import forced_backend, pick_device
 from torchweld.training.packing import encode, pack
+from torchweld.training.tagging import ARCHITECTURE
 
 
 def read_config(values: dict[str, Any]) -> BERTConfig:
@@ -26,6 +27,8 @@ def read_config(values: dict[str, Any]) -> BERTConfig:
     config = BERTConfig.from_hugging_face(values)
     if not config.labels:
         raise UserError("config.json: expected a model of `torchweld fine-tune` with id2label, but got one without")
+    if ARCHITECTURE in (values.get("architectures") or []):
+        raise UserError("config.json: expected a model that labels texts, but got one that tags words: `torchweld tag`")
     return config
 
 

@@ -3,23 +3,30 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchweld.errors import UserError
 from torchweld.training import checkpoint, classify, fill_mask, generate, run
-from torchweld.training.arguments import add_machine_options, number, whole
+from torchweld.training.answering import Answering
+from torchweld.training.arguments import add_machine_options, add_window_options, number, whole
 from torchweld.training.fine_tune import FineTune
 from torchweld.training.optimizers import OPTIMIZERS
 from torchweld.training.programs import PROGRAMS
+from torchweld.training.settings import Choices
+from torchweld.training.tagged import LAST
+from torchweld.training.tagging import Tagging
+from torchweld.training.tuning import Tuning
 
 if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 
-TASKS = ("classify", "regress")
+TASKS: dict[str, type[Tuning]] = {"classify": FineTune, "regress": FineTune, "answer": Answering, "tag": Tagging}
 OPTIONS = ("source_language", "target_language", "likelihood", "shift", "flip")
+TASK_OPTIONS = ("text", "label", "test", "window", "stride")
 _EXIT = (
     "Ctrl-C saves a checkpoint after the step it falls in and ends with exit code 130; a second one ends at once. "
     "Other exit codes: 0 done, 1 --compare found loss curves that differ, 2 bad input."
@@ -61,10 +68,12 @@ def add_fine_tune_parser(subparsers: Subparsers) -> None:
     """Adds `torchweld fine-tune TASK`; its `func` takes the parsed arguments and returns the exit code."""
     parser = subparsers.add_parser(
         "fine-tune",
-        help="teach a trained BERT what texts are labelled with",
+        help="teach a trained BERT what texts are labelled with, or where they have answers",
         description="Fine-tunes a BERT, of `torchweld train` or of Hugging Face, on labelled texts: classify learns "
-        "labels, regress numbers. A tenth of the texts each is for validation and for the test, on which it is shown "
-        "beside a bag of words. The weights of the best validation are kept.",
+        "labels, regress numbers, tag the tags of words; answer learns from SQuAD's JSON where a text answers a "
+        "question. A tenth of the texts each is for validation and for the test, on which it is shown beside a bag of "
+        "words, each word's most frequent tag, or words near the question's. The weights of the best validation are "
+        "kept.",
         epilog=_EXIT,
     )
     parser.add_argument("name", metavar="TASK", help=f"what to learn: {', '.join(TASKS)}")
@@ -72,12 +81,20 @@ def add_fine_tune_parser(subparsers: Subparsers) -> None:
         "--checkpoint", metavar="DIR", help="config.json, model.safetensors and tokenizer.json of a BERT"
     )
     parser.add_argument(
-        "--data", nargs="+", metavar="FILE", help="labelled texts: .csv, .jsonl, or with tabs between the columns"
+        "--data",
+        nargs="+",
+        metavar="FILE",
+        help="labelled texts: .csv, .jsonl, or with tabs between the columns; for answer SQuAD's .json; "
+        "for tag a word and its tag a line, as CoNLL's",
     )
-    for column in ("text", "label"):
+    for column, last in (("text", "1"), ("label", LAST)):
         parser.add_argument(
-            f"--{column}", metavar="COLUMN", help=f"its name, or its number in files without names (default: {column})"
+            f"--{column}",
+            metavar="COLUMN",
+            help=f"its name, or its number in files without names (default: {column}; of tag: {last})",
         )
+    parser.add_argument("--test", metavar="FILE", help="answer, tag: the test (default: a tenth of --data)")
+    add_window_options(parser)
     parser.add_argument(
         "--epochs", type=whole(1), metavar="N", help="passes over the texts, in place of --steps (default: 1)"
     )
@@ -191,19 +208,25 @@ def _train(args: argparse.Namespace) -> int:
     if args.name not in PROGRAMS:
         raise UserError(f"train: expected the name of a program, one of {', '.join(PROGRAMS)}, but got {args.name!r}")
     program: Any = PROGRAMS[args.name]
-    own = {option: getattr(args, option) for option in OPTIONS}
-    for option, given in own.items():
-        if given is not None and option not in program.defaults:
-            raise UserError(
-                f"--{option.replace('_', '-')}: expected a program that has this option, but got {args.name}"
-            )
-    return run.run(args, replace(program, options={option: own[option] for option in program.defaults}))
+    return run.run(args, replace(program, options=_own_options(args, OPTIONS, program)))
+
+
+def _own_options(args: argparse.Namespace, names: Iterable[str], program: Choices) -> dict[str, str | None]:
+    """What the command line says of the program's own options; it may not say anything of another's."""
+    given = {name: getattr(args, name) for name in names}
+    for name, value in given.items():
+        if value is not None and name not in program.defaults:
+            raise UserError(f"--{name.replace('_', '-')}: expected a program that has this option, but got {args.name}")
+    return {name: None if given[name] is None else str(given[name]) for name in program.defaults}
 
 
 def _fine_tune(args: argparse.Namespace) -> int:
     if args.name not in TASKS:
         raise UserError(f"fine-tune: expected one of {', '.join(TASKS)}, but got {args.name!r}")
-    program = FineTune(args.name, {"text": args.text, "label": args.label}, epochs=args.epochs or 1)
+    if args.test is not None:  # the run may be resumed from elsewhere
+        args.test = str(Path(args.test).absolute())
+    program: Any = TASKS[args.name](args.name, {}, epochs=args.epochs or 1)
+    program = replace(program, options=_own_options(args, TASK_OPTIONS, program))
     if args.epochs is not None and not (args.resume is None and args.steps is None):
         raise UserError(
             "--epochs: expected a fresh run without --steps, but got --resume or --steps; use --steps alone"

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,40 +15,35 @@ from torch import Tensor
 
 from torchweld.errors import UserError
 from torchweld.models.bert import BERTConfig, BERTForSequenceClassification
-from torchweld.training import bag_of_words, checkpoint, corpus, order, scores
+from torchweld.training import bag_of_words, checkpoint, corpus, scores
 from torchweld.training.findings import Findings
 from torchweld.training.labelled import Rows, label_names, numbers, read_rows, split
 from torchweld.training.packing import encode, pack
 from torchweld.training.program import Batch, Outcome
-from torchweld.training.settings import Recipe, Settings
+from torchweld.training.settings import Settings
+from torchweld.training.tuning import Examples, Tuning, encoder_weights, outputs
 
 WORST = 5
-RECIPE = Recipe(
-    steps=0, batch_size=32, learning_rate=1e-4, weight_decay=0.01, beta2=0.999, validate_every=0, keep_best=True
-)
 
 
 @dataclass(frozen=True)
-class Part:
+class Part(Examples):
     """Training, validation or test: texts, their tokens, and targets as numbers or as labels' numbers."""
 
     rows: Rows
     tokens: list[list[int]]
     targets: Tensor
 
-    def __len__(self) -> int:
-        return len(self.tokens)
+    @property
+    def lengths(self) -> list[int]:
+        """As in `Examples`."""
+        return [len(tokens) for tokens in self.tokens]
 
     def batch(self, indices: Sequence[int]) -> Batch:
-        """The examples `indices`, packed."""
+        """As in `Examples`."""
         tokens, bounds = pack([self.tokens[i] for i in indices])
         tensors = (tokens, torch.zeros_like(tokens), bounds, self.targets[list(indices)])
         return Batch(tensors, {"loss": len(indices)}, len(tokens))
-
-    def batches(self, size: int) -> list[Batch]:
-        """All of it, in order of length."""
-        order = sorted(range(len(self)), key=lambda i: len(self.tokens[i]))
-        return [self.batch(order[i : i + size]) for i in range(0, len(order), size)]
 
 
 @dataclass(frozen=True)
@@ -64,27 +58,10 @@ class Labelled(corpus.Tokenized):
 
 
 @dataclass(frozen=True)
-class FineTune:
-    """The program. `task`: classify or regress; config, weights and tokenizer: of the checkpoint of a fresh run."""
+class FineTune(Tuning):
+    """The program: classify or regress."""
 
-    task: str
-    options: Mapping[str, str | None]
-    config: BERTConfig | None = None
-    weights: Mapping[str, Tensor] = field(default_factory=dict, repr=False)
-    tokenizer: Tokenizer | None = None
-    epochs: int = 1
-    input: str = "data"
-    counted: str = "tokens"
-    title: str = "BERT"
     architecture: str = "BertForSequenceClassification"
-
-    @property
-    def name(self) -> str:
-        return self.task
-
-    @property
-    def command(self) -> str:
-        return f"fine-tune {self.task}"
 
     @property
     def unit(self) -> str:
@@ -97,15 +74,7 @@ class FineTune:
 
     @property
     def defaults(self) -> Mapping[str, str]:
-        return {option: option for option in self.options}
-
-    @property
-    def configs(self) -> Mapping[str, Any]:
-        return {"checkpoint": self.config}
-
-    @property
-    def recipes(self) -> Mapping[str, Recipe]:
-        return {"checkpoint": RECIPE}
+        return {"text": "text", "label": "label"}
 
     def data(self, settings: Settings, config: BERTConfig, source: Path | None = None) -> Labelled:
         """The rows of the files, split and encoded; as in `Program`."""
@@ -139,10 +108,8 @@ class FineTune:
 
     def fit(self, settings: Settings, config: BERTConfig, data: Labelled) -> tuple[Settings, BERTConfig]:
         """A head for the labels, and as many steps as the epochs take."""
-        steps = settings.steps or math.ceil(self.epochs * len(data.training) / settings.batch_size)
-        every = settings.validate_every or max(1, math.ceil(steps / max(2, 2 * self.epochs)))
         config = replace(config, labels=data.labels, regression=self.regression, dropout=0.0)
-        return replace(settings, steps=steps, validate_every=every), config
+        return self.timed(settings, len(data.training)), config
 
     def model(self, config: BERTConfig, ops: ModuleType) -> BERTForSequenceClassification:
         """The checkpoint's encoder under a new head."""
@@ -150,24 +117,6 @@ class FineTune:
         if self.weights:
             model.bert.load_hugging_face(encoder_weights(self.weights, model))
         return model
-
-    def batches(self, data: Labelled, settings: Settings, config: BERTConfig, step: int, parts: int) -> list[Batch]:
-        """The next examples of an order that is drawn for each epoch."""
-        size = settings.batch_size
-        indices = order.chosen(settings.seed, len(data.training), step, size)
-        return [data.training.batch(indices[i : i + size // parts]) for i in range(0, size, size // parts)]
-
-    def validation(self, data: Labelled, settings: Settings, config: BERTConfig) -> list[Batch]:
-        """All texts of validation."""
-        return data.validation.batches(settings.batch_size)
-
-    def losses(self, model: BERTForSequenceClassification, *tensors: Tensor) -> dict[str, Tensor]:
-        """The mean squared error, or the mean cross-entropy in nats."""
-        return {"loss": model.loss(*tensors)}
-
-    def read_config(self, values: dict[str, Any]) -> BERTConfig:
-        """As in `Program`."""
-        return BERTConfig.from_hugging_face(values)
 
     def write_config(self, config: BERTConfig, data: Labelled) -> dict[str, Any]:
         """As in `Program`."""
@@ -192,7 +141,7 @@ class FineTune:
     def show(self, outcome: Outcome, found: Findings) -> None:
         """The test's scores beside those of the baselines, and the texts that went most wrong."""
         data, test = outcome.data, outcome.data.test
-        own = outputs(outcome.model, test, outcome.settings.batch_size, outcome.precision)
+        own = torch.stack(outputs(outcome.model, test, outcome.settings.batch_size, outcome.precision))
         others = {"bag of words": self._bag_of_words(data), "the same for all": self._constant(data)}
         judge = scores.of_numbers if self.regression else scores.of_labels
         judged = {name: judge(said, test.targets) for name, said in others.items()}
@@ -226,24 +175,3 @@ class FineTune:
         for i in errors.topk(min(WORST, len(test))).indices.tolist():
             table.add_row(test.rows.labels[i], said[i], test.rows.texts[i])
         return table
-
-
-def encoder_weights(state: Mapping[str, Tensor], model: BERTForSequenceClassification) -> dict[str, Tensor]:
-    """Those of the encoder among the weights of any BERT; one without a pooler gets that of `model`, a fresh one."""
-    heads = ("cls.", "classifier.", "qa_outputs.")
-    stored = {n.removeprefix("bert."): t for n, t in state.items() if not n.startswith(heads)}
-    fresh = {name: t for name, t in model.bert.published().items() if name.startswith("pooler.")}
-    return {**fresh, **stored}
-
-
-@torch.no_grad()
-def outputs(model: BERTForSequenceClassification, part: Part, size: int, precision: Any) -> Tensor:
-    """The model's logits for each text, in float32 on the CPU: (texts, labels)."""
-    order = sorted(range(len(part)), key=lambda i: len(part.tokens[i]))
-    found = []
-    device = next(model.parameters()).device
-    with precision:
-        for start in range(0, len(order), size):
-            tensors = part.batch(order[start : start + size]).tensors[:3]
-            found.append(model(*(tensor.to(device) for tensor in tensors)).float().cpu())
-    return torch.cat(found)[torch.tensor(order).argsort()]

@@ -18,6 +18,7 @@ from torchweld.models import GPT2, GPT3, GPT2Config, GPT3Config
 from torchweld.models.decoding import Decoder
 from torchweld.training import checkpoint
 from torchweld.training.corpus import end_of_text
+from torchweld.training.lines import check_unicode
 from torchweld.training.machine import forced_backend, pick_device
 
 
@@ -47,10 +48,7 @@ def continuation(model: Decoder, tokenizer: Tokenizer, prompt: str, count: int, 
 def run(args: argparse.Namespace) -> int:
     """`torchweld generate`."""
     device = pick_device(args.device)
-    try:
-        args.prompt.encode()
-    except UnicodeEncodeError:  # bytes of the command line that were no text
-        raise UserError("--prompt: expected text in the terminal's encoding (UTF-8), but got other bytes") from None
+    check_unicode("--prompt", [args.prompt])
     directory = checkpoint.locate(Path(args.checkpoint), to_use=True)
     config, weights = checkpoint.load_model(directory, read_config)
     tokenizer = checkpoint.load_tokenizer(directory, config)

@@ -9,14 +9,16 @@ import csv
 import hashlib
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from torchweld.errors import UserError
 from torchweld.training.corpus import read_files
 
 MOST_LABELS = 2**15
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -145,21 +147,44 @@ def label_names(rows: Rows) -> tuple[str, ...]:
     return names
 
 
+def part_of(text: str) -> int:
+    """0, 1 or 2, training, validation or test, for eight, one and one of ten texts: always the same of a text."""
+    return 2 - min(int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10, 2)
+
+
+def parted(
+    items: Sequence[T],
+    text: Callable[[T], str],
+    names: tuple[str, str] = ("texts", "text"),
+    test: Sequence[T] | None = None,
+) -> tuple[list[T], list[T], list[T]]:
+    """Training, validation and test by what `text` says of an item.
+
+    Args:
+        names: what the items, and what their texts are called.
+        test: the test, if it is apart; the last tenth is for training then.
+
+    Raises:
+        UserError: one of the parts is empty.
+    """
+    parts: tuple[list[T], list[T], list[T]] = ([], [], list(test or ()))
+    for item in items:
+        part = part_of(text(item))
+        parts[0 if part == 2 and test is not None else part].append(item)
+    if not all(parts):
+        sizes = " / ".join(str(len(part)) for part in parts)
+        raise UserError(
+            f"--data: expected {names[0]} for training, validation and test, but got {sizes} of {len(items)} (a hash "
+            f"of the {names[1]} decides); give more of them"
+        )
+    return parts
+
+
 def split(rows: Rows) -> tuple[Rows, Rows, Rows]:
     """Training, validation and test: eight, one and one of ten texts.
 
     Raises:
         UserError: one of them is empty.
     """
-    parts: tuple[list[int], list[int], list[int]] = ([], [], [])
-    for index, text in enumerate(rows.texts):
-        tenth = int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") % 10
-        parts[2 - min(tenth, 2)].append(index)
-    if not all(parts):
-        sizes = " / ".join(str(len(part)) for part in parts)
-        raise UserError(
-            f"--data: expected texts for training, validation and test, but got {sizes} of {len(rows)} (a hash of the "
-            f"text decides); give more of them"
-        )
-    training, validation, test = (rows.part(part) for part in parts)
+    training, validation, test = (rows.part(part) for part in parted(range(len(rows)), rows.texts.__getitem__))
     return training, validation, test

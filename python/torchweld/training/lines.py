@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from io import StringIO, TextIOWrapper
 from itertools import islice
@@ -20,6 +20,14 @@ def batches(lines: TextIO) -> Iterator[list[str]]:
     at_once = 1 if lines.isatty() else AT_ONCE
     while batch := [line.rstrip("\r\n") for line in islice(lines, at_once)]:
         yield batch
+
+
+def check_unicode(place: str, texts: Iterable[str]) -> None:
+    """Raises UserError where a text has halves of characters: bytes of the command line, or what JSON can say."""
+    try:
+        "".join(texts).encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{place}: expected text in Unicode (UTF-8 in a terminal), but got other bytes") from None
 
 
 @contextmanager

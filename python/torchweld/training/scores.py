@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import string
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from importlib import import_module
 from importlib.util import find_spec
@@ -49,6 +52,94 @@ def of_translations(said: Sequence[str], meant: Sequence[str]) -> dict[str, floa
     sacrebleu, references = import_module("sacrebleu"), [list(meant)]
     chrf, bleu = sacrebleu.corpus_chrf(list(said), references), sacrebleu.corpus_bleu(list(said), references)
     return {"chrF": float(chrf.score), "BLEU": float(bleu.score), "exact": exact}
+
+
+def answer_words(text: str) -> list[str]:
+    """What SQuAD compares of an answer: its words in lower case, without punctuation and articles."""
+    plain = text.lower().translate(dict.fromkeys(map(ord, string.punctuation)))
+    return re.sub(r"\b(?:a|an|the)\b", " ", plain).split()
+
+
+def overlap(said: str, meant: str) -> float:
+    """SQuAD's F1 of one answer: how many words both have; of an empty one whether both are."""
+    ours, theirs = answer_words(said), answer_words(meant)
+    if not (ours and theirs):
+        return float(ours == theirs)
+    return 2 * (Counter(ours) & Counter(theirs)).total() / (len(ours) + len(theirs))
+
+
+def best_overlap(said: str, meant: Sequence[str]) -> float:
+    """The F1 beside the best of several right answers; without one that has words, "" is right."""
+    return max(overlap(said, each) for each in _with_words(meant))
+
+
+def of_answers(said: Sequence[str], meant: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Exact match and F1 in percent, as SQuAD defines them, the best over the right answers of each question.
+
+    A question without an answer has no right ones; where there are such questions, both kinds are shown too.
+    """
+    exact, shared = [], []
+    for ours, theirs in zip(said, meant, strict=True):
+        exact.append(any(answer_words(ours) == answer_words(each) for each in _with_words(theirs)))
+        shared.append(best_overlap(ours, theirs))
+    scores = {"exact match, %": _percent(exact), "F1, %": _percent(shared)}
+    empty = [_with_words(theirs) == [""] for theirs in meant]
+    if any(empty) and not all(empty):
+        scores["F1 of the answerable, %"] = _percent([x for x, none in zip(shared, empty, strict=True) if not none])
+        scores["unanswerable found, %"] = _percent([x for x, none in zip(shared, empty, strict=True) if none])
+    return scores
+
+
+def _with_words(meant: Sequence[str]) -> list[str]:
+    return [each for each in meant if answer_words(each)] or [""]
+
+
+def _percent(shares: Sequence[float]) -> float:
+    return 100 * sum(shares) / len(shares)
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """(kind, first word, word behind the last one) of each entity, by tags as B-kind, I-kind, E-kind, S-kind and O.
+
+    As CoNLL's script reads them: without a B an entity begins where the kind changes.
+    """
+    found, begin, before = set(), 0, ("O", "")
+    for i, tag in enumerate([*tags, "O"]):
+        mark, _, kind = tag.partition("-")
+        begins = kind != before[1] or mark in ("B", "S") or before[0] in ("E", "S")
+        if before[1] and begins:
+            found.add((before[1], begin, i))
+        if begins:
+            begin = i
+        before = (mark, kind)
+    return found
+
+
+def has_entities(labels: Sequence[str]) -> bool:
+    """Whether tags stand for entities, and not for words alone."""
+    return "O" in labels and all(label == "O" or re.match(r"[BIES]-.", label) for label in labels)
+
+
+def of_tags(said: Sequence[Sequence[str]], meant: Sequence[Sequence[str]], by_entity: bool) -> dict[str, float]:
+    """The accuracy of the tags of sentences; `by_entity`: F1, precision and recall of whole entities too."""
+    pairs = [pair for ours, theirs in zip(said, meant, strict=True) for pair in zip(ours, theirs, strict=True)]
+    accuracy = {"accuracy of words": sum(a == b for a, b in pairs) / len(pairs)}
+    return {**of_entities(said, meant), **accuracy} if by_entity else accuracy
+
+
+def of_entities(
+    said: Sequence[Sequence[str]], meant: Sequence[Sequence[str]], kind: str | None = None
+) -> dict[str, float]:
+    """F1, precision and recall of entities, whose kind and both ends are right; of one kind alone, or of all."""
+    hits = found = wanted = 0
+    for ours, theirs in zip(said, meant, strict=True):
+        a, b = ({e for e in entities(tags) if kind in (None, e[0])} for tags in (ours, theirs))
+        hits, found, wanted = hits + len(a & b), found + len(a), wanted + len(b)
+    return {
+        "F1 of entities": 2 * hits / max(1, found + wanted),
+        "precision": hits / max(1, found),
+        "recall": hits / max(1, wanted),
+    }
 
 
 def columns(rows: Scored) -> tuple[dict[str, int], dict[str, float]]:

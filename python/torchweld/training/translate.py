@@ -22,7 +22,7 @@ from torchweld.models.translating import alignment, generate
 from torchweld.training import checkpoint
 from torchweld.training.arguments import add_machine_options, number, whole
 from torchweld.training.corpus import CLOSE, special_token, with_marks_as_text
-from torchweld.training.lines import AT_ONCE, batches, opened
+from torchweld.training.lines import AT_ONCE, batches, check_unicode, opened
 from torchweld.training.machine import forced_backend, pick_device
 from torchweld.training.packing import pack
 
@@ -155,10 +155,7 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("--attention-map: expected a TEXT on the command line to draw it for, but got none")
         if find_spec("matplotlib") is None:
             raise UserError("--attention-map needs matplotlib: pip install torchweld[plot]")
-    try:
-        "".join(args.text).encode()
-    except UnicodeEncodeError:  # bytes of the command line that were no text
-        raise UserError("TEXT: expected text in the terminal's encoding (UTF-8), but got other bytes") from None
+    check_unicode("TEXT", args.text)
     device = pick_device(args.device)
     directory = checkpoint.locate(Path(args.checkpoint), to_use=True)
     config, weights = checkpoint.load_model(directory, Seq2SeqConfig.from_hugging_face)
