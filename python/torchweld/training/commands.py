@@ -54,7 +54,7 @@ def add_train_parser(subparsers: Subparsers) -> None:
     own.add_argument("--likelihood", help="vae: logistic (default), gaussian, or bernoulli in black and white")
     own.add_argument("--shift", metavar="N", help="vae, vit: move training images by up to N pixels (default: 0)")
     own.add_argument("--flip", action="store_const", const="yes", help="vae, vit: flip half of the training images")
-    parser.set_defaults(func=_train, max_samples=None)
+    parser.set_defaults(func=_train)
 
 
 def add_fine_tune_parser(subparsers: Subparsers) -> None:
@@ -81,7 +81,6 @@ def add_fine_tune_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--epochs", type=whole(1), metavar="N", help="passes over the texts, in place of --steps (default: 1)"
     )
-    parser.add_argument("--max-samples", type=whole(1), metavar="N", help="learn from the first N texts (default: all)")
     _add_run_options(parser)
     parser.set_defaults(func=_fine_tune, config=None)
 
@@ -157,6 +156,13 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--parallel",
         metavar="KIND",
         help="what several processes share: data (default), fsdp, tensor or context (gpt2 and gpt3)",
+    )
+    parser.add_argument(
+        "--max-samples",
+        type=whole(1),
+        metavar="N",
+        help="learn from the first N texts, pairs, images (each class in turn) or users of the part for training; of "
+        "running text (gpt2, gpt3, bert) from as much as N sequences take (default: all)",
     )
     parser.add_argument("--optimizer", help=f"{', '.join(OPTIMIZERS)} (default: adamw)")
     parser.add_argument("--learning-rate", type=number(0.0, above=True), metavar="X", help="at its peak")
