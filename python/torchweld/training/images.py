@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from torchweld.errors import UserError
 from torchweld.training import idx, packages
+from torchweld.training.extras import needed
 from torchweld.training.settings import Settings
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".pgm", ".ppm", ".tif", ".tiff"}
@@ -189,9 +188,7 @@ def pillow(purpose: str) -> ModuleType:
     Raises:
         UserError: Pillow, an optional extra, is not installed.
     """
-    if find_spec("PIL") is None:
-        raise UserError(f"{purpose} needs Pillow: pip install torchweld[images]")
-    return import_module("PIL.Image")
+    return needed("PIL.Image", "Pillow", "images", purpose)
 
 
 def _read_folders(folder: Path) -> tuple[dict[str, Images], tuple[str, ...]]:
