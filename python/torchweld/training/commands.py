@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchweld.errors import UserError
-from torchweld.training import checkpoint, classify, fill_mask, generate, run
+from torchweld.training import checkpoint, classify, fill_mask, generate, hub, run
 from torchweld.training.arguments import add_machine_options, number, whole
 from torchweld.training.fine_tune import FineTune
 from torchweld.training.optimizers import OPTIMIZERS
@@ -138,6 +140,12 @@ def add_fill_mask_parser(subparsers: Subparsers) -> None:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME[:CONFIG]",
+        help="in place of --data: a data set of text, pairs or ratings that Hugging Face's datasets loads, by its name "
+        "or from a folder (pip install torchweld[hub])",
+    )
     parser.add_argument("--out", metavar="DIR", help="where it all goes (default: torchweld-NAME)")
     parser.add_argument("--steps", type=whole(1), metavar="N", help="updates in all (default: the config's)")
     parser.add_argument(
@@ -203,7 +211,8 @@ def _train(args: argparse.Namespace) -> int:
             raise UserError(
                 f"--{option.replace('_', '-')}: expected a program that has this option, but got {args.name}"
             )
-    return run.run(args, replace(program, options={option: own[option] for option in program.defaults}))
+    program = replace(program, options={option: own[option] for option in program.defaults})
+    return run.run(_with_dataset(args, program), program)
 
 
 def _fine_tune(args: argparse.Namespace) -> int:
@@ -226,7 +235,20 @@ def _fine_tune(args: argparse.Namespace) -> int:
         program = replace(program, config=config, weights=weights, tokenizer=tokenizer)
     elif args.checkpoint is not None:
         raise UserError("--checkpoint: expected none beside --resume, whose run has its own weights, but got one")
-    return run.run(args, program)
+    return run.run(_with_dataset(args, program), program)
+
+
+def _with_dataset(args: argparse.Namespace, program: Any) -> argparse.Namespace:
+    """With the file of --dataset as --data."""
+    if args.dataset is None:
+        return args
+    for option, given in (("--data", args.data), ("--resume", args.resume)):
+        if given is not None:
+            raise UserError(f"--dataset: expected none beside {option}, which names the data already, but got one")
+    path, said = hub.load(args.dataset, args.name, program.options)
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(said + "\n")
+    return argparse.Namespace(**{**vars(args), "data": [path]})
 
 
 def _classify(args: argparse.Namespace) -> int:
