@@ -84,7 +84,7 @@ def test_splits_share_no_text_and_are_those_of_fine_tune(home: Path, command: Ru
     sizes = [len(part) for part in parts]
     assert sum(sizes) == 60
     assert steps(out)["split"]["what"] == "{} for training, {} for validation, {} for test".format(*sizes)
-    assert steps(out)["words"]["what"] == "dropped: nothing" and not (home / "o.txt").exists()
+    assert steps(out)["long"]["what"] == "dropped: nothing" and not (home / "o.txt").exists()
 
 
 def test_pairs_go_through_the_rules_of_training(home: Path, command: Run) -> None:
@@ -231,7 +231,7 @@ def test_languages(home: Path, command: Run) -> None:
         (["--pairs", "--out", "o.tsv"], "--data: expected two text files, line beside line, but got 1"),
         (["--pairs", "--data", "same.tsv", "--out", "o.tsv"], "but rules left none of 1 .dropped: 1 not translated."),
         (["--pairs", "--data", "few.tsv", "--out", "o.tsv", "--split"], "expected at least 100 pairs for training"),
-        (["--max-words", "1"], "words left none of 2 .dropped: 2 of more than 1 words.; give more texts, or ask for"),
+        (["--max-words", "1"], "long left none of 2 .dropped: 2 of more than 1 words.; give more texts, or ask for"),
         (["--split"], "--data: expected texts for training, validation and test, but got .* of 2"),
     ],
 )

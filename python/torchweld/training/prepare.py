@@ -40,7 +40,7 @@ def add_parser(subparsers: Subparsers) -> None:
         "not translated, a link, unlike lengths); language; duplicates; split; stop words; stems; tokens; one length. "
         "Steps from the language on are off unless asked for, but duplicates are always dropped. Stop words and stems "
         "make bags of words smaller; on rated sentences stop words cost a bag of words 2.6 points of accuracy, stems "
-        "gained it 0.5, and a BERT wants neither. --language, --stop-words and --stem need "
+        "gained it 0.5, and a BERT needs neither. --language, --stop-words and --stem need "
         "`pip install torchweld[prepare]`.",
     )
     parser.add_argument(
@@ -193,7 +193,7 @@ def _clean(data: Preparation, args: argparse.Namespace) -> None:
     if not args.pairs:
         data.drop("empty", lambda item: None if item.texts[0] else "without a character")
         if args.max_words:
-            data.drop("words", lambda item: f"of more than {most} words" if len(item.texts[0].split()) > most else None)
+            data.drop("long", lambda item: f"of more than {most} words" if len(item.texts[0].split()) > most else None)
         return
     before, dropped = len(data), cleaning.Dropped()
     kept = cleaning.clean([Pair(*item.texts, item.group) for item in data], most, dropped)

@@ -119,7 +119,8 @@ class Tokens:
             raise UserError(
                 f"--tokenize: expected words, {', '.join(LEARNED)} or the directory of a model, but got {name!r}"
             )
-        return cls(checkpoint.read_tokenizer(checkpoint.locate(Path(name), to_use=True)))
+        tokenizer = checkpoint.read_tokenizer(checkpoint.locate(Path(name), to_use=True))
+        return cls(corpus.with_marks_as_text(tokenizer) if pairs else tokenizer)
 
     def limit(self, length: int) -> None:
         """Cuts behind so many tokens, special ones among them.
