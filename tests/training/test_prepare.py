@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import sys
@@ -51,6 +52,14 @@ def test_texts_are_normalised_and_come_once(home: Path, command: Run) -> None:
     assert json.loads(out.splitlines()[-1]) == {"written": ["b.txt"]}
     code, out, _ = command("prepare", "--data", "b.txt", "--out", "c.txt")
     assert code == 0 and "Plain" not in out and "written: c.txt" in out and "dropped: nothing" in out
+
+
+def test_standard_input(home: Path, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    for given, code, message in (("one  text\ntwo", 0, ""), ("", 2, "read left none of 0")):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(given))
+        found, _, error = command("prepare", "--data", "-", "--out", "o.txt", "--overwrite")
+        assert found == code and message in error
+        assert (home / "o.txt").read_text() == "one text\ntwo\n"
 
 
 @pytest.mark.parametrize("suffix", ["csv", "tsv", "jsonl"])

@@ -19,6 +19,7 @@ from torchweld.files import write_texts
 from torchweld.training import cleaning, labelled, text_steps
 from torchweld.training.arguments import whole
 from torchweld.training.corpus import read_files
+from torchweld.training.lines import opened
 from torchweld.training.pairs import Pair, read_pairs
 from torchweld.training.preparation import Item, Preparation, Step, cut, shown
 
@@ -48,7 +49,8 @@ def add_parser(subparsers: Subparsers) -> None:
         nargs="+",
         required=True,
         metavar="FILE",
-        help="texts, one a line; .tsv, .csv and .jsonl with named columns; with --pairs what `train seq2seq` takes",
+        help="texts, one a line (- for standard input); .tsv, .csv and .jsonl with named "
+        "columns; with --pairs what `train seq2seq` takes",
     )
     parser.add_argument("--out", required=True, metavar="FILE", help=f"to write: {', '.join(OUTPUTS)}")
     parser.add_argument("--overwrite", action="store_true", help="replace files that are there")
@@ -181,6 +183,9 @@ def _read(args: argparse.Namespace) -> list[Item]:
             wanted = [args.text or "text", *([args.label] if args.label is not None else [])]
             for _, columns in labelled.read_columns([path], wanted):
                 items.append(Item((columns[0],), text_steps.normalised("".join(columns[1:]))))
+        elif path == "-":
+            with opened(path) as lines:
+                items += [Item((line.rstrip("\n"),)) for line in lines]
         else:
             (contents,) = read_files([path])
             items += [Item((line,)) for line in contents.removesuffix("\n").split("\n")]
