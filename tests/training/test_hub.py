@@ -104,7 +104,7 @@ def test_a_run_learns_and_resumes_without_it(command: Run, text: str) -> None:
     code, out, error = command("train", "gpt2", "--dataset", "folder", *options, "--steps", 1)
     assert code == 0 and out.startswith("dataset: folder, ") and "text: 1 files" in out, error
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(sys.modules, "datasets", None)  # type: ignore[arg-type]
+        patch.setitem(sys.modules, "datasets", None)
         code, out, error = command("train", "gpt2", "--resume", "run", "--steps", 2, "--device", "cpu")
     assert code == 0 and "resuming after step 1" in out, error
     for words, message in (

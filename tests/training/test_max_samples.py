@@ -22,8 +22,15 @@ from torchweld.training.settings import Settings
 def settings(name: str, data: Sequence[Path | str], samples: int | None) -> Settings:
     """Those of `train NAME --config tiny --max-samples`."""
     program = PROGRAMS[name]
-    given = {"data": [str(path) for path in data], "options": dict(program.defaults), "max_samples": samples}
-    return Settings(**asdict(program.recipes["tiny"]), program=name, config="tiny", seed=0, **given)
+    return Settings(
+        **asdict(program.recipes["tiny"]),
+        program=name,
+        config="tiny",
+        seed=0,
+        data=[str(path) for path in data],
+        options=dict(program.defaults),
+        max_samples=samples,
+    )
 
 
 def read(name: str, data: Sequence[Path | str], samples: int | None) -> Any:

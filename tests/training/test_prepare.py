@@ -277,7 +277,7 @@ def test_refusals_leave_nothing(home: Path, command: Run, words: list[str], mess
 def test_a_missing_library_is_named_with_its_extra(
     home: Path, command: Run, monkeypatch: pytest.MonkeyPatch, module: str, library: str, words: tuple[str, str]
 ) -> None:
-    monkeypatch.setitem(sys.modules, module, None)  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, module, None)
     (home / "a.txt").write_text("one text\n")
     code, _, error = command("prepare", "--data", "a.txt", "--out", "o.txt", *words)
     assert code == 2 and f"{words[0]} needs {library}: pip install torchweld[prepare]" in error

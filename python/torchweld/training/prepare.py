@@ -168,6 +168,11 @@ def _of(item: Item, made: Callable[[str], str]) -> Item:
     return replace(item, texts=tuple(made(text) for text in item.texts))
 
 
+def _pair(item: Item) -> Pair:
+    source, target = item.texts
+    return Pair(source, target, item.group)
+
+
 def _vocabulary(data: Preparation) -> set[str]:
     return {word for item in data for text in item.texts for word in text.split(" ")}
 
@@ -201,7 +206,7 @@ def _clean(data: Preparation, args: argparse.Namespace) -> None:
             data.drop("long", lambda item: f"of more than {most} words" if len(item.texts[0].split()) > most else None)
         return
     before, dropped = len(data), cleaning.Dropped()
-    kept = cleaning.clean([Pair(*item.texts, item.group) for item in data], most, dropped)
+    kept = cleaning.clean([_pair(item) for item in data], most, dropped)
     data.parts[""] = [Item(pair[:2], group=pair.group) for pair in kept]
     for rule, count in dropped.items():
         data.steps.append(Step("rules", before, before - count, f"dropped: {count:,} {rule}", dropped.examples[rule]))
@@ -225,7 +230,7 @@ def _again(item: Item, seen: dict[tuple[str, ...], str]) -> str | None:
 def _split(data: Preparation, pairs: bool) -> None:
     items, dropped = data.parts.pop(""), cleaning.Dropped()
     if pairs:
-        parts = cleaning.split([Pair(*item.texts, item.group) for item in items], dropped)
+        parts = cleaning.split([_pair(item) for item in items], dropped)
         data.parts = {name: [Item(pair[:2]) for pair in part] for name, part in zip(PARTS, parts, strict=True)}
     else:
         texts, labels = [item.texts[0] for item in items], [item.label for item in items]
