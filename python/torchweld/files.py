@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from torchweld.errors import UserError
@@ -14,13 +17,30 @@ def write_text(path: Path, text: str) -> Path:
     Raises:
         UserError: the file cannot be written.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    write_texts({path: text})
+    return path
+
+
+def write_texts(texts: Mapping[Path, str]) -> None:
+    """Writes files that belong together: none gets its name before all are written.
+
+    Raises:
+        UserError: one cannot be written.
+    """
+    asides = {path: path.with_name(f".{path.name}.{os.getpid()}") for path in texts}
     try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
+        for path, aside in asides.items():
+            aside.write_text(texts[path], encoding="utf-8")
+        for path in asides:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        for path, aside in asides.items():
+            aside.replace(path)
     except OSError as error:
-        aside.unlink(missing_ok=True)
         raise UserError(
             f"{path}: expected a file that can be written, but got: {error.strerror}; name another one"
         ) from None
-    return path
+    finally:
+        for aside in asides.values():
+            with suppress(OSError):
+                aside.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from commands import Run, check_resuming
 from pictures import NAMES, drawn, write_folders, write_idx
 from torchweld.errors import UserError
 from torchweld.models import VAE, VAEConfig, stock, vae
-from torchweld.training import coders, images
+from torchweld.training import coders, extras, images
 
 TINY = replace(vae.CONFIGS["tiny"], height=8, width=8, labels=NAMES)
 FILES = ("config.json", "model.safetensors", "optimizer.safetensors", "training.json")
@@ -270,7 +270,7 @@ def test_sample_refuses(checkpoint: Path, command: Run, home: Path) -> None:
 
 
 def test_sample_says_that_pillow_is_missing(checkpoint: Path, command: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(images, "find_spec", lambda name: None)
+    monkeypatch.setattr(extras, "find_spec", lambda name: None)
     code, _, error = command("sample", "--checkpoint", checkpoint, "--device", "cpu")
     assert code == 2 and "sample needs Pillow: pip install torchweld[images]" in error
 

@@ -1,5 +1,5 @@
 """The `torchweld` command: info, check, bench, train, fine-tune, generate, classify, answer, tag, fill-mask,
-translate, sample, recommend, data.
+translate, sample, recommend, data, prepare.
 
 Exit codes: 0 done, 1 a check missed, 2 bad input (one line on stderr, no traceback), 130 interrupted, 141 reader left.
 """
@@ -32,6 +32,7 @@ _COMMANDS = {
     "sample": ("torchweld.training.sample", "add_parser"),
     "recommend": ("torchweld.training.recommend", "add_parser"),
     "data": ("torchweld.training.packages", "add_parser"),
+    "prepare": ("torchweld.training.prepare", "add_parser"),
 }
 
 

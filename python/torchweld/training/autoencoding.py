@@ -53,7 +53,7 @@ class AutoEncoder:
         """The images, split; as in `Program`."""
         Augmentation.of(settings.options)
         levels = vae.likelihood(settings.options["likelihood"]).levels
-        pictures = images.load(settings.data)
+        pictures = images.load(settings.data, settings.max_samples)
         return images.black_and_white(pictures) if levels == 2 else pictures
 
     def fit(self, settings: Settings, config: vae.VAEConfig, data: Pictures) -> tuple[Settings, vae.VAEConfig]:

@@ -149,16 +149,25 @@ def load_tokenizer(checkpoint: Path, config: Any) -> Tokenizer:
     Raises:
         UserError: it is missing, damaged or of another model.
     """
+    tokenizer, path = read_tokenizer(checkpoint), checkpoint / "tokenizer.json"
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise _damaged(path, f"{tokenizer.get_vocab_size()} tokens for a vocab_size of {config.vocab_size}")
+    return tokenizer
+
+
+def read_tokenizer(checkpoint: Path) -> Tokenizer:
+    """The tokenizer in a directory, of whatever model.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
     path = checkpoint / "tokenizer.json"
     try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise _damaged(path, str(error.strerror)) from None
     except Exception as error:  # tokenizers raises nothing narrower
         raise _damaged(path, str(error)) from None
-    if tokenizer.get_vocab_size() > config.vocab_size:
-        raise _damaged(path, f"{tokenizer.get_vocab_size()} tokens for a vocab_size of {config.vocab_size}")
-    return tokenizer
 
 
 def load_training(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

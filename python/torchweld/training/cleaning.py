@@ -15,12 +15,17 @@ LEAST = 100
 
 
 class Dropped(dict[str, int]):
-    """How many pairs each rule took."""
+    """How many pairs each rule took. `examples`: the first that each took, where it is known."""
 
-    def take(self, rule: str, count: int = 1) -> None:
+    def __init__(self) -> None:
+        super().__init__()
+        self.examples: dict[str, str] = {}
+
+    def take(self, rule: str, count: int = 1, example: str = "") -> None:
         """Counts."""
         if count:
             self[rule] = self.get(rule, 0) + count
+            self.examples.setdefault(rule, example)
 
     def __str__(self) -> str:
         return ", ".join(f"{count:,} {rule}" for rule, count in self.items()) or "nothing"
@@ -49,7 +54,7 @@ def clean(pairs: Sequence[Pair], most_words: int, dropped: Dropped) -> list[Pair
     for source, target, group in pairs:
         pair = Pair(unicodedata.normalize("NFC", source), unicodedata.normalize("NFC", target), group)
         if rule := _rule(pair, most_words):
-            dropped.take(rule)
+            dropped.take(rule, example=f"{pair.source} | {pair.target}")
         else:
             kept.append(pair)
     return kept

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from torchweld.errors import UserError
-from torchweld.training import checkpoint, classify, fill_mask, generate, run
+from torchweld.training import checkpoint, classify, fill_mask, generate, hub, run
 from torchweld.training.answering import Answering
 from torchweld.training.arguments import add_machine_options, add_window_options, number, whole
 from torchweld.training.fine_tune import FineTune
@@ -61,7 +63,7 @@ def add_train_parser(subparsers: Subparsers) -> None:
     own.add_argument("--likelihood", help="vae: logistic (default), gaussian, or bernoulli in black and white")
     own.add_argument("--shift", metavar="N", help="vae, vit: move training images by up to N pixels (default: 0)")
     own.add_argument("--flip", action="store_const", const="yes", help="vae, vit: flip half of the training images")
-    parser.set_defaults(func=_train, max_samples=None)
+    parser.set_defaults(func=_train)
 
 
 def add_fine_tune_parser(subparsers: Subparsers) -> None:
@@ -98,7 +100,6 @@ def add_fine_tune_parser(subparsers: Subparsers) -> None:
     parser.add_argument(
         "--epochs", type=whole(1), metavar="N", help="passes over the texts, in place of --steps (default: 1)"
     )
-    parser.add_argument("--max-samples", type=whole(1), metavar="N", help="learn from the first N texts (default: all)")
     _add_run_options(parser)
     parser.set_defaults(func=_fine_tune, config=None)
 
@@ -156,6 +157,12 @@ def add_fill_mask_parser(subparsers: Subparsers) -> None:
 
 
 def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--dataset",
+        metavar="NAME[:CONFIG]",
+        help="in place of --data: a data set of text, pairs or ratings that Hugging Face's datasets loads, by its name "
+        "or from a folder (pip install torchweld[hub])",
+    )
     parser.add_argument("--out", metavar="DIR", help="where it all goes (default: torchweld-NAME)")
     parser.add_argument("--steps", type=whole(1), metavar="N", help="updates in all (default: the config's)")
     parser.add_argument(
@@ -174,6 +181,13 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--parallel",
         metavar="KIND",
         help="what several processes share: data (default), fsdp, tensor or context (gpt2 and gpt3)",
+    )
+    parser.add_argument(
+        "--max-samples",
+        type=whole(1),
+        metavar="N",
+        help="learn from the first N texts, pairs, images (each class in turn) or users of the part for training; of "
+        "running text (gpt2, gpt3, bert) from as much as N sequences take (default: all)",
     )
     parser.add_argument("--optimizer", help=f"{', '.join(OPTIMIZERS)} (default: adamw)")
     parser.add_argument("--learning-rate", type=number(0.0, above=True), metavar="X", help="at its peak")
@@ -208,7 +222,8 @@ def _train(args: argparse.Namespace) -> int:
     if args.name not in PROGRAMS:
         raise UserError(f"train: expected the name of a program, one of {', '.join(PROGRAMS)}, but got {args.name!r}")
     program: Any = PROGRAMS[args.name]
-    return run.run(args, replace(program, options=_own_options(args, OPTIONS, program)))
+    program = replace(program, options=_own_options(args, OPTIONS, program))
+    return run.run(_with_dataset(args, program), program)
 
 
 def _own_options(args: argparse.Namespace, names: Iterable[str], program: Choices) -> dict[str, str | None]:
@@ -243,7 +258,20 @@ def _fine_tune(args: argparse.Namespace) -> int:
         program = replace(program, config=config, weights=weights, tokenizer=tokenizer)
     elif args.checkpoint is not None:
         raise UserError("--checkpoint: expected none beside --resume, whose run has its own weights, but got one")
-    return run.run(args, program)
+    return run.run(_with_dataset(args, program), program)
+
+
+def _with_dataset(args: argparse.Namespace, program: Any) -> argparse.Namespace:
+    """With the file of --dataset as --data."""
+    if args.dataset is None:
+        return args
+    for option, given in (("--data", args.data), ("--resume", args.resume)):
+        if given is not None:
+            raise UserError(f"--dataset: expected none beside {option}, which names the data already, but got one")
+    path, said = hub.load(args.dataset, args.name, program.options)
+    if os.environ.get("RANK", "0") == "0":
+        sys.stdout.write(said + "\n")
+    return argparse.Namespace(**{**vars(args), "data": [path]})
 
 
 def _classify(args: argparse.Namespace) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -18,6 +16,7 @@ from torch import Tensor
 
 from torchweld.errors import UserError
 from torchweld.training import idx, packages
+from torchweld.training.extras import needed
 from torchweld.training.settings import Settings
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".pgm", ".ppm", ".tif", ".tiff"}
@@ -66,17 +65,34 @@ class Pictures:
         return c, h, w
 
 
-def load(data: list[str] | None) -> Pictures:
+def load(data: list[str] | None, most: int | None = None) -> Pictures:
     """The images of the folder that --data names; without one Fashion-MNIST's, if it is here.
 
+    Args:
+        most: so many of them for training, each class in turn.
+
     Raises:
-        UserError: they cannot be read, or are not here.
+        UserError: they cannot be read, or are not here, or `most` leaves a class out.
     """
-    if data is None:
-        return read(packages.find("fashion-mnist"))
-    if len(data) != 1:
+    if data is not None and len(data) != 1:
         raise UserError(f"--data: expected one folder of images, but got {len(data)} names")
-    return read(Path(data[0]))
+    pictures = read(packages.find("fashion-mnist") if data is None else Path(data[0]))
+    if most is None:
+        return pictures
+    if most < len(pictures.labels):
+        raise UserError(
+            f"--max-samples: expected at least {len(pictures.labels)}, an image of each class, but got {most}"
+        )
+    return replace(pictures, training=pictures.training.part(_in_turn(pictures.training.labels)[:most]))
+
+
+def _in_turn(labels: Tensor) -> Tensor:
+    """The order in which the first image of each class comes first, then the second of each: folders go by class."""
+    places = torch.empty_like(labels)
+    for label in labels.unique():
+        own = labels == label
+        places[own] = torch.arange(int(own.sum()))
+    return torch.argsort(places, stable=True)
 
 
 def describe(pictures: Pictures, settings: Settings) -> str:
@@ -172,9 +188,7 @@ def pillow(purpose: str) -> ModuleType:
     Raises:
         UserError: Pillow, an optional extra, is not installed.
     """
-    if find_spec("PIL") is None:
-        raise UserError(f"{purpose} needs Pillow: pip install torchweld[images]")
-    return import_module("PIL.Image")
+    return needed("PIL.Image", "Pillow", "images", purpose)
 
 
 def _read_folders(folder: Path) -> tuple[dict[str, Images], tuple[str, ...]]:

@@ -55,34 +55,40 @@ def read_rows(paths: Sequence[str], text: str, label: str) -> Rows:
         UserError: a file cannot be read, or does not have the columns.
     """
     rows = Rows([], [], [])
-    for path, contents in zip(paths, read_files(paths), strict=True):
-        for line, (said, of) in _columns(path, contents, text, label):
-            if said.strip():
-                rows.texts.append(" ".join(said.split()))
-                rows.labels.append(of.strip())
-                rows.places.append(f"{path}, line {line}")
+    for place, (said, of) in read_columns(paths, (text, label)):
+        if said.strip():
+            rows.texts.append(" ".join(said.split()))
+            rows.labels.append(of.strip())
+            rows.places.append(place)
     return rows
 
 
-def _columns(path: str, contents: str, text: str, label: str) -> Iterator[tuple[int, tuple[str, str]]]:
-    """(line, (text, label)) of each row."""
-    kind, numbered = Path(path).suffix.lower(), text.isdigit() and label.isdigit()
+def read_columns(paths: Sequence[str], wanted: Sequence[str]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """(place, columns) of each row of all files, in the order of `wanted`, as in `read_rows`."""
+    for path, contents in zip(paths, read_files(paths), strict=True):
+        for line, columns in _columns(path, contents, wanted):
+            yield f"{path}, line {line}", columns
+
+
+def _columns(path: str, contents: str, wanted: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
+    """(line, columns) of each row."""
+    kind, numbered = Path(path).suffix.lower(), all(name.isdigit() for name in wanted)
     if kind in (".jsonl", ".json"):
         for line, item in enumerate(contents.splitlines(), 1):
             if item.strip():
-                yield line, _fields(path, line, item, text, label)
+                yield line, _fields(path, line, item, wanted)
         return
     # Between tabs a quotation mark is a character like any other.
     style = {"delimiter": ","} if kind == ".csv" else {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
     reader = csv.reader(contents.splitlines(keepends=kind == ".csv"), **style)
     try:
         names = None if numbered else next(reader)
-        if names is not None and (missing := [name for name in (text, label) if name not in names]):
+        if names is not None and (missing := [name for name in wanted if name not in names]):
             raise UserError(
                 f"--data {path}: expected a column {missing[0]!r} in its first line, but got "
                 f"{', '.join(map(repr, names[:8]))}; name the columns with --text and --label, or number them from 1 on"
             )
-        places = [int(n) - 1 if names is None else names.index(n) for n in (text, label)]
+        places = [int(n) - 1 if names is None else names.index(n) for n in wanted]
         if min(places) < 0:
             raise UserError("--text, --label: expected numbers of columns from 1 on, but got 0")
         for row in reader:
@@ -92,23 +98,23 @@ def _columns(path: str, contents: str, text: str, label: str) -> Iterator[tuple[
                     f"{len(row)}"
                 )
             if row:
-                yield reader.line_num, (row[places[0]], row[places[1]])
+                yield reader.line_num, tuple(row[place] for place in places)
     except csv.Error as error:
         raise UserError(f"--data {path}, line {reader.line_num}: expected columns, but got: {error}") from None
 
 
-def _fields(path: str, line: int, item: str, text: str, label: str) -> tuple[str, str]:
+def _fields(path: str, line: int, item: str, wanted: Sequence[str]) -> tuple[str, ...]:
     try:
         values = json.loads(item)
     except ValueError as error:
         raise UserError(f"--data {path}, line {line}: expected a JSON object, but got: {error}") from None
-    if not isinstance(values, dict) or not {text, label} <= values.keys():
+    if not isinstance(values, dict) or not set(wanted) <= values.keys():
         names = ", ".join(map(repr, values)) if isinstance(values, dict) else type(values).__name__
         raise UserError(
-            f"--data {path}, line {line}: expected an object with {text!r} and {label!r}, but got {names}; name the "
-            f"keys with --text and --label"
+            f"--data {path}, line {line}: expected an object with {' and '.join(map(repr, wanted))}, but got "
+            f"{names}; name the keys with --text and --label"
         ) from None
-    return str(values[text]), str(values[label])
+    return tuple(str(values[name]) for name in wanted)
 
 
 def numbers(rows: Rows) -> list[float]:

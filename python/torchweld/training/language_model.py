@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,7 +57,9 @@ class LanguageModel:
                     f"text: expected at least {need} tokens for {part} with a context of {config.n_positions}, but got "
                     f"{len(tokens)} (validation takes a tenth); give more text with --data, or a smaller --config"
                 )
-        return text
+        if settings.max_samples is None:
+            return text
+        return replace(text, train=text.train[: settings.max_samples * config.n_positions + 1])  # + the last target
 
     def fit(self, settings: Settings, config: gpt2.GPT2Config, data: corpus.Corpus) -> tuple[Settings, gpt2.GPT2Config]:
         """As in `Program`: nothing does."""

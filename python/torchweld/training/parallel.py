@@ -47,6 +47,10 @@ class Part:
     def __len__(self) -> int:
         return len(self.pairs)
 
+    def first(self, most: int | None) -> Part:
+        """The first `most` of them."""
+        return Part(self.pairs[:most], self.sources[:most], self.targets[:most], self.start)
+
     @cached_property
     def lengths(self) -> tuple[Indices, Indices]:
         """Of sources and of targets."""

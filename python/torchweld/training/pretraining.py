@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -52,6 +53,18 @@ class Documents:
         long = lengths >= LEAST
         self.starts, self.lengths = bounds[:-1][long] + 1, lengths[long]
         self.weights = np.cumsum(self.lengths)
+
+    def first(self, most: int) -> Documents:
+        """As many of the documents as have `most` tokens, the last one cut."""
+        if most >= self.weights[-1]:
+            return self
+        last = int(np.searchsorted(self.weights, most))
+        shorter = copy(self)
+        shorter.starts, shorter.lengths = self.starts[: last + 1], self.lengths[: last + 1].copy()
+        shorter.lengths[last] -= min(int(self.weights[last]) - most, int(self.lengths[last]) - LEAST)
+        shorter.weights = np.cumsum(shorter.lengths)
+        shorter.tokens = self.tokens[: shorter.starts[last] + shorter.lengths[last]]
+        return shorter
 
     def draw(self, rng: np.random.Generator, most: int) -> Tokens:
         """A window of at most `most` tokens of one document; longer documents are drawn more often."""
@@ -144,6 +157,8 @@ class PreTraining:
                     f"text: expected at least {config.max_position_embeddings} tokens for {name}, but got "
                     f"{part.lengths.sum()} (validation takes a tenth); give more text with --data"
                 )
+        if settings.max_samples is not None:
+            parts[0] = parts[0].first(settings.max_samples * config.max_position_embeddings)
         return Text(text.tokenizer, text.digest, *parts)
 
     def fit(self, settings: Settings, config: bert.BERTConfig, data: Text) -> tuple[Settings, bert.BERTConfig]:

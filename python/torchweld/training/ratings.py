@@ -34,12 +34,14 @@ class Ratings:
         titles: of each of `items`.
         histories: the numbers of what each user had, oldest first.
         dropped: how many users had fewer than `LEAST` items.
+        learned: from how many users is learned; None for all. All are tested.
     """
 
     items: tuple[str, ...]
     titles: tuple[str, ...]
     histories: list[list[int]]
     dropped: int
+    learned: int | None = None
 
     @property
     def digest(self) -> str:
@@ -54,8 +56,8 @@ class Ratings:
 
     @property
     def training(self) -> list[list[int]]:
-        """The histories without the last two items."""
-        return [history[:-2] for history in self.histories]
+        """The histories that are learned from, without the last two items."""
+        return [history[:-2] for history in self.histories[: self.learned]]
 
 
 def load(data: Sequence[str] | None) -> Ratings:

@@ -55,7 +55,7 @@ class Recognition:
     def data(self, settings: Settings, config: vit.ViTConfig, source: Path | None = None) -> Pictures:
         """The images, split; as in `Program`."""
         Augmentation.of(settings.options)
-        pictures = images.load(settings.data)
+        pictures = images.load(settings.data, settings.max_samples)
         if len(pictures.labels) < 2:
             raise UserError(
                 f"--data: expected images of 2 or more classes, but got 1 ({pictures.labels[0]}); put those of each "

@@ -52,7 +52,7 @@ class Recommender:
 
     def data(self, settings: Settings, config: gpt2.GPT2Config, source: Path | None = None) -> Ratings:
         """The ratings; as in `Program`."""
-        return ratings.load(settings.data)
+        return replace(ratings.load(settings.data), learned=settings.max_samples)
 
     def fit(self, settings: Settings, config: gpt2.GPT2Config, data: Ratings) -> tuple[Settings, gpt2.GPT2Config]:
         """A token for each item."""
@@ -65,7 +65,7 @@ class Recommender:
     def batches(self, data: Ratings, settings: Settings, config: gpt2.GPT2Config, step: int, parts: int) -> list[Batch]:
         """Windows of the histories of the next users, of an order that is drawn for each epoch."""
         size, rng = settings.batch_size, np.random.default_rng((settings.seed, step))
-        users = order.chosen(settings.seed, len(data.histories), step, size)
+        users = order.chosen(settings.seed, len(data.histories[: data.learned]), step, size)
         windows = [_window(data.histories[user][:-2], config.n_positions, rng) for user in users]
         return [_batch(windows[i : i + size // parts]) for i in range(0, size, size // parts)]
 

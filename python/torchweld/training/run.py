@@ -270,6 +270,8 @@ def _introduce(job: Job, device: str, dtype: str, found: Findings) -> None:
     for line in data.splitlines():
         name, _, text = line.partition(": ")
         found.introduce(name, text)
+    if settings.max_samples is not None:
+        found.introduce("samples", f"of those for training the first {settings.max_samples:,} at most (--max-samples)")
     found.introduce(
         "model",
         f"{settings.config}, {parameters / 1e6:.1f} M parameters; {settings.steps} steps of {each}{parts}, "

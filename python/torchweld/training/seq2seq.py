@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -59,7 +59,8 @@ class Translation:
         pairs = read_pairs(
             settings.data or [_known()], settings.options["source_language"], settings.options["target_language"]
         )
-        return parallel.load(pairs, config, checkpoint.load_tokenizer(source, config) if source else None)
+        data = parallel.load(pairs, config, checkpoint.load_tokenizer(source, config) if source else None)
+        return replace(data, training=data.training.first(settings.max_samples))
 
     def fit(self, settings: Settings, config: Seq2SeqConfig, data: Parallel) -> tuple[Settings, Seq2SeqConfig]:
         """As in `Program`: nothing does, but each part of a batch needs a pair."""

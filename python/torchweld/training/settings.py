@@ -76,7 +76,7 @@ class Settings(Recipe):
         config: the name of a size.
         data: files; None for what the program has by itself.
         options: the program's own choices.
-        max_samples: how many of the texts for training are used; None for all.
+        max_samples: how many of the samples for training are used; None for all.
     """
 
     program: str = "gpt2"
