@@ -110,6 +110,10 @@ def test_logits_are_made_where_they_are_read() -> None:
     torch.testing.assert_close(late().argmax(-1), right.argmax(-1))
     torch.testing.assert_close(torch.softmax(late(), -1), torch.softmax(right, -1))
     torch.testing.assert_close(late()[..., 5], right[..., 5])
+    assert late().size(dim=1) == 11
+    halved, right_halved = (torch.div(x, 2.0, rounding_mode="floor") for x in (late(), right))
+    torch.testing.assert_close(halved, right_halved)
+    torch.testing.assert_close(late().contiguous(memory_format=torch.contiguous_format), right)
     torch.testing.assert_close(late()[0, 3, 7], right[0, 3, 7])
     torch.testing.assert_close(late()[:, -1] + 1, right[:, -1] + 1)
     torch.testing.assert_close(torch.cat([late(), late()]), torch.cat([right, right]))

@@ -74,7 +74,8 @@ class LateLogits(Tensor):
         if getattr(func, "__name__", "") == "__get__":
             rule = _PROPERTIES.get(func)
         first = args[0] if args else None
-        if rule is not None and isinstance(first, LateLogits) and first._made is None:
+        plain = not kwargs or rule is _loss  # no other rule knows options by name, as in size(dim=1)
+        if rule is not None and plain and isinstance(first, LateLogits) and first._made is None:
             found = rule(first._recipe, *args[1:], **(kwargs or {}))
             if found is not NotImplemented:
                 return LateLogits.of(found) if isinstance(found, _Recipe) else found
