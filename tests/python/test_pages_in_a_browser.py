@@ -91,7 +91,7 @@ def test_filters_choose_rows(opened: Any) -> None:
     tab.get_by_label("Words that a row has").fill("WINDOW 256 attention")
     assert count.inner_text() == "2 of 73 rows" and set(column(tab, 1)) == {"attention"}
     tab.get_by_role("button", name="Show all").click()
-    assert tab.locator("form.filters output", has_text="73 of 73 rows").count() == 1 and len(column(tab, 1)) == 73
+    assert count.inner_text() == "73 of 73 rows" and len(column(tab, 1)) == 73
 
 
 def test_dark_mode_follows_the_system_until_it_is_chosen(opened: Any) -> None:
@@ -118,7 +118,7 @@ def test_the_keyboard_reaches_everything(opened: Any) -> None:
     tab.keyboard.press("Tab")
     assert tab.evaluate("document.activeElement.className") == "skip"
     tab.keyboard.press("Enter")
-    assert tab.evaluate("location.hash") == "#main"
+    until(tab, "location.hash === '#main'")
     tab.locator(f"{TABLE} thead button").first.focus()
     tab.keyboard.press("Enter")
     assert tab.locator(f"{TABLE} thead th").first.get_attribute("aria-sort") == "ascending"

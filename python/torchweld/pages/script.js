@@ -64,7 +64,12 @@ for (const form of document.querySelectorAll("form.filters")) {
     output.value = `${shown} of ${rows.length} rows`;
   };
   form.addEventListener("input", filter);
-  form.addEventListener("reset", () => setTimeout(filter));
+  // The event "reset" comes before the fields have their first values, so the button resets, then filters.
+  form.querySelector("button[type=reset]").addEventListener("click", (event) => {
+    event.preventDefault();
+    form.reset();
+    filter();
+  });
   form.addEventListener("submit", (event) => event.preventDefault());
   filter();
 }
