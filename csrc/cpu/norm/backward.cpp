@@ -155,7 +155,7 @@ void backward_rows(const LayerNormBackwardParams& p, int64_t begin, int64_t end,
     backward_row<T, R, kGradients>(p, m, weights, partial, partial + p.cols, buffer);
 }
 
-// dweight and dbias: the sum of the blocks' partials, first to last.
+// dweight and dbias: the sum of the blocks' partials, eight at a time, because short chains of additions round less.
 template <class WT>
 void reduce_partials(const LayerNormBackwardParams& p) {
   const int64_t N = p.cols;
@@ -163,7 +163,12 @@ void reduce_partials(const LayerNormBackwardParams& p) {
     if (out == nullptr) return;
     for_each_vector(end - begin, [&](int64_t i, auto lanes) {
       Vec total{};
-      for (int64_t b = 0; b < p.blocks; ++b) total += load(partial + b * 2 * N + begin + i, lanes);
+      for (int64_t b = 0; b < p.blocks;) {
+        Vec chain{};
+        for (const int64_t after = b + 8 < p.blocks ? b + 8 : p.blocks; b < after; ++b)
+          chain += load(partial + b * 2 * N + begin + i, lanes);
+        total += chain;
+      }
       store(static_cast<WT*>(out) + begin + i, total, lanes);
     });
   };
