@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 WORLD = 2
+# The processes are forks of one that has imported these, which takes a process of its own seconds.
+PRELOADED = ["torch", "torch._dynamo", "torch.distributed.tensor", "torchweld", "torchweld.testing.cases", "pytest"]
 needs_gloo = pytest.mark.skipif(
     not dist.is_available() or not dist.is_gloo_available(), reason="this torch has no torch.distributed over gloo"
 )
@@ -27,7 +30,8 @@ def in_two_processes(check: Callable[[int, str], None]) -> None:
 def in_processes(check: Callable[[int, str], None], count: int, timeout: float = 120) -> None:
     """The same in `count` processes. A process waits `timeout` seconds at most for the others."""
     with tempfile.TemporaryDirectory() as folder:
-        spawn(_process, (folder, check, count, timeout), nprocs=count)
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        start_processes(_process, (folder, check, count, timeout), nprocs=count, start_method="forkserver")
 
 
 def _process(rank: int, folder: str, check: Callable[[int, str], None], count: int, timeout: float) -> None:
