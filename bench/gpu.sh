@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
-# Everything that needs a GPU, on a machine without a network, in 10 minutes: build and install, the tests marked cuda,
-# compute-sanitizer, and the benchmark into bench/results/<device>.json.
+# Everything that needs a GPU, on a machine without a network, in 10 minutes: build and install, a first look at every
+# kernel family (smoke), the benchmark into bench/results/<device>.json, the tests marked cuda, and compute-sanitizer.
 #
 #   bench/gpu.sh            all stages; one that passed on these sources is not run again
-#   bench/gpu.sh STAGE ...  these stages, whether they passed or not: build test dropin memcheck racecheck synccheck
-#                           initcheck bench
-#   PYTHON=/path/to/python  the interpreter that has torch (default python3); needs pybind11, scikit-build-core, ninja and
-#                           what the extra `test` names; pytest-xdist shortens the tests
+#   bench/gpu.sh STAGE ...  these stages, whether they passed or not: build smoke bench test dropin memcheck racecheck
+#                           synccheck initcheck
+#   PYTHON=/path/to/python  the interpreter that has torch (default python3); needs pybind11, cmake, ninja and what the
+#                           extra `test` names; pytest-xdist and pytest-timeout shorten the tests
+#   GPU_OUT=/folder         logs and results are copied there after every stage
 #
 # Logs and what has passed: build/gpu/. Exit code 1 if a stage failed; the others run all the same, save after a failed build.
 set -u -o pipefail
@@ -19,17 +20,29 @@ sources=$(find csrc python tests bench CMakeLists.txt pyproject.toml -type f ! -
   -print0 | sort -z | xargs -0 sha256sum | sha256sum | cut -d' ' -f1)
 
 build() {
-  "$python" -c 'import pybind11, scikit_build_core' || { echo 'install pybind11 and scikit-build-core (their wheels need no network)'; return 1; }
+  nvidia-smi --query-gpu=name,driver_version --format=csv,noheader
+  for tool in nvcc cmake ninja; do command -v $tool && $tool --version | tail -n 1; done
+  "$python" -c 'import torch; print("torch", torch.__version__, "CUDA", torch.version.cuda)' || return 1
   "$python" -m pip install --no-build-isolation --no-deps --no-index --force-reinstall \
-    --config-settings=cmake.define.TORCHWELD_CUDA=ON . &&
-    "$python" -c 'import torch; from torchweld import backend; why = backend.unavailable("cuda"); assert why is None, why'
+    --config-settings=cmake.define.TORCHWELD_CUDA=ON . || build_without_pip || return 1
+  "$python" -c 'import torch; from torchweld import backend; why = backend.unavailable("cuda"); assert why is None, why'
+}
+
+build_without_pip() { # scikit-build-core is missing, or too old: cmake and ninja do what it asks them to do
+  local site
+  site=$("$python" -c 'import sysconfig; print(sysconfig.get_path("platlib"))') &&
+    cmake -S . -B build/gpu/cmake -G Ninja -DCMAKE_BUILD_TYPE=Release -DTORCHWELD_CUDA=ON \
+      -DPython_EXECUTABLE="$(command -v "$python")" \
+      -Dpybind11_DIR="$("$python" -c 'import pybind11; print(pybind11.get_cmake_dir())')" &&
+    cmake --build build/gpu/cmake && cmake --install build/gpu/cmake --prefix "$site" && cp -r python/torchweld "$site"
 }
 
 tests() { # paths and options
   local workers=()
-  "$python" -c 'import xdist' 2>/dev/null && workers=(-n 8)
+  "$python" -c 'import xdist' 2>/dev/null && workers=(-n "$(nproc)")
+  "$python" -c 'import pytest_timeout' 2>/dev/null && workers+=(--timeout 40)
   # A file that cannot be imported, for want of a package, must not keep the others from running.
-  "$python" -m pytest -m cuda -q --maxfail=20 --continue-on-collection-errors "${workers[@]}" "$@"
+  "$python" -m pytest -m cuda -q --tb=line -p no:cacheprovider --continue-on-collection-errors "${workers[@]}" "$@"
 }
 
 sanitize() { # tool, options...
@@ -46,6 +59,11 @@ bench() {
   "$python" -m torchweld bench --device cuda --quick --no-compile --json "bench/results/$device.json"
 }
 
+collect() { # what a machine that is given back must not keep
+  [[ -n ${GPU_OUT:-} ]] || return 0
+  mkdir -p "$GPU_OUT" && cp -r "$state"/*.log bench/results "$GPU_OUT"
+}
+
 failed=0
 report=()
 stage() { # name, seconds, command...
@@ -60,6 +78,7 @@ stage() { # name, seconds, command...
   rm -f "$state/$name.passed"
   timeout --kill-after=10 "$limit" bash -c '"$@"' _ "$@" >"$state/$name.log" 2>&1
   rc=$?
+  collect
   if ((rc == 0)); then
     echo "$sources" >"$state/$name.passed"
     report+=("$(printf '%-10s passed   %4d s' "$name" $((SECONDS - started)))")
@@ -73,10 +92,12 @@ stage() { # name, seconds, command...
 
 wanted="$*"
 export python
-export -f build tests sanitize bench
+export -f build build_without_pip tests sanitize bench
 if stage build 150 build; then
-  stage test 110 tests tests --ignore-glob '*/tests/dropin/*_db.py'
+  stage smoke 120 "$python" bench/smoke.py --seconds 30
+  cat "$state/smoke.log" 2>/dev/null
   stage bench 110 bench
+  stage test 110 tests tests --ignore-glob '*/tests/dropin/*_db.py'
   # Only our kernels are watched, save for initcheck, which must see who wrote the memory that they read.
   for tool in memcheck racecheck synccheck; do stage $tool 35 sanitize $tool --kernel-name kernel_substring=torchweld; done
   stage initcheck 45 sanitize initcheck

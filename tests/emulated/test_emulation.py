@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import subprocess
+from typing import NamedTuple
 
 import pytest
 
@@ -27,6 +28,8 @@ PLANTED = {
     "__shfl_xor_sync with mask 0xffffffff there",
     "shuffle_beyond_the_mask": "__shfl_xor_sync: lane 0 asks lane 16, which the mask 0x0000ffff leaves out",
     "mask_without_the_caller": "__shfl_xor_sync: mask 0x0000ffff leaves out lane 16, which calls it",
+    "barrier_at_two_places": "lanes of one warp are at different places: __syncthreads at planted.cu:",
+    "product_at_two_places": "lanes of one warp are at different places: mma.m16n8k16 at planted.cu:",
     "endless_wait": "waits for ever: every thread of the block that can run only polls",
     "out_of_bounds_store": "out of range: 4 bytes at byte 256 of shared memory, of which the launch asked for 256",
     "out_of_bounds_load": "out of range: 4 bytes at byte 256 of shared memory, of which the launch asked for 256",
@@ -34,6 +37,8 @@ PLANTED = {
     "read_of_static_poison": "read of poison: nobody has written static shared memory",
     "misaligned_load": "misaligned address: 16 bytes at 0x",
     "null_pointer": "invalid address (nil)",
+    "overrun_into_the_slack": "out of range: 4 bytes at byte 1360 of shared memory, of which the launch asked for 1264",
+    "exact_reciprocal": "exact_reciprocal: expected a quotient of 2",
     "phase_error": "read of poison: nobody has written byte 1276 of shared memory",
     "too_few_bytes_expected": "waits for ever at mbarrier.try_wait: of the 64 threads of the block 64 wait",
     "too_many_arrive": "mbarrier.arrive: more threads than the 63 that the mbarrier counts",
@@ -46,33 +51,59 @@ PLANTED = {
     "store_reused_too_early": "byte 1024 of shared memory is written while an asynchronous instruction may still",
     "store_not_waited_for": "the block has ended while a bulk store of thread 0 still reads its shared memory",
     "wrong_named_barrier": "waits for ever at bar.sync: of the 64 threads of the block 64 wait and 0 have ended",
+    "arrives_twice": "bar.arrive: warp 0 arrives twice in one phase of barrier 1",
+    "halves_of_warps": "bar.sync: only lanes 0x0000ffff of warp 0 are at the barrier",
     "missing_wgmma_fence": "wgmma.mma_async: wgmma.fence belongs between the use of its registers and this",
     "missing_wgmma_wait": "the block has ended while products of warp 0 are not waited for",
     "matrix_overwritten_too_early": "byte 1024 of shared memory is written while an asynchronous instruction may still",
+    "accumulator_read_in_flight": "a register of a wgmma in flight is touched: wgmma.wait_group belongs before",
+    "left_operand_written_in_flight": "a register of a wgmma in flight is touched: wgmma.wait_group belongs before",
+    "left_operand_after_the_fence": "wgmma.mma_async: wgmma.fence belongs between the use of its registers and this",
+    "accumulator_after_the_fence": "wgmma.mma_async: wgmma.fence belongs between the use of its registers and this",
+    "wgmma_at_two_places": "lanes of one warp are at different places: wgmma.fence at planted_sm90.cu:",
     "wrong_swizzle": "read of poison: nobody has written byte 5120 of shared memory",
+    "matrix_off_its_alignment": "wgmma: the descriptor begins at shared address 2192, in row 1 of an atom of 1024",
+    "matrix_beyond_the_field": "wgmma: the start of a descriptor is 264192 bytes; expected a multiple of 16",
+    "more_registers_than_there_are": "waits for ever at setmaxnreg.inc: of the 384 threads of the block 32 wait",
+    "registers_of_half_a_warpgroup": "setmaxnreg: warp 2 has 168 registers, warp 0 of its warpgroup 24",
+    "fewer_by_an_increase": "setmaxnreg.inc: from 168 registers to 160",
 }
+PROGRAMS = ("planted", "planted_sm90")
+
+
+class Found(NamedTuple):
+    program: str
+    error: str
 
 
 @pytest.fixture(scope="module")
-def found() -> dict[str, str]:
-    """The error of each kernel of programs/planted.cu."""
-    run = subprocess.run([build.program("planted")], capture_output=True, text=True, check=True)
-    return dict(line.split(": ", 1) for line in run.stdout.splitlines())
+def found() -> dict[str, Found]:
+    """The error of each kernel of programs/planted*.cu."""
+    errors = {}
+    for program in PROGRAMS:
+        run = subprocess.run([build.program(program)], capture_output=True, text=True, check=True)
+        for name, error in (line.split(": ", 1) for line in run.stdout.splitlines()):
+            assert name not in errors
+            errors[name] = Found(program, error)
+    return errors
 
 
-def test_every_planted_mistake_is_expected(found: dict[str, str]) -> None:
+def test_every_planted_mistake_is_expected(found: dict[str, Found]) -> None:
     assert found.keys() == PLANTED.keys()
 
 
 @pytest.mark.parametrize("name", PLANTED)
-def test_planted_mistake_is_found(name: str, found: dict[str, str]) -> None:
-    source = (build.HERE / "programs/planted.cu").read_text().splitlines()
-    place = r"\[(\w+)\] block \(0, 0, 0\)(?: thread \(\d+, 0, 0\), (?:.*called from )?planted.cu:(\d+))?: (.*)"
-    match = re.match(place, found[name])
-    assert match, found[name]
+def test_planted_mistake_is_found(name: str, found: dict[str, Found]) -> None:
+    program, error = found[name]
+    source = (build.HERE / f"programs/{program}.cu").read_text().splitlines()
+    thread = rf" thread \(\d+, 0, 0\), (?:.*called from )?{program}.cu:(\d+)"
+    place = rf"\[(\w+)\] block \(0, 0, 0\)(?:{thread})?: (.*)"
+    match = re.match(place, error)
+    assert match, error
     kernel, line, message = match.groups()
     assert kernel == name and message.startswith(PLANTED[name])
-    if "the block has ended" in message:  # what no thread has done is at no line
+    if line is None:  # what no thread has done is at no line
+        assert "the block has ended" in message or "of its warpgroup" in message
         return
     first = next(i for i, text in enumerate(source, 1) if f" {name}(" in text)
     assert first <= int(line) <= first + 15

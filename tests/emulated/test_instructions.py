@@ -15,7 +15,7 @@ PROGRAMS = sorted(path.stem for path in (build.HERE / "programs").glob("*_instru
 
 
 def hold(program: Path, seed: int = 0) -> None:
-    environment = os.environ | {"TORCHWELD_EMULATION_SEED": str(seed)}
+    environment = os.environ | {f"TORCHWELD_EMULATION_{name}": str(seed) for name in ("SEED", "ROUNDING")}
     found = subprocess.run([program], env=environment, capture_output=True, text=True, check=False)
     lines = found.stdout.splitlines()
     assert lines and not found.stderr, found
@@ -28,7 +28,7 @@ def hold(program: Path, seed: int = 0) -> None:
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("name", PROGRAMS)
 def test_on_the_machine(name: str, seed: int) -> None:
-    """With several schedules: the seed also decides when asynchronous copies arrive."""
+    """With several schedules: the seed also decides when asynchronous copies arrive, and errors of approximations."""
     hold(build.program(name), seed)
 
 

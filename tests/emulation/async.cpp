@@ -114,6 +114,7 @@ void begin_block() {
   groups.assign(threads(), 0);
   fences.assign(threads(), 0);
   begin_products();
+  begin_registers();
 }
 
 bool land(bool nothing_else) {
@@ -125,6 +126,7 @@ bool land(bool nothing_else) {
 
 void end_block() {
   end_products();
+  end_registers();
   for (const Bulk& bulk : bulks)
     fail(bulk.store ? "the block has ended while a bulk store of thread %d still reads its shared memory"
                     : "the block has ended while a bulk load of thread %d is on its way to its shared memory",

@@ -5,6 +5,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "machine.h"
+
 namespace emulation {
 
 // ---- Parallel Synchronization and Communication Instructions: mbarrier
@@ -43,19 +45,23 @@ std::vector<Piece> neighbours(uint32_t shared, void* global, uint32_t bytes);
 
 // The operands of one lane of wgmma.mma_async.m64nNk16: its part of the accumulator, and of A where A is in registers.
 struct WarpgroupProduct {
-  float* accumulator;  // [N / 8][4]
+  float* accumulator;     // [N / 8][4]
+  uint32_t* a_registers;  // [4]; nullptr: A is in shared memory
   int n;
-  bool accumulate;
-  bool a_in_registers, a_transposed, b_transposed;
-  uint32_t a_registers[4];
+  bool accumulate, a_transposed, b_transposed;
   uint64_t a, b;                   // descriptors
   float (*number)(uint16_t bits);  // converts an element to a float
 };
 
-void wgmma_fence();
-void wgmma(const WarpgroupProduct& product);
-void wgmma_commit();
-void wgmma_wait(int groups);
-void set_max_registers(int count, bool increase);
+// The fields of a descriptor hold 14 bits, in units of 16 bytes.
+void check_descriptor(uint32_t start, uint32_t leading, uint32_t stride);
+void wgmma_fence(Place place);
+void wgmma(const WarpgroupProduct& product, Place place);
+void wgmma_commit(Place place);
+void wgmma_wait(int groups, Place place);
+
+// ---- Miscellaneous Instructions: setmaxnreg
+
+void set_max_registers(int count, bool increase, Place place);
 
 }  // namespace emulation

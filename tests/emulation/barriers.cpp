@@ -9,7 +9,7 @@ namespace emulation {
 namespace {
 
 // The current thread arrives.
-Barrier& come(const char* name, int id, int count, bool yes) {
+Barrier& come(const char* name, int id, int count, Place place, bool yes) {
   if (id < 0 || id >= kNamedBarriers) fail("%s: barrier %d, of which there are 16", name, id);
   const int expected = count == kWholeBlock ? block.size : count;
   if (count != kWholeBlock && (count <= 0 || count % kWarp != 0))
@@ -20,9 +20,17 @@ Barrier& come(const char* name, int id, int count, bool yes) {
     here.expected = expected;
     here.brought.assign(block.warps.size(), 0);
     here.yes = 0;
+    here.parties.assign(block.warps.size(), {});
   }
   if (here.expected != expected)
     fail("%s: barrier %d for %d threads here, for %d there", name, id, expected, here.expected);
+  Party& party = here.parties[block.current->warp];
+  const unsigned me = 1u << block.current->lane;
+  if ((party.lanes & me) != 0)
+    fail("%s: warp %d arrives twice in one phase of barrier %d", name, block.current->warp, id);
+  if (party.lanes == 0) party.place = place;
+  meet(name, place, party.place);
+  party.lanes |= me;
   const uint32_t now = core::tick();
   join(here.brought, block.own_warp().known);
   here.brought[block.current->warp] = std::max(here.brought[block.current->warp], now);
@@ -33,6 +41,11 @@ Barrier& come(const char* name, int id, int count, bool yes) {
 
 // All threads have arrived: those that wait can run.
 void open(Barrier& here) {
+  for (size_t w = 0; w < here.parties.size(); ++w) {
+    const int lanes = std::min(kWarp, block.size - static_cast<int>(w) * kWarp);
+    const unsigned whole = 0xffffffffu >> (kWarp - lanes), come = here.parties[w].lanes;
+    if (come != 0 && come != whole) fail("%s: only lanes 0x%08x of warp %zu are at the barrier", here.name, come, w);
+  }
   const Votes votes{here.yes, here.yes == here.expected, here.yes > 0};
   core::tick();
   for (Thread* thread : here.waiting) {
@@ -46,8 +59,8 @@ void open(Barrier& here) {
 
 }  // namespace
 
-Votes barrier(const char* name, int id, int count, bool yes) {
-  Barrier& here = come(name, id, count, yes);
+Votes barrier(const char* name, int id, int count, Place place, bool yes) {
+  Barrier& here = come(name, id, count, place, yes);
   if (!here.waiting.empty() && std::strcmp(here.waiting[0]->waits_at, name) != 0)
     fail("threads of one block are at different barriers: %s here, %s there", name, here.waiting[0]->waits_at);
   here.waiting.push_back(block.current);
@@ -58,8 +71,8 @@ Votes barrier(const char* name, int id, int count, bool yes) {
   return block.current->votes;
 }
 
-void arrive(const char* name, int id, int count) {
-  Barrier& here = come(name, id, count, false);
+void arrive(const char* name, int id, int count, Place place) {
+  Barrier& here = come(name, id, count, place, false);
   if (here.arrived == here.expected) open(here);
 }
 

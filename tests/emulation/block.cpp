@@ -32,6 +32,7 @@ void Block::begin(const uint32_t (&extents)[3], void (*entry)()) {
     thread.waits_at = nullptr;
     thread.copies.clear();
     thread.in_flight.clear();
+    thread.registers.begin(thread.fiber);
     thread.fiber.prepare(entry);
     wake(thread);
   }

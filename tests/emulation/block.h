@@ -8,6 +8,7 @@
 
 #include "fiber.h"
 #include "machine.h"
+#include "registers.h"
 #include "shared.h"
 
 namespace emulation {
@@ -26,6 +27,7 @@ struct Copy {  // one cp.async
 
 struct Thread {
   Fiber fiber;
+  Registers registers;
   Index index;
   int id, lane, warp;
   bool done;
@@ -39,6 +41,7 @@ struct Thread {
 struct Gathering {
   const char* name;
   unsigned mask, arrived = 0;
+  Place place;
   void* lanes[kWarp];
 };
 
@@ -48,11 +51,18 @@ struct Warp {
   Gathering gatherings[kWarp];  // by the lowest lane of the mask
 };
 
+// What one warp has brought to a phase of a barrier.
+struct Party {
+  unsigned lanes = 0;
+  Place place;
+};
+
 struct Barrier {
   const char* name;
   int arrived = 0, expected = 0, yes = 0;
   Clock brought;  // what the threads that have arrived know
   std::vector<Thread*> waiting;
+  std::vector<Party> parties;  // of the warps
 };
 
 struct Block {

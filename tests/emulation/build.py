@@ -53,13 +53,27 @@ SANITIZED = Variant(
     link=("-fsanitize=address,undefined",),
 )
 
+# nvcc contracts a product and a sum into one instruction that rounds once, where it likes. Without these g++ does not.
+CONTRACTING = ("-mfma", "-ffp-contract=fast", "-fexpensive-optimizations")
+
 _FLAGS = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-w", '-DTORCHWELD_CUDA_ARCHITECTURES="none"')
 _INCLUDES = (HERE / "include", CSRC, HERE)
 MACHINE = [
     Source(HERE / f"{name}.cpp")
     for name in (
-        *("async", "barriers", "block", "collectives", "failure", "fiber", "host", "memory", "report", "scheduler"),
-        *("shared", "tensor_map", "wgmma"),
+        *(
+            "approximate",
+            "async",
+            "barriers",
+            "block",
+            "collectives",
+            "descriptor",
+            "failure",
+            "fiber",
+            "host",
+            "memory",
+        ),
+        *("register_pool", "registers", "report", "scheduler", "shared", "tensor_map", "wgmma"),
     )
 ]
 MACHINE.append(Source(CSRC / "cuda/device.cpp"))
@@ -98,10 +112,17 @@ def instance(family: int, dtype: str, size: int) -> Source:
     return Source(path, (_SM90,))
 
 
-def kernels() -> list[Source]:
-    """All sources of csrc/cuda, and the kernel of products.cu."""
+def contracts() -> bool:
+    """Whether this processor has the instruction that CONTRACTING asks for."""
+    info = Path("/proc/cpuinfo")
+    return info.exists() and re.search(r"^flags\b.*\bfma\b", info.read_text(), re.MULTILINE) is not None
+
+
+def kernels(*, contracted: bool = False) -> list[Source]:
+    """All sources of csrc/cuda, and the kernel of products.cu. `contracted`: not attention, which takes longest."""
     paths = [*sorted(CSRC.glob("cuda/**/*.cu")), HERE / "products.cu"]
-    sources = [Source(path, (_SM90,) if path.stem == "attention" else ()) for path in paths]
+    flags = CONTRACTING if contracted else ()
+    sources = [Source(path, (_SM90,) if path.stem == "attention" else flags) for path in paths]
     for dtype, sizes in HEAD_SIZES.items():
         sources += [instance(80, dtype, size) for size in sizes]
         sources += [instance(90, dtype, size) for size in sizes if dtype != "float" and size >= 64]
@@ -184,11 +205,12 @@ def program(name: str) -> Path:
 
 
 @cache
-def load(variant: Variant = COUNTED) -> ModuleType:
+def load(variant: Variant = COUNTED, *, contracted: bool = False) -> ModuleType:
     """The module of all CUDA kernels, `emulated`."""
     # The longest first, then what programs wait for too.
-    library = build([BINDINGS, *MACHINE, *kernels()], variant, module="emulated")
-    spec = importlib.util.spec_from_file_location("emulated", library)
+    library = build([BINDINGS, *MACHINE, *kernels(contracted=contracted)], variant, module="emulated")
+    name = "contracted.emulated" if contracted else "emulated"  # pybind11 has one module of each full name
+    spec = importlib.util.spec_from_file_location(name, library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

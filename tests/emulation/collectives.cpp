@@ -14,9 +14,20 @@ namespace {
 
 }  // namespace
 
+void meet(const char* name, const Place& here, const Place& there) {
+  if (here.file == nullptr || there.file == nullptr) return;
+  if (here.line == there.line && std::strcmp(here.file, there.file) == 0) return;
+  const auto base = [](const char* file) {
+    const char* slash = std::strrchr(file, '/');
+    return slash != nullptr ? slash + 1 : file;
+  };
+  fail("lanes of one warp are at different places: %s at %s:%d here, at %s:%d there", name, base(here.file), here.line,
+       base(there.file), there.line);
+}
+
 int lane_id() { return block.current->lane; }
 
-bool gather(const char* name, unsigned mask, void* mine, void* (&all)[32]) {
+bool gather(const char* name, unsigned mask, void* mine, void* (&all)[32], Place place) {
   Warp& warp = block.own_warp();
   const int lane = block.current->lane;
   const unsigned me = 1u << lane;
@@ -25,12 +36,14 @@ bool gather(const char* name, unsigned mask, void* mine, void* (&all)[32]) {
   if (here.arrived == 0) {
     here.name = name;
     here.mask = mask;
+    here.place = place;
     if ((warp.waiting & mask) != 0)
       for (const Gathering& other : warp.gatherings)
         if ((other.arrived & mask) != 0) fail_at_different(name, mask, other);
   } else if (here.mask != mask || std::strcmp(here.name, name) != 0) {
     fail_at_different(name, mask, here);
   }
+  meet(name, place, here.place);
   here.lanes[lane] = mine;
   here.arrived |= me;
   if (here.arrived != mask) {

@@ -26,6 +26,8 @@ void begin_block();
 void end_block();  // fails if anything is still in flight
 void begin_products();
 void end_products();
+void begin_registers();
+void end_registers();
 bool land(bool nothing_else);  // completes one copy in flight: always if no thread can run, else at random
 
 }  // namespace core

@@ -14,6 +14,10 @@ class Fiber {
   void leave();         // called by the fiber; returns when the scheduler enters it again
   static void began();  // the first call in entry()
 
+  // The bytes of its stack.
+  const char* stack() const { return stack_; }
+  static constexpr size_t size() { return kStack; }
+
   Fiber() = default;
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;

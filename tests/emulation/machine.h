@@ -14,6 +14,7 @@ struct Machine {
   int shared_bytes_per_block = 232448;  // the limit after cudaFuncSetAttribute, as on Hopper
   int capability = 80;                  // 90 has wgmma and the rest of async.h
   unsigned seed = 0;                    // of the schedule; 0: blocks, warps and lanes in rising order
+  unsigned rounding = 0;                // of the errors of approximate instructions; 0: results are rounded once
 };
 Machine& machine();
 
@@ -35,7 +36,18 @@ void yield();
 
 // ---- Warps
 
-bool gather(const char* name, unsigned mask, void* mine, void* (&all)[32]);
+// Where a kernel's source calls an instruction. All lanes of a warp must be at the same place for one that is
+// `.aligned`.
+struct Place {
+  const char* file = nullptr;  // nullptr: an instruction that lanes may call at different places
+  int line = 0;
+};
+// As the default argument of a wrapper of an instruction: the place that calls the wrapper.
+inline Place here(const char* file = __builtin_FILE(), int line = __builtin_LINE()) { return {file, line}; }
+// Fails unless both places are the same, or one of them is any.
+void meet(const char* name, const Place& here, const Place& there);
+
+bool gather(const char* name, unsigned mask, void* mine, void* (&all)[32], Place place);
 void release(unsigned mask);
 
 // The operands and results of a collective, each on its lane's stack. Lanes outside the mask are missing.
@@ -49,9 +61,9 @@ struct Lanes {
 // Runs one step that all lanes of `mask` do together. Each lane brings its operands in `mine`. The last lane to arrive
 // calls compute(lanes), which reads the operands and writes the results of all lanes. Then all lanes continue.
 template <class Lane, class F>
-void collective(const char* name, unsigned mask, Lane& mine, F&& compute) {
+void collective(const char* name, unsigned mask, Lane& mine, F&& compute, Place place = {}) {
   Lanes<Lane> lanes;
-  if (!gather(name, mask, &mine, lanes.pointers)) return;
+  if (!gather(name, mask, &mine, lanes.pointers, place)) return;
   compute(lanes);
   release(mask);
 }
@@ -65,6 +77,10 @@ inline float toward_zero(double x) {
   return std::fabs(static_cast<double>(nearest)) > std::fabs(x) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
+// What an approximate instruction gives for x, whose exact result is `exact`: at most `ulps` away, where the seed of
+// Machine::rounding decides. The same x has the same result.
+float approximate(float x, double exact, double ulps);
+
 // ---- Barriers of a block
 
 struct Votes {
@@ -74,9 +90,9 @@ struct Votes {
 constexpr int kWholeBlock = -1;
 
 // bar.sync id, count: waits until `count` threads have arrived. All threads that wait at a barrier give the same name.
-Votes barrier(const char* name, int id, int count, bool yes = false);
+Votes barrier(const char* name, int id, int count, Place place, bool yes = false);
 // bar.arrive id, count: arrives without waiting.
-void arrive(const char* name, int id, int count);
+void arrive(const char* name, int id, int count, Place place);
 
 // ---- Shared memory
 

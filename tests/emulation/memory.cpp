@@ -10,7 +10,10 @@ char* shared_pointer(uint32_t address) { return shared.pointer(address); }
 void access(const void* p, size_t bytes, size_t alignment, Kind kind) {
   if (block.current == nullptr) return;
   if (reinterpret_cast<uintptr_t>(p) % alignment != 0) fail("misaligned address: %zu bytes at %p", bytes, p);
-  if (shared.holds(p)) shared.access(core::actor(), core::time(), p, bytes, kind);
+  if (shared.holds(p))
+    shared.access(core::actor(), core::time(), p, bytes, kind);
+  else
+    block.current->registers.access(p, bytes, core::time());
 }
 
 void check_read(const void* pointer, size_t bytes, size_t alignment) { access(pointer, bytes, alignment, Kind::read); }

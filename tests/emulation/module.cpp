@@ -44,11 +44,11 @@ PYBIND11_MODULE(emulated, python) {
   m.doc() = "CUDA kernels of torchweld, run on the CPU";
   python.def(
       "set_machine",
-      [](int multiprocessors, int shared_bytes_per_block, int capability, unsigned seed) {
-        emulation::machine() = {multiprocessors, shared_bytes_per_block, capability, seed};
+      [](int multiprocessors, int shared_bytes_per_block, int capability, unsigned seed, unsigned rounding) {
+        emulation::machine() = {multiprocessors, shared_bytes_per_block, capability, seed, rounding};
       },
       py::arg("multiprocessors") = 4, py::arg("shared_bytes_per_block") = 232448, py::arg("capability") = 80,
-      py::arg("seed") = 0);
+      py::arg("seed") = 0, py::arg("rounding") = 0);
   m.def("write_coverage()", [] {
     if (__gcov_dump != nullptr) __gcov_dump();
   });

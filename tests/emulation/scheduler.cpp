@@ -80,7 +80,12 @@ uint32_t core::random() { return machine().seed == 0 ? 0 : random_numbers(); }
 Machine& machine() {
   static Machine value = [] {
     Machine machine;
-    if (const char* seed = std::getenv("TORCHWELD_EMULATION_SEED")) machine.seed = std::strtoul(seed, nullptr, 10);
+    const auto number = [](const char* name) -> unsigned {
+      const char* text = std::getenv(name);
+      return text != nullptr ? std::strtoul(text, nullptr, 10) : 0;
+    };
+    machine.seed = number("TORCHWELD_EMULATION_SEED");
+    machine.rounding = number("TORCHWELD_EMULATION_ROUNDING");
     return machine;
   }();
   return value;

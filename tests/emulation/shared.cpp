@@ -60,6 +60,7 @@ bool before(const Actor& actor, uint32_t time, uint16_t thread) {
 void Shared::begin_launch(size_t dynamic_bytes) {
   dynamic_ = reinterpret_cast<char*>(torchweld::cuda::shared_memory);
   dynamic_size_ = dynamic_bytes;
+  first_address_ = 1024 + machine().seed % 64 * 16;
   Segment segment{reinterpret_cast<uintptr_t>(dynamic_), 0, 0};
   dl_iterate_phdr(find_segment, &segment);
   base_ = segment.base;
@@ -171,11 +172,11 @@ void Shared::give_back(uint16_t thread, uint32_t now, const void* p, size_t byte
 
 uint32_t Shared::address(const void* p) const {
   if (!holds(p)) fail("%p is not an address of shared memory", p);
-  return kFirstAddress + static_cast<uint32_t>(static_cast<const char*>(p) - dynamic_);
+  return first_address_ + static_cast<uint32_t>(static_cast<const char*>(p) - dynamic_);
 }
 
 char* Shared::pointer(uint32_t address) const {
-  char* p = dynamic_ + static_cast<int32_t>(address - kFirstAddress);
+  char* p = dynamic_ + static_cast<int32_t>(address - first_address_);
   if (!holds(p)) fail("%u is not an address of shared memory", address);
   return p;
 }

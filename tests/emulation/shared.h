@@ -44,7 +44,6 @@ class Shared {
   char* pointer(uint32_t address) const;
 
  private:
-  static constexpr uint32_t kFirstAddress = 1024;  // so that address 0 is invalid
   struct Byte {
     uint32_t written = 0, read[2] = {};
     uint16_t writer = 0, reader[2] = {};
@@ -60,6 +59,7 @@ class Shared {
   char* dynamic_ = nullptr;
   size_t dynamic_size_ = 0;
   uint32_t begin_ = 0;
+  uint32_t first_address_ = 0;  // of dynamic_: no more than a multiple of 16, and address 0 is invalid
   std::vector<Byte> bytes_;
 };
 

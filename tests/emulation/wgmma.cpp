@@ -1,6 +1,6 @@
-// wgmma: asynchronous products. Until a product is waited for, its accumulator holds NaN and the shared memory that it
-// reads may not be written. With a random schedule it reads its operands when it is issued or when it is waited for; in
-// order, as late as possible.
+// wgmma: asynchronous products. Until a product is waited for, its registers hold NaN and may not be touched, and the
+// shared memory that it reads may not be written. With a random schedule it reads its operands when it is issued or
+// when it is waited for; in order, as late as possible.
 #include <array>
 #include <cmath>
 #include <cstring>
@@ -9,7 +9,9 @@
 #include <vector>
 
 #include "async.h"
+#include "block.h"
 #include "core.h"
+#include "descriptor.h"
 
 namespace emulation {
 
@@ -17,36 +19,7 @@ const std::vector<uint32_t>& async_fences();
 
 namespace {
 
-constexpr uint32_t kAll = 0xffffffffu;
-
-// "Matrix Descriptor Format"
-struct Descriptor {
-  uint32_t start, leading, stride;
-  int swizzle;  // bytes, 0: none
-
-  explicit Descriptor(uint64_t bits)
-      : start(static_cast<uint32_t>(bits & 0x3fff) << 4),
-        leading(static_cast<uint32_t>(bits >> 16 & 0x3fff) << 4),
-        stride(static_cast<uint32_t>(bits >> 32 & 0x3fff) << 4),
-        swizzle(std::array{0, 128, 64, 32}[bits >> 62]) {
-    if ((bits >> 49 & 7) != 0) fail("wgmma: the machine does not know matrices with a base offset");
-  }
-
-  // Shared address of element (i, k), two bytes each. i counts the rows of A or the columns of B: "Canonical Layouts".
-  uint32_t at(uint32_t i, uint32_t k, bool transposed) const {
-    const uint32_t width = swizzle == 0 ? 16 : swizzle;  // bytes of a row of the swizzle's atom
-    uint32_t offset;
-    if (!transposed) {
-      offset = i / 8 * stride + i % 8 * width + (swizzle == 0 ? k * 2 / 16 * leading + k * 2 % 16 : k * 2);
-    } else if (swizzle == 0) {
-      offset = i / 8 * stride + i % 8 * 2 + k / 8 * leading + k % 8 * 16;
-    } else {
-      offset = i * 2 / width * leading + i * 2 % width + k / 8 * stride + k % 8 * width;
-    }
-    const uint32_t address = start + offset;
-    return swizzle == 0 ? address : address ^ ((address >> 7 & (width / 16 - 1)) << 4);
-  }
-};
+constexpr uint32_t kAll = 0xffffffffu, kPoison = 0xffffffffu;
 
 // One instruction of a warp: 16 rows of the product.
 struct Product {
@@ -60,13 +33,21 @@ struct Sums {  // the accumulator of one warp
   std::vector<std::array<float, 32>> values;
 };
 
+// The left operand of one warp, in registers, while products in flight use it.
+struct LeftOperand {
+  std::array<uint32_t*, 32> registers;
+  std::array<std::array<uint32_t, 4>, 32> words;
+  int products = 0;
+};
+
 struct State {
   std::deque<std::deque<Product>> groups;
   std::deque<Product> open;
   std::vector<Sums> sums;
+  std::deque<LeftOperand> left_operands;
   bool fenced = false;
+  uint32_t fenced_at = 0;
   int64_t issued = 0;
-  int registers = 0;
 };
 std::vector<State> states;  // of the warps
 
@@ -75,6 +56,14 @@ Sums& sums_of(State& state, const Product& product) {
     if (sums.registers[0] == product.lanes[0].accumulator) return sums;
   fail("wgmma: an accumulator was lost");
 }
+
+LeftOperand& left_of(State& state, const Product& product) {
+  for (LeftOperand& left : state.left_operands)
+    if (left.registers[0] == product.lanes[0].a_registers) return left;
+  fail("wgmma: a left operand was lost");
+}
+
+Thread& thread_of(int warp, int lane) { return *block.threads[warp * 32 + lane]; }
 
 void compute(State& state, Product& product, int warp) {
   const WarpgroupProduct& shape = product.lanes[0];
@@ -87,13 +76,15 @@ void compute(State& state, Product& product, int warp) {
   std::vector<std::array<double, 16>> right(shape.n);
   for (int column = 0; column < shape.n; ++column)
     for (int k = 0; k < 16; ++k) right[column][k] = element(b.at(column, k, shape.b_transposed));
+  const bool a_in_registers = shape.a_registers != nullptr;
+  const LeftOperand* operand = a_in_registers ? &left_of(state, product) : nullptr;
   std::array<std::array<double, 16>, 16> left;
   for (int row = 0; row < 16; ++row)
     for (int k = 0; k < 16; ++k) {
       // In the layout of A in mma.m16n8k16: word k / 8 * 2 + row / 8 of lane row % 8 * 4 + k % 8 / 2.
-      const uint32_t word = product.lanes[row % 8 * 4 + k % 8 / 2].a_registers[k / 8 * 2 + row / 8];
-      left[row][k] = shape.a_in_registers ? shape.number(static_cast<uint16_t>(word >> k % 2 * 16))
-                                          : element(a.at(warp % 4 * 16 + row, k, shape.a_transposed));
+      const uint32_t word = a_in_registers ? operand->words[row % 8 * 4 + k % 8 / 2][k / 8 * 2 + row / 8] : 0;
+      left[row][k] = a_in_registers ? shape.number(static_cast<uint16_t>(word >> k % 2 * 16))
+                                    : element(a.at(warp % 4 * 16 + row, k, shape.a_transposed));
     }
   Sums& sums = sums_of(state, product);
   for (int lane = 0; lane < 32; ++lane)
@@ -109,9 +100,12 @@ void compute(State& state, Product& product, int warp) {
 // Lends the memory that the instruction may read: B, and this warp's rows of A.
 void lend(Product& product, int warp) {
   const WarpgroupProduct& shape = product.lanes[0];
+  const bool a_in_registers = shape.a_registers != nullptr;
   const Descriptor a(shape.a), b(shape.b);
+  b.check_alignment(shape.b_transposed);
+  if (!a_in_registers) a.check_alignment(shape.a_transposed);
   for (int k = 0; k < 16; ++k) {
-    for (int row = 0; row < 16 && !shape.a_in_registers; ++row)
+    for (int row = 0; row < 16 && !a_in_registers; ++row)
       product.lent.push_back(a.at(warp % 4 * 16 + row, k, shape.a_transposed));
     for (int column = 0; column < shape.n; ++column) product.lent.push_back(b.at(column, k, shape.b_transposed));
   }
@@ -119,18 +113,75 @@ void lend(Product& product, int warp) {
     shared.lend(core::actor(), core::time(), shared_pointer(address), 2, async_fences());
 }
 
+// Fails if a lane has used registers since the last wgmma.fence. Lends them to products.
+void take(const State& state, int warp, int lane, void* registers, size_t bytes) {
+  Registers& own = thread_of(warp, lane).registers;
+  if (own.touched_since(registers, bytes, state.fenced_at))
+    fail("wgmma.mma_async: wgmma.fence belongs between the use of its registers and this");
+  own.lend(registers, bytes);
+}
+
+void take_accumulator(State& state, const Product& product, int warp) {
+  for (const Sums& sums : state.sums)
+    if (sums.registers[0] == product.lanes[0].accumulator) return;
+  const int elements = product.lanes[0].n / 2;
+  Sums sums{{}, std::vector<std::array<float, 32>>(elements)};
+  for (int lane = 0; lane < 32; ++lane) {
+    sums.registers[lane] = product.lanes[lane].accumulator;
+    take(state, warp, lane, sums.registers[lane], elements * sizeof(float));
+    for (int e = 0; e < elements; ++e) {
+      sums.values[e][lane] = sums.registers[lane][e];
+      sums.registers[lane][e] = std::numeric_limits<float>::quiet_NaN();
+    }
+  }
+  state.sums.push_back(std::move(sums));
+}
+
+void take_left(State& state, const Product& product, int warp) {
+  if (product.lanes[0].a_registers == nullptr) return;
+  for (LeftOperand& left : state.left_operands)
+    if (left.registers[0] == product.lanes[0].a_registers) return void(++left.products);
+  LeftOperand left;
+  for (int lane = 0; lane < 32; ++lane) {
+    left.registers[lane] = product.lanes[lane].a_registers;
+    take(state, warp, lane, left.registers[lane], sizeof(left.words[lane]));
+    for (int w = 0; w < 4; ++w) {
+      left.words[lane][w] = left.registers[lane][w];
+      left.registers[lane][w] = kPoison;
+    }
+  }
+  left.products = 1;
+  state.left_operands.push_back(left);
+}
+
+void give_back_left(State& state, const Product& product, int warp) {
+  if (product.lanes[0].a_registers == nullptr) return;
+  LeftOperand& left = left_of(state, product);
+  if (--left.products > 0) return;
+  for (int lane = 0; lane < 32; ++lane) {
+    for (int w = 0; w < 4; ++w) {
+      if (left.registers[lane][w] != kPoison)
+        fail("wgmma.wait_group: lane %d has written word %d of a left operand in flight", lane, w);
+      left.registers[lane][w] = left.words[lane][w];
+    }
+    thread_of(warp, lane).registers.give_back(left.registers[lane]);
+  }
+  state.left_operands.erase(state.left_operands.begin() + (&left - &state.left_operands[0]));
+}
+
 void finish(State& state, Product& product, int warp) {
   if (!product.done) compute(state, product, warp);
+  give_back_left(state, product, warp);
   for (const uint32_t address : product.lent)
     shared.give_back(static_cast<uint16_t>(core::thread()), core::time(), shared_pointer(address), 2);
 }
 
 // Calls f(state, warp) once for the running warp, when all of its lanes have arrived.
 template <class F>
-void once(const char* name, F&& f) {
+void once(const char* name, Place place, F&& f) {
   int nothing = 0;
   const int warp = core::thread() / 32;
-  collective(name, kAll, nothing, [&](const auto&) { f(states[warp], warp); });
+  collective(name, kAll, nothing, [&](const auto&) { f(states[warp], warp); }, place);
 }
 
 }  // namespace
@@ -151,53 +202,49 @@ void end_products() {
 
 }  // namespace core
 
-void wgmma_fence() {
-  once("wgmma.fence", [](State& state, int) { state.fenced = true; });
-}
-
-void wgmma(const WarpgroupProduct& mine) {
-  WarpgroupProduct brought = mine;
-  const int warp = core::thread() / 32;
-  collective("wgmma.mma_async", kAll, brought, [&](const Lanes<WarpgroupProduct>& lanes) {
-    State& state = states[warp];
-    if (states.size() % 4 != 0) fail("wgmma: the block is not made of warpgroups");
-    if (!state.fenced) fail("wgmma.mma_async: wgmma.fence belongs between the use of its registers and this");
-    Product product;
-    for (int lane = 0; lane < 32; ++lane) {
-      product.lanes[lane] = lanes[lane];
-      if (lanes[lane].b != lanes[0].b || (!mine.a_in_registers && lanes[lane].a != lanes[0].a))
-        fail("wgmma.mma_async: lanes 0 and %d have different descriptors", lane);
-    }
-    bool known = false;
-    for (const Sums& sums : state.sums) known = known || sums.registers[0] == product.lanes[0].accumulator;
-    if (!known) {
-      Sums sums{{}, std::vector<std::array<float, 32>>(mine.n / 2)};
-      for (int lane = 0; lane < 32; ++lane) {
-        sums.registers[lane] = product.lanes[lane].accumulator;
-        for (int e = 0; e < mine.n / 2; ++e) {
-          sums.values[e][lane] = sums.registers[lane][e];
-          sums.registers[lane][e] = std::numeric_limits<float>::quiet_NaN();
-        }
-      }
-      state.sums.push_back(std::move(sums));
-    }
-    lend(product, warp);
-    if (core::random() % 2 == 1 && (state.open.empty() || state.open.back().done) && state.groups.empty())
-      compute(state, product, warp);
-    state.open.push_back(std::move(product));
-    ++state.issued;
+void wgmma_fence(Place place) {
+  once("wgmma.fence", place, [](State& state, int warp) {
+    state.fenced = true;
+    state.fenced_at = core::tick();
+    for (int lane = 0; lane < 32; ++lane) thread_of(warp, lane).registers.watch();
   });
 }
 
-void wgmma_commit() {
-  once("wgmma.commit_group", [](State& state, int) {
+void wgmma(const WarpgroupProduct& mine, Place place) {
+  WarpgroupProduct brought = mine;
+  const int warp = core::thread() / 32;
+  collective(
+      "wgmma.mma_async", kAll, brought,
+      [&](const Lanes<WarpgroupProduct>& lanes) {
+        State& state = states[warp];
+        if (states.size() % 4 != 0) fail("wgmma: the block is not made of warpgroups");
+        if (!state.fenced) fail("wgmma.mma_async: wgmma.fence belongs between the use of its registers and this");
+        Product product;
+        for (int lane = 0; lane < 32; ++lane) {
+          product.lanes[lane] = lanes[lane];
+          if (lanes[lane].b != lanes[0].b || lanes[lane].a != lanes[0].a)
+            fail("wgmma.mma_async: lanes 0 and %d have different descriptors", lane);
+        }
+        take_accumulator(state, product, warp);
+        take_left(state, product, warp);
+        lend(product, warp);
+        if (core::random() % 2 == 1 && (state.open.empty() || state.open.back().done) && state.groups.empty())
+          compute(state, product, warp);
+        state.open.push_back(std::move(product));
+        ++state.issued;
+      },
+      place);
+}
+
+void wgmma_commit(Place place) {
+  once("wgmma.commit_group", place, [](State& state, int) {
     state.groups.push_back(std::move(state.open));
     state.open.clear();
   });
 }
 
-void wgmma_wait(int newest) {
-  once("wgmma.wait_group", [&](State& state, int warp) {
+void wgmma_wait(int newest, Place place) {
+  once("wgmma.wait_group", place, [&](State& state, int warp) {
     for (; state.groups.size() > static_cast<size_t>(newest); state.groups.pop_front())
       for (Product& product : state.groups.front()) finish(state, product, warp);
     // Releases the registers that no product uses any more.
@@ -217,24 +264,13 @@ void wgmma_wait(int newest) {
         ++i;
         continue;
       }
-      for (int lane = 0; lane < 32; ++lane)
+      for (int lane = 0; lane < 32; ++lane) {
+        thread_of(warp, lane).registers.give_back(sums.registers[lane]);
         for (size_t e = 0; e < sums.values.size(); ++e) sums.registers[lane][e] = sums.values[e][lane];
+      }
       state.sums.erase(state.sums.begin() + static_cast<ptrdiff_t>(i));
     }
     if (state.sums.empty()) state.fenced = false;
-  });
-}
-
-void set_max_registers(int count, bool increase) {
-  once("setmaxnreg", [&](State& state, int warp) {
-    if (count < 24 || count > 256 || count % 8 != 0)
-      fail("setmaxnreg: %d registers, which must be 24 to 256 by 8", count);
-    if (state.registers != 0 && (increase ? count < state.registers : count > state.registers))
-      fail("setmaxnreg.%s: from %d registers to %d", increase ? "inc" : "dec", state.registers, count);
-    state.registers = count;
-    int64_t total = 0;
-    for (const State& each : states) total += each.registers * 32;
-    if (total > 65536) fail("setmaxnreg: warp %d is the one with which the block has more than 65536 registers", warp);
   });
 }
 

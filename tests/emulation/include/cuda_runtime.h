@@ -68,7 +68,7 @@ enum cudaDriverEntryPointQueryResult { cudaDriverEntryPointSuccess = 0, cudaDriv
 constexpr unsigned long long cudaEnableDefault = 0;
 enum cudaMemcpyKind { cudaMemcpyHostToDevice, cudaMemcpyDeviceToHost };
 using cudaStream_t = void*;
-#define CUDART_VERSION 0
+#define CUDART_VERSION 13000
 
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
@@ -106,5 +106,6 @@ int contexts_of(int device);
 
 template <class... Params, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Params...), Arguments&&... arguments) {
+  static_assert((size_t{0} + ... + sizeof(Params)) <= 32764, "the arguments of a kernel have at most 32764 bytes");
   return emulation::launch(*config, reinterpret_cast<const void*>(kernel), [&] { kernel(arguments...); });
 }

@@ -11,15 +11,17 @@ constexpr int warpSize = 32;
 
 // ---- Synchronization functions
 
-inline void __syncthreads() { emulation::barrier("__syncthreads", 0, emulation::kWholeBlock); }
-inline int __syncthreads_count(int yes) {
-  return emulation::barrier("__syncthreads_count", 0, emulation::kWholeBlock, yes != 0).count;
+inline void __syncthreads(emulation::Place place = emulation::here()) {
+  emulation::barrier("__syncthreads", 0, emulation::kWholeBlock, place);
 }
-inline int __syncthreads_and(int yes) {
-  return emulation::barrier("__syncthreads_and", 0, emulation::kWholeBlock, yes != 0).all;
+inline int __syncthreads_count(int yes, emulation::Place place = emulation::here()) {
+  return emulation::barrier("__syncthreads_count", 0, emulation::kWholeBlock, place, yes != 0).count;
 }
-inline int __syncthreads_or(int yes) {
-  return emulation::barrier("__syncthreads_or", 0, emulation::kWholeBlock, yes != 0).any;
+inline int __syncthreads_and(int yes, emulation::Place place = emulation::here()) {
+  return emulation::barrier("__syncthreads_and", 0, emulation::kWholeBlock, place, yes != 0).all;
+}
+inline int __syncthreads_or(int yes, emulation::Place place = emulation::here()) {
+  return emulation::barrier("__syncthreads_or", 0, emulation::kWholeBlock, place, yes != 0).any;
 }
 inline void __syncwarp(unsigned mask = 0xffffffffu) {
   int nothing = 0;
@@ -216,10 +218,20 @@ void __stcg(T* p, T value) {
 
 inline size_t __cvta_generic_to_shared(const void* p) { return emulation::shared_address(p); }
 
-// ---- Mathematical functions and intrinsics
+// ---- Mathematical functions and intrinsics: errors are those of the guide's "Mathematical Functions"
 
 using std::max;
 using std::min;
+
+namespace emulation {
+
+// x, which the compiler does not contract with what comes after.
+inline float rounded(float x) {
+  asm("" : "+r"(x));
+  return x;
+}
+
+}  // namespace emulation
 
 inline float __uint_as_float(unsigned bits) {
   float value;
@@ -233,15 +245,16 @@ inline unsigned __float_as_uint(float value) {
 }
 inline float __int_as_float(int bits) { return __uint_as_float(static_cast<unsigned>(bits)); }
 inline int __float_as_int(float value) { return static_cast<int>(__float_as_uint(value)); }
-inline float rsqrtf(float x) { return 1.0f / std::sqrt(x); }
-inline float normcdff(float x) { return static_cast<float>(0.5 * std::erfc(x * -0.707106781186547524)); }
-inline float __expf(float x) { return std::exp(x); }
-inline float __logf(float x) { return std::log(x); }
+inline float rsqrtf(float x) { return emulation::approximate(x, 1 / std::sqrt(double{x}), 2); }
+inline float normcdff(float x) { return emulation::approximate(x, 0.5 * std::erfc(x * -0.707106781186547524), 5); }
+inline float __expf(float x) {
+  return emulation::approximate(x, std::exp(double{x}), 2 + std::floor(std::fabs(1.173 * x)));
+}
 inline float __frcp_rn(float x) { return 1.0f / x; }
-inline float __fsub_rn(float x, float y) { return x - y; }
-inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fsub_rn(float x, float y) { return emulation::rounded(x - y); }
+inline float __fmul_rn(float x, float y) { return emulation::rounded(x * y); }
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
-inline float __fdividef(float x, float y) { return x / y; }
+inline float __fdividef(float x, float y) { return emulation::approximate(x, double{x} / y, 2); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(uint64_t{a} * b >> 32); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
@@ -252,3 +265,12 @@ inline unsigned __byte_perm(unsigned x, unsigned y, unsigned selector) {
   for (int i = 0; i < 4; ++i) result |= static_cast<unsigned>(bytes >> (selector >> 4 * i & 7) * 8 & 0xff) << 8 * i;
   return result;
 }
+
+// The device's functions of these names, for code of the project: its namespace comes before the global one.
+namespace torchweld::cuda {
+
+inline float expf(float x) { return emulation::approximate(x, std::exp(double{x}), 2); }
+inline float logf(float x) { return emulation::approximate(x, std::log(double{x}), 1); }
+inline float log2f(float x) { return emulation::approximate(x, std::log2(double{x}), 1); }
+
+}  // namespace torchweld::cuda

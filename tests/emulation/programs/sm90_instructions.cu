@@ -5,8 +5,6 @@
 namespace torchweld::cuda {
 namespace {
 
-using Bfloat16 = __nv_bfloat16;
-
 // The first shared address that is a multiple of 1024. The memory before it holds barriers.
 __device__ uint32_t tiles() {
   return (static_cast<uint32_t>(__cvta_generic_to_shared(shared_memory)) + 64 + 1023) / 1024 * 1024;
@@ -186,81 +184,6 @@ void test_4_dimensions() {
   expect_of("cp.async.bulk.tensor.4d load", tensor_load_of_4, 32, kShared, expected, map);
 }
 
-// ---- Products of matrices of small whole numbers, which are exact.
-
-__host__ __device__ int left_of(int i, int k) { return (i * 3 + k * 5) % 7 - 3; }
-__host__ __device__ int right_of(int n, int k) { return (n * 2 + k * 3) % 5 - 2; }
-
-// The byte of element (i, k) of `rows` rows, K-major and swizzled, `width` bytes wide. Width 16: not swizzled, in
-// columns of 16 bytes.
-__device__ uint32_t k_major(int i, int k, int rows, int width) {
-  if (width == 16) return (k / 8 * rows + i) * 16 + k % 8 * 2;
-  return i * width + ((k / 8) ^ (i * width / 128 % (width / 16))) * 16 + k % 8 * 2;
-}
-// The same with neighbouring columns of B, 64 per line.
-__device__ uint32_t n_major(int n, int k, int depth) {
-  return n / 64 * depth * 128 + k * 128 + ((n % 64 / 8) ^ (k % 8)) * 16 + n % 8 * 2;
-}
-
-// For one swizzle: as many products as kWidth bytes hold, 16 columns each, one after the other.
-template <class T, int N, bool kRegisters, bool kTransposed, int kWidth>
-__global__ void product(float* out) {
-  constexpr int kDepth = kWidth == 16 ? 16 : kWidth / 2, kSteps = kDepth / 16;
-  const uint32_t left = tiles(), right = left + 8192;
-  auto put = [](uint32_t address, int value) {
-    *at<uint16_t>(address) = static_cast<uint16_t>(pack<T>(static_cast<float>(value), 0.0f));
-  };
-  for (int k = 0; k < kDepth; ++k) {
-    for (int i = static_cast<int>(threadIdx.x); i < 64; i += 128) put(left + k_major(i, k, 64, kWidth), left_of(i, k));
-    for (int n = static_cast<int>(threadIdx.x); n < N; n += 128)
-      put(right + (kTransposed ? n_major(n, k, kDepth) : k_major(n, k, N, kWidth)), right_of(n, k));
-  }
-  ptx::fence_proxy_async();
-  __syncthreads();
-
-  const auto swizzle = kWidth == 128  ? ptx::Swizzle::bytes128
-                       : kWidth == 64 ? ptx::Swizzle::bytes64
-                       : kWidth == 32 ? ptx::Swizzle::bytes32
-                                      : ptx::Swizzle::none;
-  float c[N / 8][4];
-  const int lane = static_cast<int>(threadIdx.x) % 32, row = static_cast<int>(threadIdx.x) / 32 * 16 + lane / 4;
-  // All of A is loaded before the first product: its registers belong to the products until they are waited for.
-  uint32_t a[kSteps][4] = {};
-  if constexpr (kRegisters)
-    for (int step = 0; step < kSteps; ++step)
-      for (int w = 0; w < 4; ++w) {
-        const int i = row + w % 2 * 8, first = 16 * step + w / 2 * 8 + lane % 4 * 2;
-        a[step][w] = pack<T>(static_cast<float>(left_of(i, first)), static_cast<float>(left_of(i, first + 1)));
-      }
-  ptx::wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < kSteps; ++step) {
-    const int k = 16 * step;
-    const uint32_t stride = kWidth == 16 ? 128 : 8 * kWidth;
-    const uint64_t b = kTransposed ? ptx::descriptor(right + k * 128, kDepth * 128, 1024, ptx::Swizzle::bytes128)
-                                   : ptx::descriptor(right + k * 2, N * 16, stride, swizzle);
-    if constexpr (kRegisters)
-      ptx::wgmma<T, N, kTransposed>(c, a[step], b, k > 0);
-    else
-      ptx::wgmma<T, N, false, kTransposed>(c, ptx::descriptor(left + k * 2, 64 * 16, stride, swizzle), b, k > 0);
-  }
-  ptx::wgmma_commit();
-  ptx::wgmma_wait<0>();
-  for (int j = 0; j < N / 8; ++j)
-    for (int e = 0; e < 4; ++e) out[(row + e / 2 * 8) * N + j * 8 + lane % 4 * 2 + e % 2] = c[j][e];
-}
-
-template <class T, int N, bool kRegisters, bool kTransposed, int kWidth>
-void test_product(const char* name) {
-  const int kDepth = kWidth == 16 ? 16 : kWidth / 2;
-  const auto expected = table(64 * N, [&](int e) {
-    int sum = 0;
-    for (int k = 0; k < kDepth; ++k) sum += left_of(e / N, k) * right_of(e % N, k);
-    return static_cast<float>(sum);
-  });
-  expect_of(name, product<T, N, kRegisters, kTransposed, kWidth>, 128, kShared, expected);
-}
-
 // More registers for two warpgroups, fewer for the third. A block of 384 threads begins with 168.
 __global__ void __launch_bounds__(384, 1) registers(int* out) {
   if (threadIdx.x < 256) {
@@ -291,14 +214,6 @@ int main() {
   test_4_dimensions();
   test_tensor_stores("cp.async.bulk.tensor store", false);
   test_tensor_stores("cp.reduce.async.bulk.tensor.add", true);
-  test_product<Bfloat16, 64, false, false, 16>("wgmma m64n64k16, no swizzle");
-  test_product<Bfloat16, 64, false, false, 32>("wgmma m64n64k16, 32B swizzle");
-  test_product<Bfloat16, 64, false, false, 64>("wgmma m64n64k16, 64B swizzle");
-  test_product<Bfloat16, 128, false, false, 128>("wgmma m64n128k16, 128B swizzle");
-  test_product<Bfloat16, 128, false, true, 128>("wgmma m64n128k16, B transposed");
-  test_product<__half, 64, true, false, 128>("wgmma m64n64k16, A in registers");
-  test_product<__half, 64, true, true, 128>("wgmma m64n64k16, A in registers, B transposed");
-  test_product<Bfloat16, 256, false, false, 32>("wgmma m64n256k16");
   expect_of("setmaxnreg", registers, 384, 0, table(384, [](int t) { return t; }));
   return wrong_instructions != 0;
 }

@@ -34,27 +34,30 @@ struct LoadLane {
 
 // element(rows, lane) is the word that a lane gets of a matrix of 8 rows.
 template <class F>
-void load_matrices(const char* name, uint32_t (&words)[4], uint32_t address, F&& element) {
+void load_matrices(const char* name, uint32_t (&words)[4], uint32_t address, emulation::Place place, F&& element) {
   emulation::check_read(emulation::shared_pointer(address), 16, 16);
   LoadLane mine{{}, address};
-  emulation::collective(name, 0xffffffffu, mine, [&](const emulation::Lanes<LoadLane>& lanes) {
-    for (int m = 0; m < 4; ++m) {
-      uint16_t rows[8][8];
-      for (int r = 0; r < 8; ++r) std::memcpy(rows[r], emulation::shared_pointer(lanes[8 * m + r].address), 16);
-      for (int l = 0; l < 32; ++l) lanes[l].words[m] = element(rows, l);
-    }
-  });
+  emulation::collective(
+      name, 0xffffffffu, mine,
+      [&](const emulation::Lanes<LoadLane>& lanes) {
+        for (int m = 0; m < 4; ++m) {
+          uint16_t rows[8][8];
+          for (int r = 0; r < 8; ++r) std::memcpy(rows[r], emulation::shared_pointer(lanes[8 * m + r].address), 16);
+          for (int l = 0; l < 32; ++l) lanes[l].words[m] = element(rows, l);
+        }
+      },
+      place);
   std::memcpy(words, mine.words, sizeof(words));
 }
 
-inline void ldmatrix(uint32_t (&words)[4], uint32_t address) {
-  load_matrices("ldmatrix", words, address, [](const auto& rows, int l) -> uint32_t {
+inline void ldmatrix(uint32_t (&words)[4], uint32_t address, emulation::Place place = emulation::here()) {
+  load_matrices("ldmatrix", words, address, place, [](const auto& rows, int l) -> uint32_t {
     return rows[l / 4][l % 4 * 2] | rows[l / 4][l % 4 * 2 + 1] << 16;
   });
 }
 
-inline void ldmatrix_transposed(uint32_t (&words)[4], uint32_t address) {
-  load_matrices("ldmatrix.trans", words, address, [](const auto& rows, int l) -> uint32_t {
+inline void ldmatrix_transposed(uint32_t (&words)[4], uint32_t address, emulation::Place place = emulation::here()) {
+  load_matrices("ldmatrix.trans", words, address, place, [](const auto& rows, int l) -> uint32_t {
     return rows[l % 4 * 2][l / 4] | rows[l % 4 * 2 + 1][l / 4] << 16;
   });
 }
@@ -89,20 +92,24 @@ __attribute__((no_sanitize_thread)) void multiply_lanes(const emulation::Lanes<M
 }
 
 template <int K, class Number>
-void multiply(const char* name, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, Number&& number) {
+void multiply(const char* name, float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, emulation::Place place,
+              Number&& number) {
   MultiplyLane mine{{c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, {b0, b1}};
-  emulation::collective(name, 0xffffffffu, mine,
-                        [&](const emulation::Lanes<MultiplyLane>& lanes) { multiply_lanes<K>(lanes, number); });
+  emulation::collective(
+      name, 0xffffffffu, mine, [&](const emulation::Lanes<MultiplyLane>& lanes) { multiply_lanes<K>(lanes, number); },
+      place);
   std::memcpy(c, mine.c, sizeof(c));
 }
 
 template <class T>
-void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  multiply<16>("mma.m16n8k16", c, a, b0, b1, [](uint32_t word, int half) { return unpack<T>(word, half); });
+void mma(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1, emulation::Place place = emulation::here()) {
+  multiply<16>("mma.m16n8k16", c, a, b0, b1, place, [](uint32_t word, int half) { return unpack<T>(word, half); });
 }
 
-inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-  multiply<8>("mma.m16n8k8.tf32", c, a, b0, b1, [](uint32_t word, int) { return __uint_as_float(word & 0xffffe000u); });
+inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                     emulation::Place place = emulation::here()) {
+  multiply<8>("mma.m16n8k8.tf32", c, a, b0, b1, place,
+              [](uint32_t word, int) { return __uint_as_float(word & 0xffffe000u); });
 }
 
 inline uint32_t to_tf32(float value) {
@@ -136,8 +143,9 @@ T opaque(T x) {
 }
 
 inline float flushed(float x) { return std::fabs(x) < std::numeric_limits<float>::min() ? std::copysign(0.0f, x) : x; }
-inline float reciprocal(float x) { return flushed(1.0f / flushed(x)); }
-inline float exp2(float x) { return flushed(std::exp2(x)); }
+// "rcp.approx.ftz", "ex2.approx.ftz"
+inline float reciprocal(float x) { return flushed(emulation::approximate(x, 1 / double{flushed(x)}, 1)); }
+inline float exp2(float x) { return flushed(emulation::approximate(x, std::exp2(double{flushed(x)}), 2)); }
 
 [[noreturn]] inline void refuse(const char* expected, const char* kernel) {
   emulation::fail("%s: expected %s", kernel, expected);

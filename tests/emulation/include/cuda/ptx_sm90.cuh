@@ -10,8 +10,14 @@ namespace torchweld::cuda::ptx {
 
 // ---- Barriers
 
-inline void barrier_sync(int barrier, int threads) { emulation::barrier("bar.sync", barrier, threads); }
-inline void barrier_arrive(int barrier, int threads) { emulation::arrive("bar.arrive", barrier, threads); }
+using emulation::Place;
+
+inline void barrier_sync(int barrier, int threads, Place place = emulation::here()) {
+  emulation::barrier("bar.sync", barrier, threads, place);
+}
+inline void barrier_arrive(int barrier, int threads, Place place = emulation::here()) {
+  emulation::arrive("bar.arrive", barrier, threads, place);
+}
 
 inline void mbarrier_init(uint32_t barrier, uint32_t count) { emulation::mbarrier_init(barrier, count); }
 inline void fence_mbarrier_init() {}
@@ -67,39 +73,41 @@ void bulk_wait() {
 // ---- Warpgroups
 
 template <int kRegisters>
-void registers_increase() {
-  emulation::set_max_registers(kRegisters, true);
+void registers_increase(Place place = emulation::here()) {
+  emulation::set_max_registers(kRegisters, true, place);
 }
 template <int kRegisters>
-void registers_decrease() {
-  emulation::set_max_registers(kRegisters, false);
+void registers_decrease(Place place = emulation::here()) {
+  emulation::set_max_registers(kRegisters, false, place);
 }
 
 enum class Swizzle : uint64_t { none = 0, bytes128 = 1, bytes64 = 2, bytes32 = 3 };
 
 inline uint64_t descriptor(uint32_t start, uint32_t leading, uint32_t stride, Swizzle swizzle) {
+  emulation::check_descriptor(start, leading, stride);
   return static_cast<uint64_t>(swizzle) << 62 | static_cast<uint64_t>(stride >> 4 & 0x3fff) << 32 |
          static_cast<uint64_t>(leading >> 4 & 0x3fff) << 16 | (start >> 4 & 0x3fff);
 }
 
-inline void wgmma_fence() { emulation::wgmma_fence(); }
-inline void wgmma_commit() { emulation::wgmma_commit(); }
+inline void wgmma_fence(Place place = emulation::here()) { emulation::wgmma_fence(place); }
+inline void wgmma_commit(Place place = emulation::here()) { emulation::wgmma_commit(place); }
 template <int kPending>
-void wgmma_wait() {
-  emulation::wgmma_wait(kPending);
+void wgmma_wait(Place place = emulation::here()) {
+  emulation::wgmma_wait(kPending, place);
+}
+
+template <class T>
+float number_of(uint16_t bits) {
+  return unpack<T>(bits, 0);
 }
 
 template <class T, int N, bool kTransposedA = false, bool kTransposedB = false>
-void wgmma(float (&c)[N / 8][4], uint64_t a, uint64_t b, bool accumulate) {
-  emulation::wgmma({&c[0][0], N, accumulate, false, kTransposedA, kTransposedB, {}, a, b, [](uint16_t x) {
-                      return unpack<T>(x, 0);
-                    }});
+void wgmma(float (&c)[N / 8][4], uint64_t a, uint64_t b, bool accumulate, Place place = emulation::here()) {
+  emulation::wgmma({&c[0][0], nullptr, N, accumulate, kTransposedA, kTransposedB, a, b, number_of<T>}, place);
 }
 template <class T, int N, bool kTransposedB = false>
-void wgmma(float (&c)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
-  emulation::wgmma({&c[0][0], N, accumulate, true, false, kTransposedB, {a[0], a[1], a[2], a[3]}, 0, b, [](uint16_t x) {
-                      return unpack<T>(x, 0);
-                    }});
+void wgmma(float (&c)[N / 8][4], const uint32_t (&a)[4], uint64_t b, bool accumulate, Place place = emulation::here()) {
+  emulation::wgmma({&c[0][0], const_cast<uint32_t*>(a), N, accumulate, false, kTransposedB, 0, b, number_of<T>}, place);
 }
 
 }  // namespace torchweld::cuda::ptx
