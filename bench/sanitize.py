@@ -66,6 +66,31 @@ def optimizers(dtype: torch.dtype) -> None:
             assert all(p.isfinite().all() for p in params)
 
 
+def elementwise(dtype: torch.dtype) -> None:
+    """Vectors, single elements, and rows of a packed tensor that begin at either."""
+    for cols in (1, 37, 64, 8200):
+        x, up, doutput = (torch.randn(9, cols, device="cuda").to(dtype).requires_grad_() for _ in range(3))
+        packed = torch.cat((x, up), 1).detach().requires_grad_()
+        target = torch.randint(cols, (9,), device="cuda")
+        for approximate in ("none", "tanh"):
+            torchweld.ops.gelu(x, approximate).backward(doutput.detach())
+            torchweld.ops.geglu(x, up, approximate=approximate).backward(doutput.detach())
+        torchweld.ops.swiglu(packed).backward(doutput.detach())
+        torchweld.ops.cross_entropy(x, target, label_smoothing=0.1).backward()
+        torchweld.ops.linear_cross_entropy(doutput, up, target % 9).backward()
+        assert all(t.grad is not None and t.grad.isfinite().all() for t in (x, up, packed, doutput))
+    for dim, rotary_dim in ((64, 64), (80, 32), (12, 6)):
+        query, key = (torch.randn(2, heads, 33, dim, device="cuda").to(dtype).requires_grad_() for heads in (6, 2))
+        angles = torch.randn(1000, rotary_dim, device="cuda")
+        ids = torch.randint(1000, (2, 33), device="cuda")
+        for interleaved in (False, True):
+            options = {"position_ids": ids, "interleaved": interleaved, "rotary_dim": rotary_dim}
+            turned = torchweld.ops.rotary_embedding(query, key, angles.cos(), angles.sin(), **options)
+            (turned[0].sum() + turned[1].sum()).backward()
+            torchweld.ops.rotary_embedding(query.detach(), key.detach(), inplace=True, **options)
+        assert all(t.grad is not None and t.grad.isfinite().all() for t in (query, key))
+
+
 def main() -> None:
     assert torchweld.backend.active("cuda") == "cuda", torchweld.backend.unavailable("cuda")
     for dtype in (torch.float32, torch.bfloat16):
@@ -74,6 +99,7 @@ def main() -> None:
         for dim in (32, 64, 128, 256):
             attention(dim, dtype)
         optimizers(dtype)
+        elementwise(dtype)
     torch.cuda.synchronize()
     print("all kernels ran")
 

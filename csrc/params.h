@@ -325,7 +325,7 @@ struct RotaryParams {
   DType dtype, table_dtype;  // of the tensors; of the tables: float32 or `dtype`
   RotaryTensor query, key;
   const void *cos, *sin;                       // [P, C], with batch strides [B, P, C]; C is R or R / 2
-  int64_t table_cols;                          // C
+  int64_t table_rows, table_cols;              // P, C
   int64_t cos_batch_stride, sin_batch_stride;  // 0: the same for all
   const int64_t* position_ids;                 // [B, N], nullptr: n
   int64_t position_batch_stride;               // N, or 0: the same for all

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import NamedTuple
 
 WARPGROUP = 128
 NOTHING = "nothing"  # what has written a register that no instruction has
@@ -22,6 +23,7 @@ _WRITES_NO_REGISTER = (
     "BSYNC", "NOP", "CALL", "RET", "U", "R2UR", "CCTL", "ERRBAR", "BREAK", "YIELD",
 )  # fmt: skip
 _AFTER_A_PREDICATE = ("SHFL", "ATOM", "MATCH")  # their first operand is a predicate, the second is written
+_GLOBAL = ("LDG", "STG")
 _PAIRS = ("DADD", "DMUL", "DFMA", "CS2R")
 
 
@@ -304,10 +306,15 @@ def spilled(kernel: Kernel) -> int:
     return sum(next((widths[s] for s in suffixes if s in widths), 4) for suffixes in stores)
 
 
-def vector_accesses(cubin: Path) -> dict[str, tuple[int, int]]:
-    """How many loads and stores of each kernel move 16 bytes of global memory."""
-    sections = _output("nvdisasm", "-c", cubin).split("\n.text.")[1:]
-    return {
-        s.split(":")[0]: (len(re.findall(r"LDG\.E\S*\.128", s)), len(re.findall(r"STG\.E\S*\.128", s)))
-        for s in sections
-    }
+class Accesses(NamedTuple):
+    """Of global memory: loads and stores of 16 bytes, and all narrower ones."""
+
+    loads: int
+    stores: int
+    narrow: int
+
+
+def accesses(kernel: Kernel) -> Accesses:
+    found = [(each.name, "128" in each.opcode.split(".")) for each in kernel.instructions if each.name in _GLOBAL]
+    loads, stores = (sum(name == wanted and wide for name, wide in found) for wanted in _GLOBAL)
+    return Accesses(loads, stores, len(found) - loads - stores)

@@ -1,9 +1,11 @@
 #include "bindings/attention.h"
 #include "bindings/cross_entropy.h"
+#include "bindings/gated.h"
 #include "bindings/gelu.h"
 #include "bindings/layer_norm.h"
 #include "bindings/optimizer.h"
 #include "bindings/paged_attention.h"
+#include "bindings/rotary_embedding.h"
 #include "cuda/device.h"
 #include "cuda/kernels.h"
 
@@ -53,5 +55,7 @@ PYBIND11_MODULE(_cuda, python, py::mod_gil_not_used()) {
   bind_optimizers<Cuda>(m);
   bind_layer_norm<Cuda>(m);
   bind_gelu<Cuda>(m);
+  bind_gated<Cuda>(m);
+  bind_rotary_embedding<Cuda>(m);
   bind_cross_entropy<Cuda>(m);
 }

@@ -72,7 +72,7 @@ void bind_rotary_embedding(Module& m) {
         p.table_cols = cos.size(-1);
         if (p.table_cols != rotary_dim && (interleaved || p.table_cols != rotary_dim / 2))
           args.fail("cos", std::to_string(rotary_dim) + " columns", std::to_string(p.table_cols));
-        const int64_t rows = cos.size(-2);
+        const int64_t rows = p.table_rows = cos.size(-2);
         if (!position_ids && rows != p.tokens)
           args.fail("cos", std::to_string(p.tokens) + " rows, a token each", std::to_string(rows));
         p.cos = rotary_table(args, p, cos, "cos", rows, &p.cos_batch_stride);

@@ -22,6 +22,12 @@ ENTRIES = {
     **{"adamw": "adamw_", "sgd": "sgd_"},
 }
 
+# Ops without a CUDA kernel of their own.
+BETWEEN_PRODUCTS = {
+    "linear_cross_entropy": "those of cross_entropy, in the place of a chunk's logits, between PyTorch's products; "
+    "with softcap or z_loss PyTorch's operators"
+}
+
 
 @cache
 def served(op: str) -> dict[str, str | None]:
@@ -49,7 +55,7 @@ def table(op: str) -> str:
     on_cpu = served(op)
     kernels = ", ".join(name for name, reason in on_cpu.items() if reason is None)
     rest = "; ".join(f"{name} on a CPU: {reason}" for name, reason in on_cpu.items() if reason is not None)
-    cuda = "none: PyTorch's operators on the GPU"
+    cuda = BETWEEN_PRODUCTS.get(op, "none: PyTorch's operators on the GPU")
     if f"as {ENTRIES.get(op, op)}\n" in _in_cuda():
         cuda = f"{kernels}; compiled for sm_80 and sm_90a and tested on an emulated machine, not yet run on a GPU"
     rows = [

@@ -16,6 +16,8 @@ from torchweld._cpu import attention_backward as attention_backward
 from torchweld._cpu import attention_forward as attention_forward
 from torchweld._cpu import cross_entropy_backward as cross_entropy_backward
 from torchweld._cpu import cross_entropy_forward as cross_entropy_forward
+from torchweld._cpu import gated_backward as gated_backward
+from torchweld._cpu import gated_forward as gated_forward
 from torchweld._cpu import gelu_backward as gelu_backward
 from torchweld._cpu import gelu_forward as gelu_forward
 from torchweld._cpu import grad_norm as grad_norm
@@ -25,6 +27,7 @@ from torchweld._cpu import layer_norm_forward_workspace as layer_norm_forward_wo
 from torchweld._cpu import layer_norm_workspace as layer_norm_workspace
 from torchweld._cpu import leaves_wide_output as leaves_wide_output
 from torchweld._cpu import paged_attention as paged_attention
+from torchweld._cpu import rotary_embedding as rotary_embedding
 from torchweld._cpu import sgd_ as sgd_
 
 def architectures() -> str: ...

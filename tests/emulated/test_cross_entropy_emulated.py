@@ -1,4 +1,6 @@
-"""The CUDA kernels of cross_entropy on the emulated GPU (tests/emulation): rows of every length and alignment."""
+"""The CUDA kernels of cross_entropy on the emulated GPU (tests/emulation): rows of every length and alignment; and
+linear_cross_entropy, which takes them between torch's products.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from torchweld import ops
+from torchweld import ops, reference
+from torchweld.ops import _linear_cross_entropy as chunks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAN, INFINITY = float("nan"), float("inf")
@@ -141,3 +144,50 @@ def test_a_target_that_is_no_class_ends_the_kernel(emulated: ModuleType, bad: in
     target = torch.tensor([0, bad, 2])
     with pytest.raises(RuntimeError, match="cross_entropy: expected 0 <= target && target < classes"):
         run(emulated, torch.randn(3, 5), target, torch.ones(3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("classes", [1, 7, 50, 1001, 4100])
+def test_gradient_in_the_place_of_the_logits(emulated: ModuleType, classes: int, dtype: torch.dtype) -> None:
+    for begin in (0, 1, 3):
+        logits = poisoned(torch.empty(5, classes, dtype=dtype), begin).copy_(torch.randn(5, classes))
+        target, dloss = torch.tensor([0, classes - 1, IGNORED, 0, classes // 2]), torch.randn(5)
+        loss, expected = run(emulated, logits, target, dloss, 0.1, begin)
+        stats = torch.full((2, 5), NAN)
+        emulated.cross_entropy_forward(logits, target, IGNORED, 0.1, loss, stats)
+        emulated.cross_entropy_backward(dloss, logits, target, IGNORED, 0.1, stats, logits)
+        assert torch.equal(logits, expected)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [1, 9, 70])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"label_smoothing": 0.1, "reduction": "sum"}, {"reduction": "none"}, {"softcap": 2.0}, {"z_loss": 0.01}],
+    ids=str,
+)
+def test_linear_cross_entropy_by_chunks(
+    options: dict[str, Any], rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of one row, of some with a shorter one at the end, and of all: torch's products and these kernels."""
+    classes = 53
+    monkeypatch.setattr(chunks, "_CHUNK_ELEMENTS", rows * classes)
+    x, weight, bias = (torch.randn(shape) / 2 for shape in ((70, 12), (classes, 12), (classes,)))
+    target = torch.randint(classes, (70,))
+    target[::5] = IGNORED
+    x[0] = NAN  # it has no target
+    for biased in (False, True):
+        found: list[Tensor] = []
+        exact: list[Tensor] = []
+        for function, kind, into in (
+            (ops.linear_cross_entropy, dtype, found),
+            (reference.linear_cross_entropy, torch.float64, exact),
+        ):
+            leaves = [t.to(dtype).to(kind).requires_grad_() for t in (x, weight, bias)[: 2 + biased]]
+            loss = function(leaves[0], leaves[1], target, *leaves[2:], **options)
+            into += [loss.detach(), *torch.autograd.grad(loss.sum(), leaves)]
+        for ours, right in zip(found, exact, strict=True):
+            assert ours.dtype is dtype
+            rounding = 16 * torch.finfo(dtype).eps * float(right.abs().max())
+            torch.testing.assert_close(ours.double(), right, rtol=0, atol=rounding)

@@ -1,10 +1,12 @@
 // The CUDA kernels as a Python module whose functions take CPU tensors.
 #include "bindings/attention.h"
 #include "bindings/cross_entropy.h"
+#include "bindings/gated.h"
 #include "bindings/gelu.h"
 #include "bindings/layer_norm.h"
 #include "bindings/optimizer.h"
 #include "bindings/paged_attention.h"
+#include "bindings/rotary_embedding.h"
 #include "cuda/kernels.h"
 #include "machine.h"
 #include "products.h"
@@ -68,5 +70,7 @@ PYBIND11_MODULE(emulated, python) {
   bind_optimizers<Emulated>(m);
   bind_layer_norm<Emulated>(m);
   bind_gelu<Emulated>(m);
+  bind_gated<Emulated>(m);
+  bind_rotary_embedding<Emulated>(m);
   bind_cross_entropy<Emulated>(m);
 }

@@ -16,6 +16,13 @@ from torchweld import backend
 from torchweld.testing import Case
 from torchweld.testing.cases import evaluate, ops
 
+# Ops that use the kernels of another name.
+FAMILIES = {
+    **dict.fromkeys(("add_layer_norm", "rms_norm", "add_rms_norm"), "layer_norm"),
+    **dict.fromkeys(("swiglu", "geglu"), "gated"),
+    "linear_cross_entropy": "cross_entropy",
+}
+
 
 def environment() -> dict[str, str]:
     """The variables that preload the sanitizer's library, because Python itself is not instrumented.
@@ -41,8 +48,7 @@ def small_cases(limit: int) -> Iterator[tuple[Case, torch.dtype]]:
     """
     launchers = re.findall(r"^void (\w+)\(", (build.CSRC / "cuda/kernels.h").read_text(), re.MULTILINE)
     for op, cases in ops().items():
-        # add_layer_norm, rms_norm and add_rms_norm use the kernels of layer_norm; the op of adamw is adamw_.
-        family = op.removeprefix("add_").replace("rms_norm", "layer_norm")
+        family = FAMILIES.get(op, op)
         if not any(launcher.startswith(family) for launcher in launchers):
             continue
         for case in cases:

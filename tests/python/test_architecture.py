@@ -66,6 +66,7 @@ INCLUDES = {
     "cuda/activation": DEVICE,
     "cuda/loss": DEVICE,
     "cuda/optimizer": DEVICE,
+    "cuda/rotary": DEVICE,
 }
 SUFFIXES = (".h", ".cpp", ".cu", ".cuh")
 

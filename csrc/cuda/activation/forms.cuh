@@ -1,5 +1,6 @@
 // Activations y = x * s(x), s being a smooth step from 0 to 1, with a = |x|:
 //
+//   silu           e = exp(-a)                                           s(-a) = e / (1 + e), s(a) = 1 / (1 + e)
 //   GELU, tanh     u = sqrt(2 / pi) (a + 0.044715 a^3), e = exp(-2 u)    s(-a) = e / (1 + e), s(a) = 1 / (1 + e)
 //     float32, u < 0.6: s(-a) = (1 - tanh(u)) / 2, s(a) = (1 + tanh(u)) / 2
 //   GELU, 16-bit   e = exp(-a^2 / 2), t = 1 / (1 + 3 a / 8)              s(-a) = e * t * R(t), s(a) = 1 - s(-a)
@@ -7,7 +8,8 @@
 //
 // Nothing overflows, and neither side cancels. Near zero the instructions for exp and 1 / x are 2 ulp and 1 ulp off,
 // and a polynomial for tanh is not. R is a polynomial, fitted on [0, 16] for a relative error of s(-a) of 2.1e-6: a two
-// hundredth of a rounding to float16. Hendrycks, Gimpel: Gaussian Error Linear Units, arXiv:1606.08415.
+// hundredth of a rounding to float16. Hendrycks, Gimpel: Gaussian Error Linear Units, arXiv:1606.08415. Elfwing,
+// Uchibe, Doya: Sigmoid-Weighted Linear Units, arXiv:1702.03118.
 #pragma once
 
 #include "cuda/ptx.cuh"
@@ -21,9 +23,34 @@ struct ValueAndSlope {
   float value, slope;
 };
 
-// |x|, but 16 at most: from there on e is 0, while its factors must be finite. So only an infinite x gives NaN, by
+// |x|, but `most` at most: from there on e is 0, while its factors must be finite. So only an infinite x gives NaN, by
 // x * 0.
-__device__ __forceinline__ float distance(float x) { return fminf(fabsf(x), 16.0f); }
+__device__ __forceinline__ float distance(float x, float most = 16.0f) { return fminf(fabsf(x), most); }
+
+template <class T>
+struct SiluForm {
+  static __device__ __forceinline__ float value(float x) {
+    const float e = exponential(x);
+    return (x < 0.0f ? x * e : x) * inverse(1.0f + e);
+  }
+
+  static __device__ __forceinline__ ValueAndSlope both(float x) {
+    const float e = exponential(x), above = inverse(1.0f + e), below = e * above;
+    const float s = x < 0.0f ? below : above, rest = x < 0.0f ? above : below;
+    return {x * s, s * (x * rest + 1.0f)};
+  }
+
+ private:
+  // exp(-a) as CUDA computes it. A rounding of a * log2(e) would be a large part of the result, and bfloat16 shows
+  // results below the least normal float, which the instruction for 2^x makes zeros of.
+  static __device__ __forceinline__ float exponential(float x) { return expf(-distance(x, 128.0f)); }
+
+  // 1 / y, in float32 with one step of Newton's method.
+  static __device__ __forceinline__ float inverse(float y) {
+    const float r = ptx::reciprocal(y);
+    return std::is_same_v<T, float> ? __fmaf_rn(r, __fmaf_rn(-y, r, 1.0f), r) : r;
+  }
+};
 
 template <class T>
 struct TanhForm {

@@ -135,9 +135,7 @@ def _refusal(op: str, gate: Tensor, up: Tensor | None) -> str | None:
             raise RuntimeError(f"[{op}] up: expected gate's device {gate.device}, but got {up.device}")
         if up.dtype is not gate.dtype:
             return f"up of dtype {up.dtype} beside gate of dtype {gate.dtype}"
-    if gate.dtype not in KERNEL_DTYPES:
-        return f"gate of dtype {gate.dtype}"
-    return "no CUDA kernel for it yet" if gate.is_cuda else None
+    return None if gate.dtype in KERNEL_DTYPES else f"gate of dtype {gate.dtype}"
 
 
 def gated(public: Any, gate: Tensor, up: Tensor | None, activation: str, **options: Any) -> Tensor:

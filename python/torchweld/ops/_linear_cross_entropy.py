@@ -1,6 +1,7 @@
 """The registered op behind `torchweld.ops.linear_cross_entropy`: its kernel, and its fake.
 
-A device without a kernel of it takes torch's own products, a chunk of rows at a time.
+A module without a kernel of it, as the CUDA module is, gets torch's own products of a chunk of rows at a time, and
+between them its kernels of cross_entropy.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def by_chunks(
     dloss: Tensor | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The losses of all rows, float32, and the gradients of what is wanted; as the kernels have them."""
+    """The losses of all rows, float32, and the gradients of what is wanted; as the CPU's kernel has them."""
     rows, classes = input.shape[0], weight.shape[0]
     dtype, chunk = input.dtype, max(1, _CHUNK_ELEMENTS // classes)
     loss = input.new_empty(rows, dtype=torch.float32)
@@ -47,27 +48,63 @@ def by_chunks(
         part = slice(begin, begin + chunk)
         # Rows without a target are not read: what they hold must reach no product.
         x = input[part].masked_fill((target[part] == options.ignore_index).unsqueeze(1), 0.0)
-        with torch.enable_grad():
-            logits = torch.mm(x.detach(), weight.detach().t()).float()
-            if bias is not None:
-                logits = logits + bias.detach()
-            logits.requires_grad_(dloss is not None)
-            losses = losses_of(
-                logits, target[part], options.ignore_index, options.smoothing, options.softcap or None, options.z_loss
-            )
-        loss[part] = losses.detach()
-        if dloss is None:
+        logits = torch.mm(x, weight.t())
+        if bias is not None:
+            logits = logits.float() + bias
+        by = _by_kernels if options.softcap == 0 and options.z_loss == 0 else _by_autograd
+        loss[part], dlogits = by(logits, target[part], options, None if dloss is None else dloss[part])
+        if dlogits is None:
             continue
-        dlogits = torch.autograd.grad(losses, logits, dloss[part])[0]
         if wanted[2] and bias is not None:
             dbias += dlogits.sum(0)
         narrow = dlogits.to(dtype)
-        del logits, losses, dlogits
+        del logits, dlogits
         if wanted[0]:
             torch.mm(narrow, weight, out=dinput[part])
         if wanted[1]:
             dweight += _product(narrow.t(), x)
     return loss, dinput, dweight.to(dtype), dbias
+
+
+def _by_kernels(
+    logits: Tensor, target: Tensor, options: LossOptions, dloss: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The losses of a chunk, and the gradient of its logits in the place of these, by the kernels of cross_entropy."""
+    kernels = backend.module(logits.device)
+    losses = logits.new_empty(logits.shape[0], dtype=torch.float32)
+    stats = logits.new_empty((2, logits.shape[0]), dtype=torch.float32)
+    kernels.cross_entropy_forward(
+        logits=logits,
+        target=target,
+        ignore_index=options.ignore_index,
+        smoothing=options.smoothing,
+        loss=losses,
+        stats=stats,
+    )
+    if dloss is None:
+        return losses, None
+    kernels.cross_entropy_backward(
+        dloss=dloss,
+        logits=logits,
+        target=target,
+        ignore_index=options.ignore_index,
+        smoothing=options.smoothing,
+        stats=stats,
+        dlogits=logits,
+    )
+    return losses, logits
+
+
+def _by_autograd(
+    logits: Tensor, target: Tensor, options: LossOptions, dloss: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The same by torch's operators, for a softcap and a z loss, which the kernels of cross_entropy do not have."""
+    with torch.enable_grad():
+        logits = logits.float().detach().requires_grad_(dloss is not None)
+        losses = losses_of(
+            logits, target, options.ignore_index, options.smoothing, options.softcap or None, options.z_loss
+        )
+    return losses.detach(), None if dloss is None else torch.autograd.grad(losses, logits, dloss)[0]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -96,12 +133,13 @@ def _kernel(
     b = None if bias is None else settle(bias, f"[{_OP}] bias", torch.float32)
     if dloss is not None:
         dloss = settle(dloss, f"[{_OP}] gradient of the loss", torch.float32)
-    if x.is_cuda:
+    kernels = backend.module(x.device)
+    if not hasattr(kernels, _OP):
         return by_chunks(x, w, b, classes, options, dloss, wanted)
     loss = x.new_empty(x.shape[0], dtype=torch.float32)
     grads = [torch.empty_like(t) if want and t is not None else None for t, want in zip((x, w, b), wanted, strict=True)]
     dinput, dweight, dbias = grads
-    backend.kernels[x.device.type].linear_cross_entropy(
+    kernels.linear_cross_entropy(
         input=x,
         weight=w,
         bias=b,

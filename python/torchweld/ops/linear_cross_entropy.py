@@ -101,7 +101,7 @@ def linear_cross_entropy(
         The loss, float32 inside and rounded to the dtype of the inputs at the end (under autocast it is not).
 
     Raises:
-        IndexError: a target that is no class.
+        IndexError: a target that is no class. On a GPU an assertion ends the kernel: the host does not know the values.
         TypeError: a tensor is not floating point of 16 bits or more, or an argument is of another type.
         ValueError, RuntimeError: an argument, shape, dtype or device that does not fit.
     """

@@ -184,9 +184,7 @@ def _refusal(query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor) -> str
         return f"query of dtype {query.dtype}"
     if key is not None and key.dtype is not query.dtype:
         return f"key of dtype {key.dtype} beside query of dtype {query.dtype}"
-    if wants_grad(cos, sin):
-        return "a gradient of cos or sin"
-    return "no CUDA kernel for it yet" if query.is_cuda else None
+    return "a gradient of cos or sin" if wants_grad(cos, sin) else None
 
 
 def _may_overwrite(t: Tensor) -> bool:
@@ -257,7 +255,8 @@ def rotary_embedding(
     Raises:
         RuntimeError: a shape or device does not fit; inplace for a leaf that requires a gradient.
         TypeError: a tensor is not floating point of 16 bits or more, or no dense one; cos without sin.
-        ValueError: a position is none of the tables' rows; a number is out of range.
+        ValueError: a position is none of the tables' rows; a number is out of range. On a GPU an assertion ends the
+            kernel at such a position: the host does not know the values.
     """
     op = "rotary_embedding"
     interleaved, inplace, base = (
