@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchweld import ops, reference
+
 F32, BF16, F16, F64 = torch.float32, torch.bfloat16, torch.float16, torch.float64
 # Empty, one, inside a vector, a vector and its tail, the chunk of the concatenation and its neighbours, many chunks.
 SHAPES = [(0,), (1,), (3,), (17,), (63,), (8, 8), (65,), (127,), (5, 26), (3, 4001)]
@@ -64,3 +66,25 @@ def same_bits(a: Lists, b: Lists) -> bool:
 
 def worst(ours: list[Tensor], exact: list[Tensor]) -> float:
     return max((a.double() - b).abs().max().item() for a, b in zip(ours, exact, strict=True) if a.numel())
+
+
+def hold_to_float64(shapes: Sequence[Sequence[int]], dtypes: Sequence[torch.dtype], variant: str, device: str) -> None:
+    """Three steps, each with other gradients, are at most twice as far from float64 as those of the definition."""
+    options = {**HYPER, **VARIANTS[variant]}
+    ours = make(shapes, *dtypes, device=device)
+    exact, narrow = clone(ours, F64), clone(ours)
+    for seed in range(3):
+        fresh = make(shapes, *dtypes, seed=seed, device=device)[GRAD]
+        for each in (ours, exact, narrow):
+            each[GRAD] = [g.to(e.dtype, copy=True) for g, e in zip(fresh, each[GRAD], strict=True)]
+        norm = ops.adamw_(*ours, **options)
+        exact_norm = reference.adamw_(*exact, **options)
+        reference.adamw_(*narrow, **options)
+        assert (norm is None) == (exact_norm is None)
+        if norm is not None and exact_norm is not None:
+            assert abs(norm.item() - exact_norm.item()) <= 1e-6 * exact_norm.item()
+    assert torch.equal(torch.stack(ours[STEP]).double(), torch.stack(exact[STEP]).double())
+    for i in (PARAM, MEAN, SQUARE, LARGEST):
+        scale = max(t.abs().max().item() for t in exact[i] if t.numel())
+        tiny = torch.finfo(ours[i][0].dtype).eps * scale
+        assert worst(ours[i], exact[i]) <= 2 * worst(narrow[i], exact[i]) + tiny

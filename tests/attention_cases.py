@@ -1,13 +1,15 @@
-"""Cases for every CUDA kernel of attention, whatever its tiles."""
+"""Cases for every CUDA kernel of attention, whatever its tiles, and what each must give."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from torchweld import ops, reference
 from torchweld.testing.attention import AttentionCase
 
 
@@ -54,3 +56,52 @@ def gradients(function: Callable[..., Any], leaves: list[Tensor], dout: Tensor) 
     leaves = [t.detach().requires_grad_() for t in leaves]
     out = function(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, dout)]
+
+
+def hold_close(
+    function: Callable[..., Any], definition: Callable[..., Any], leaves: dict[str, Tensor], dout: Tensor, tiny: float
+) -> None:
+    """Output and gradients are those of the definition in float64, but for the rounding of a few sums.
+
+    What the leaves hold as NaN is 0 for the definition.
+    """
+    found = gradients(function, list(leaves.values()), dout)
+    exact = gradients(definition, [t.nan_to_num().double() for t in leaves.values()], dout.double())
+    for name, got, want in zip(("output", *(f"d{name}" for name in leaves)), found, exact, strict=True):
+        step = 4 * torch.finfo(dout.dtype).eps * want.abs().max()
+        assert (got.double() - want).abs().max() <= step + tiny, name
+
+
+def hold_dropout(batch: int, queries: int, keys: int, dim: int, dtype: torch.dtype) -> None:
+    """The forward and both backward kernels, whose tiles have different layouts, see the mask of the definition."""
+    q, k, v, dout = (torch.randn(batch, 2, n, dim).to(dtype) for n in (queries, keys, keys, queries))
+    seed = torch.tensor([-5_000_000_019])
+    options: dict[str, Any] = {"dropout_p": 0.3, "seed": seed, "causal": True, "causal_align": "bottom_right"}
+    ours, definition = (partial(module.attention, **options) for module in (ops, reference))
+    hold_close(ours, definition, {"query": q, "key": k, "value": v}, dout, 1e-5)
+
+    # The probabilities themselves: each value selects one key.
+    eye = torch.eye(keys, dtype=dtype).expand(batch, 2, keys, keys)
+    assert torch.equal(ours(q, k, eye) == 0, definition(q.double(), k.double(), eye.double()) == 0)
+
+
+def hold_packed(lens_q: list[int], lens_k: list[int], dim: int, dtype: torch.dtype, **flags: Any) -> None:
+    """Packed sequences that begin at `lens`, aligned to the last key, so that shifts differ.
+
+    The keys of a sequence without queries are NaN and never read.
+    """
+    queries, keys = lens_q[-1], lens_k[-1]
+    q, k, v, dout = (torch.randn(n, h, dim).to(dtype) for n, h in ((queries, 4), (keys, 2), (keys, 2), (queries, 4)))
+    for i, begin in enumerate(lens_k[:-1]):
+        if lens_q[i] == lens_q[i + 1]:
+            k[begin : lens_k[i + 1]] = v[begin : lens_k[i + 1]] = torch.nan
+    starts_q, starts_k = (torch.tensor(n, dtype=torch.int32) for n in (lens_q, lens_k))
+
+    def call(module: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sinks: Tensor) -> Any:
+        return module.attention(
+            q, k, v, causal=True, causal_align="bottom_right", alibi_slopes=slopes, sinks=sinks,
+            cu_seqlens_q=starts_q, cu_seqlens_k=starts_k, seed=torch.tensor([7]), **flags,
+        )  # fmt: skip
+
+    leaves = {"query": q, "key": k, "value": v, "slopes": torch.rand(len(lens_q) - 1, 4), "sinks": torch.randn(4)}
+    hold_close(partial(call, ops), partial(call, reference), leaves, dout, 2e-5)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
+
+from torchweld import ops, reference
 
 
 def by_exponent(dtype: torch.dtype) -> torch.Tensor:
@@ -30,3 +34,19 @@ def hold_by_row(ours: torch.Tensor, theirs: torch.Tensor, exact: torch.Tensor, w
     error, allowed = largest(ours.double() - exact), 2 * largest(theirs.double() - exact) + ulp
     row = int((error - allowed).argmax())
     assert (error <= allowed).all(), f"{what}: {error[row]:.3g} in row {row}, allowed {allowed[row]:.3g}"
+
+
+def hold_gelu(dtype: torch.dtype, approximate: str, backends: Iterable[str]) -> None:
+    """Output and gradient of every number of 16 bits, and of float32 every exponent: subnormals, zeros, infinities and
+    NaN among them. Each of `backends`, when it is reached, is the one that serves."""
+    x = by_exponent(dtype)
+
+    def run(function: Callable[..., torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        leaf = x.detach().requires_grad_()
+        y = function(leaf, approximate=approximate)
+        return y.detach(), *torch.autograd.grad(y.sum(), leaf)
+
+    theirs, exact = run(torch.nn.functional.gelu, x), run(reference.gelu, x.double())
+    for backend in backends:
+        for name, ours, its, right in zip(("y", "dx"), run(ops.gelu, x), theirs, exact, strict=True):
+            hold_by_row(ours, its, right, f"{name} on {backend}")

@@ -4,6 +4,7 @@
 #include <algorithm>
 
 #include "bindings/tensor.h"
+#include "params/attention.h"
 
 namespace torchweld {
 
@@ -23,8 +24,8 @@ struct Modifiers {
   }
 };
 
-// The numbers. left, right: -1 where the band has no bound; max_seqlen_*: -1 where it is not known. Those behind
-// them place a part of a longer attention in the whole (params.h); mask_heads, mask_queries: 0 for those of the call.
+// The numbers. left, right: -1 where the band has no bound; max_seqlen_*: -1 where it is not known. `part` and what
+// follows it place a part of a longer attention in the whole; mask_heads, mask_queries: 0 for those of the call.
 struct Options {
   float scale = 1, softcap = 0;
   int64_t left = -1, right = -1;

@@ -2,14 +2,9 @@
 #pragma once
 
 #include "bindings/tensor.h"
+#include "params/loss.h"
 
 namespace torchweld {
-
-// Logits must be (M, V), with at least one class if there is a row.
-inline void check_logits(const Arguments& args, const TensorView& logits) {
-  if (logits.ndim != 2) args.fail("logits", "2 dimensions [rows, classes]", std::to_string(logits.ndim));
-  if (logits.size(0) > 0 && logits.size(1) < 1) args.fail("logits", "at least one class", "none");
-}
 
 // Targets must be in [0, V), or ignore_index, for the forward kernels read the logit of the target.
 template <class Params>
@@ -23,6 +18,20 @@ void check_classes(const char* op, const Params& p) {
   }
 }
 
+// Unpacks what both directions share.
+inline void fill_cross_entropy(const Arguments& args, CrossEntropyParams& p, const TensorView& logits,
+                               const TensorView& target, int64_t ignore_index, float smoothing) {
+  if (logits.ndim != 2) args.fail("logits", "2 dimensions [rows, classes]", std::to_string(logits.ndim));
+  if (logits.size(0) > 0 && logits.size(1) < 1) args.fail("logits", "at least one class", "none");
+  p.rows = logits.size(0);
+  p.classes = logits.size(1);
+  p.ignore_index = ignore_index;
+  p.smoothing = smoothing;
+  p.dtype = args.dtype(logits, "logits");
+  p.logits = args.contiguous(logits, "logits", p.dtype, {p.rows, p.classes});
+  p.target = args.indices(target, "target", p.rows);
+}
+
 template <class Backend>
 void bind_cross_entropy(Module& m) {
   // logits: (M, V); target: int64 (M); loss: float32 (M); stats: float32 (2, M), the rows' maxima and sums.
@@ -30,15 +39,8 @@ void bind_cross_entropy(Module& m) {
         [](const TensorView& logits, const TensorView& target, int64_t ignore_index, float smoothing,
            const TensorView& loss, const TensorView& stats) {
           const Arguments args("cross_entropy_forward", Backend::device, logits);
-          check_logits(args, logits);
           CrossEntropyForwardParams p{};
-          p.rows = logits.size(0);
-          p.classes = logits.size(1);
-          p.ignore_index = ignore_index;
-          p.smoothing = smoothing;
-          p.dtype = args.dtype(logits, "logits");
-          p.logits = args.contiguous(logits, "logits", p.dtype, {p.rows, p.classes});
-          p.target = args.indices(target, "target", p.rows);
+          fill_cross_entropy(args, p, logits, target, ignore_index, smoothing);
           if (Backend::reads_tensors) check_classes("cross_entropy", p);
           p.loss = static_cast<float*>(args.contiguous(loss, "loss", DType::float32, {p.rows}));
           p.max = static_cast<float*>(args.contiguous(stats, "stats", DType::float32, {2, p.rows}));
@@ -50,16 +52,9 @@ void bind_cross_entropy(Module& m) {
         [](const TensorView& dloss, const TensorView& logits, const TensorView& target, int64_t ignore_index,
            float smoothing, const TensorView& stats, const TensorView& dlogits) {
           const Arguments args("cross_entropy_backward", Backend::device, logits);
-          check_logits(args, logits);
           CrossEntropyBackwardParams p{};
-          p.rows = logits.size(0);
-          p.classes = logits.size(1);
-          p.ignore_index = ignore_index;
-          p.smoothing = smoothing;
-          p.dtype = args.dtype(logits, "logits");
+          fill_cross_entropy(args, p, logits, target, ignore_index, smoothing);
           p.dloss = static_cast<const float*>(args.contiguous(dloss, "dloss", DType::float32, {p.rows}));
-          p.logits = args.contiguous(logits, "logits", p.dtype, {p.rows, p.classes});
-          p.target = args.indices(target, "target", p.rows);
           p.max = static_cast<const float*>(args.contiguous(stats, "stats", DType::float32, {2, p.rows}));
           p.sum = p.max + p.rows;
           p.dlogits = args.contiguous(dlogits, "dlogits", p.dtype, {p.rows, p.classes});

@@ -4,6 +4,7 @@
 #include <string>
 
 #include "bindings/tensor.h"
+#include "params/activation.h"
 
 namespace torchweld {
 
@@ -14,16 +15,19 @@ inline Activation activation_of(const Arguments& args, const std::string& name) 
   args.fail("activation", "silu, gelu or gelu_tanh", name);
 }
 
-// Sizes of gate, which has rows, and columns that are neighbours.
-struct GatedShape {
-  GatedShape(const Arguments& args, const TensorView& gate) {
-    if (gate.ndim != 2) args.fail("gate", "2 dimensions", "shape " + Arguments::list(gate.shape, gate.ndim));
-    rows = gate.size(0);
-    cols = gate.size(1);
-  }
-
-  int64_t rows, cols;
-};
+// Unpacks what both directions share. Gate and up are rows of any distance, and their columns are neighbours.
+inline void fill_gated(const Arguments& args, GatedParams& p, const TensorView& gate, const TensorView& up,
+                       const std::string& activation) {
+  if (gate.ndim != 2) args.fail("gate", "2 dimensions", "shape " + Arguments::list(gate.shape, gate.ndim));
+  p.rows = gate.size(0);
+  p.cols = gate.size(1);
+  p.activation = activation_of(args, activation);
+  p.dtype = args.dtype(gate, "gate");
+  p.gate = args.strided(gate, "gate", p.dtype, {p.rows, p.cols});
+  p.up = args.strided(up, "up", p.dtype, {p.rows, p.cols});
+  p.gate_stride = gate.stride(0);
+  p.up_stride = up.stride(0);
+}
 
 // The distance of rows of a tensor that is to be written, where they must not overlap.
 inline int64_t separate_rows(const Arguments& args, const TensorView& t, const char* name) {
@@ -37,16 +41,8 @@ void bind_gated(Module& m) {
   m.def("gated_forward(gate, up, activation, output)",
         [](const TensorView& gate, const TensorView& up, const std::string& activation, const TensorView& output) {
           const Arguments args("gated_forward", Backend::device, gate);
-          const GatedShape shape(args, gate);
           GatedForwardParams p{};
-          p.rows = shape.rows;
-          p.cols = shape.cols;
-          p.activation = activation_of(args, activation);
-          p.dtype = args.dtype(gate, "gate");
-          p.gate = args.strided(gate, "gate", p.dtype, {p.rows, p.cols});
-          p.up = args.strided(up, "up", p.dtype, {p.rows, p.cols});
-          p.gate_stride = gate.stride(0);
-          p.up_stride = up.stride(0);
+          fill_gated(args, p, gate, up, activation);
           p.output = args.flat(output, "output", p.dtype, p.rows * p.cols);
           Backend::run(&Backend::Kernels::gated_forward, p, gate.device.index);
         });
@@ -55,17 +51,9 @@ void bind_gated(Module& m) {
         [](const TensorView& doutput, const TensorView& gate, const TensorView& up, const std::string& activation,
            const TensorView& dgate, const TensorView& dup) {
           const Arguments args("gated_backward", Backend::device, gate);
-          const GatedShape shape(args, gate);
           GatedBackwardParams p{};
-          p.rows = shape.rows;
-          p.cols = shape.cols;
-          p.activation = activation_of(args, activation);
-          p.dtype = args.dtype(gate, "gate");
+          fill_gated(args, p, gate, up, activation);
           p.doutput = args.flat(doutput, "doutput", p.dtype, p.rows * p.cols);
-          p.gate = args.strided(gate, "gate", p.dtype, {p.rows, p.cols});
-          p.up = args.strided(up, "up", p.dtype, {p.rows, p.cols});
-          p.gate_stride = gate.stride(0);
-          p.up_stride = up.stride(0);
           p.dgate = args.strided(dgate, "dgate", p.dtype, {p.rows, p.cols});
           p.dup = args.strided(dup, "dup", p.dtype, {p.rows, p.cols});
           p.dgate_stride = separate_rows(args, dgate, "dgate");

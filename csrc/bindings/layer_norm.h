@@ -2,6 +2,7 @@
 #pragma once
 
 #include "bindings/tensor.h"
+#include "params/norm.h"
 
 namespace torchweld {
 
@@ -48,6 +49,18 @@ inline void fill_norm(const Arguments& args, LayerNormParams& p, const TensorVie
   p.dropout = make_dropout(args.indices(*seed, "seed", 1), norm.dropout_p);
 }
 
+// The statistics of the rows: mean and rstd if centred, else rstd alone.
+template <class Params>
+void set_stats(Params& p, float* stats) {
+  p.mean = p.centred ? stats : nullptr;
+  p.rstd = p.centred ? stats + p.rows : stats;
+}
+
+template <class Params>
+void set_stats(const Arguments& args, Params& p, const TensorView& stats) {
+  set_stats(p, static_cast<float*>(args.contiguous(stats, "stats", DType::float32, {1 + p.centred, p.rows})));
+}
+
 inline void check_sizes(const char* op, int64_t rows, int64_t cols) {
   if (rows < 0 || cols < 1)
     throw py::value_error("[" + std::string(op) + "] rows, cols: expected at least 0 and 1, but got " +
@@ -60,8 +73,8 @@ void bind_layer_norm(Module& m) {
 
   m.def_record<Norm>("Norm");
 
-  // input, output: M * N elements; residual, sum: M * N elements of sum_dtype; weight, bias: N; stats: float32 (2, M),
-  // mean and rstd, if centred, else (1, M), rstd alone; or None.
+  // input, output: M * N elements; residual, sum: M * N elements of sum_dtype; weight, bias: N; stats: float32 (2, M)
+  // if centred, else (1, M), or None.
   m.def("layer_norm_forward(input, residual, weight, bias, seed, norm, sum, output, stats, workspace)",
         [](const TensorView& input, const Optional& residual, const Optional& weight, const Optional& bias,
            const Optional& seed, const Norm& norm, const Optional& sum, const TensorView& output, const Optional& stats,
@@ -81,12 +94,7 @@ void bind_layer_norm(Module& m) {
           p.bias = args.flat(bias, "bias", p.weight_dtype, p.cols);
           p.sum = args.flat(sum, "sum", p.sum_dtype, numel);
           p.output = args.flat(output, "output", p.dtype, numel);
-          if (stats) {
-            auto* found =
-                static_cast<float*>(args.contiguous(*stats, "stats", DType::float32, {1 + p.centred, p.rows}));
-            p.mean = p.centred ? found : nullptr;
-            p.rstd = p.centred ? found + p.rows : found;
-          }
+          if (stats) set_stats(args, p, *stats);
           p.workspace_size = workspace ? workspace->numel() : 0;
           p.workspace = static_cast<float*>(args.flat(workspace, "workspace", DType::float32, p.workspace_size));
           Backend::run(&Backend::Kernels::layer_norm_forward, p, input.device.index);
@@ -124,10 +132,7 @@ void bind_layer_norm(Module& m) {
           p.doutput = args.flat(doutput, "doutput", p.dtype, numel);
           p.dsum = args.flat(dsum, "dsum", p.sum_dtype, numel);
           p.weight = args.flat(weight, "weight", p.weight_dtype, p.cols);
-          auto* found =
-              static_cast<const float*>(args.contiguous(stats, "stats", DType::float32, {1 + p.centred, p.rows}));
-          p.mean = p.centred ? found : nullptr;
-          p.rstd = p.centred ? found + p.rows : found;
+          set_stats(args, p, stats);
           p.dinput = args.flat(dinput, "dinput", p.sum_dtype, numel);
           p.dx = args.flat(dx, "dx", p.dtype, numel);
           p.dweight = args.flat(dweight, "dweight", p.weight_dtype, p.cols);

@@ -5,7 +5,7 @@
 
 namespace torchweld {
 
-// What the losses of rows are made by, beside the logits.
+// The numbers of a loss. softcap: 0 for none.
 struct LossOptions {
   int64_t ignore_index = 0;
   float smoothing = 0, softcap = 0, z_loss = 0;

@@ -1,6 +1,7 @@
 // adamw_, sgd_ and grad_norm: Python's arguments -> params, for any backend.
 #pragma once
 
+#include <array>
 #include <tuple>
 
 #include "bindings/optimizer_list.h"
@@ -38,6 +39,16 @@ struct Step {
   }
 };
 
+// One list of the state that an optimizer keeps for each parameter. Its tensors go to `slot` of OptimizerTensor::state.
+struct StateList {
+  const char* name;
+  const TensorList& tensors;
+  int slot;
+  bool may_be_empty;
+
+  bool is_there() const { return !may_be_empty || !tensors.empty(); }
+};
+
 // The lists of each optimizer, all in the order of the parameters, and the numbers of its update rule.
 struct AdamWLists {
   TensorList params, grads, exp_avgs, exp_avg_sqs;
@@ -54,6 +65,14 @@ struct AdamWLists {
                       Field{"steps", &AdamWLists::steps},
                       Field{"masters", &AdamWLists::masters}};
   }
+
+  std::array<StateList, 3> state() const {
+    return {{{"exp_avgs", exp_avgs, 0, false},
+             {"exp_avg_sqs", exp_avg_sqs, 1, false},
+             {"max_exp_avg_sqs", max_exp_avg_sqs, 2, true}}};
+  }
+
+  const TensorList* counts() const { return &steps; }  // of the updates so far
 };
 
 struct AdamWOptions {
@@ -63,6 +82,13 @@ struct AdamWOptions {
   static constexpr auto fields() {
     return std::tuple{Field{"beta1", &AdamWOptions::beta1}, Field{"beta2", &AdamWOptions::beta2},
                       Field{"eps", &AdamWOptions::eps}, Field{"decoupled", &AdamWOptions::decoupled}};
+  }
+
+  void fill(AdamWParams& p) const {
+    p.beta1 = beta1;
+    p.beta2 = beta2;
+    p.eps = eps;
+    p.decoupled = decoupled;
   }
 };
 
@@ -75,6 +101,10 @@ struct SgdLists {
     return std::tuple{Field{"params", &SgdLists::params}, Field{"grads", &SgdLists::grads},
                       Field{"momentum_buffers", &SgdLists::momentum_buffers}, Field{"masters", &SgdLists::masters}};
   }
+
+  std::array<StateList, 1> state() const { return {{{"momentum_buffers", momentum_buffers, 0, true}}}; }
+
+  const TensorList* counts() const { return nullptr; }
 };
 
 struct SgdOptions {
@@ -84,6 +114,13 @@ struct SgdOptions {
   static constexpr auto fields() {
     return std::tuple{Field{"momentum", &SgdOptions::momentum}, Field{"dampening", &SgdOptions::dampening},
                       Field{"nesterov", &SgdOptions::nesterov}, Field{"first_step", &SgdOptions::first_step}};
+  }
+
+  void fill(SgdParams& p) const {
+    p.momentum = momentum;
+    p.dampening = dampening;
+    p.nesterov = nesterov;
+    p.first_step = first_step;
   }
 };
 
@@ -111,6 +148,32 @@ void fill(OptimizerParams& p, const Arguments& args, OptimizerRows<Backend>& lis
       if (list.rows[i].dtype == DType::float16) args.fail("rounding_seed", "None for params of float16", "a seed");
 }
 
+// One step, in place. Returns the tensors that the kernels do not take. If there are any, the call changes nothing.
+template <class Backend, class Params, class Kernel, class Lists, class Options>
+Refusals run_step(const char* op, Kernel kernel, const Lists& lists, const Options& options, const Step& step,
+                  const OptionalView& table) {
+  if (lists.params.empty()) return {};
+  const Arguments args(op, Backend::device, lists.params[0]);
+  OptimizerRows<Backend> list(args, lists.params);
+  list.check_length(lists.grads, "grads");
+  for (const StateList& each : lists.state())
+    if (each.is_there()) list.check_length(each.tensors, each.name);
+  if (lists.counts() != nullptr) list.check_length(*lists.counts(), "steps");
+  if (!lists.masters.empty()) list.check_length(lists.masters, "masters");
+  for (size_t i = 0; i < lists.params.size(); ++i) {
+    list.base(lists.params, lists.grads, lists.masters, i);
+    for (const StateList& each : lists.state())
+      if (each.is_there()) list.state(each.tensors, each.slot, each.name, i);
+    if (lists.counts() != nullptr) list.step(*lists.counts(), i);
+    list.place(i);
+  }
+  Params p{};
+  fill(p, args, list, step, table);
+  options.fill(p);
+  if (list.refused.empty()) Backend::run(kernel, p, lists.params[0].device.index);
+  return list.refused;
+}
+
 template <class Backend>
 void bind_optimizers(Module& m) {
   using Rows = OptimizerRows<Backend>;
@@ -124,64 +187,15 @@ void bind_optimizers(Module& m) {
   m.def_record<SgdLists>("SgdLists");
   m.def_record<SgdOptions>("SgdOptions");
 
-  // One step, in place. Returns the tensors that the kernels do not take. If there are any, the call changes nothing.
   // table: workspace of OPTIMIZER_TABLE_WORDS for each parameter.
   m.def("adamw_(lists, options, step, table)",
-        [](const AdamWLists& lists, const AdamWOptions& options, const Step& step,
-           const OptionalView& table) -> Refusals {
-          if (lists.params.empty()) return {};
-          const Arguments args("adamw_", Backend::device, lists.params[0]);
-          Rows list(args, lists.params);
-          const bool amsgrad = !lists.max_exp_avg_sqs.empty();
-          list.check_length(lists.grads, "grads");
-          list.check_length(lists.exp_avgs, "exp_avgs");
-          list.check_length(lists.exp_avg_sqs, "exp_avg_sqs");
-          if (amsgrad) list.check_length(lists.max_exp_avg_sqs, "max_exp_avg_sqs");
-          list.check_length(lists.steps, "steps");
-          if (!lists.masters.empty()) list.check_length(lists.masters, "masters");
-          for (size_t i = 0; i < lists.params.size(); ++i) {
-            list.base(lists.params, lists.grads, lists.masters, i);
-            list.state(lists.exp_avgs, 0, "exp_avgs", i);
-            list.state(lists.exp_avg_sqs, 1, "exp_avg_sqs", i);
-            if (amsgrad) list.state(lists.max_exp_avg_sqs, 2, "max_exp_avg_sqs", i);
-            list.step(lists.steps, i);
-            list.place(i);
-          }
-          AdamWParams p{};
-          fill(p, args, list, step, table);
-          p.beta1 = options.beta1;
-          p.beta2 = options.beta2;
-          p.eps = options.eps;
-          p.decoupled = options.decoupled;
-          if (list.refused.empty()) Backend::run(&Backend::Kernels::adamw, p, lists.params[0].device.index);
-          return list.refused;
+        [](const AdamWLists& lists, const AdamWOptions& options, const Step& step, const OptionalView& table) {
+          return run_step<Backend, AdamWParams>("adamw_", &Backend::Kernels::adamw, lists, options, step, table);
         });
 
   m.def("sgd_(lists, options, step, table)",
-        [](const SgdLists& lists, const SgdOptions& options, const Step& step, const OptionalView& table) -> Refusals {
-          if (lists.params.empty()) return {};
-          const Arguments args("sgd_", Backend::device, lists.params[0]);
-          Rows list(args, lists.params);
-          const bool momentum = !lists.momentum_buffers.empty();
-          list.check_length(lists.grads, "grads");
-          if (momentum) list.check_length(lists.momentum_buffers, "momentum_buffers");
-          if (!lists.masters.empty()) list.check_length(lists.masters, "masters");
-          for (size_t i = 0; i < lists.params.size(); ++i) {
-            list.base(lists.params, lists.grads, lists.masters, i);
-            if (momentum)
-              list.state(lists.momentum_buffers, 0, "momentum_buffers", i);
-            else
-              list.rows[i].state_dtype = list.rows[i].dtype;
-            list.place(i);
-          }
-          SgdParams p{};
-          fill(p, args, list, step, table);
-          p.momentum = options.momentum;
-          p.dampening = options.dampening;
-          p.nesterov = options.nesterov;
-          p.first_step = options.first_step;
-          if (list.refused.empty()) Backend::run(&Backend::Kernels::sgd, p, lists.params[0].device.index);
-          return list.refused;
+        [](const SgdLists& lists, const SgdOptions& options, const Step& step, const OptionalView& table) {
+          return run_step<Backend, SgdParams>("sgd_", &Backend::Kernels::sgd, lists, options, step, table);
         });
 
   // norm = sqrt(sum of squares of all gradients) / |grad_scale|; partial: float64 (GRAD_NORM_BLOCKS). Returns

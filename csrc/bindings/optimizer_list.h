@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "bindings/tensor.h"
+#include "params/optimizer.h"
 
 namespace torchweld {
 
@@ -84,6 +85,7 @@ class OptimizerRows {
     OptimizerTensor& row = rows[i];
     row.param = memory(params, i, "params", &row.dtype);
     row.grad = memory(grads, i, "grads", &row.grad_dtype);
+    row.state_dtype = row.dtype;  // of an optimizer that keeps no state
     if (!is_dense(params[i])) refuse(i, "params with gaps or overlaps in memory");
     if (row.grad_dtype != row.dtype && row.grad_dtype != DType::float32) refuse_mixture(i, "grads", row.grad_dtype);
     if (!masters.empty()) {

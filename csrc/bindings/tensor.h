@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "bindings/function.h"
-#include "params.h"
+#include "params/types.h"
 
 namespace torchweld {
 

@@ -45,9 +45,7 @@ py::object norm_forward(Object input, Object weight, Object bias, const Norm& no
       !reads_parameter(tensors, bias, x, p.cols, p.bias))
     return py::none();
   py::object stats = Surroundings::floats(x.device, {1 + p.centred, p.rows});
-  auto* rows = static_cast<float*>(CommonTensors::data(CommonTensors::made(stats)));
-  p.mean = p.centred ? rows : nullptr;
-  p.rstd = p.centred ? rows + p.rows : rows;
+  set_stats(p, static_cast<float*>(CommonTensors::data(CommonTensors::made(stats))));
   p.input = CommonTensors::data(x);
   return py::make_tuple(elementwise<Backend>(&Backend::Kernels::layer_norm_forward, p, x, input.source), stats);
 }
@@ -65,10 +63,7 @@ py::object norm_backward(Object doutput, Object dsum, Object input, Object weigh
       !reads_parameter(tensors, weight, x, p.cols, p.weight) || !reads_parameter(tensors, bias, x, p.cols, ignored))
     return py::none();
   const Arguments args("layer_norm_backward", Backend::device, x);
-  const auto* found =
-      static_cast<const float*>(args.contiguous(rows, "stats", DType::float32, {1 + p.centred, p.rows}));
-  p.mean = p.centred ? found : nullptr;
-  p.rstd = p.centred ? found + p.rows : found;
+  set_stats(args, p, rows);
   p.input = CommonTensors::data(x);
   p.doutput = CommonTensors::data(dy);
   const auto made = [&](bool wanted, Object like, void*& data) -> py::object {

@@ -11,6 +11,10 @@
 namespace torchweld::cpu {
 namespace {
 
+// The least number of elements for a thread of a pass that is bound by memory: with fewer a second thread costs more
+// than it gains.
+constexpr int64_t kElementsPerThread = 32768;
+
 // How many threads a call may use: one inside a parallel region.
 inline int64_t max_threads() {
 #ifdef _OPENMP

@@ -15,7 +15,7 @@
 #include <type_traits>
 
 #include "cuda/device.h"
-#include "params.h"
+#include "params/types.h"
 
 namespace torchweld::cuda {
 
@@ -50,12 +50,16 @@ constexpr int kWarpSize = 32;
 // All shared memory comes from the launch: one array, which each kernel lays out itself.
 extern __shared__ uint4 shared_memory[];
 
-// ---- Types
+// ---- Numbers
 
-template <class T>
-struct Tag {
-  using type = T;
-};
+constexpr float kLog2e = 1.44269504088896341f, kLn2 = 0.693147180559945309f;
+
+__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
+
+// A row's maximum as a number to subtract: -inf - -inf would be NaN.
+__device__ __forceinline__ float finite_or_zero(float max) { return max == -infinity() ? 0.0f : max; }
+
+// ---- Types
 
 // Calls f(Tag<T>) for the type behind `dtype`.
 template <class F>
@@ -125,7 +129,7 @@ struct Vector {
   static constexpr int kSize = V;
   static constexpr bool kPairs = V > 1 && sizeof(T) == 2;
   static constexpr int kWords = kPairs ? V / 2 : V;
-  static_assert(V == 1 || V * sizeof(T) % 16 == 0, "a run is one element or whole 16-byte vectorized");
+  static_assert(V == 1 || V * sizeof(T) % 16 == 0, "a vector is one element, or a multiple of 16 bytes");
   uint32_t words[kWords];
 
   __device__ __forceinline__ float operator[](int i) const {

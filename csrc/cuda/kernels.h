@@ -2,7 +2,11 @@
 // use both. A launcher enqueues on `stream` of the current device and returns. It neither allocates nor waits.
 #pragma once
 
-#include "params.h"
+#include "params/activation.h"
+#include "params/attention.h"
+#include "params/loss.h"
+#include "params/norm.h"
+#include "params/optimizer.h"
 
 namespace torchweld::cuda {
 

@@ -14,6 +14,8 @@ from torchweld.ops._optimizer import Step as _Step
 from torchweld.ops.adamw import AdamWLists as _AdamWLists
 from torchweld.ops.adamw import AdamWOptions as _AdamWOptions
 from torchweld.ops.paged_attention import PagedOptions as _PagedOptions
+from torchweld.ops.rotary_embedding import Rotation as _Rotation
+from torchweld.ops.rotary_embedding import Tables as _Tables
 from torchweld.ops.sgd import SgdLists as _SgdLists
 from torchweld.ops.sgd import SgdOptions as _SgdOptions
 
@@ -32,9 +34,11 @@ Modifiers: tuple[str, ...]
 Norm: tuple[str, ...]
 Options: tuple[str, ...]
 PagedOptions: tuple[str, ...]
+Rotation: tuple[str, ...]
 SgdLists: tuple[str, ...]
 SgdOptions: tuple[str, ...]
 Step: tuple[str, ...]
+Tables: tuple[str, ...]
 
 # ---- Instruction sets
 
@@ -79,12 +83,8 @@ def gated_backward(doutput: Tensor, gate: Tensor, up: Tensor, activation: str, d
 def rotary_embedding(
     query: Tensor,
     key: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    rotary_dim: int,
-    interleaved: bool,
-    inverse: bool,
+    tables: _Tables,
+    rotation: _Rotation,
     query_output: Tensor,
     key_output: Tensor | None,
 ) -> None: ...

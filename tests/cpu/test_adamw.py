@@ -24,6 +24,7 @@ from adamw_lists import (
     STEP,
     VARIANTS,
     clone,
+    hold_to_float64,
     make,
     same_bits,
     worst,
@@ -34,25 +35,7 @@ from torchweld import ops, reference
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(x)[6:] for x in d))
 def test_steps_are_as_near_to_float64_as_torch_is(isa: str, dtypes: tuple[torch.dtype, ...], variant: str) -> None:
-    options = {**HYPER, **VARIANTS[variant]}
-    ours = make(SHAPES, *dtypes)
-    exact, torchs = clone(ours, F64), clone(ours)
-    for seed in range(3):
-        for each in (ours, exact, torchs):
-            each[GRAD] = [
-                g.to(e.dtype) for g, e in zip(make(SHAPES, *dtypes, seed=seed)[GRAD], each[GRAD], strict=True)
-            ]
-        norm = ops.adamw_(*ours, **options)
-        exact_norm = reference.adamw_(*exact, **options)
-        reference.adamw_(*torchs, **options)
-        assert (norm is None) == (exact_norm is None)
-        if norm is not None and exact_norm is not None:
-            assert abs(norm.item() - exact_norm.item()) <= 1e-6 * exact_norm.item()
-    assert [s.item() for s in ours[STEP]] == [s.item() for s in exact[STEP]]
-    for i in (PARAM, MEAN, SQUARE, LARGEST):
-        scale = max(t.abs().max().item() for t in exact[i] if t.numel())
-        tiny = torch.finfo(ours[i][0].dtype).eps * scale
-        assert worst(ours[i], exact[i]) <= 2 * worst(torchs[i], exact[i]) + tiny
+    hold_to_float64(SHAPES, dtypes, variant, "cpu")
 
 
 @pytest.mark.parametrize("dtype", [F32, BF16])

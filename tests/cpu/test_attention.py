@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from leaves import penalty
+from thread_counts import hold_bits
 from torchweld import backend, ops
 from torchweld.ops._attention import Modifiers, Options
 from torchweld.testing import Case, Oracle, cases
@@ -96,7 +98,7 @@ def gradients(function: Callable[..., Any], leaves: list[Tensor], douts: list[Te
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=ident)
 @pytest.mark.parametrize("shape", [(1, 1, 700, 700, 32), (3, 4, 97, 130, 64), (2, 8, 40, 64, 16)], ids=str)
-def test_bits_do_not_depend_on_threads_or_repeats(dtype: torch.dtype, shape: tuple[int, ...], threads: None) -> None:
+def test_bits_do_not_depend_on_threads_or_repeats(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     """One head in chunks of keys; tiles shared by a few heads; whole heads per task."""
     batch, heads, queries, keys, size = shape
     q, dout = (torch.randn(batch, heads, queries, size, dtype=dtype) for _ in range(2))
@@ -109,12 +111,7 @@ def test_bits_do_not_depend_on_threads_or_repeats(dtype: torch.dtype, shape: tup
 
         return gradients(call, [q, k, v, bias, sinks], [dout, dlse])
 
-    torch.set_num_threads(1)
-    expected = run()
-    for count in (1, 2, 3, 2):
-        torch.set_num_threads(count)
-        for got, one in zip(run(), expected, strict=True):
-            assert torch.equal(got, one)
+    hold_bits(run)
 
 
 def test_rows_far_apart_in_memory() -> None:
@@ -211,14 +208,8 @@ def test_gradcheck() -> None:
 
 
 def test_double_backward_of_the_kernels() -> None:
-    """A gradient penalty: second derivatives of a float32 call that the kernels served."""
+    """A gradient penalty of a float32 call that the kernels served."""
     inputs = leaves(torch.float32)
-
-    def penalty(function: Callable[..., Any], tensors: list[Tensor]) -> tuple[Tensor, ...]:
-        out, lse = function(*tensors)
-        grads = torch.autograd.grad(out.square().sum() + lse.sum(), tensors, create_graph=True)
-        return torch.autograd.grad(torch.stack([g.square().sum() for g in grads]).sum(), tensors)
-
     with backend.use_backend("reference"):
         exact = penalty(rich, [t.detach().double().requires_grad_() for t in inputs])
     for got, want in zip(penalty(rich, inputs), exact, strict=True):

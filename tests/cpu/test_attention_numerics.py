@@ -15,7 +15,7 @@ from torchweld import ops, reference
 from torchweld.testing import Oracle
 from torchweld.testing.attention import AttentionCase
 from torchweld.testing.attention_packed import PackedAttentionCase
-from torchweld.testing.cases import Tensors
+from torchweld.testing.case import Tensors
 from torchweld.testing.fuzz.attention import SdpaCase
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

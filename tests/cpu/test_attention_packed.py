@@ -11,6 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from leaves import penalty
+from thread_counts import hold_bits
 from torchweld import backend, ops, reference
 from torchweld.ops._attention import Modifiers, Options
 from torchweld.testing import Oracle
@@ -76,7 +78,7 @@ def test_each_sequence_is_a_call_of_its_own(
 
 
 @pytest.mark.parametrize("lengths", [[(700, 700), (3, 90), (0, 5)], [(20, 20)] * 30], ids=["few", "many"])
-def test_bits_do_not_depend_on_threads_or_repeats(lengths: list[tuple[int, int]], threads: None) -> None:
+def test_bits_do_not_depend_on_threads_or_repeats(lengths: list[tuple[int, int]]) -> None:
     case = packed("", lengths, causal=True, lse=True, dropout=0.3, alibi=True, sinks=True, heads=4, kv_heads=2)
     x = case.inputs(torch.bfloat16)
     leaves = {n: x[n].requires_grad_() for n in case.leaves if n in x}
@@ -88,12 +90,7 @@ def test_bits_do_not_depend_on_threads_or_repeats(lengths: list[tuple[int, int]]
             *torch.autograd.grad(list(outputs.values()), list(leaves.values()), [x["doutput"], x["dlse"]]),
         ]
 
-    torch.set_num_threads(1)
-    expected = run()
-    for count in (1, 2, 3, 5):
-        torch.set_num_threads(count)
-        for got, one in zip(run(), expected, strict=True):
-            assert torch.equal(got, one)
+    hold_bits(run)
 
 
 Q, K = torch.randn(7, 4, 8), torch.randn(9, 2, 8)
@@ -163,14 +160,8 @@ def test_gradcheck() -> None:
 def test_double_backward_of_the_kernels() -> None:
     """Second derivatives of a float32 call that the kernels served: the mask is made again from the seed."""
     inputs = leaves(torch.float32)
-
-    def penalty(tensors: list[Tensor]) -> tuple[Tensor, ...]:
-        out, lse = rich(*tensors)
-        grads = torch.autograd.grad(out.square().sum() + lse.sum(), tensors, create_graph=True)
-        return torch.autograd.grad(torch.stack([g.square().sum() for g in grads]).sum(), tensors)
-
-    exact = penalty([t.detach().double().requires_grad_() for t in inputs])
-    for got, want in zip(penalty(inputs), exact, strict=True):
+    exact = penalty(rich, [t.detach().double().requires_grad_() for t in inputs])
+    for got, want in zip(penalty(rich, inputs), exact, strict=True):
         torch.testing.assert_close(got.double(), want, rtol=5e-4, atol=5e-4)
 
 

@@ -9,7 +9,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from extreme_logits import each_logits, hold_to_torch
 from leaves import gradient
+from thread_counts import hold_bits
 from torchweld import ops, reference
 from torchweld.testing import Case, Oracle, cases
 
@@ -25,15 +27,14 @@ def test_parity(case: Case, dtype: torch.dtype, each_isa: Iterator[str]) -> None
         oracle.check()
 
 
-def test_bits_do_not_depend_on_threads(threads: None) -> None:
+def test_bits_do_not_depend_on_threads() -> None:
     x, target = torch.randn(301, 4099, requires_grad=True), torch.randint(0, 4099, (301,))
-    results = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
+
+    def run() -> tuple[torch.Tensor, ...]:
         loss = ops.cross_entropy(x, target, reduction="none")
-        results.append((loss.detach(), *torch.autograd.grad(loss.sum(), x)))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        return loss.detach(), *torch.autograd.grad(loss.sum(), x)
+
+    hold_bits(run)
 
 
 def test_no_row_counts() -> None:
@@ -102,37 +103,10 @@ def test_no_infinity_where_torch_has_none() -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=0)
 
 
-INFINITY = float("inf")
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize(
-    "logits",
-    [
-        [0.0, -INFINITY, 1.0],
-        [-INFINITY, 0.0, 1.0],
-        [-INFINITY, -INFINITY, -INFINITY],
-        [INFINITY, 0.0, 1.0],
-        [INFINITY, INFINITY, 1.0],
-        [float("nan"), 0.0, 1.0],
-        [1e30, -1e30, 0.0],
-        [3e38, -3e38, 0.0],
-        [-3e38, 3e38, 3e38],
-    ],
-    ids=str,
-)
+@each_logits
 def test_logits_far_out(logits: list[float], smoothing: float) -> None:
-    """Loss and gradient are torch's: infinities, NaN and all."""
-    for ignore_index in (-100, 0):
-        found: list[torch.Tensor] = []
-        expected: list[torch.Tensor] = []
-        for function, into in ((ops.cross_entropy, found), (F.cross_entropy, expected)):
-            x = torch.tensor([logits, [1.0, 2.0, 3.0]], requires_grad=True)
-            options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": smoothing, "reduction": "none"}
-            loss = function(x, torch.tensor([0, 2]), **options)
-            into += [loss.detach(), *torch.autograd.grad(loss[0] + loss[1], x)]
-        for ours, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, equal_nan=True)
+    hold_to_torch(logits, smoothing, classes=3)
 
 
 def test_smoothing_of_logits_whose_sum_is_no_float() -> None:

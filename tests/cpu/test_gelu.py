@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from by_exponent import by_exponent, hold_by_row
+from by_exponent import hold_gelu
+from thread_counts import hold_bits
 from torchweld import _cpu, ops, reference
 from torchweld.testing import Case, Oracle, cases
 
@@ -23,32 +24,20 @@ def test_parity(case: Case, dtype: torch.dtype, each_isa: Iterator[str]) -> None
         oracle.check()
 
 
-def test_bits_do_not_depend_on_threads(threads: None) -> None:
+def test_bits_do_not_depend_on_threads() -> None:
     x, dy = torch.randn(7, 10007, requires_grad=True), torch.randn(7, 10007)
-    results = []
-    for count in (1, 2, 3):
-        torch.set_num_threads(count)
+
+    def run() -> tuple[torch.Tensor, ...]:
         y = ops.gelu(x, "tanh")
-        results.append((y.detach(), *torch.autograd.grad(y, x, dy)))
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        return y.detach(), *torch.autograd.grad(y, x, dy)
+
+    hold_bits(run)
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_exponent(dtype: torch.dtype, approximate: str, each_isa: Iterator[str]) -> None:
-    """Every number of 16 bits, and of float32 every exponent: subnormals, zeros, infinities and NaN among them."""
-    x = by_exponent(dtype)
-
-    def run(function: Callable[..., torch.Tensor], x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        leaf = x.detach().requires_grad_()
-        y = function(leaf, approximate=approximate)
-        return y.detach(), *torch.autograd.grad(y.sum(), leaf)
-
-    theirs, exact = run(torch.nn.functional.gelu, x), run(reference.gelu, x.double())
-    for isa in each_isa:
-        for name, ours, its, right in zip(("y", "dx"), run(ops.gelu, x), theirs, exact, strict=True):
-            hold_by_row(ours, its, right, f"{name} on {isa}")
+    hold_gelu(dtype, approximate, each_isa)
 
 
 @pytest.mark.parametrize("approximate", ["tanh", "none"])

@@ -14,14 +14,12 @@ from adamw_lists import (
     F64,
     GRAD,
     HYPER,
-    LARGEST,
-    MEAN,
     PARAM,
     SHAPES,
-    SQUARE,
     STEP,
     VARIANTS,
     clone,
+    hold_to_float64,
     make,
     same_bits,
     worst,
@@ -41,20 +39,7 @@ LONG = [*SHAPES, (CHUNK - 1,), (CHUNK,), (CHUNK + 1,), *[(1 + i % 9,) for i in r
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("dtypes", DTYPES, ids=lambda d: "-".join(str(x)[6:] for x in d))
 def test_steps_are_as_near_to_float64_as_torch_is(dtypes: tuple[torch.dtype, ...], variant: str) -> None:
-    options = {**HYPER, **VARIANTS[variant]}
-    ours = make(LONG, *dtypes, device="cuda")
-    exact, torchs = clone(ours, F64), clone(ours)
-    for _ in range(2):
-        norm = ops.adamw_(*ours, **options)
-        exact_norm = reference.adamw_(*exact, **options)
-        reference.adamw_(*torchs, **options)
-        if norm is not None and exact_norm is not None:
-            assert abs(norm.item() - exact_norm.item()) <= 1e-6 * exact_norm.item()
-    assert torch.equal(torch.stack(ours[STEP]), torch.stack(exact[STEP]))
-    for i in (PARAM, MEAN, SQUARE, LARGEST):
-        scale = max(t.abs().max().item() for t in exact[i] if t.numel())
-        tiny = torch.finfo(ours[i][0].dtype).eps * scale
-        assert worst(ours[i], exact[i]) <= 2 * worst(torchs[i], exact[i]) + tiny
+    hold_to_float64(LONG, dtypes, variant, "cuda")
 
 
 def test_more_chunks_than_partial_sums() -> None:

@@ -13,7 +13,7 @@ from attention_cases import TILES
 from torchweld import backend, ops, reference
 from torchweld.testing import Case, Oracle, confirm
 from torchweld.testing.attention import ATTENTION, AttentionCase
-from torchweld.testing.cases import evaluate
+from torchweld.testing.case import evaluate
 from torchweld.testing.paged_attention import PAGED_ATTENTION
 
 _REASON = backend.unavailable("cuda")

@@ -17,7 +17,7 @@ from gloo_processes import in_processes, needs_gloo
 from torchweld import ops
 from torchweld.testing.attention_case import AttentionCase
 from torchweld.testing.attention_packed import PackedAttentionCase
-from torchweld.testing.cases import Oracle, Tensors
+from torchweld.testing.case import Oracle, Tensors
 
 pytestmark = [needs_gloo, pytest.mark.slow]
 

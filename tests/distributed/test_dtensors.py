@@ -14,7 +14,8 @@ from torch import Tensor
 from gloo_processes import in_processes, needs_gloo
 from torchweld import nn, ops
 from torchweld.testing.attention_case import AttentionCase
-from torchweld.testing.cases import Case, Oracle, Tensors, cases
+from torchweld.testing.case import Case, Oracle, Tensors
+from torchweld.testing.cases import cases
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh

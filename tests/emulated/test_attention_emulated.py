@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from attention_cases import MODIFIERS, case, gradients
+from attention_cases import MODIFIERS, case, hold_dropout, hold_packed
 from torchweld import ops, reference
 from torchweld.testing import Case, Oracle, assert_parity
 from torchweld.testing.attention import AttentionCase
-from torchweld.testing.cases import evaluate
+from torchweld.testing.case import evaluate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -85,23 +85,7 @@ def test_an_unwritten_cache_is_masked() -> None:
 
 @pytest.mark.parametrize(("dim", "dtype"), [(64, torch.bfloat16), (64, torch.float32), (256, torch.float16)], ids=str)
 def test_dropout_is_that_of_the_definition(dim: int, dtype: torch.dtype) -> None:
-    """The forward and both backward kernels, whose tiles have different layouts, see the same mask."""
-    torch.manual_seed(0)
-    q, k, v, dout = (torch.randn(2, 2, n, dim).to(dtype) for n in (37, 70, 70, 37))
-    seed = torch.tensor([-5_000_000_019])
-    options: dict[str, Any] = {"dropout_p": 0.3, "seed": seed, "causal": True, "causal_align": "bottom_right"}
-    found = gradients(lambda *t: ops.attention(*t, **options), [q, k, v], dout)
-    wide = [t.double() for t in (q, k, v)]
-    exact = gradients(lambda *t: reference.attention(*t, **options), wide, dout.double())
-    for got, want in zip(found, exact, strict=True):
-        step = 4 * torch.finfo(dtype).eps * want.abs().max()
-        assert (got.double() - want).abs().max() <= step + 1e-5
-
-    # The probabilities themselves: each value selects one key.
-    eye = torch.eye(70, dtype=dtype).expand(2, 2, 70, 70)
-    picked: Any = ops.attention(q, k, eye, **options)
-    defined: Any = reference.attention(q.double(), k.double(), eye.double(), **options)
-    assert torch.equal(picked == 0, defined == 0)
+    hold_dropout(2, 37, 70, dim, dtype)
 
 
 @pytest.mark.parametrize("p", [0.0, 1.0])
@@ -118,26 +102,8 @@ def test_dropout_of_nothing_and_of_all(p: float) -> None:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
 def test_packed_sequences(dropout_p: float, dtype: torch.dtype) -> None:
-    """One sequence is empty, one has no keys, one has one query. Aligned to the last key, so that shifts differ."""
-    torch.manual_seed(1)
-    lens_q, lens_k = (torch.tensor(n, dtype=torch.int32) for n in ([0, 70, 70, 75, 76], [0, 40, 51, 51, 100]))
-    q, k, v, dout = (torch.randn(n, h, 32).to(dtype) for n, h in ((76, 4), (100, 2), (100, 2), (76, 4)))
-    slopes, sinks = torch.rand(4, 4), torch.randn(4)
-
-    def call(module: Any, q: Tensor, k: Tensor, v: Tensor, slopes: Tensor, sinks: Tensor) -> Tensor:
-        out = module.attention(
-            q, k, v, causal=True, causal_align="bottom_right", alibi_slopes=slopes, sinks=sinks, softcap=5.0,
-            cu_seqlens_q=lens_q, cu_seqlens_k=lens_k, dropout_p=dropout_p, seed=torch.tensor([7]),
-        )  # fmt: skip
-        assert isinstance(out, Tensor)
-        return out
-
-    leaves = [q, k, v, slopes, sinks]
-    found = gradients(lambda *t: call(ops, *t), leaves, dout)
-    exact = gradients(lambda *t: call(reference, *t), [t.double() for t in leaves], dout.double())
-    for name, got, want in zip(["out", "dq", "dk", "dv", "dslopes", "dsinks"], found, exact, strict=True):
-        step = 4 * torch.finfo(dtype).eps * want.abs().max()
-        assert (got.double() - want).abs().max() <= step + 2e-5, name
+    """One sequence is empty, one has no keys, one has one query."""
+    hold_packed([0, 70, 70, 75, 76], [0, 40, 51, 51, 100], 32, dtype, softcap=5.0, dropout_p=dropout_p)
 
 
 # ---- The machine

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import sys
 from types import ModuleType
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from attention_cases import MODIFIERS, TILES, case, gradients
-from torchweld import ops, reference
+from attention_cases import MODIFIERS, TILES, case, hold_dropout, hold_packed
+from torchweld import ops
 from torchweld.testing import Case, Oracle
 from torchweld.testing.attention import AttentionCase
-from torchweld.testing.cases import evaluate
+from torchweld.testing.case import evaluate
 
 SIXTEEN = (torch.bfloat16, torch.float16)
 
@@ -72,47 +71,13 @@ def test_these_are_the_kernels_that_run(kernels: ModuleType) -> None:
 
 @pytest.mark.parametrize("dim", [64, 128, 256])
 def test_dropout_is_that_of_the_definition(dim: int) -> None:
-    """The forward and both backward kernels see the same mask, on every GPU."""
-    torch.manual_seed(0)
-    q, k, v, dout = (torch.randn(1, 2, n, dim).bfloat16() for n in (70, 150, 150, 70))
-    options: dict[str, Any] = {
-        "dropout_p": 0.3,
-        "seed": torch.tensor([-5_000_000_019]),
-        "causal": True,
-        "causal_align": "bottom_right",
-    }
-    found = gradients(lambda *t: ops.attention(*t, **options), [q, k, v], dout)
-    wide = [t.double() for t in (q, k, v)]
-    exact = gradients(lambda *t: reference.attention(*t, **options), wide, dout.double())
-    for got, want in zip(found, exact, strict=True):
-        step = 4 * torch.finfo(torch.bfloat16).eps * want.abs().max()
-        assert (got.double() - want).abs().max() <= step + 1e-5
+    hold_dropout(1, 70, 150, dim, torch.bfloat16)
 
 
 @pytest.mark.parametrize("flags", [{}, {"softcap": 5.0, "dropout_p": 0.2}], ids=["plain", "capped, dropped"])
 def test_packed_sequences(flags: dict[str, float]) -> None:
-    """One sequence is empty, one has no keys, one has one query. The memory after a sequence is NaN and never read."""
-    torch.manual_seed(1)
-    lens_q, lens_k = (torch.tensor(n, dtype=torch.int32) for n in ([0, 130, 130, 135, 136], [0, 90, 151, 151, 200]))
-    q, k, v, dout = (torch.randn(n, h, 64).bfloat16() for n, h in ((136, 4), (200, 2), (200, 2), (136, 4)))
-    k[90:151] = v[90:151] = float("nan")  # of the sequence without queries
-    sinks = torch.randn(4)
-
-    def call(module: ModuleType, *tensors: Tensor) -> Tensor:
-        out = module.attention(
-            *tensors[:3], causal=True, causal_align="bottom_right", sinks=tensors[3], seed=torch.tensor([7]),
-            cu_seqlens_q=lens_q, cu_seqlens_k=lens_k, **flags,
-        )  # fmt: skip
-        assert isinstance(out, Tensor)
-        return out
-
-    leaves = [q, k, v, sinks]
-    found = gradients(lambda *t: call(ops, *t), leaves, dout)
-    clean = [torch.nan_to_num(t).double() for t in leaves]
-    exact = gradients(lambda *t: call(reference, *t), clean, dout.double())
-    for name, got, want in zip(["out", "dq", "dk", "dv", "dsinks"], found, exact, strict=True):
-        step = 4 * torch.finfo(torch.bfloat16).eps * want.abs().max()
-        assert (got.double() - want).abs().max() <= step + 2e-5, name
+    """One sequence is empty, one has no keys, one has one query."""
+    hold_packed([0, 130, 130, 135, 136], [0, 90, 151, 151, 200], 64, torch.bfloat16, **flags)
 
 
 @pytest.mark.parametrize("each", [TILES[0], TILES[4], TILES[6], TILES[10]], ids=lambda c: c.name)

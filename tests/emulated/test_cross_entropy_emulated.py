@@ -12,11 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from extreme_logits import each_logits, hold_to_torch
 from torchweld import ops, reference
 from torchweld.ops import _linear_cross_entropy as chunks
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAN, INFINITY = float("nan"), float("inf")
+NAN = float("nan")
 IGNORED = -100
 
 
@@ -99,34 +100,9 @@ def test_order_of_threads_does_not_show(emulated: ModuleType, classes: int) -> N
 @pytest.mark.usefixtures("emulated")
 @pytest.mark.parametrize("classes", [3, 600])
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
-@pytest.mark.parametrize(
-    "logits",
-    [
-        [0.0, -INFINITY, 1.0],
-        [-INFINITY, 0.0, 1.0],
-        [-INFINITY, -INFINITY, -INFINITY],
-        [INFINITY, 0.0, 1.0],
-        [INFINITY, INFINITY, 1.0],
-        [NAN, 0.0, 1.0],
-        [1e30, -1e30, 0.0],
-        [3e38, -3e38, 0.0],
-        [-3e38, 3e38, 3e38],
-    ],
-    ids=str,
-)
+@each_logits
 def test_logits_far_out(logits: list[float], smoothing: float, classes: int) -> None:
-    """Loss and gradient are torch's: infinities, NaN and all. Of many classes most are equal."""
-    row = [*logits, *[logits[1]] * (classes - 3)]
-    for ignore_index in (IGNORED, 0):
-        found: list[Tensor] = []
-        expected: list[Tensor] = []
-        for function, into in ((ops.cross_entropy, found), (F.cross_entropy, expected)):
-            x = torch.tensor([row, [float(i % 7) for i in range(classes)]], requires_grad=True)
-            options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": smoothing, "reduction": "none"}
-            loss = function(x, torch.tensor([0, 2]), **options)
-            into += [loss.detach(), *torch.autograd.grad(loss[0] + loss[1], x)]
-        for ours, theirs in zip(found, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, equal_nan=True)
+    hold_to_torch(logits, smoothing, classes)
 
 
 @pytest.mark.usefixtures("emulated")

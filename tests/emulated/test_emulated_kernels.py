@@ -14,7 +14,7 @@ import torch
 from emulation import build, sanitized
 from torchweld import backend
 from torchweld.testing import Case, Oracle
-from torchweld.testing.cases import evaluate
+from torchweld.testing.case import evaluate
 
 SEEDS = (1, 2)  # of the schedule, beside the one in order
 # The products of attention are slow here: test_attention_emulated.py has its cases.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from torchweld import ops, reference
+from torchweld.ops.rotary_embedding import Rotation, Tables
 from torchweld.reference.rotary_embedding import rotary_tables
 
 NAN = float("nan")
@@ -94,12 +95,8 @@ def check(
         module.rotary_embedding(
             query=inputs[0].heads,
             key=inputs[1].heads if shape.kv_heads else None,
-            cos=cos,
-            sin=sin,
-            position_ids=ids,
-            rotary_dim=shape.rotary_dim,
-            interleaved=interleaved,
-            inverse=inverse,
+            tables=Tables(cos, sin, ids),
+            rotation=Rotation(shape.rotary_dim, interleaved, inverse),
             query_output=outputs[0].heads,
             key_output=outputs[1].heads if shape.kv_heads else None,
         )
@@ -193,7 +190,7 @@ def test_heads_that_are_one_in_memory(emulated: ModuleType) -> None:
     query = torch.randn(2, 1, 7, 32).expand(2, 6, 7, 32)
     cos, sin = rotary_tables(torch.arange(7), 32)
     output = torch.full((2, 6, 7, 32), NAN)
-    emulated.rotary_embedding(query, None, cos, sin, None, 32, False, False, output, None)
+    emulated.rotary_embedding(query, None, Tables(cos, sin, None), Rotation(32, interleaved=False), output, None)
     torch.testing.assert_close(output, reference.rotary_embedding(query, None, cos, sin))
 
 
@@ -222,7 +219,7 @@ def test_a_position_that_no_row_has_ends_the_kernel(emulated: ModuleType, bad: i
     before = output.clone()
     ids = torch.tensor([2, bad, 0])
     with pytest.raises(RuntimeError, match="rotary_embedding: expected 0 <= position && position < rows of cos"):
-        emulated.rotary_embedding(query, None, cos, sin, ids, 16, False, False, output, None)
+        emulated.rotary_embedding(query, None, Tables(cos, sin, ids), Rotation(16, interleaved=False), output, None)
     torch.testing.assert_close(output[:, :, 1], before[:, :, 1], equal_nan=True)
 
 

@@ -2,7 +2,7 @@
 // compares it with plain matrix products.
 #pragma once
 
-#include "params.h"
+#include "params/types.h"
 
 namespace emulation {
 

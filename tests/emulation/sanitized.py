@@ -14,7 +14,8 @@ import torch
 from emulation import build
 from torchweld import backend
 from torchweld.testing import Case
-from torchweld.testing.cases import evaluate, ops
+from torchweld.testing.case import evaluate
+from torchweld.testing.cases import ops
 
 # Ops that use the kernels of another name.
 FAMILIES = {

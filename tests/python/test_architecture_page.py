@@ -32,7 +32,7 @@ def test_the_page_speaks_of_what_is_there() -> None:
 
 
 def test_what_is_not_there_is_found() -> None:
-    assert problems("`csrc/params.h` `DType`, `csrc/none.h` and `csrc/params.h`\n`Nothing`") == [
+    assert problems("`csrc/philox.h` `Dropout`, `csrc/none.h` and `csrc/philox.h`\n`Nothing`") == [
         "csrc/none.h",
-        "csrc/params.h Nothing",
+        "csrc/philox.h Nothing",
     ]

@@ -1,4 +1,4 @@
-"""How csrc/cuda is laid out: a namespace a folder, a type a namespace, barriers with names, files of one idea."""
+"""How csrc/cuda is laid out: a namespace a folder, a type a namespace, barriers with names."""
 
 from __future__ import annotations
 
@@ -21,11 +21,6 @@ def namespace_of(path: Path) -> str:
 
 def name(path: Path) -> str:
     return str(path.relative_to(CUDA))
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=name)
-def test_a_file_has_one_idea(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= 320
 
 
 def types(path: Path) -> set[tuple[str, str]]:

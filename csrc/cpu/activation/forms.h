@@ -12,11 +12,10 @@
 
 #include "cpu/simd/exp.h"
 #include "cpu/simd/vec.h"
+#include "params/activation.h"
 
 namespace torchweld::cpu {
 namespace {
-
-constexpr double kLog2eExact = 1.44269504088896341;
 
 TW_INLINE VecI negative(Vec x) { return (VecI)x < 0; }  // -0 as well, for which either side will do
 TW_INLINE Vec magnitude(Vec x) { return from_bits(bits(x) & 0x7fffffffu); }

@@ -1,7 +1,7 @@
 // The forward for a few queries per key head and no statistics, to which attention_forward hands such calls.
 #pragma once
 
-#include "params.h"
+#include "params/attention.h"
 
 namespace torchweld::cpu {
 namespace {

@@ -4,6 +4,7 @@
 
 #include "cpu/matmul/matmul.h"
 #include "cpu/simd/dropout.h"
+#include "params/attention.h"
 
 namespace torchweld::cpu {
 namespace {

@@ -2,7 +2,12 @@
 // and a weak symbol that the linker picked from the AVX-512 build would crash an older CPU.
 #pragma once
 
-#include "params.h"
+#include "params/activation.h"
+#include "params/attention.h"
+#include "params/loss.h"
+#include "params/norm.h"
+#include "params/optimizer.h"
+#include "params/rotary.h"
 
 namespace torchweld::cpu {
 

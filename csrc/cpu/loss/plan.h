@@ -4,6 +4,7 @@
 #include "cpu/loss/classes.h"
 #include "cpu/loss/weight_sum.h"
 #include "cpu/parallel.h"
+#include "params/loss.h"
 
 namespace torchweld::cpu {
 namespace {

@@ -9,7 +9,6 @@
 namespace torchweld::cpu {
 namespace {
 
-constexpr int64_t kElementsPerThread = 32768;  // below this a second thread costs more than it gains
 // Up to so many columns a thread keeps weights and one row as floats on its stack: each is converted once, not per
 // pass.
 constexpr int64_t kBufferedColumns = 8192;

@@ -9,13 +9,14 @@
 #include "cpu/simd/integers.h"
 #include "cpu/simd/random.h"
 #include "cpu/simd/vec.h"
+#include "params/optimizer.h"
 
 namespace torchweld::cpu {
 namespace {
 
-// A list shorter than the first constant runs on one thread: beside other programs a parallel region may wait for
-// milliseconds, longer than the work takes. In a longer list each thread gets at least the second constant.
-constexpr int64_t kElementsAlone = 1 << 18, kElementsPerThread = 32768;
+// A shorter list runs on one thread: beside other programs a parallel region may wait for milliseconds, longer than the
+// work takes.
+constexpr int64_t kElementsAlone = 1 << 18;
 
 // The least number of a list's `units` that a thread takes.
 inline int64_t grain(int64_t elements, int64_t units) {

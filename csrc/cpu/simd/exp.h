@@ -9,7 +9,8 @@
 namespace torchweld::cpu {
 namespace {
 
-constexpr float kLog2e = 1.44269504088896341f, kLog2eRest = 1.44269504088896341 - static_cast<double>(kLog2e),
+constexpr double kLog2eExact = 1.44269504088896341;
+constexpr float kLog2e = static_cast<float>(kLog2eExact), kLog2eRest = static_cast<float>(kLog2eExact - kLog2e),
                 kLn2 = 0.693147180559945309f;
 
 // x between `least` and `most`. NaN stays.

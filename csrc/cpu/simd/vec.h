@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/simd/memory.h"
-#include "params.h"
+#include "params/types.h"
 
 namespace torchweld::cpu {
 namespace {
@@ -78,11 +78,6 @@ TW_INLINE auto sum_over(int64_t n, Term&& term) {
 }
 
 // ---- From run-time dtypes to types: f(Tag<T>{}).
-
-template <class T>
-struct Tag {
-  using type = T;
-};
 
 template <class F>
 TW_INLINE void dispatch(DType dtype, F&& f) {

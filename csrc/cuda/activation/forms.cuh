@@ -16,8 +16,6 @@
 
 namespace torchweld::cuda::activation {
 
-constexpr double kLog2e = 1.44269504088896341;
-
 // y and its derivative.
 struct ValueAndSlope {
   float value, slope;
@@ -76,7 +74,7 @@ struct TanhForm {
 
     __device__ __forceinline__ explicit Steps(float a) {
       const float u = a * (a * a * static_cast<float>(kSlope * kCubic) + static_cast<float>(kSlope));
-      const float e = ptx::exp2(u * static_cast<float>(-2 * kLog2e));
+      const float e = ptx::exp2(u * (-2 * kLog2e));
       above = ptx::reciprocal(1.0f + e);
       below = e * above;
       if constexpr (std::is_same_v<T, float>) {
@@ -107,9 +105,7 @@ struct ExactForm {
   }
 
  private:
-  static __device__ __forceinline__ float density(float a) {
-    return ptx::exp2(a * a * static_cast<float>(-kLog2e / 2));
-  }
+  static __device__ __forceinline__ float density(float a) { return ptx::exp2(a * a * (-kLog2e / 2)); }
 
   static __device__ __forceinline__ float phi(float x, float a, float e) {
     if constexpr (std::is_same_v<T, float>) return normcdff(x);

@@ -2,7 +2,7 @@
 // are split over blocks.
 #pragma once
 
-#include "params.h"
+#include "params/attention.h"
 
 namespace torchweld::cuda::attention {
 

@@ -2,7 +2,7 @@
 // build instantiates them from instance.cu.in.
 #pragma once
 
-#include "params.h"
+#include "params/attention.h"
 
 namespace torchweld::cuda::attention {
 

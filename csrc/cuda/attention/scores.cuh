@@ -2,17 +2,12 @@
 #pragma once
 
 #include "cuda/attention/tile.cuh"
+#include "params/attention.h"
 
 namespace torchweld::cuda::attention {
 
-constexpr float kLog2e = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 constexpr int kMaxRows = 1 << 29;               // most queries or keys of a sequence
 constexpr int kUnboundedOffset = 2 * kMaxRows;  // beyond every distance of query and key; sums with it fit an int
-
-__device__ __forceinline__ float infinity() { return __uint_as_float(0x7f800000u); }
-
-// A row's maximum as a number to subtract: -inf - -inf would be NaN.
-__device__ __forceinline__ float finite_or_zero(float max) { return max == -infinity() ? 0.0f : max; }
 
 // Head h of batch, or packed sequence, b.
 struct Head {

@@ -22,7 +22,6 @@ constexpr int kShortRow = 256, kShortSlice = 8, kSlice = 32;  // logits per lane
 constexpr int kMaxLanes = 512, kThreads = 256;  // lanes of a row, forward; threads of a block of shorter rows
 constexpr int kForwardVectors = 4, kBackwardVectors = 2;
 constexpr unsigned kMostTiles = 65535;  // in the second dimension of a grid
-constexpr float kLog2e = 1.44269504088896341f, kInfinity = __builtin_huge_valf();
 
 // A row in memory: `head` elements, `vectors` of V elements at multiples of 16 bytes, and the rest from `tail` on.
 template <class T, int V>
@@ -39,19 +38,16 @@ struct Parts {
 
 __device__ __forceinline__ float weight_of(float logit, float max) { return ptx::exp2((logit - max) * kLog2e); }
 
-// The maximum as it is subtracted: below -inf nothing can be, and what is -inf shall weigh 0.
-__device__ __forceinline__ float subtracted(float max) { return max == -kInfinity ? 0.0f : max; }
-
 // The largest of the logits that a lane has seen, and the sum of their weights. A NaN is in the sum alone.
 struct OnlineSum {
-  float max = -kInfinity, sum = 0.0f;
+  float max = -infinity(), sum = 0.0f;
 
   template <class T, int V, int N>
   __device__ __forceinline__ void add(const Vector<T, V> (&x)[N]) {
     float largest = max;
 #pragma unroll
     for (int i = 0; i < N * V; ++i) largest = fmaxf(largest, x[i / V][i % V]);
-    const float from = subtracted(largest);
+    const float from = finite_or_zero(largest);
     sum *= weight_of(max, from);
     max = largest;
 #pragma unroll
@@ -98,9 +94,9 @@ __global__ void __launch_bounds__(kMaxLanes) forward(const __grid_constant__ Cro
   OnlineSum own;
   for_each<V>(row, count, [&](const auto& x) { own.add(x); });
   const float max = over_row.max(own.max);
-  float sum[1] = {own.sum * weight_of(own.max, subtracted(max))};
+  float sum[1] = {own.sum * weight_of(own.max, finite_or_zero(max))};
   over_row(sum);
-  if (max == -kInfinity) sum[0] = max - max;  // NaN: the row has no probabilities
+  if (max == -infinity()) sum[0] = max - max;  // NaN: the row has no probabilities
 
   // Mean of logits - maximum.
   float mean[1] = {};

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "cuda/common.cuh"
+#include "params/optimizer.h"
 #include "philox.h"
 
 namespace torchweld::cuda::optimizer {

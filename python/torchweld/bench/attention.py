@@ -11,7 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torchweld.bench.functional import works
 from torchweld.bench.harness import Settings, Work
 from torchweld.testing.attention import AttentionCase, PackedAttentionCase
-from torchweld.testing.cases import Provider, Tensors
+from torchweld.testing.case import Provider, Tensors
 from torchweld.testing.paged_attention import PagedAttentionCase
 
 

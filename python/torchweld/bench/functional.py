@@ -13,7 +13,7 @@ from torchweld import backend
 from torchweld._torch import keep_donated_buffers
 from torchweld.bench.harness import Call, Settings, Work
 from torchweld.testing import Case, Oracle, Parity, confirm
-from torchweld.testing.cases import Provider, Tensors
+from torchweld.testing.case import Provider, Tensors
 
 _log = logging.getLogger("torchweld")
 Cost = dict[str, dict[str, float]]  # by direction {"bytes": ...} or {"flops": ...}

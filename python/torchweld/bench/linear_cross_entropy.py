@@ -14,7 +14,7 @@ from torchweld import backend
 from torchweld.bench.functional import compiled
 from torchweld.bench.harness import Call, Settings, Work
 from torchweld.testing import Oracle, confirm
-from torchweld.testing.cases import Provider, Tensors
+from torchweld.testing.case import Provider, Tensors
 from torchweld.testing.linear_cross_entropy import LinearCrossEntropyCase
 
 _CHECKED_ROWS = 64  # the definition holds all logits in float64

@@ -12,7 +12,7 @@ import torch
 from torchweld import ops
 from torchweld.bench.harness import Call, Settings, Work
 from torchweld.testing import Oracle, confirm
-from torchweld.testing.cases import Tensors
+from torchweld.testing.case import Tensors
 from torchweld.testing.layer_norm import LayerNormCase
 
 _REPEATS = 100  # calls per sample: one is too short for the clock

@@ -83,8 +83,8 @@ def ring_attention(
         TypeError, ValueError: as in `attention`.
     """
     call = _Call(RING, query, key, value, mesh, order)
-    modifiers = call.modifiers(bias, alibi_slopes, sinks, dropout_p, seed, cu_seqlens)
-    options = call.options(causal, window, softcap, dropout_p, scale)
+    modifiers = call.checked(Modifiers(bias, alibi_slopes, sinks, seed, cu_seqlens, cu_seqlens), dropout_p)
+    options = call.options(causal=causal, window=window, softcap=softcap, dropout_p=dropout_p, scale=scale)
     if modifiers.seed is not None:
         if cu_seqlens is not None:
             fail(RING, "dropout_p", "0 beside cu_seqlens", dropout_p, "use all_to_all_attention")
@@ -123,8 +123,8 @@ def all_to_all_attention(
     the whole sequence of its heads in memory, as much as it has of the part of all heads. There is no bias.
     """
     call = _Call(ALL_TO_ALL, query, key, value, mesh, order)
-    modifiers = call.modifiers(None, alibi_slopes, sinks, dropout_p, seed, cu_seqlens)
-    options = call.options(causal, window, softcap, dropout_p, scale)
+    modifiers = call.checked(Modifiers(None, alibi_slopes, sinks, seed, cu_seqlens, cu_seqlens), dropout_p)
+    options = call.options(causal=causal, window=window, softcap=softcap, dropout_p=dropout_p, scale=scale)
     heads, kv_heads = (t.shape[1] for t in call.tensors[:2])
     if key_copies(heads, kv_heads, call.spread.count) == 0:
         expected = f"heads that {call.spread.count} processes can share"
@@ -157,16 +157,10 @@ class _Call:
         self.size = self.spread.chunk_of(op, rows)
         self.whole = rows * self.spread.count
 
-    def modifiers(
-        self,
-        bias: Tensor | None,
-        alibi_slopes: Tensor | None,
-        sinks: Tensor | None,
-        dropout_p: float,
-        seed: Tensor | None,
-        cu_seqlens: Tensor | None,
-    ) -> Modifiers:
+    def checked(self, given: Modifiers, dropout_p: float) -> Modifiers:
+        """The modifiers of the whole sequence, with a seed that all processes share where there is a dropout."""
         op, query = self.op, self.tensors[0]
+        bias, alibi_slopes, cu_seqlens, seed = given.bias, given.alibi_slopes, given.cu_seqlens_q, given.seed
         batch = query.shape[0]
         if (cu_seqlens is not None) != self.packed:
             got = "a tensor" if cu_seqlens is not None else "None"
@@ -180,7 +174,7 @@ class _Call:
                 fail(op, "bias", "None beside cu_seqlens", "a tensor")
         if bias is not None:
             check_bias(op, "bias", bias, query, (*query.shape[:3], self.whole))
-        check_by_head(op, query, batch, alibi_slopes, sinks)
+        check_by_head(op, query, batch, alibi_slopes, given.sinks)
         if self.packed and alibi_slopes is not None and alibi_slopes.dim() == 2:
             fail(op, "alibi_slopes", "shape [heads] beside cu_seqlens", list(alibi_slopes.shape))
         if check_dropout(op, dropout_p) == 0:
@@ -190,10 +184,11 @@ class _Call:
             dist.broadcast(seed, self.spread.global_rank(0), group=self.spread.group)
         elif seed.dtype is not torch.int64 or seed.numel() != 1:
             fail(op, "seed", "int64 of one element", f"{seed.dtype} of shape {list(seed.shape)}")
-        return Modifiers(bias, alibi_slopes, sinks, seed, cu_seqlens, cu_seqlens)
+        return given._replace(seed=seed)
 
     def options(
         self,
+        *,
         causal: bool,
         window: tuple[int | None, int | None] | None,
         softcap: float | None,

@@ -8,7 +8,7 @@ Striped Attention, arXiv:2311.09431, with chunks in place of stripes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,6 +74,17 @@ class Ring:
             source=near.owner, shapes=[_shape(x, needed) for x in (key, value)] if near.chunks else [],
         )  # fmt: skip
 
+    def steps(self, key: Tensor, value: Tensor) -> Iterator[tuple[int, Step, Tensor, Tensor]]:
+        """The steps, each with its keys and values. Those of the next step are on their way while it computes."""
+        coming: Message | None = None
+        for t in range(self.spread.count):
+            at = self.near(t)
+            held = [x[:, :, self.rows(at)] for x in (key, value)]
+            if coming is not None:
+                held = coming.wait() or held
+            coming = self.fetch(t + 1, key, value) if t + 1 < self.spread.count else None
+            yield t, at, held.pop(0), held.pop(0)  # here nothing keeps them in memory
+
     def give_back(self, t: int, grads: Sequence[Tensor], likes: tuple[Tensor, Tensor]) -> Message:
         """The gradients of the keys of step t, to their owner; those of this process's own come from another."""
         near, far, rank, count = self.near(t), self.far(t), self.spread.rank, self.spread.count
@@ -95,16 +106,9 @@ class RingAttention(torch.autograd.Function):
     def forward(
         ctx: Any, ring: Ring, query: Tensor, key: Tensor, value: Tensor, *modifiers: Any
     ) -> tuple[Tensor, Tensor]:
-        given, count = Modifiers(*modifiers), ring.spread.count
+        given = Modifiers(*modifiers)
         softmax = Softmax(query, value, given, ring.options)
-        coming = ring.fetch(1, key, value) if count > 1 else None
-        for t in range(count):
-            at = ring.near(t)
-            k, v = (x[:, :, ring.rows(at)] for x in (key, value))
-            if t > 0:
-                assert coming is not None
-                k, v = coming.wait() or (k, v)
-                coming = ring.fetch(t + 1, key, value) if t + 1 < count else None
+        for _, at, k, v in ring.steps(key, value):
             for block in at.blocks:
                 options = options_of(block, ring.options, ring.whole)
                 softmax.add(block, query, k, v, modifiers_of(block, given), options)
@@ -130,16 +134,8 @@ class RingAttention(torch.autograd.Function):
         results = Results(query, output, statistics, doutput, dlse)
         grads = Gradients(results, given, wanted, ring.deterministic)
         own: list[Tensor | None] = [None, None]  # the gradients of this process's keys and values
-        count = ring.spread.count
-        coming = ring.fetch(1, key, value) if count > 1 else None
         going: tuple[int, Message] | None = None
-        for t in range(count):
-            at = ring.near(t)
-            k, v = (x[:, :, ring.rows(at)] for x in (key, value))
-            if t > 0:
-                assert coming is not None
-                k, v = coming.wait() or (k, v)
-                coming = ring.fetch(t + 1, key, value) if t + 1 < count else None
+        for t, at, k, v in ring.steps(key, value):
             totals: list[Tensor | None] = [None, None]
             for block in at.blocks:
                 parts = grads.add(block, k, v, modifiers_of(block, given), options_of(block, ring.options, ring.whole))

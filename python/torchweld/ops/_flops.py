@@ -25,48 +25,47 @@ def _scores(query: Tensor, key: Tensor, starts_q: Tensor | None, starts_k: Tenso
     return query.shape[1] * int((lengths[0] * lengths[1]).sum())
 
 
-def _formula(op: str, by_key: int, by_value: int) -> Callable[..., int]:
-    """The formula of an op that makes `by_key` products of key's head size and `by_value` of value's for each score."""
+Formula = Callable[[dict[str, Any]], int]  # of the arguments of an op, by name
 
-    def flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
-        names = [a.name for a in _torch.arguments_of(getattr(torch.ops.torchweld, op).default)]
-        a = dict(zip(names, args, strict=False)) | kwargs
+
+def _attention(by_key: int, by_value: int) -> Formula:
+    """Of an op that makes `by_key` products of key's head size and `by_value` of value's for each score."""
+
+    def flops(a: dict[str, Any]) -> int:
         scores = _scores(a["query"], a["key"], a.get("cu_seqlens_q"), a.get("cu_seqlens_k"))
         return 2 * scores * (by_key * a["key"].shape[-1] + by_value * a["value"].shape[-1])
 
     return flops
 
 
-def _paged(
-    query: Tensor,
-    key_cache: Tensor,
-    value_cache: Tensor,
-    block_table: Tensor,
-    cache_seqlens: Tensor,
-    *_: Any,
-    **__: Any,
-) -> int:
-    scores = query.shape[1] * query.shape[2] * int(cache_seqlens.sum())
-    return 2 * scores * (key_cache.shape[-1] + value_cache.shape[-1])
+def _paged(a: dict[str, Any]) -> int:
+    scores = a["query"].shape[1] * a["query"].shape[2] * int(a["cache_seqlens"].sum())
+    return 2 * scores * (a["key_cache"].shape[-1] + a["value_cache"].shape[-1])
 
 
-def _head(
-    input: Tensor, weight: Tensor, bias: Any, target: Any, *rest: Any, dloss: Any = None, wanted: Any = (), **_: Any
-) -> int:
+def _head(a: dict[str, Any]) -> int:
     """The logits; the gradients of input and weight, where they are asked for."""
-    if len(rest) > 4:
-        dloss, wanted = rest[4:6]
-    products = 1 + (sum(wanted[:2]) if dloss is not None else 0)
-    return 2 * math.prod(input.shape) * weight.shape[0] * products
+    products = 1 + (a["dinput"] + a["dweight"] if a.get("dloss") is not None else 0)
+    return 2 * math.prod(a["input"].shape) * a["weight"].shape[0] * products
 
 
 _FORMULAS = {
-    "attention": _formula("attention", 1, 1),
-    "attention_forward": _formula("attention_forward", 1, 1),
-    "attention_backward": _formula("attention_backward", 3, 2),  # the scores once more, dquery, dkey; dscores, dvalue
+    "attention": _attention(1, 1),
+    "attention_forward": _attention(1, 1),
+    "attention_backward": _attention(3, 2),  # the scores once more, dquery, dkey; dscores, dvalue
     "paged_attention": _paged,
     "linear_cross_entropy": _head,
 }
+
+
+def _registered(op: str, formula: Formula) -> Callable[..., int]:
+    """The formula as a FLOP counter calls it: with the arguments of the op as they were given."""
+
+    def flops(*args: Any, out_val: Any = None, **kwargs: Any) -> int:
+        names = [a.name for a in _torch.arguments_of(getattr(torch.ops.torchweld, op).default)]
+        return formula(dict(zip(names, args, strict=False)) | kwargs)
+
+    return flops
 
 
 def inform_counters() -> None:
@@ -76,4 +75,4 @@ def inform_counters() -> None:
     for mode in _torch.dispatch_mode_stack():
         registry = getattr(getattr(mode, "counter", None), "flop_registry", None)
         if registry is not None and torch.ops.torchweld.attention not in registry:
-            registry.update({getattr(torch.ops.torchweld, op): formula for op, formula in _FORMULAS.items()})
+            registry.update({getattr(torch.ops.torchweld, op): _registered(op, f) for op, f in _FORMULAS.items()})

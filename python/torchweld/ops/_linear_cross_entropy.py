@@ -20,12 +20,23 @@ _CHUNK_ELEMENTS = 1 << 26  # of the logits, 256 MB in float32
 
 
 class LossOptions(NamedTuple):
-    """What the losses of rows are made by, beside the logits. `softcap`: 0 for none."""
+    """The numbers of a loss. `softcap`: 0 for none."""
 
     ignore_index: int
     smoothing: float
     softcap: float
     z_loss: float
+
+
+class Wanted(NamedTuple):
+    """Which gradients a call is to make."""
+
+    dinput: bool
+    dweight: bool
+    dbias: bool
+
+
+NOTHING = Wanted(dinput=False, dweight=False, dbias=False)
 
 
 def by_chunks(
@@ -35,15 +46,16 @@ def by_chunks(
     target: Tensor,
     options: LossOptions,
     dloss: Tensor | None,
-    wanted: list[bool],
+    wanted: Wanted,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The losses of all rows, float32, and the gradients of what is wanted; as the CPU's kernel has them."""
     rows, classes = input.shape[0], weight.shape[0]
     dtype, chunk = input.dtype, max(1, _CHUNK_ELEMENTS // classes)
     loss = input.new_empty(rows, dtype=torch.float32)
-    dinput = torch.empty_like(input) if wanted[0] else input.new_empty(0)
-    dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if wanted[1] else weight.new_empty(0)
-    dbias = input.new_zeros(classes, dtype=torch.float32) if wanted[2] and bias is not None else input.new_empty(0)
+    dinput = torch.empty_like(input) if wanted.dinput else input.new_empty(0)
+    dweight = weight.new_zeros(weight.shape, dtype=torch.float32) if wanted.dweight else weight.new_empty(0)
+    biased = wanted.dbias and bias is not None
+    dbias = input.new_zeros(classes, dtype=torch.float32) if biased else input.new_empty(0)
     for begin in range(0, rows, chunk):
         part = slice(begin, begin + chunk)
         # Rows without a target are not read: what they hold must reach no product.
@@ -55,13 +67,13 @@ def by_chunks(
         loss[part], dlogits = by(logits, target[part], options, None if dloss is None else dloss[part])
         if dlogits is None:
             continue
-        if wanted[2] and bias is not None:
+        if biased:
             dbias += dlogits.sum(0)
         narrow = dlogits.to(dtype)
         del logits, dlogits
-        if wanted[0]:
+        if wanted.dinput:
             torch.mm(narrow, weight, out=dinput[part])
-        if wanted[1]:
+        if wanted.dweight:
             dweight += _product(narrow.t(), x)
     return loss, dinput, dweight.to(dtype), dbias
 
@@ -114,8 +126,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return torch.mm(a, b)
 
 
-# ---- Implementation. The losses of all rows and, for gradients `dloss` of them, those of what is `wanted` of input,
-# weight and bias; what is not is empty. The bindings look at every target.
+# ---- Implementation. The op returns the loss of each row and, for given gradients `dloss` of the losses, the gradients
+# of input, weight and bias. A gradient that is not wanted is an empty tensor. The bindings check every target.
 
 
 def _kernel(
@@ -125,7 +137,7 @@ def _kernel(
     target: Tensor,
     options: LossOptions,
     dloss: Tensor | None,
-    wanted: list[bool],
+    wanted: Wanted,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     x, w, classes = (
         settle(t, f"[{_OP}] {name}") for name, t in (("input", input), ("weight", weight), ("target", target))
@@ -137,8 +149,9 @@ def _kernel(
     if not hasattr(kernels, _OP):
         return by_chunks(x, w, b, classes, options, dloss, wanted)
     loss = x.new_empty(x.shape[0], dtype=torch.float32)
-    grads = [torch.empty_like(t) if want and t is not None else None for t, want in zip((x, w, b), wanted, strict=True)]
-    dinput, dweight, dbias = grads
+    dinput, dweight, dbias = grads = [
+        torch.empty_like(t) if want and t is not None else None for t, want in zip((x, w, b), wanted, strict=True)
+    ]
     kernels.linear_cross_entropy(
         input=x,
         weight=w,
@@ -165,22 +178,23 @@ def _fake(
     target: Tensor,
     options: LossOptions,
     dloss: Tensor | None,
-    wanted: list[bool],
+    wanted: Wanted,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dinput, dweight = (
         torch.empty_like(t, memory_format=torch.contiguous_format) if want else t.new_empty(0)
-        for t, want in zip((input, weight), wanted[:2], strict=True)
+        for t, want in ((input, wanted.dinput), (weight, wanted.dweight))
     )
-    biased = wanted[2] and bias is not None
+    biased = wanted.dbias and bias is not None
     dbias = input.new_empty(weight.shape[0], dtype=torch.float32) if biased else input.new_empty(0)
     return input.new_empty(input.shape[0], dtype=torch.float32), dinput, dweight, dbias
 
 
 op = register(
     "linear_cross_entropy(Tensor input, Tensor weight, Tensor? bias, Tensor target, LossOptions options, Tensor? dloss,"
-    " bool[3] wanted)"
+    " Wanted wanted)"
     " -> (Tensor loss, Tensor dinput, Tensor dweight, Tensor dbias)",
     _kernel,
     _fake,
     LossOptions,
+    Wanted,
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchweld import reference
 from torchweld._torch import graph_is_kept
-from torchweld.ops._linear_cross_entropy import LossOptions, op
+from torchweld.ops._linear_cross_entropy import NOTHING, LossOptions, Wanted, op
 from torchweld.ops._register import applier, double_backward, wants_definition
 
 
@@ -33,7 +33,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         target: Tensor,
         options: LossOptions,
         reduction: str,
-        wanted: tuple[bool, bool, bool],
+        wanted: Wanted,
     ) -> Tensor:
         ctx.scale = 1.0
         dloss = None
@@ -43,8 +43,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 if input.dtype is torch.float16:
                     ctx.scale = _float16_scale(input.shape[0])
                 dloss = dloss * ctx.scale / (target != options.ignore_index).sum()
-        now = list(wanted) if dloss is not None else [False] * 3
-        losses, *grads = op(input, weight, bias, target, options, dloss, now)
+        losses, *grads = op(input, weight, bias, target, options, dloss, NOTHING if dloss is None else wanted)
         ctx.save_for_backward(input, weight, bias, target, *grads)
         ctx.options, ctx.reduction, ctx.wanted = options, reduction, wanted
         return reduced(losses, target, options.ignore_index, reduction)
@@ -55,7 +54,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if wants_definition(dloss):
             return (*_definition(ctx, input, weight, bias, target, dloss), *[None] * 4)
         if ctx.reduction == "none":
-            grads = list(op(input, weight, bias, target, ctx.options, dloss, list(ctx.wanted))[1:])
+            grads = list(op(input, weight, bias, target, ctx.options, dloss, ctx.wanted)[1:])
         elif ctx.scale != 1.0 or not _is_last_use_of_all(dloss):
             grads = [g * (dloss / ctx.scale) for g in grads]
         if bias is not None:

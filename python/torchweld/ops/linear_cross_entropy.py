@@ -18,7 +18,7 @@ from torchweld.ops._arguments import (
     number,
     shown,
 )
-from torchweld.ops._linear_cross_entropy import LossOptions, op
+from torchweld.ops._linear_cross_entropy import NOTHING, LossOptions, Wanted, op
 from torchweld.ops._linear_cross_entropy_autograd import loss_of_rows, reduced
 from torchweld.ops._register import elsewhere, under_autocast, wants_grad
 
@@ -149,10 +149,10 @@ def linear_cross_entropy(
     rows, classes = input.to(dtype).reshape(-1, input.shape[-1]), target.reshape(-1)
     w, settings = weight.to(dtype), LossOptions(ignore_index, label_smoothing, softcap or 0.0, z_loss)
     if wants_grad(input, weight, bias):
-        wanted = tuple(t is not None and t.requires_grad for t in (input, weight, bias))
+        wanted = Wanted(*(t is not None and t.requires_grad for t in (input, weight, bias)))
         losses = loss_of_rows(rows, w, bias, classes, settings, reduction, wanted)
     else:
-        losses = op(rows, w, bias, classes, settings, None, [False] * 3)[0]
+        losses = op(rows, w, bias, classes, settings, None, NOTHING)[0]
         losses = reduced(losses, classes, ignore_index, reduction)
     if reduction == "none":
         losses = losses.reshape(target.shape)

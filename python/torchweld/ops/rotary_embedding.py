@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops._arguments import (
-    KERNEL_DTYPES,
-    check_dense,
-    check_memory,
-    defined,
-    flag,
-    integer,
-    number,
-)
+from torchweld.ops._arguments import KERNEL_DTYPES, check_dense, check_memory, defined, flag, integer, number
 from torchweld.ops._register import applier, elsewhere, register, settle, wants_definition, wants_grad
 from torchweld.ops._rotary_checks import check_heads, check_positions, check_tables
 from torchweld.reference.rotary_embedding import rotary_tables
@@ -25,6 +17,26 @@ from torchweld.reference.rotary_embedding import rotary_tables
 __all__ = ["rotary_embedding", "rotary_tables"]
 
 _NAMES = ("query", "key", "cos", "sin", "position_ids")
+
+
+class Tables(NamedTuple):
+    """What turns the tokens: row `position_ids[b, n]` of cos and sin, or row n."""
+
+    cos: Tensor
+    sin: Tensor
+    position_ids: Tensor | None
+
+
+class Rotation(NamedTuple):
+    """Which elements of a head are turned; `inverse` turns them back."""
+
+    rotary_dim: int
+    interleaved: bool
+    inverse: bool = False
+
+
+_new = tuple.__new__  # makes a record 0.4 us faster than its constructor
+
 
 # ---- Implementation. The kernels see (B, H, N, D) of any strides, with neighbours along the last dimension.
 
@@ -44,67 +56,39 @@ def _table(t: Tensor, query: Tensor, columns: int, at: str) -> Tensor:
 def _run(
     query: Tensor,
     key: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    rotary_dim: int,
-    interleaved: bool,
-    inverse: bool,
-    outputs: tuple[Tensor, Tensor | None],
+    tables: Tables,
+    rotation: Rotation,
+    query_output: Tensor,
+    key_output: Tensor | None,
 ) -> None:
-    columns = rotary_dim if interleaved or cos.shape[-1] != sin.shape[-1] else 0
-    cos, sin = (
-        _table(cos, query, columns, "[rotary_embedding] cos"),
-        _table(sin, query, columns, "[rotary_embedding] sin"),
-    )
+    cos, sin, ids = tables
+    columns = rotation.rotary_dim if rotation.interleaved or cos.shape[-1] != sin.shape[-1] else 0
+    cos = _table(cos, query, columns, "[rotary_embedding] cos")
+    sin = _table(sin, query, columns, "[rotary_embedding] sin")
     if cos.dtype is not sin.dtype:
         cos, sin = cos.float(), sin.float()
-    if position_ids is not None:
-        position_ids = settle(position_ids, "[rotary_embedding] position_ids", torch.int64)
-    query_output, key_output = outputs
+    if ids is not None:
+        ids = settle(ids, "[rotary_embedding] position_ids", torch.int64)
     backend.kernels[query.device.type].rotary_embedding(
         query=query,
         key=key,
-        cos=cos,
-        sin=sin,
-        position_ids=position_ids,
-        rotary_dim=rotary_dim,
-        interleaved=interleaved,
-        inverse=inverse,
+        tables=_new(Tables, (cos, sin, ids)),
+        rotation=rotation,
         query_output=query_output,
         key_output=key_output,
     )
 
 
-def _rotary(
-    query: Tensor,
-    key: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    rotary_dim: int,
-    interleaved: bool,
-    inverse: bool = False,
-) -> tuple[Tensor, Tensor]:
+def _rotary(query: Tensor, key: Tensor | None, tables: Tables, rotation: Rotation) -> tuple[Tensor, Tensor]:
     turned, turned_key = _rotary_fake(query, key)
     query = _readable(query, "[rotary_embedding] query")
     key = None if key is None else _readable(key, "[rotary_embedding] key")
-    outputs = turned, None if key is None else turned_key
-    _run(query, key, cos, sin, position_ids, rotary_dim, interleaved, inverse, outputs)
+    _run(query, key, tables, rotation, turned, None if key is None else turned_key)
     return turned, turned_key
 
 
-def _rotary_(
-    query: Tensor,
-    key: Tensor | None,
-    cos: Tensor,
-    sin: Tensor,
-    position_ids: Tensor | None,
-    rotary_dim: int,
-    interleaved: bool,
-    inverse: bool = False,
-) -> None:
-    _run(query, key, cos, sin, position_ids, rotary_dim, interleaved, inverse, (query, key))
+def _rotary_(query: Tensor, key: Tensor | None, tables: Tables, rotation: Rotation) -> None:
+    _run(query, key, tables, rotation, query, key)
 
 
 # ---- Fake
@@ -114,8 +98,8 @@ def _output(t: Tensor, query: Tensor) -> Tensor:
     """For the result of (B, H, N, D): the order of its heads and tokens in memory is that of `t`."""
     batch, heads, tokens, dim = t.shape
     if t.stride(2) > t.stride(1):
-        return query.new_empty((batch, tokens, heads, dim)).transpose(1, 2)
-    return query.new_empty((batch, heads, tokens, dim))
+        return query.new_empty(batch, tokens, heads, dim).transpose(1, 2)  # sizes in a tuple cost 0.4 us
+    return query.new_empty(batch, heads, tokens, dim)
 
 
 def _rotary_fake(query: Tensor, key: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
@@ -126,19 +110,26 @@ def _rotary_fake_(*_: Any) -> None:
     return None
 
 
-_ARGUMENTS = "Tensor cos, Tensor sin, Tensor? position_ids, int rotary_dim, bool interleaved, bool inverse=False"
 _rotary_op = register(
-    f"rotary_embedding(Tensor query, Tensor? key, {_ARGUMENTS}) -> (Tensor, Tensor)", _rotary, _rotary_fake
+    "rotary_embedding(Tensor query, Tensor? key, Tables tables, Rotation rotation) -> (Tensor, Tensor)",
+    _rotary,
+    _rotary_fake,
+    Tables,
+    Rotation,
 )
 _rotary_op_ = register(
-    f"rotary_embedding_(Tensor(a!) query, Tensor(b!)? key, {_ARGUMENTS}) -> ()", _rotary_, _rotary_fake_
+    "rotary_embedding_(Tensor(a!) query, Tensor(b!)? key, Tables tables, Rotation rotation) -> ()",
+    _rotary_,
+    _rotary_fake_,
+    Tables,
+    Rotation,
 )
 
 # ---- Autograd. The gradient is turned back by the same angles; of the tensors nothing is kept.
 
 
 def _of_the_inverse(sin: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
-    """The sine table by which the definition turns back: negated and, of an element, that of the other in its pair."""
+    """The sine table that makes the definition turn back: negated, and with a column per element swapped in pairs."""
     if sin.shape[-1] == rotary_dim:
         pairs = sin.unflatten(-1, (-1, 2) if interleaved else (2, -1))
         sin = pairs.flip(-1 if interleaved else -2).flatten(-2)
@@ -147,30 +138,43 @@ def _of_the_inverse(sin: Tensor, rotary_dim: int, interleaved: bool) -> Tensor:
 
 class _Rotary(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor | None, *rest: Any) -> Any:
-        cos, sin, position_ids, ctx.rotary_dim, ctx.interleaved = rest
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        position_ids: Tensor | None,
+        rotation: Rotation,
+    ) -> Any:
         ctx.save_for_backward(cos, sin, position_ids)
-        turned, turned_key = _rotary_op(query, key, *rest)
+        ctx.rotation = rotation
+        turned, turned_key = _rotary_op(query, key, _new(Tables, (cos, sin, position_ids)), rotation)
         return turned if key is None else (turned, turned_key)
 
     @staticmethod
     def backward(ctx: Any, dquery: Tensor, dkey: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        cos, sin, position_ids = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:2]
+        tables, rotation = Tables(*ctx.saved_tensors), ctx.rotation
+        wanted, wanted_key = ctx.needs_input_grad[:2]
         if wants_definition(dquery, dkey):
-            definition = reference.rotary_embedding
-            check_memory("backward", cos=cos, sin=sin, position_ids=position_ids)
-            options = {"rotary_dim": ctx.rotary_dim, "interleaved": ctx.interleaved}
-            sin = _of_the_inverse(sin, ctx.rotary_dim, ctx.interleaved)
-            found = definition(dquery, dkey, cos, sin, position_ids=position_ids, **options)
+            check_memory("backward", **tables._asdict())
+            found = reference.rotary_embedding(
+                dquery,
+                dkey,
+                tables.cos,
+                _of_the_inverse(tables.sin, rotation.rotary_dim, rotation.interleaved),
+                position_ids=tables.position_ids,
+                rotary_dim=rotation.rotary_dim,
+                interleaved=rotation.interleaved,
+            )
             dquery, dkey = (found, None) if dkey is None else found
-            return dquery if needed[0] else None, dkey if needed[1] else None, *(None,) * 5
-        rest = cos, sin, position_ids, ctx.rotary_dim, ctx.interleaved, True
-        if needed[0]:
-            dquery, turned = _rotary_op(dquery, dkey if needed[1] else None, *rest)
-            return dquery, turned if needed[1] else None, *(None,) * 5
-        assert dkey is not None
-        return None, _rotary_op(dkey, None, *rest)[0], *(None,) * 5
+        elif wanted:
+            back = rotation._replace(inverse=True)
+            dquery, dkey = _rotary_op(dquery, dkey if wanted_key else None, tables, back)
+        else:
+            assert dkey is not None
+            dkey = _rotary_op(dkey, None, tables, rotation._replace(inverse=True))[0]
+        return dquery if wanted else None, dkey if wanted_key else None, *(None,) * (len(tables) + 1)
 
 
 _apply = applier(_Rotary)
@@ -188,7 +192,7 @@ def _refusal(query: Tensor, key: Tensor | None, cos: Tensor, sin: Tensor) -> str
 
 
 def _may_overwrite(t: Tensor) -> bool:
-    """Whether a kernel can: heads are rows of memory, of which none overlaps another."""
+    """Whether a kernel can turn `t` in place: heads are rows of neighbours in memory, and no two of them overlap."""
     needed = 1
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
         if size > 1 and stride < needed:
@@ -197,22 +201,22 @@ def _may_overwrite(t: Tensor) -> bool:
     return (t.shape[-1] == 1 or t.stride(-1) == 1) and not t.is_neg()
 
 
-def _turn(query: Tensor, key: Tensor | None, rest: tuple[Any, ...]) -> Any:  # a tensor, or a pair of them
+def _turn(query: Tensor, key: Tensor | None, tables: Tables, rotation: Rotation) -> Any:  # a tensor, or a pair of them
     if wants_grad(query, key):
-        return _apply(query, key, *rest)
-    turned, turned_key = _rotary_op(query, key, *rest)
+        return _apply(query, key, *tables, rotation)
+    turned, turned_key = _rotary_op(query, key, tables, rotation)
     return turned if key is None else (turned, turned_key)
 
 
-def _overwrite(query: Tensor, key: Tensor | None, seq_dim: int, rest: tuple[Any, ...]) -> None:
-    """In place; where autograd or the compiler is to see it, and where a kernel cannot, torch copies the result."""
+def _overwrite(query: Tensor, key: Tensor | None, seq_dim: int, tables: Tables, rotation: Rotation) -> None:
+    """Turns both in place. Torch copies the result where autograd or the compiler records that, or a kernel cannot."""
     tensors = [t for t in (query, key) if t is not None]
     views = [t if seq_dim == -2 else t.transpose(1, 2) for t in tensors]
     if not (wants_grad(*tensors) or torch.compiler.is_compiling()) and all(map(_may_overwrite, views)):
-        _rotary_op_(views[0], views[1] if key is not None else None, *rest)
+        _rotary_op_(views[0], views[1] if key is not None else None, tables, rotation)
         torch.autograd.graph.increment_version(tensors)
         return
-    found = _turn(views[0], views[1] if key is not None else None, rest)
+    found = _turn(views[0], views[1] if key is not None else None, tables, rotation)
     for view, turned in zip(views, (found,) if key is None else found, strict=True):
         view.copy_(turned)
 
@@ -259,12 +263,8 @@ def rotary_embedding(
             kernel at such a position: the host does not know the values.
     """
     op = "rotary_embedding"
-    interleaved, inplace, base = (
-        flag(op, "interleaved", interleaved),
-        flag(op, "inplace", inplace),
-        number(op, "base", base),
-    )
-    seq_dim = integer(op, "seq_dim", seq_dim)
+    interleaved, inplace = flag(op, "interleaved", interleaved), flag(op, "inplace", inplace)
+    base, seq_dim = number(op, "base", base), integer(op, "seq_dim", seq_dim)
     tensors = (query, key, cos, sin, position_ids)
     if theirs := elsewhere(rotary_embedding, None, _NAMES, *tensors):
         options = {"interleaved": interleaved, "base": base, "rotary_dim": rotary_dim, "seq_dim": seq_dim}
@@ -303,11 +303,11 @@ def rotary_embedding(
             inplace=inplace,
         )
         return defined(call, op, named, query, key, cos, sin)
-    rest = cos, sin, position_ids, size, interleaved
+    tables, rotation = _new(Tables, (cos, sin, position_ids)), _new(Rotation, (size, interleaved, False))
     if inplace:
-        _overwrite(query, key, seq_dim, rest)
+        _overwrite(query, key, seq_dim, tables, rotation)
         return query if key is None else (query, key)
     if seq_dim == -2:
-        return _turn(query, key, rest)
-    found = _turn(query.transpose(1, 2), None if key is None else key.transpose(1, 2), rest)
+        return _turn(query, key, tables, rotation)
+    found = _turn(query.transpose(1, 2), None if key is None else key.transpose(1, 2), tables, rotation)
     return found.transpose(1, 2) if isinstance(found, Tensor) else (found[0].transpose(1, 2), found[1].transpose(1, 2))

@@ -13,7 +13,7 @@ import torch
 from torchweld import ops
 from torchweld.nn.twins import TWINS
 from torchweld.patching.attention import redirected_methods
-from torchweld.patching.subclasses import Class, subclass
+from torchweld.patching.subclasses import Class, makers, subclass
 
 _NEEDS: dict[Any, tuple[str, ...]] = {
     torch.nn.LayerNorm: ("norms",),
@@ -74,3 +74,11 @@ def find(cls: Any) -> DropIn | None:
         now = "its attention: torchweld.ops.scaled_dot_product_attention"
         return DropIn(("attention",), partial(subclass, cls, methods), now)
     return None
+
+
+def _make(cls: type) -> Class | None:
+    found = find(cls)
+    return found.make() if found else None
+
+
+makers.append(_make)

@@ -33,12 +33,8 @@ class Swapped(torch.nn.Module):
 
 def _rebuild(function: Callable[..., Any], *args: Any) -> Any:
     """The function that pickle calls: a module of the original class, swapped if that class still has a drop-in."""
-    from torchweld.patching.drop_ins import find  # noqa: PLC0415  (which makes its classes here)
-
     module = function(*args)
-    cls = _alive(type(module))
-    if cls is None and (found := find(type(module))):
-        cls = found.make()
+    cls = _alive(type(module)) or made_for(type(module))
     if cls is not None:
         object.__setattr__(module, "__class__", cls)
     return module
@@ -53,6 +49,15 @@ def original_of(cls: type) -> Any:
     """The original class of a swapped one."""
     return cls.__bases__[1]
 
+
+def made_for(cls: type) -> Class | None:
+    """The drop-in for a class of module that is read from a pickle; None where it has none."""
+    found = (make(cls) for make in makers)
+    return next((each for each in found if each is not None), None)
+
+
+# What makes the drop-ins. drop_ins.py, which uses this file, adds its function.
+makers: list[Callable[[type], Class | None]] = []
 
 # Weak keys and values: a class is freed with the last of its modules.
 _made: WeakKeyDictionary[type, ref[Class]] = WeakKeyDictionary()

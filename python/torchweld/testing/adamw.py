@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchweld.testing.cases import Case, Tensors
+from torchweld.testing.case import Case, Tensors
 from torchweld.testing.optimizer import HALF, LR, MIXED, WEIGHT_DECAY, WIDE, OptimizerCase, narrow
 
 _BETAS = (0.9, 0.95)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torchweld.testing.attention_case import AttentionCase
 from torchweld.testing.attention_packed import PackedAttentionCase
-from torchweld.testing.cases import Case
+from torchweld.testing.case import Case
 
 __all__ = ["ATTENTION", "AttentionCase", "PackedAttentionCase"]
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from torchweld import ops, reference
 from torchweld.reference.philox import dropout_factors
 from torchweld.testing import attention_rounding
-from torchweld.testing.cases import Case, Tensors
+from torchweld.testing.case import Case, Tensors
 from torchweld.testing.inputs import Random, hidden, place, shape_values
 
 _BY_HEAD = 1 << 25  # scores above which the definition runs head by head, to fit into memory

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchweld.testing.cases import Tensors
+from torchweld.testing.case import Tensors
 
 
 def sizes(

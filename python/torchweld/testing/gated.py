@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from torchweld import ops, reference
-from torchweld.testing.cases import Case, Tensors
+from torchweld.testing.case import Case, Tensors
 from torchweld.testing.inputs import Random, shape_values
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from torchweld import ops, reference
-from torchweld.testing.cases import Case, Tensors
+from torchweld.testing.case import Case, Tensors
 from torchweld.testing.inputs import Random, shape_values
 
 

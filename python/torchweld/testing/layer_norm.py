@@ -12,7 +12,7 @@ from torch import Tensor
 
 from torchweld import ops, reference
 from torchweld.reference.philox import dropout_factors
-from torchweld.testing.cases import Case, Tensors
+from torchweld.testing.case import Case, Tensors
 from torchweld.testing.inputs import Random, shape_values
 
 EPS = 1e-5

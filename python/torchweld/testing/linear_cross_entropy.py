@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from torchweld import ops, reference
-from torchweld.testing.cases import Case, Tensors
+from torchweld.testing.case import Case, Tensors
 from torchweld.testing.inputs import Random
 
 _IGNORE = -100

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from torchweld.testing.cases import Tensors
+from torchweld.testing.case import Tensors
 from torchweld.testing.parity import Parity, confirm, judge
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchweld import ops, reference
-from torchweld.testing.cases import Case, Tensors
+from torchweld.testing.case import Case, Tensors
 from torchweld.testing.inputs import Random
 
 LR, WEIGHT_DECAY = 1e-2, 0.1

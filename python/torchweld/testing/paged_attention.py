@@ -11,7 +11,7 @@ from torch import Tensor
 
 from torchweld import ops, reference
 from torchweld.testing.attention_case import AttentionCase
-from torchweld.testing.cases import Tensors
+from torchweld.testing.case import Tensors
 from torchweld.testing.inputs import Random
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from torchweld import ops, reference
 from torchweld.reference.rotary_embedding import rotary_tables
-from torchweld.testing.cases import Case, Tensors
+from torchweld.testing.case import Case, Tensors
 from torchweld.testing.inputs import Random
 
 

@@ -2,7 +2,13 @@
 // are those of the guide.
 #pragma once
 
-#include "cuda_runtime.h"
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "machine.h"
+#include "vector_types.h"
 
 // Plain variables. The machine sets them before a thread continues. They are const here, so that reading them is no
 // checked access.

@@ -12,7 +12,7 @@ from torch import Tensor
 from torchweld import ops, reference
 from torchweld.testing.attention_case import AttentionCase
 from torchweld.testing.attention_packed import PackedAttentionCase
-from torchweld.testing.cases import Tensors
+from torchweld.testing.case import Tensors
 from torchweld.testing.fuzz.draw import FEW, FLOATS, HIDING, LONG, MANY, TILES, VECTORS, Draw
 from torchweld.testing.fuzz.trial import Judged
 from torchweld.testing.inputs import HIDDEN, VALUES

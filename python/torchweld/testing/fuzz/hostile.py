@@ -21,7 +21,7 @@ from torchweld import backend, ops
 from torchweld._torch import DataDependentOutputException, TorchDispatchMode, arguments_of
 from torchweld.testing import cases
 from torchweld.testing import ops as cases_by_op
-from torchweld.testing.cases import Case, evaluate
+from torchweld.testing.case import Case, evaluate
 from torchweld.testing.fuzz.draw import Draw
 from torchweld.testing.fuzz.trial import Skip, Trial
 from torchweld.testing.fuzz.values import Odd, change, kinds

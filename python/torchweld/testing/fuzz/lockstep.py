@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from torchweld import optim
-from torchweld.testing.cases import Tensors
+from torchweld.testing.case import Tensors
 from torchweld.testing.fuzz.trial import Skip, Trial
 from torchweld.testing.parity import assert_parity
 

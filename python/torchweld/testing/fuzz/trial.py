@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from torchweld.testing.cases import Case, Oracle
+from torchweld.testing.case import Case, Oracle
 from torchweld.testing.fuzz.edges import at_edges
 
 
