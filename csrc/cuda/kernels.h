@@ -7,6 +7,7 @@
 #include "params/loss.h"
 #include "params/norm.h"
 #include "params/optimizer.h"
+#include "params/rotary.h"
 
 namespace torchweld::cuda {
 
