@@ -119,7 +119,7 @@ class Speech:
         data: Spoken = outcome.data
         with outcome.precision:
             ours = {name: answers(outcome.model, part.waves) for name, part in _parts(data).items()}
-        for name, part in reversed(_parts(data).items()):
+        for name, part in reversed(_parts(data).items()):  # scores.json keeps the last, the test
             said = ours[name]
             nearest, count = _nearest(data.training, part, len(data.labels))
             frequent = torch.bincount(data.training.labels, minlength=len(data.labels)).expand_as(said)
