@@ -48,3 +48,9 @@ def test_seq2seq(command: Run) -> None:
     found = reached(command, "seq2seq", "home-assistant/homeassistant-2026.2.3-py3-none-any.whl")
     assert found["seq2seq"]["chrF"] >= 38.0 > found["translation memory"]["chrF"] > found["the source itself"]["chrF"]
     assert found["seq2seq"]["exact"] >= 0.04 > found["translation memory"]["exact"]
+
+
+def test_speech(command: Run) -> None:
+    """spoken-words is what `torchweld train speech` makes where espeak-ng is."""
+    found = reached(command, "speech", "spoken-words")
+    assert found["AST"]["accuracy"] > 0.12 > 5 * found["most frequent word"]["accuracy"]

@@ -14,6 +14,7 @@ import torch
 
 from commands import Run
 from pictures import write_folders
+from tones import WORDS, write_words
 from torchweld.errors import UserError
 from torchweld.training.programs import PROGRAMS
 from torchweld.training.settings import Settings
@@ -94,6 +95,16 @@ def test_of_images_each_class_in_turn(home: Path, name: str) -> None:
     assert torch.equal(part.test.pixels, whole.test.pixels)
     with pytest.raises(UserError, match="--max-samples: expected at least 2, an image of each class, but got 1"):
         read(name, [folder], 1)
+
+
+def test_of_recordings_each_word_in_turn(home: Path) -> None:
+    folder = write_words(home / "words")
+    whole, part = (read("speech", [folder], n) for n in (None, 7))
+    assert torch.bincount(part.training.labels).tolist() == [3, 2, 2]
+    assert set(part.training.names) < set(whole.training.names)
+    assert torch.equal(part.test.waves, whole.test.waves) and part.labels == tuple(WORDS)
+    with pytest.raises(UserError, match="--max-samples: expected at least 3, a recording of each word, but got 2"):
+        read("speech", [folder], 2)
 
 
 def test_of_users_the_first(home: Path) -> None:

@@ -1,6 +1,7 @@
 """Models on `torchweld.ops`: one file and one dataclass config each."""
 
-from torchweld.models import bert, gpt2, gpt3, seq2seq, stock, vae, vit
+from torchweld.models import ast, bert, gpt2, gpt3, seq2seq, stock, vae, vit
+from torchweld.models.ast import AST, ASTConfig
 from torchweld.models.bert import BERT, BERTConfig, BERTForPreTraining, BERTForSequenceClassification
 from torchweld.models.bert_tokens import BERTForQuestionAnswering, BERTForTokenClassification
 from torchweld.models.gpt2 import CONFIGS, GPT2, GPT2Config
@@ -10,11 +11,13 @@ from torchweld.models.vae import VAE, VAEConfig
 from torchweld.models.vit import ViT, ViTConfig
 
 __all__ = [
+    "AST",
     "BERT",
     "CONFIGS",
     "GPT2",
     "GPT3",
     "VAE",
+    "ASTConfig",
     "BERTConfig",
     "BERTForPreTraining",
     "BERTForQuestionAnswering",
@@ -27,6 +30,7 @@ __all__ = [
     "VAEConfig",
     "ViT",
     "ViTConfig",
+    "ast",
     "bert",
     "gpt2",
     "gpt3",

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -101,10 +101,25 @@ CONFIGS = {
 }
 
 
+class Encoder(Protocol):
+    """What a layer asks of a config."""
+
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+    @property
+    def layer_norm_eps(self) -> float: ...
+    @property
+    def dropout(self) -> float: ...
+
+
 class Layer(nn.Module):
     """Attention and an MLP; a norm stands before each."""
 
-    def __init__(self, config: ViTConfig, ops: ModuleType) -> None:
+    def __init__(self, config: Encoder, ops: ModuleType) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
         self.heads, self.dropout = config.num_attention_heads, config.dropout
@@ -126,6 +141,21 @@ class Layer(nn.Module):
         return self.drop(self.down(self.gelu(self.up(x)))), residual
 
 
+@torch.no_grad()
+def initialise(model: nn.Module) -> None:
+    """The authors': Glorot's for linear layers, LeCun's for patches; the classifier begins with zeros."""
+    for name, p in model.named_parameters():
+        if name.endswith("bias") or name in ("first", "second", "classifier.weight"):
+            p.zero_()
+        elif name == "positions":
+            p.normal_(std=0.02)
+        elif name == "embed.weight":
+            p.normal_(std=p[0].numel() ** -0.5)
+        elif p.dim() > 1:
+            for part in p.chunk(3) if ".qkv." in name else [p]:
+                nn.init.xavier_uniform_(part)
+
+
 class ViT(Published):
     """ViT with its classifier on the functions of `ops`: `torchweld.ops`, or `torchweld.models.stock`."""
 
@@ -143,21 +173,7 @@ class ViT(Published):
         self.norm = Norm(width, config.layer_norm_eps, ops)
         self.classifier = nn.Linear(width, len(config.labels))
         self.cross_entropy = ops.cross_entropy
-        self.initialise()
-
-    @torch.no_grad()
-    def initialise(self) -> None:
-        """The authors': Glorot's for linear layers, LeCun's for patches; the classifier begins with zeros."""
-        for name, p in self.named_parameters():
-            if name.endswith("bias") or name in ("first", "classifier.weight"):
-                p.zero_()
-            elif name == "positions":
-                p.normal_(std=0.02)
-            elif name == "embed.weight":
-                p.normal_(std=p[0].numel() ** -0.5)
-            elif p.dim() > 1:
-                for part in p.chunk(3) if ".qkv." in name else [p]:
-                    nn.init.xavier_uniform_(part)
+        initialise(self)
 
     def forward(self, images: Tensor) -> Tensor:
         """A logit for each label: (B, K, S, S) -> (B, labels)."""
@@ -179,7 +195,7 @@ class ViT(Published):
 
     def published_names(self, name: str) -> list[str]:
         """As in `Published`: queries, keys and values apart."""
-        return _published_names(name)
+        return published_names(name)
 
 
 # Our names and the published ones; queries, keys and values aside.
@@ -197,7 +213,7 @@ _NAMES = [
 ]
 
 
-def _published_names(name: str) -> list[str]:
+def published_names(name: str) -> list[str]:
     """The published names of what one of our parameters holds."""
     for ours, theirs in _NAMES:
         if name.startswith(ours) or ours.startswith("."):

@@ -1,4 +1,6 @@
-"""`torchweld classify`: what a fine-tuned BERT says of each line of a file, or of standard input; a ViT of images."""
+"""`torchweld classify`: what a fine-tuned BERT says of each line of a file, or of standard input; a ViT of images, an
+AST of recordings.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,9 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from torchweld.errors import UserError
+from torchweld.models import ast
 from torchweld.models.bert import BERTConfig, BERTForSequenceClassification
-from torchweld.training import checkpoint, recognition
+from torchweld.training import checkpoint, recognition, speech
 from torchweld.training.lines import batches, opened
 from torchweld.training.machine import forced_backend, pick_device
 from torchweld.training.packing import encode, pack
@@ -56,8 +59,11 @@ def answers(
 def run(args: argparse.Namespace) -> int:
     """Writes a line for each line that it reads, with tabs between the parts."""
     directory = checkpoint.locate(Path(args.checkpoint), to_use=True)
-    if checkpoint.model_type(directory) == "vit":
+    kind = checkpoint.model_type(directory)
+    if kind == "vit":
         return recognition.classify(args, directory)
+    if kind == ast.MODEL_TYPE:
+        return speech.classify(args, directory)
     if len(args.file) > 1:
         raise UserError(f"FILE: expected one file of texts, but got {len(args.file)}")
     device = pick_device(args.device)

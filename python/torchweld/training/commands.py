@@ -39,7 +39,7 @@ def add_train_parser(subparsers: Subparsers) -> None:
     """Adds `torchweld train NAME`; its `func` takes the parsed arguments and returns the exit code."""
     parser = subparsers.add_parser(
         "train",
-        help="train a model on text or images, here and now",
+        help="train a model on text, images or speech, here and now",
         description="Trains a model with torchweld's kernels, validates it, saves a checkpoint and shows a sample. "
         "Without --data it learns the text of Python's standard library, which is on every machine; what "
         "other programs learn `torchweld data get` brings. Several processes "
@@ -52,7 +52,8 @@ def add_train_parser(subparsers: Subparsers) -> None:
         nargs="+",
         metavar="FILE",
         help="UTF-8 text files (default: the standard library); for seq2seq two of them, line beside line, or .tsv, "
-        ".mo, and folders or wheels with a JSON file for each language; or a folder of images (default: Fashion-MNIST)",
+        ".mo, and folders or wheels with a JSON file for each language; or a folder of images (default: Fashion-MNIST) "
+        "or of recordings",
     )
     sizes = "; ".join(f"{name}: {', '.join(program.configs)}" for name, program in PROGRAMS.items())
     parser.add_argument("--config", help=f"the size (default: small). {sizes}")
@@ -108,12 +109,14 @@ def add_classify_parser(subparsers: Subparsers) -> None:
     """Adds `torchweld classify`; its `func` takes the parsed arguments and returns the exit code."""
     parser = subparsers.add_parser(
         "classify",
-        help="say of each line, or of images, what a model has learned",
+        help="say of each line, of images or of spoken words what a model has learned",
         description="Reads lines and writes for each the label and its probability, or the number, and the line. A ViT "
-        "takes the names of images.",
+        "takes the names of images, an AST those of WAV files with a word each.",
     )
     parser.add_argument("--checkpoint", required=True, metavar="DIR", help="a model, or the --out of a run")
-    parser.add_argument("file", nargs="*", metavar="FILE", help="of texts (default: standard input), or images")
+    parser.add_argument(
+        "file", nargs="*", metavar="FILE", help="of texts (default: standard input), or images or WAV files"
+    )
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     add_machine_options(parser)
     parser.set_defaults(func=_classify)
@@ -186,8 +189,8 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         "--max-samples",
         type=whole(1),
         metavar="N",
-        help="learn from the first N texts, pairs, images (each class in turn) or users of the part for training; of "
-        "running text (gpt2, gpt3, bert) from as much as N sequences take (default: all)",
+        help="learn from the first N texts, pairs, images and recordings (each class in turn) or users of the part "
+        "for training; of running text (gpt2, gpt3, bert) from as much as N sequences take (default: all)",
     )
     parser.add_argument("--optimizer", help=f"{', '.join(OPTIMIZERS)} (default: adamw)")
     parser.add_argument("--learning-rate", type=number(0.0, above=True), metavar="X", help="at its peak")

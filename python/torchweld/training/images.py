@@ -83,10 +83,10 @@ def load(data: list[str] | None, most: int | None = None) -> Pictures:
         raise UserError(
             f"--max-samples: expected at least {len(pictures.labels)}, an image of each class, but got {most}"
         )
-    return replace(pictures, training=pictures.training.part(_in_turn(pictures.training.labels)[:most]))
+    return replace(pictures, training=pictures.training.part(in_turn(pictures.training.labels)[:most]))
 
 
-def _in_turn(labels: Tensor) -> Tensor:
+def in_turn(labels: Tensor) -> Tensor:
     """The order in which the first image of each class comes first, then the second of each: folders go by class."""
     places = torch.empty_like(labels)
     for label in labels.unique():

@@ -1,14 +1,17 @@
-"""Lines of a file or of standard input, a few at a time."""
+"""Lines of a file or of standard input, a few at a time; and a line for each file that a model has seen."""
 
 from __future__ import annotations
 
+import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import StringIO, TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
+
+from torch import Tensor
 
 from torchweld.errors import UserError
 
@@ -43,3 +46,14 @@ def opened(path: str) -> Iterator[TextIO]:
     except OSError as error:
         raise UserError(f"FILE {path}: expected a readable text file, but got: {error.strerror}") from None
     yield StringIO(lines)
+
+
+def tell(files: Sequence[str], logits: Tensor, labels: Sequence[str], as_json: bool) -> None:
+    """Writes the likeliest label of each file, its probability and the name, with tabs between them, or as JSON."""
+    for path, row in zip(files, logits.softmax(1), strict=True):
+        best = int(row.argmax())
+        answer = {"label": labels[best], "probability": round(row[best].item(), 4)}
+        if as_json:
+            sys.stdout.write(json.dumps({"file": path, **answer}, ensure_ascii=False) + "\n")
+        else:
+            sys.stdout.write("\t".join([*map(str, answer.values()), path]) + "\n")

@@ -154,7 +154,7 @@ PACKAGES = {
     ),
     "asterisk-en": Package(
         "568 recordings of one speaker, 25 minutes",
-        "speech",
+        "train speech",
         "apt-get download asterisk-core-sounds-en-wav=1.6.1-1",
         "asterisk-core-sounds-en-wav_1.6.1-1_all.deb",
         18_272_864,

@@ -9,5 +9,7 @@ from torchweld.training.program import Program
 from torchweld.training.recognition import VIT
 from torchweld.training.recommendation import RECOMMENDER
 from torchweld.training.seq2seq import SEQ2SEQ
+from torchweld.training.speech import SPEECH
 
-PROGRAMS: dict[str, Program] = {program.name: program for program in (GPT2, GPT3, BERT, SEQ2SEQ, VAE, VIT, RECOMMENDER)}
+_ALL: tuple[Program, ...] = (GPT2, GPT3, BERT, SEQ2SEQ, VAE, VIT, SPEECH, RECOMMENDER)
+PROGRAMS: dict[str, Program] = {program.name: program for program in _ALL}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from torchweld.models import vit
 from torchweld.training import checkpoint, images, logistic, order, report, scores
 from torchweld.training.findings import Findings
 from torchweld.training.images import Augmentation, Images, Pictures
+from torchweld.training.lines import tell
 from torchweld.training.machine import forced_backend, pick_device
 from torchweld.training.program import Batch, Outcome
 from torchweld.training.settings import Recipe, Settings
@@ -182,13 +182,7 @@ def classify(args: argparse.Namespace, directory: Path) -> int:
         logits = torch.cat(
             [answers(model, torch.stack(pixels[i : i + AT_ONCE])) for i in range(0, len(pixels), AT_ONCE)]
         )
-        for path, row in zip(args.file, logits.softmax(1), strict=True):
-            best = int(row.argmax())
-            answer = {"label": config.labels[best], "probability": round(row[best].item(), 4)}
-            if args.json:
-                sys.stdout.write(json.dumps({"file": path, **answer}, ensure_ascii=False) + "\n")
-            else:
-                sys.stdout.write("\t".join([*map(str, answer.values()), path]) + "\n")
+        tell(args.file, logits, config.labels, args.json)
     return 0
 
 
