@@ -245,6 +245,8 @@ def cross_entropy(
     """-log softmax(input)[target]; drop-in for `torch.nn.functional.cross_entropy`.
 
     The probabilities are never stored: the logits are read once forward, and once backward to write their gradient.
+    So the logits must not be changed in place between the two; autograd raises where they were. (torch keeps the
+    log-probabilities, as large as the logits, and allows it.)
     The loss of each row and their mean are float32, rounded to input's dtype at the end (under autocast they are not).
     Class probabilities and weights of another dtype promote the result, as in torch.
 
