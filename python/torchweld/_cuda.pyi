@@ -8,9 +8,11 @@ from torchweld._cpu import Modifiers as Modifiers
 from torchweld._cpu import Norm as Norm
 from torchweld._cpu import Options as Options
 from torchweld._cpu import PagedOptions as PagedOptions
+from torchweld._cpu import Rotation as Rotation
 from torchweld._cpu import SgdLists as SgdLists
 from torchweld._cpu import SgdOptions as SgdOptions
 from torchweld._cpu import Step as Step
+from torchweld._cpu import Tables as Tables
 from torchweld._cpu import adamw_ as adamw_
 from torchweld._cpu import attention_backward as attention_backward
 from torchweld._cpu import attention_forward as attention_forward

@@ -110,8 +110,8 @@ def test_rows(emulated: ModuleType, cols: int, dtype: torch.dtype) -> None:
 
 
 def test_more_rows_than_a_grid_has_groups(emulated: ModuleType) -> None:
-    """A block goes on to another group of rows: 65535 groups of 256 rows fit a grid."""
-    rows = 65535 * 256 + 300
+    """A block goes on to another group of rows: a grid has 4096 groups, of 256 rows here."""
+    rows = 4096 * 256 + 300
     gate, up = (torch.full((rows, 2), NAN)[:, :1] for _ in range(2))
     ends = slice(300), slice(-600, None)
     for part in ends:

@@ -20,6 +20,7 @@ from torchweld.ops._records import Layout
 ROOT = Path(__file__).resolve().parents[2]
 BINDINGS = ROOT / "csrc" / "bindings"
 DEF = re.compile(r'\bm\.def\(\s*((?:"[^"]*"\s*)+)')
+RECORD = re.compile(r'\bm\.def_record<\w+>\("(\w+)"\)')
 
 
 def stub(name: str) -> dict[str, list[str] | None]:
@@ -39,12 +40,15 @@ def stub(name: str) -> dict[str, list[str] | None]:
     return found
 
 
-def bound(name: str) -> dict[str, list[str]]:
-    """Functions that a module's source and the headers it includes bind, with their parameters."""
+def bindings(name: str) -> str:
+    """A module's source and the headers it includes."""
     text = (BINDINGS / f"{name}.cpp").read_text()
-    for header in re.findall(r'#include "bindings/(\w+\.h)"', text):
-        text += (BINDINGS / header).read_text()
-    signatures = ["".join(re.findall(r'"([^"]*)"', first)) for first in DEF.findall(text)]
+    return text + "".join((BINDINGS / h).read_text() for h in re.findall(r'#include "bindings/(\w+\.h)"', text))
+
+
+def bound(name: str) -> dict[str, list[str]]:
+    """Functions that a module's source binds, with their parameters."""
+    signatures = ["".join(re.findall(r'"([^"]*)"', first)) for first in DEF.findall(bindings(name))]
     signatures = [s.partition(")")[0] for s in signatures]
     return {n: rest.split(", ") if rest else [] for n, _, rest in (s.partition("(") for s in signatures)}
 
@@ -55,7 +59,10 @@ def functions(names: dict[str, list[str] | None]) -> dict[str, list[str]]:
 
 @pytest.mark.parametrize(("name", "source"), [("_cpu", "cpu_module"), ("_cuda", "cuda_module")])
 def test_a_stub_has_what_the_source_binds(name: str, source: str) -> None:
-    assert functions(stub(name)) == bound(source)
+    promised = stub(name)
+    assert functions(promised) == bound(source)
+    published = set(RECORD.findall(bindings(source)))
+    assert published == {n for n in records() if n in promised}
 
 
 @pytest.mark.parametrize("name", list(backend.kernels))

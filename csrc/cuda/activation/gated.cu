@@ -19,7 +19,7 @@ namespace torchweld::cuda::activation {
 namespace {
 
 constexpr int kThreads = 256, kVectors = 2;
-constexpr int64_t kMostGroups = 65535;  // in the second dimension of a grid
+constexpr int64_t kMostGroups = 4096;  // of a grid: more than are on a GPU at a time, and a block goes on to the next
 
 // A matrix. The stride is the distance of its rows, in elements.
 template <class Memory>
