@@ -86,10 +86,10 @@ TW_INLINE BlockStatistics weigh(const float* logits, int64_t count, bool keep_lo
 }
 
 // dlogits of a row in the place of its weights, or of its logits under a softcap. `target`: counted from the block's
-// first class. `dbias`: null, or where they are added.
+// first class.
 template <class S>
 TW_INLINE void differentiate(S* weights, int64_t count, int64_t target, const RowGradient& row, float block_max,
-                             float softcap, float* dbias) {
+                             float softcap) {
   const float inverse = softcap != 0.0f ? 1.0f / softcap : 0.0f;
   const float factor = softcap != 0.0f ? row.factor : row.factor * exp2<6>(splat((block_max - row.max) * kLog2e))[0];
   for_each_vector(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
@@ -101,7 +101,6 @@ TW_INLINE void differentiate(S* weights, int64_t count, int64_t target, const Ro
     // 1 - (kept / softcap)^2, from differences that are exact where it is small.
     if (softcap != 0.0f) d = d * ((softcap - kept) * inverse * ((softcap + kept) * inverse));
     store_weight(weights + i, d, lanes);
-    if (dbias != nullptr) store(dbias + i, load(dbias + i, lanes) + d, lanes);
   });
 }
 

@@ -209,7 +209,7 @@ class Head {
     // dlogits.
     for (int64_t m = 0; m < rows_; ++m)
       differentiate(dlogits + m * width, count, target_[m] - block * width, gradients_[m], statistics_of(m, block).max,
-                    p_.softcap, static_cast<float*>(nullptr));
+                    p_.softcap);
     if (p_.dbias != nullptr) add_bias(dlogits, count, p_.dbias + block * width, dbias, first);
 
     // dinput.
@@ -258,7 +258,7 @@ class Head {
 
   // Rows are summed in short chains, for float32's rounding grows with their length.
   void add_bias(const S* dlogits, int64_t count, float* total, float* chain, bool first) const {
-    constexpr int64_t kChain = 64;
+    constexpr int64_t kChain = 16;
     if (first) std::memset(total, 0, sizeof(float) * count);
     for (int64_t m0 = 0; m0 < rows_; m0 += kChain) {
       std::memset(chain, 0, sizeof(float) * plan_.width);

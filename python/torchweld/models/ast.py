@@ -8,7 +8,7 @@ hidden_size.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -94,12 +94,21 @@ class ASTConfig:
         }
 
 
-# The small ones read a word in 64 frames of 48 bands, the published one 10 s.
+# 64 frames of 48 bands are a word; the published one reads 10 s.
+_WORD = ASTConfig(max_length=64, num_mel_bins=48, time_stride=8, frequency_stride=8)
 CONFIGS = {
-    "tiny": ASTConfig(64, 48, 16, 16, 16, 32, 2, 2, 64),
-    "small": ASTConfig(64, 48, 16, 8, 8, 128, 3, 4, 256),
-    "medium": ASTConfig(64, 48, 16, 8, 8, 256, 8, 8, 1024),
-    "ast-base": ASTConfig(64, 48, 16, 10, 10),
+    "tiny": replace(
+        _WORD,
+        time_stride=16,
+        frequency_stride=16,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+    ),
+    "small": replace(_WORD, hidden_size=128, num_hidden_layers=3, num_attention_heads=4, intermediate_size=256),
+    "medium": replace(_WORD, hidden_size=256, num_hidden_layers=8, num_attention_heads=8, intermediate_size=1024),
+    "ast-base": ASTConfig(max_length=64, num_mel_bins=48),
 }
 
 

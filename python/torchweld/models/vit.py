@@ -8,7 +8,7 @@ H heads, D = C / H.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -91,13 +91,23 @@ class ViTConfig:
         }
 
 
+_DIGIT = ViTConfig(image_size=28, patch_size=4, num_channels=1)
 CONFIGS = {
-    "tiny": ViTConfig(28, 4, 1, 32, 2, 2, 64),
-    "small": ViTConfig(28, 4, 1, 128, 4, 4, 256),
-    "medium": ViTConfig(32, 4, 3, 256, 8, 8, 1024),
+    "tiny": replace(_DIGIT, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64),
+    "small": replace(_DIGIT, hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=256),
+    "medium": ViTConfig(
+        image_size=32,
+        patch_size=4,
+        hidden_size=256,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        intermediate_size=1024,
+    ),
     "vit-base": ViTConfig(),
     "vit-large": ViTConfig(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16, intermediate_size=4096),
-    "vit-huge": ViTConfig(224, 14, 3, 1280, 32, 16, 5120),
+    "vit-huge": ViTConfig(
+        patch_size=14, hidden_size=1280, num_hidden_layers=32, num_attention_heads=16, intermediate_size=5120
+    ),
 }
 
 
