@@ -21,6 +21,13 @@
 namespace torchweld::cpu {
 namespace {
 
+// A head of few classes, or for few rows, is a narrow product. Each of its logits decides much of a gradient, and torch
+// adds up such a product in the lanes of vectors, in short chains.
+template <class Format>
+struct ShortWhereNarrow : Format {
+  static constexpr int64_t narrow_chain = Format::chain / 4;
+};
+
 template <class T, class S, class Compute>
 class Head {
   using Sizes = Plan<T, S, Compute>;
@@ -203,7 +210,7 @@ class Head {
     float* across = packed + round_up(plan_.class_steps * columns, 16);
     float* along = across + plan_.chunk * plan_.class_steps;
     float* dbias = along + round_up(width * plan_.row_steps, 16);
-    float* tile = dbias + width;
+    float* tile = dbias + 2 * width;
     S* dlogits = weights_of(block);
 
     // dlogits.
@@ -256,20 +263,24 @@ class Head {
     }
   }
 
-  // Rows are summed in short chains, for float32's rounding grows with their length.
-  void add_bias(const S* dlogits, int64_t count, float* total, float* chain, bool first) const {
+  // float32's rounding grows with the length of a chain of additions, so the chains are short: 16 rows, what these come
+  // to in a chunk, and what the chunks come to. `sums`: two rows of the block's width.
+  void add_bias(const S* dlogits, int64_t count, float* total, float* sums, bool first) const {
     constexpr int64_t kChain = 16;
-    if (first) std::memset(total, 0, sizeof(float) * count);
+    float *chunk = sums, *chain = sums + plan_.width;
+    auto add = [&](float* to, const auto* from) {
+      for_each_vector(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+        store(to + i, load(to + i, lanes) + load(from + i, lanes), lanes);
+      });
+    };
+    std::memset(chunk, 0, sizeof(float) * plan_.width);
     for (int64_t m0 = 0; m0 < rows_; m0 += kChain) {
       std::memset(chain, 0, sizeof(float) * plan_.width);
-      for (int64_t m = m0; m < min_of(m0 + kChain, rows_); ++m)
-        for_each_vector(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-          store(chain + i, load(chain + i) + load(dlogits + m * plan_.width + i, lanes));
-        });
-      for_each_vector(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-        store(total + i, load(total + i, lanes) + load(chain + i), lanes);
-      });
+      for (int64_t m = m0; m < min_of(m0 + kChain, rows_); ++m) add(chain, dlogits + m * plan_.width);
+      add(chunk, chain);
     }
+    if (first) std::memset(total, 0, sizeof(float) * count);
+    add(total, chunk);
   }
 
   const LinearCrossEntropyParams& p_;
@@ -291,7 +302,7 @@ template <class F>
 TW_INLINE void dispatch_head(const LinearCrossEntropyParams& p, F&& f) {
   dispatch(p.dtype, [&](auto tag) {
     using T = typename decltype(tag)::type;
-    using Compute = typename ComputeOf<T>::type;
+    using Compute = ShortWhereNarrow<typename ComputeOf<T>::type>;
     if (p.softcap == 0.0f)
       f(Tag<Head<T, typename Kept<T>::type, Compute>>{});
     else

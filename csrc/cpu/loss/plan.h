@@ -53,7 +53,7 @@ struct Plan {
   int64_t logits_words() const { return width * feature_steps + kTileRows * width; }
   int64_t gradient_words(const LinearCrossEntropyParams& p) const {
     return round_up(class_steps * columns, 16) + chunk * class_steps + round_up(width * row_steps, 16) +
-           (p.dweight != nullptr ? round_up(kTileRows * columns, 16) : 0) + width;
+           (p.dweight != nullptr ? round_up(kTileRows * columns, 16) : 0) + 2 * width;
   }
   int64_t scratch(const LinearCrossEntropyParams& p) const {
     return max_of(logits_words(), gradient ? gradient_words(p) : 0);

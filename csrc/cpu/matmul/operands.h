@@ -21,12 +21,13 @@ constexpr int kVectors = 2;
 constexpr int kPanel = kVectors * W;
 
 // A format: its words, their products, and the units of operands. Packing converts elements of other types to words. A
-// sum is cut into chains of `chain` steps, because the rounding error of float32 grows with the length of a chain.
+// sum is cut into chains of `chain` steps, because the rounding error of float32 grows with the length of a chain, and
+// in blocks of fewer than kRows rows, or of one vector, into chains of `narrow_chain` steps.
 struct Fp32 {
   static constexpr int per_word = 1, exp_degree = 5;
   static constexpr int parts = 1;  // an element is the sum of so many parts, each in its own word
   static constexpr bool tiles = false;
-  static constexpr int64_t chain = 64;
+  static constexpr int64_t chain = 64, narrow_chain = chain;
   static constexpr int64_t block_rows = kRows;  // rows of C that share a span of columns or of steps
   static constexpr int64_t step_unit = 1;    // operands are padded with zeros to a multiple of so many words of a part
   static constexpr int64_t column_unit = W;  // and to a multiple of so many columns
@@ -78,7 +79,7 @@ TW_INLINE Vec in_order(VecU first, VecU second) {
 
 struct Bf16Pairs : Fp32 {
   static constexpr int per_word = 2, exp_degree = 3;
-  static constexpr int64_t chain = 128;
+  static constexpr int64_t chain = 128, narrow_chain = chain;
   TW_INLINE static Vec dot(Vec a, Vec b, Vec c) { return (Vec)_mm512_dpbf16_ps((__m512)c, (__m512bh)a, (__m512bh)b); }
   TW_INLINE static void store_row(float* row, int64_t i, Vec v) { store(reinterpret_cast<bf16*>(row) + i, v); }
   TW_INLINE static void store_row(float* row, int64_t i, Vec first, Vec second) {

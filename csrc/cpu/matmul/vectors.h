@@ -37,12 +37,13 @@ TW_INLINE void multiply(int64_t steps, const float* const (&a)[kRows], int64_t a
 // A block of at most kRows rows and exactly N vectors. The last row stands for rows past the end.
 template <class Compute, int N, bool kAccumulate>
 void multiply_block(int64_t rows, Span steps, const Left& a, const float* b, int64_t b_step, float* c, int64_t ldc) {
+  const int64_t chain = rows < kRows || N == 1 ? Compute::narrow_chain : Compute::chain;
   bool add = kAccumulate;
-  for (int64_t k = steps.begin; k < steps.end || !add; k += Compute::chain, add = true) {  // no steps: zeros are stored
+  for (int64_t k = steps.begin; k < steps.end || !add; k += chain, add = true) {  // no steps: zeros are stored
     const float* left[kRows];
     for (int r = 0; r < kRows; ++r) left[r] = a.data + (r < rows ? r : rows - 1) * a.row + k * a.step;
     Vec acc[kRows][N];
-    multiply<Compute, N>(min_of(Compute::chain, steps.end - k), left, a.step, b + k * b_step, b_step, acc);
+    multiply<Compute, N>(min_of(chain, steps.end - k), left, a.step, b + k * b_step, b_step, acc);
     for (int r = 0; r < kRows; ++r) {
       if (r >= rows) break;
       for (int v = 0; v < N; ++v) {
