@@ -75,7 +75,7 @@ def results(model: Any, **inputs: Tensor) -> list[Tensor]:
 
 def swapped(report: Any) -> Counter[str]:
     found = Counter(e.now.rpartition(": ")[2] for e in report.swapped)
-    others = ("torchweld.ops.rms_norm", "torchweld.ops.linear_cross_entropy")
+    others = ("torchweld.ops.rms_norm", "torchweld.ops.add_layer_norm", "torchweld.ops.linear_cross_entropy")
     return Counter({n: c for n, c in found.items() if n.startswith("torchweld.ops.") and n not in others})
 
 
