@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial, wraps
+from dataclasses import dataclass, replace
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -18,8 +18,7 @@ from torch import Tensor
 
 from torchweld import ops
 from torchweld._torch import has_global_hooks, has_hooks
-from torchweld.integrations.hugging_face_loss import forward as late_forward
-from torchweld.integrations.hugging_face_loss import is_language_model, why_no_loss
+from torchweld.integrations.hugging_face_loss import is_language_model, late_forward, why_no_loss
 from torchweld.integrations.hugging_face_rotary import on_the_kernels
 from torchweld.nn.twins import is_plain
 from torchweld.ops._arguments import KERNEL_DTYPES
@@ -39,9 +38,12 @@ class Known:
     why_not: Callable[[Any], str | None] = lambda _: None
 
 
-def _stock(module: Any, *args: Any) -> Any:
-    """The forward of the class that the module's own stands for."""
-    return super(type(module), module).forward(*args)
+_STOCK = "_torchweld_stock_"  # and the name of a method: that of the class, beside the one that stands for it
+
+
+def _stock(module: Any, *args: Any, method: str = "forward") -> Any:
+    """Calls the method that the module's own stands for. The module may be of a subclass since, as under FSDP."""
+    return getattr(module, _STOCK + method)(*args)
 
 
 # ---- Norms and activations
@@ -126,7 +128,7 @@ def _modern_bert_mlp(module: Any, hidden_states: Tensor) -> Any:
 
 def _apply_gate(module: Any, gate_up_out: Tensor) -> Any:
     if (gate := _gate(module.act_fn)) is None:
-        return super(type(module), module)._apply_gate(gate_up_out)
+        return _stock(module, gate_up_out, method="_apply_gate")
     return gate(gate_up_out)
 
 
@@ -238,6 +240,13 @@ def _is_block_end(cls: Any) -> bool:
 
 def recognise(cls: Any) -> Known | None:
     """What stands for a class of transformers; None for one not known."""
+    if (known := _known(cls)) is None:
+        return None
+    stock = {_STOCK + name: getattr(cls, name) for name in known.methods}
+    return replace(known, methods={**known.methods, **stock})
+
+
+def _known(cls: Any) -> Known | None:
     if not cls.__module__.startswith("transformers."):
         return None
     if cls.__module__ == "transformers.activations":
@@ -257,7 +266,7 @@ def recognise(cls: Any) -> Known | None:
         return Known("norms", {"forward": _block_end}, now, _why_not_fused)
     if is_language_model(cls):
         now = "its loss in training: torchweld.ops.linear_cross_entropy"
-        return Known("loss", {"forward": wraps(cls.forward)(late_forward)}, now, why_no_loss)
+        return Known("loss", {"forward": late_forward(cls.forward)}, now, why_no_loss)
     if forward := on_the_kernels(cls):
         return Known("rope", {"forward": forward}, "its rotary embedding: torchweld.ops.rotary_embedding")
     return None
