@@ -15,6 +15,7 @@ from torch import Tensor
 import torchweld
 from leaves import gradient
 from torchweld import ops
+from torchweld.patching.subclasses import Swapped
 
 transformers = pytest.importorskip("transformers")
 
@@ -75,7 +76,7 @@ def results(model: Any, **inputs: Tensor) -> list[Tensor]:
 
 def swapped(report: Any) -> Counter[str]:
     found = Counter(e.now.rpartition(": ")[2] for e in report.swapped)
-    others = ("torchweld.ops.rms_norm", "torchweld.ops.linear_cross_entropy")
+    others = ("torchweld.ops.rms_norm", "torchweld.ops.add_layer_norm", "torchweld.ops.linear_cross_entropy")
     return Counter({n: c for n, c in found.items() if n.startswith("torchweld.ops.") and n not in others})
 
 
@@ -150,6 +151,23 @@ def test_copies_and_pickles_are_patched(monkeypatch: pytest.MonkeyPatch) -> None
         for got, expected in zip(results(twin), before, strict=True):
             assert torch.equal(got, expected)
         assert [type(m) for m in twin.modules()] == [type(m) for m in model.modules()]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_a_patched_module_may_become_one_of_a_subclass(kind: str) -> None:
+    """FSDP and parametrizations change the classes of modules."""
+    model = small(kind, **DECODERS[kind][0])
+    torchweld.patch(model)
+    expected = results(model)
+    for module in model.modules():
+        if isinstance(module, Swapped):
+            object.__setattr__(module, "__class__", type("Sharded", (type(module),), {}))
+    for got, right in zip(results(model), expected, strict=True):
+        assert torch.equal(got, right)
+    for module in model.modules():
+        if hasattr(module, "act_fn"):
+            module.act_fn = torch.nn.ReLU()  # which the class's own forward must call
+    assert not torch.equal(results(model)[0], expected[0])
 
 
 def test_hooks_of_an_activation_see_its_call() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import pickle
 from typing import Any
@@ -167,3 +168,12 @@ def test_copies_and_pickles_are_patched_and_an_odd_head_is_left() -> None:
     report = torchweld.patch(other, **ONLY)
     assert not report.swapped
     assert any(e.why == "its output layer is a Sequential, no torch.nn.Linear" for e in report.left)
+
+
+def test_each_class_keeps_its_signature() -> None:
+    """A trainer reads it, to know which columns of its data a model takes."""
+    models = {kind: small(kind) for kind in ("bert", "gpt2", "llama")}
+    before = {kind: inspect.signature(model.forward) for kind, model in models.items()}
+    for model in models.values():
+        torchweld.patch(model, **ONLY)
+    assert {kind: inspect.signature(model.forward) for kind, model in models.items()} == before

@@ -37,6 +37,7 @@ OWN: dict[str, dict[str, Any]] = {
 PARTS = {
     "attention": {"torchweld attention": "yes"},
     "norms": {"torchweld.nn.LayerNorm": "layer", "torchweld.ops.rms_norm": "RMS"},
+    "residual add and norm": {"its dropout, residual add and norm: torchweld.ops.add_layer_norm": "yes"},
     "activation": {"torchweld.ops.gelu": "GELU"},
     "gated MLP": {"its gate: torchweld.ops.swiglu or geglu": "GLU"},
     "rotary embedding": {"its rotary embedding: torchweld.ops.rotary_embedding": "yes"},

@@ -1,15 +1,15 @@
-"""Norms, activations and gated MLPs of Hugging Face transformers on the kernels.
+"""Norms, activations, gated MLPs and ends of encoder blocks of Hugging Face transformers on the kernels.
 
-What a class computes is told by its code, since most models carry copies of the same few. What a module's activation is
-is asked at each call, for it may be replaced or hooked.
+What a class computes is told by its code, since most models carry copies of the same few. What a module's activation,
+norm and dropout are is asked at each call, for they may be replaced or hooked.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from functools import partial, wraps
+from dataclasses import dataclass, replace
+from functools import partial
 from types import CodeType
 from typing import Any
 
@@ -17,10 +17,12 @@ import torch
 from torch import Tensor
 
 from torchweld import ops
-from torchweld._torch import has_hooks
-from torchweld.integrations.hugging_face_loss import forward as late_forward
-from torchweld.integrations.hugging_face_loss import is_language_model, why_no_loss
+from torchweld._torch import has_global_hooks, has_hooks
+from torchweld.integrations.hugging_face_loss import is_language_model, late_forward, why_no_loss
 from torchweld.integrations.hugging_face_rotary import on_the_kernels
+from torchweld.nn.twins import is_plain
+from torchweld.ops._arguments import KERNEL_DTYPES
+from torchweld.ops._register import under_autocast
 
 
 @dataclass(frozen=True)
@@ -36,9 +38,12 @@ class Known:
     why_not: Callable[[Any], str | None] = lambda _: None
 
 
-def _stock(module: Any, *args: Any) -> Any:
-    """The forward of the class that the module's own stands for."""
-    return super(type(module), module).forward(*args)
+_STOCK = "_torchweld_stock_"  # and the name of a method: that of the class, beside the one that stands for it
+
+
+def _stock(module: Any, *args: Any, method: str = "forward") -> Any:
+    """Calls the method that the module's own stands for. The module may be of a subclass since, as under FSDP."""
+    return getattr(module, _STOCK + method)(*args)
 
 
 # ---- Norms and activations
@@ -123,7 +128,7 @@ def _modern_bert_mlp(module: Any, hidden_states: Tensor) -> Any:
 
 def _apply_gate(module: Any, gate_up_out: Tensor) -> Any:
     if (gate := _gate(module.act_fn)) is None:
-        return super(type(module), module)._apply_gate(gate_up_out)
+        return _stock(module, gate_up_out, method="_apply_gate")
     return gate(gate_up_out)
 
 
@@ -164,6 +169,42 @@ def _gated(cls: Any) -> Known | None:
 _NOW = "its gate: torchweld.ops.swiglu or geglu"
 
 
+# ---- Dropout, residual add and norm at the end of a part of an encoder block
+
+_PAYS = 1 << 16  # elements from which one pass on a CPU takes less time than two even without dropout
+
+
+def _why_not_fused(module: Any) -> str | None:
+    """Why the norm or the dropout must be called; None if nothing sees the call and no other module is in the place."""
+    for part, kind in ((module.LayerNorm, torch.nn.LayerNorm), (module.dropout, torch.nn.Dropout)):
+        if not is_plain(part, kind):
+            return f"its {type(part).__name__} has hooks, or is no torch.nn.{kind.__name__}"
+    return None
+
+
+def _in_one_pass(x: Any, residual: Any, dropout_p: float) -> bool:
+    """Whether the fused op gives what the modules give, and is not slower."""
+    if not (type(x) is type(residual) is Tensor and x.shape == residual.shape and x.device == residual.device):
+        return False
+    dtype = torch.promote_types(x.dtype, residual.dtype)  # they differ under autocast
+    if dtype not in KERNEL_DTYPES or (x.is_cuda and dtype is not torch.float32 and under_autocast(x)):
+        return False
+    if dropout_p > 0 or not x.is_cpu:
+        return True
+    return x.numel() >= _PAYS and not (dtype is torch.float32 and torch.is_grad_enabled())
+
+
+def _block_end(module: Any, hidden_states: Any, input_tensor: Any) -> Any:
+    x, norm, dropout = module.dense(hidden_states), module.LayerNorm, module.dropout
+    plain = not has_global_hooks() and _why_not_fused(module) is None
+    p = float(dropout.p) if plain and dropout.training else 0.0
+    if not (plain and _in_one_pass(x, input_tensor, p)):
+        return norm(dropout(x) + input_tensor)
+    dtype, shape = torch.promote_types(x.dtype, input_tensor.dtype), norm.normalized_shape
+    x, residual = x.to(dtype), input_tensor.to(dtype)
+    return ops.add_layer_norm(x, residual, shape, norm.weight, norm.bias, norm.eps, dropout_p=p)[0]
+
+
 # ---- Recognition
 
 
@@ -187,8 +228,25 @@ def _body(cls: Any, *methods: str) -> tuple[Any, ...] | None:
     return tuple((c.co_code, c.co_names, tuple(map(repr, c.co_consts))) for c in codes if c is not None)
 
 
+def _is_block_end(cls: Any) -> bool:
+    """Whether a class has BERT's LayerNorm(dropout(dense(hidden_states)) + input_tensor)."""
+    body = _body(cls, "forward")
+    if body is None or body != _body(_class("bert", "BertSelfOutput"), "forward"):
+        return False
+    code = cls.forward.__code__
+    attributes, arguments = ("dense", "dropout", "LayerNorm"), ("self", "hidden_states", "input_tensor")
+    return (code.co_names, code.co_varnames) == (attributes, arguments)
+
+
 def recognise(cls: Any) -> Known | None:
     """What stands for a class of transformers; None for one not known."""
+    if (known := _known(cls)) is None:
+        return None
+    stock = {_STOCK + name: getattr(cls, name) for name in known.methods}
+    return replace(known, methods={**known.methods, **stock})
+
+
+def _known(cls: Any) -> Known | None:
     if not cls.__module__.startswith("transformers."):
         return None
     if cls.__module__ == "transformers.activations":
@@ -203,9 +261,12 @@ def recognise(cls: Any) -> Known | None:
         return None
     if found := _gated(cls):
         return found
+    if _is_block_end(cls):
+        now = "its dropout, residual add and norm: torchweld.ops.add_layer_norm"
+        return Known("norms", {"forward": _block_end}, now, _why_not_fused)
     if is_language_model(cls):
         now = "its loss in training: torchweld.ops.linear_cross_entropy"
-        return Known("loss", {"forward": wraps(cls.forward)(late_forward)}, now, why_no_loss)
+        return Known("loss", {"forward": late_forward(cls.forward)}, now, why_no_loss)
     if forward := on_the_kernels(cls):
         return Known("rope", {"forward": forward}, "its rotary embedding: torchweld.ops.rotary_embedding")
     return None

@@ -11,6 +11,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import wraps
 from typing import Any
 
 import torch
@@ -205,22 +206,26 @@ def why_no_loss(model: Any) -> str | None:
     return None
 
 
-def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """The forward of the class, with late logits in a training call with labels."""
-    stock = super(type(model), model).forward
-    head = model.get_output_embeddings()
-    if (
-        kwargs.get("labels") is None
-        or not (model.training and torch.is_grad_enabled())
-        or torch.compiler.is_compiling()
-        or type(head) is not torch.nn.Linear
-        or "forward" in vars(head)
-        or has_hooks(head)
-        or has_global_hooks()
-    ):
-        return stock(*args, **kwargs)
-    with _late(head):
-        return stock(*args, **kwargs)
+def late_forward(stock: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of a class, with late logits in a training call with labels."""
+
+    @wraps(stock)
+    def forward(model: Any, *args: Any, **kwargs: Any) -> Any:
+        head = model.get_output_embeddings()
+        if (
+            kwargs.get("labels") is None
+            or not (model.training and torch.is_grad_enabled())
+            or torch.compiler.is_compiling()
+            or type(head) is not torch.nn.Linear
+            or "forward" in vars(head)
+            or has_hooks(head)
+            or has_global_hooks()
+        ):
+            return stock(model, *args, **kwargs)
+        with _late(head):
+            return stock(model, *args, **kwargs)
+
+    return forward
 
 
 @contextmanager

@@ -167,8 +167,9 @@ def patch(
 
     Swapped are LayerNorm, RMSNorm, MultiheadAttention and the Transformer layers of torch.nn; modules that call
     `torch.nn.functional.scaled_dot_product_attention`; GELU; the attention, norms, GELU, gated MLPs, rotary embeddings
-    and losses over a vocabulary of Hugging Face transformers. Subclasses are not swapped, and neither is a layer
-    without kernels on the model's device. Optimizers, tied weights and checkpoints stay valid.
+    and losses over a vocabulary of Hugging Face transformers; dropout, residual add and norm of BERT-like blocks, which
+    become one op. Subclasses are not swapped, and neither is a layer without kernels on the model's device. Optimizers,
+    tied weights and checkpoints stay valid.
 
     A module that cannot be swapped is left, and the report gives the reason. If `patch` itself raises, the model is
     unchanged. Copies, pickles and replicas of a patched model are patched. `torch.compile` compiles the calls of
@@ -176,7 +177,8 @@ def patch(
 
     Args:
         model: any module, in training or not.
-        norms, attention, activations: the kinds to swap. The Transformer layers need norms and attention.
+        norms, attention, activations: the kinds to swap. The Transformer layers need norms and attention. Residual adds
+            are of the norms' kind.
         mlp: the product of activation and gate becomes one op in gated MLPs (Llama, Mistral, Qwen, Gemma, Phi-3,
             Mixtral, T5, ModernBERT).
         rope: rotary embeddings of queries and keys.
