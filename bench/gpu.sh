@@ -147,7 +147,7 @@ run() { # stage
     smoke) stage smoke 90 "$python" bench/smoke.py --seconds 20 --jobs "$(nproc)" ;;
     wanted) stage wanted 180 wanted ;;
     test) stage test 120 tests tests -m cuda --ignore-glob '*/tests/dropin/*_db.py' ;;
-    code) stage code 60 tests tests/emulated/test_machine_code.py ;;
+    code) stage code 60 tests tests/emulated/test_machine_code.py tests/emulated/test_contraction.py ;;
     profile) stage profile 150 "$python" bench/counters.py --out "$state/counters" ;;
     # Most of a tool's time goes into the first launch of each instance: one dtype, the head sizes of most models.
     memcheck) stage memcheck 120 sanitize memcheck --dtypes bfloat16 --dims 64 128 ;;

@@ -199,7 +199,7 @@ class _Flow:
                 count = 4 if "128" in suffixes else 2 if "64" in suffixes else 1
                 for register in range(first, first + count):
                     for half in halves:
-                        found[count == 4].update(self._of_element(self.sources(i, register, half)))
+                        found[count > 1].update(self._of_element(self.sources(i, register, half)))
         return Chains(frozenset(found[True]), frozenset(found[False]))
 
     def _of_element(self, made_by: frozenset[int]) -> Iterator[str]:
