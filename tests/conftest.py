@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import sys
+import unittest
 from collections.abc import Iterator
+from types import ModuleType
 
 # Before torch is imported, here and in the processes of pytest-xdist: workers share the cores, so a thread that waits
 # must not spin, nor inductor start compilers of its own.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
+
+# torch's data bases of tests import a package of which they take one class, a base. A machine with a GPU may lack it.
+if importlib.util.find_spec("expecttest") is None:
+    sys.modules["expecttest"] = ModuleType("expecttest")
+    sys.modules["expecttest"].__dict__["TestCase"] = unittest.TestCase
 
 import pytest
 import torch
@@ -30,6 +39,10 @@ SWEEPS = {
     *("test_op_db.py", "test_module_db.py", "test_optim_db.py", "test_large_shapes.py"),
     *("test_hugging_face_families.py", "test_trainers.py", "test_models.py", "test_accelerate.py"),
 }
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "xdist_group(name): on one process of pytest-xdist, which may be missing")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -46,12 +46,12 @@ def library() -> Path | None:
 @dataclass(frozen=True)
 class Instruction:
     address: int
-    predicated: bool
+    guard: str  # the predicate under which it runs, such as P0 or !P0; none if it always does
     opcode: str  # with its suffixes
     operands: tuple[str, ...]
     target: str | None  # label of a branch
 
-    @property
+    @cached_property
     def name(self) -> str:
         return self.opcode.split(".")[0]
 
@@ -119,7 +119,7 @@ class Kernel:
         target = self.labels.get(here.target) if here.name == "BRA" and here.target is not None else None
         if target is not None and target < len(self.instructions):
             yield target
-        always = not here.predicated and not re.match(r"!?U?P\d", here.operands[0] if here.operands else "")
+        always = not here.guard and not re.match(r"!?U?P\d", here.operands[0] if here.operands else "")
         if not (here.name in ("EXIT", "RET", "BRA") and always) and i + 1 < len(self.instructions):
             yield i + 1
 
@@ -150,7 +150,7 @@ class Kernel:
                 here = self.instructions[j]
                 if register in here.written:
                     found.add(here.name)
-                    if not here.predicated:
+                    if not here.guard:
                         continue
                 work += self.preceding[j]
                 if j == 0:
@@ -166,12 +166,12 @@ def parse(sass: str) -> list[Kernel]:
             kernels.append(Kernel(section[1]))
         elif kernels and (label := re.match(r"(\.L\S+):", line)):
             kernels[-1].labels[label[1]] = len(kernels[-1].instructions)
-        elif kernels and (text := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(@\S+\s+)?(\S+)\s*(.*?)\s*;", line)):
-            address, predicate, opcode, rest = text.groups()
+        elif kernels and (text := re.match(r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(\S+)\s+)?(\S+)\s*(.*?)\s*;", line)):
+            address, guard, opcode, rest = text.groups()
             target = re.search(r"`\((\S+)\)", rest)
             operands = tuple(x.strip() for x in re.sub(r",?\s*`\(\S+\)", "", rest).split(",") if x.strip())
             kernels[-1].instructions.append(
-                Instruction(int(address, 16), bool(predicate), opcode, operands, target[1] if target else None)
+                Instruction(int(address, 16), guard or "", opcode, operands, target[1] if target else None)
             )
     return kernels
 

@@ -6,27 +6,13 @@ The emulation runs the sources: what the device compiler does of its own is seen
 from __future__ import annotations
 
 import re
-import subprocess
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 import machine_code
-from machine_code import Accesses, Kernel, Resources
-
-REASON = (
-    "torchweld._cuda is not built"
-    if machine_code.library() is None
-    else None
-    if machine_code.tool("nvdisasm") and machine_code.tool("cuobjdump")
-    else "there is no nvdisasm or no cuobjdump: pip install nvidia-cuda-nvdisasm nvidia-cuda-cuobjdump"
-)
-needs_machine_code = [
-    pytest.mark.slow,
-    pytest.mark.skipif(REASON is not None, reason=REASON or ""),
-    pytest.mark.xdist_group("machine_code"),
-]
+from machine_code import Accesses, Kernel
+from shipped_kernels import Cubin, needs_machine_code, short
 
 # Bytes that a kernel may spill, by the beginning of its name. All other kernels spill nothing.
 SPILLS = {
@@ -36,10 +22,10 @@ SPILLS = {
     r"sm90::backward_keys<\w+, 128, false, true, true, false>": 16,
     r"sm90::backward_keys<\w+, 128, false, true, true, true>": 68,
     # The same beside sums of 256 columns.
-    r"sm90::forward<\w+, 256, false, 2>": 16,
+    r"sm90::forward<\w+, 256, false, 2>": 20,
     r"sm90::backward_keys<\w+, 256, false, true, false, false>": 36,
     r"sm90::backward_keys<\w+, 256, false, false, true, false>": 12,
-    r"sm90::backward_queries<\w+, 256, false>": 44,
+    r"sm90::backward_queries<\w+, 256, false>": 60,
     # The addresses of a paged cache, beside two TF32 numbers per float.
     r"sm80::decode_split<float, 256, true>": 20,
 }
@@ -78,38 +64,8 @@ VECTORS = {
 }
 
 
-def short(kernel: str) -> str:
-    """A demangled name without its namespaces above the family."""
-    name = kernel.removeprefix("void ").replace("(anonymous namespace)::", "").replace("torchweld::cuda::", "")
-    return name.removeprefix("attention::")
-
-
 def allowed(kernel: str) -> int:
     return next((most for pattern, most in SPILLS.items() if re.match(pattern, short(kernel))), 0)
-
-
-def demangled(names: list[str]) -> list[str]:
-    found = subprocess.run(["c++filt"], input="\n".join(names), capture_output=True, text=True, check=True)
-    return found.stdout.split("\n")
-
-
-class Cubin(NamedTuple):
-    path: Path
-    architecture: str
-    kernels: dict[str, tuple[str, Resources]]  # by mangled name: the readable one
-
-
-@pytest.fixture(scope="session")
-def shipped(tmp_path_factory: pytest.TempPathFactory) -> list[Cubin]:
-    library = machine_code.library()
-    assert library is not None
-    found = []
-    for path, architecture in machine_code.cubins(library, tmp_path_factory.mktemp("cubins")).items():
-        resources = machine_code.resources(path)
-        readable = demangled(list(resources))
-        kernels = {name: (readable[i], each) for i, (name, each) in enumerate(resources.items())}
-        found.append(Cubin(path, architecture, kernels))
-    return found
 
 
 class TestShipped:

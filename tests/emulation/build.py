@@ -204,13 +204,17 @@ def program(name: str) -> Path:
     return build([*MACHINE, Source(HERE / "programs" / f"{name}.cu")])
 
 
+def library(variant: Variant = COUNTED, *, contracted: bool = False) -> Path:
+    """The file of the module of all CUDA kernels, `emulated`."""
+    # The longest first, then what programs wait for too.
+    return build([BINDINGS, *MACHINE, *kernels(contracted=contracted)], variant, module="emulated")
+
+
 @cache
 def load(variant: Variant = COUNTED, *, contracted: bool = False) -> ModuleType:
-    """The module of all CUDA kernels, `emulated`."""
-    # The longest first, then what programs wait for too.
-    library = build([BINDINGS, *MACHINE, *kernels(contracted=contracted)], variant, module="emulated")
+    """The module of all CUDA kernels."""
     name = "contracted.emulated" if contracted else "emulated"  # pybind11 has one module of each full name
-    spec = importlib.util.spec_from_file_location(name, library)
+    spec = importlib.util.spec_from_file_location(name, library(variant, contracted=contracted))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

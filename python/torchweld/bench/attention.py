@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 
+import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from torchweld.bench.functional import works
@@ -51,9 +52,16 @@ _CPU = (
     ),
     _case(1, 32, 1, 128, also=", 8192 keys of 8 heads", keys=8192, kv_heads=8),
 )
+
+
+def square(tokens: int, width: int, rows: int, dim: int, causal: bool) -> AttentionCase:
+    """As many sequences of `rows` as have `tokens` rows together, and as many heads as have `width` columns."""
+    return _case(max(1, tokens // rows), width // dim, rows, dim, causal)
+
+
 _CUDA = tuple(
-    _case(max(1, 16384 // rows), 2048 // dim, rows, dim, causal)
-    for dim in (64, 128)
+    square(16384, 2048, rows, dim, causal)
+    for dim in (64, 128, 256)
     for rows in (512, 1024, 2048, 4096, 8192, 16384)
     for causal in (False, True)
 )
@@ -79,25 +87,25 @@ def _by(kind: SDPBackend, case: AttentionCase, x: Tensors) -> Tensors:
 
 def attention(settings: Settings) -> Iterator[Work]:
     """Every size, dtype and direction."""
-    on_gpu = settings.device == "cuda"
-    chosen = (_CUDA if on_gpu else _CPU)[: 2 if settings.quick else None]
+    chosen = (_CUDA if settings.device == "cuda" else _CPU)[: 2 if settings.quick else None]
     for dtype in settings.dtypes:
-        # torch's fused kernels on a GPU take 16-bit types only.
-        kinds = _BACKENDS if on_gpu and dtype.itemsize == 2 else {}
         for case in chosen:
-            others: dict[str, Provider] = {name: partial(_by, kind, case) for name, kind in kinds.items()}
-            if kinds:  # the cost of determinism
-                others["torchweld:atomics"] = replace(case, deterministic=False).ours
-            # FLOPs: two products of 2 * D per pair forward (Q K^T, P V); backward five, P from the scores again.
-            flops = {"forward": 4 * case.dim * _pairs(case), "backward": 10 * case.dim * _pairs(case)}
-            sizes = {n: getattr(case, n) for n in ("name", "batch", "heads", "queries", "keys", "dim", "causal")}
-            sizes |= {
-                n: value
-                for n in ("kv_heads", "window", "bias", "dropout", "lengths")
-                if (value := getattr(case, n, None))
-            }
-            cost = {direction: {"flops": count} for direction, count in flops.items()}
-            yield from works(case, sizes, dtype, settings, cost, **others)
+            yield from attention_case(case, dtype, settings)
+
+
+def attention_case(case: AttentionCase, dtype: torch.dtype, settings: Settings) -> Iterator[Work]:
+    """One size in every direction. On a GPU torch's fused kernels take 16-bit types only."""
+    kinds = _BACKENDS if settings.device == "cuda" and dtype.itemsize == 2 else {}
+    others: dict[str, Provider] = {name: partial(_by, kind, case) for name, kind in kinds.items()}
+    if kinds:  # the cost of determinism
+        others["torchweld:atomics"] = replace(case, deterministic=False).ours
+    # FLOPs: two products of 2 * D per pair forward (Q K^T, P V); backward five, P from the scores again.
+    flops = {"forward": 4 * case.dim * _pairs(case), "backward": 10 * case.dim * _pairs(case)}
+    sizes = {n: getattr(case, n) for n in ("name", "batch", "heads", "queries", "keys", "dim", "causal")}
+    also = ("kv_heads", "window", "bias", "dropout", "lengths")
+    sizes |= {n: value for n in also if (value := getattr(case, n, None))}
+    cost = {direction: {"flops": count} for direction, count in flops.items()}
+    yield from works(case, sizes, dtype, settings, cost, **others)
 
 
 def _paged(heads: int, kv_heads: int, *lengths: int) -> PagedAttentionCase:

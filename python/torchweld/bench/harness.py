@@ -6,8 +6,8 @@ with the limit: a copy of as many bytes, or a matrix product in the same dtype. 
 medians with the 20th and 80th percentiles. The timed call allocates its outputs, as a user's call does. The command
 calls `torchweld.keep_memory`, so the times do not contain page faults of the system's allocator.
 
-On a GPU, CUDA events time a launch. A large write before it flushes the second-level cache. The host queues the launch
-before that write ends, so the events do not see Python. `wall=True` takes the host's clock.
+On a GPU, CUDA events time a launch. Large writes before it flush the second-level cache. The host queues the launch
+before they end, so the events do not see Python. `wall=True` takes the host's clock.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _copy(size: int, device: str) -> Limit:
 @lru_cache(maxsize=1)
 def _matmul(dtype: torch.dtype, device: str) -> Limit:
     n = 8192 if device == "cuda" else 1024
-    a, b, out = (torch.ones(n, n, dtype=dtype, device=device) for _ in range(3))
+    a, b, out = (torch.randn(n, n, device=device).to(dtype) for _ in range(3))  # a GPU is faster on zeros and ones
     return Limit(lambda: torch.mm(a, b, out=out), 2.0 * n**3)
 
 
@@ -86,7 +86,11 @@ def _limit(work: Work, device: str) -> Limit | None:
     return _matmul(work.dtype, device) if work.flops is not None else None
 
 
-class _Clock:
+# Of 512 MB each. Together they last 0.5 ms at 4 TB/s: longer than the host takes to queue a backward by autograd.
+_FLUSHES = 4
+
+
+class Clock:
     """Milliseconds of one call on the device."""
 
     def __init__(self, device: str, wall: bool) -> None:
@@ -97,7 +101,8 @@ class _Clock:
 
     def __call__(self, call: Call, repeats: int) -> float:
         if self.cuda:
-            self.flush.zero_()
+            for _ in range(_FLUSHES):
+                self.flush.zero_()
             if not self.wall:
                 self.begin.record()
                 for _ in range(repeats):
@@ -144,7 +149,7 @@ def measure(work: Work, settings: Settings) -> list[dict[str, Any]]:
     limit = _limit(work, settings.device)
     ours_and_theirs = work.calls()
     calls = ours_and_theirs | ({} if limit is None else {"limit": limit.call})
-    samples = interleave(calls, _Clock(settings.device, work.wall), settings.seconds, work.repeats)
+    samples = interleave(calls, Clock(settings.device, work.wall), settings.seconds, work.repeats)
     medians = {name: _quantile(each, 0.5) for name, each in samples.items()}
     rows = []
     for name in ours_and_theirs:

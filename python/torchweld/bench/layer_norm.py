@@ -20,12 +20,13 @@ def norms(op: str, settings: Settings) -> Iterator[Work]:
     shapes = _CUDA if settings.device == "cuda" else _CPU
     for dtype in settings.dtypes:
         for rows, cols in shapes[:1] if settings.quick else shapes:
-            yield from _one(op, rows, cols, dtype, settings)
+            yield from norm_case(op, rows, cols, dtype, settings)
     if settings.device == "cuda" and not settings.quick and torch.float32 in settings.dtypes:
-        yield from _one(op, *_FEW_HUGE_ROWS, torch.float32, settings)
+        yield from norm_case(op, *_FEW_HUGE_ROWS, torch.float32, settings)
 
 
-def _one(op: str, rows: int, cols: int, dtype: torch.dtype, settings: Settings) -> Iterator[Work]:
+def norm_case(op: str, rows: int, cols: int, dtype: torch.dtype, settings: Settings) -> Iterator[Work]:
+    """One size in both directions."""
     # Bytes per element, with values of `size`: forward reads x and writes y (with a residual: reads that too, writes
     # the sum); backward reads dy and x, writes dx (reads dy, dsum and the sum, writes dx). The rest is small.
     add, rms, size = op.startswith("add"), op.endswith("rms_norm"), rows * cols * dtype.itemsize

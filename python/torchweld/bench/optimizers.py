@@ -175,20 +175,26 @@ def optimizers(op: str, settings: Settings) -> Iterator[Work]:
         return
     for dtype in settings.dtypes:
         for what, shapes in lists.items():
-            for variant in _variants(op, dtype):
-                if variant.name and not what.startswith("GPT-2"):
-                    continue
-                found = shapes()
-                count = sum(s.numel() for s in found)
-                name = f"{what}, {len(found)} tensors" + (f", {variant.name}" if variant.name else "")
-                bench = cache(partial(_Bench, op, found, dtype, settings.device, variant))
-                yield Work(
-                    op=op,
-                    direction="step",
-                    dtype=dtype,
-                    case={"name": name, "tensors": len(found), "parameters": count, **variant.options},
-                    calls=partial(_calls, bench),
-                    check=partial(_check, bench),
-                    bytes=float(variant.bytes * count),
-                    wall=len(found) > 1,
-                )
+            yield from optimizer_steps(op, what, shapes(), dtype, settings, variants=what.startswith("GPT-2"))
+
+
+def optimizer_steps(
+    op: str, what: str, shapes: Sequence[torch.Size], dtype: torch.dtype, settings: Settings, variants: bool = False
+) -> Iterator[Work]:
+    """The step of one list of parameters: as torch has it, and with `variants` the options that torch does not have."""
+    for variant in _variants(op, dtype):
+        if variant.name and not variants:
+            continue
+        count = sum(s.numel() for s in shapes)
+        name = f"{what}, {len(shapes)} tensors" + (f", {variant.name}" if variant.name else "")
+        bench = cache(partial(_Bench, op, shapes, dtype, settings.device, variant))
+        yield Work(
+            op=op,
+            direction="step",
+            dtype=dtype,
+            case={"name": name, "tensors": len(shapes), "parameters": count, **variant.options},
+            calls=partial(_calls, bench),
+            check=partial(_check, bench),
+            bytes=float(variant.bytes * count),
+            wall=len(shapes) > 1,
+        )

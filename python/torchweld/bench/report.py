@@ -141,13 +141,14 @@ def write(rows: list[Row], path: Path) -> None:
 
 
 def read(path: Path) -> list[Row]:
-    """The rows of a file that `write` wrote.
+    """The rows of a file that `write` wrote, or of one with a row a line.
 
     Raises:
         UserError: the file cannot be read, or has something else in it.
     """
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8").strip()
+        rows = [json.loads(line) for line in text.splitlines()] if text.startswith("{") else json.loads(text)
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}; expected a file of `torchweld bench --json`") from error
     except ValueError as error:
