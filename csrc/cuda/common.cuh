@@ -122,14 +122,15 @@ __device__ __forceinline__ T* at(void* base, int64_t index) {
 }
 
 // V neighbouring elements, as stored. V is 1, or V * sizeof(T) is a multiple of 16 bytes, which are accessed 16 at a
-// time. CUDA's load and store functions keep this width; the compiler sometimes splits a plain uint4 into four
-// accesses.
+// time, or 8 bytes. CUDA's load and store functions keep this width; the compiler sometimes splits a plain uint4 into
+// four accesses.
 template <class T, int V>
 struct Vector {
   static constexpr int kSize = V;
   static constexpr bool kPairs = V > 1 && sizeof(T) == 2;
   static constexpr int kWords = kPairs ? V / 2 : V;
-  static_assert(V == 1 || V * sizeof(T) % 16 == 0, "a vector is one element, or a multiple of 16 bytes");
+  static_assert(V == 1 || V * sizeof(T) % 16 == 0 || V * sizeof(T) == 8,
+                "a vector is one element, 8 bytes, or a multiple of 16 bytes");
   uint32_t words[kWords];
 
   __device__ __forceinline__ float operator[](int i) const {
@@ -159,7 +160,9 @@ struct Vector {
   }
 
   __device__ __forceinline__ void store(T* p) const {
-    if constexpr (V > 1) {
+    if constexpr (kWords == 2) {
+      __stwb(reinterpret_cast<uint2*>(p), make_uint2(words[0], words[1]));
+    } else if constexpr (V > 1) {
 #pragma unroll
       for (int i = 0; i < kWords; i += 4)
         __stwb(reinterpret_cast<uint4*>(p) + i / 4, make_uint4(words[i], words[i + 1], words[i + 2], words[i + 3]));
@@ -173,7 +176,10 @@ struct Vector {
  private:
   template <class F>
   __device__ __forceinline__ void move(const T* p, F&& read) {
-    if constexpr (V > 1) {
+    if constexpr (kWords == 2) {
+      const uint2 packet = read(reinterpret_cast<const uint2*>(p));
+      words[0] = packet.x, words[1] = packet.y;
+    } else if constexpr (V > 1) {
 #pragma unroll
       for (int i = 0; i < kWords; i += 4) {
         const uint4 packet = read(reinterpret_cast<const uint4*>(p) + i / 4);
@@ -256,9 +262,13 @@ class RowSums {
   __device__ __forceinline__ void reduce(float (&v)[K], F&& f) {
     static_assert(K <= kMost);
     const int lanes = static_cast<int>(blockDim.x);
+    auto within_warp = [&](int width) {
 #pragma unroll
-    for (int k = 0; k < K; ++k) v[k] = group_reduce(v[k], lanes, f);
-    if (lanes <= kWarpSize) return;
+      for (int k = 0; k < K; ++k) v[k] = group_reduce(v[k], width, f);
+    };
+    if (lanes < kWarpSize) return within_warp(lanes);
+    within_warp(kWarpSize);  // a constant: no branch per shuffle
+    if (lanes == kWarpSize) return;
     const int warps = lanes / kWarpSize, rows = static_cast<int>(blockDim.y);
     float* row = reinterpret_cast<float*>(shared_memory) + (place_ * rows + threadIdx.y) * warps * kMost;
     if (threadIdx.x % kWarpSize == 0) {

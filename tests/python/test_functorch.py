@@ -107,3 +107,12 @@ def test_sparse_inputs_are_refused() -> None:
         TypeError, match=r"input: expected a dense tensor, but got a sparse_coo one; .* x\.to_dense\(\)"
     ):
         ops.layer_norm(torch.eye(8).to_sparse(), (8,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)  # a kernel, the reference
+@pytest.mark.parametrize("name", ["layer_norm", "rms_norm"])
+def test_sparse_weights_are_refused(name: str, dtype: torch.dtype) -> None:
+    """The reference's product with one would be sparse."""
+    weight = torch.eye(8, dtype=dtype)[0].to_sparse()
+    with pytest.raises(TypeError, match=rf"\[{name}\] weight: expected a dense tensor, but got a sparse_coo one"):
+        getattr(ops, name)(torch.randn(3, 8, dtype=dtype), (8,), weight)

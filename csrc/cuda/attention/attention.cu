@@ -88,12 +88,10 @@ void attention_backward(const AttentionBackwardParams& params, Stream stream) {
         run_bias = sm90::Kernels<T, D>::backward_bias;
         if (D > 128) p.dquery_accumulator = nullptr;  // dS does not fit shared memory
       }
-    const dim3 blocks = grid_of(kName, (rows + kPrepareWarps - 1) / kPrepareWarps);
-    if (rows > 0) launch(kName, prepare_rows<T>, blocks, dim3(kPrepareWarps * kWarpSize), 0, stream, p);
+    launch_prepare<T, D>(kName, p, stream);
     if (p.batch * p.heads > 0) run(p, stream);
     if (p.dbias != nullptr) run_bias(p, stream);
-    if (rows > 0 && p.dquery_accumulator != nullptr)
-      launch(kName, round_dquery<T>, blocks, dim3(kPrepareWarps * kWarpSize), 0, stream, p);
+    if constexpr (sizeof(T) == 2) launch_round<T, D>(kName, p, stream);
   });
   const dim3 heads = grid_of(kName, p.batch * p.heads);
   if (heads.x > 0 && (p.dsinks != nullptr || p.dalibi_slopes != nullptr))

@@ -6,10 +6,10 @@
 // do: where scores are large, its rounding is a factor of P.
 //
 // kernel            grid -> owns                        computes
-// prepare_rows      warp -> query                       delta = sum(doutput * output) - dlse, statistics, dsink per row
+// prepare_rows      lanes -> query                      delta = sum(doutput * output) - dlse, statistics, dsink per row
 // backward_keys     block -> tile of keys, 1 key head   dkey = dS^T @ query, dvalue = P^T @ doutput, [dquery]
 // backward_queries  block -> tile of queries            dquery = dS @ key, [each row's gradient of the ALiBi slope]
-// round_dquery      warp -> query                       dquery from the accumulator that backward_keys has filled
+// round_dquery      lanes -> query                      dquery from the accumulator that backward_keys has filled
 // backward_bias     block -> tile of dbias              the sum of dS over the dimensions that bias is broadcast along
 // reduce_heads      block -> head                       gradients of sinks and slopes
 //

@@ -8,14 +8,17 @@
 
 namespace torchweld::cuda::attention {
 
-__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x) % kWarpSize; }
+// Unsigned inside: the compiler divides what may be negative in more steps. (warp() so spills in paged decoding.)
+__device__ __forceinline__ int lane() { return static_cast<int>(threadIdx.x % unsigned{kWarpSize}); }
 __device__ __forceinline__ int warp() { return static_cast<int>(threadIdx.x) / kWarpSize; }
 __device__ __forceinline__ int lane_row() { return lane() / 4; }         // g
 __device__ __forceinline__ int lane_column() { return lane() % 4 * 2; }  // 2t
 
 // The lane, hidden from the compiler. What follows from it is computed where it is used, and does not occupy registers
 // that the accumulators need.
-__device__ __forceinline__ int opaque_lane() { return ptx::opaque(lane()); }
+__device__ __forceinline__ int opaque_lane() {
+  return static_cast<int>(ptx::opaque(threadIdx.x) % unsigned{kWarpSize});
+}
 
 __device__ __forceinline__ int clamp(int x, int low, int high) { return x < low ? low : x > high ? high : x; }
 
@@ -86,30 +89,53 @@ __device__ __forceinline__ void load_chunk(uint32_t to, const T* from, int eleme
   }
 }
 
+// What one of kThreads threads that load tiles of R rows copies: chunk `chunk` of row `row` and of every kRowsAtOnce-th
+// row after it.
+template <class T, int D, int R, int kThreads>
+struct TileShare {
+  static constexpr int kChunk = 16 / static_cast<int>(sizeof(T)), kChunks = D / kChunk,
+                       kRowsAtOnce = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kRowsAtOnce > 0);
+  int chunk, row;
+
+  __device__ __forceinline__ explicit TileShare(unsigned thread)
+      : chunk(static_cast<int>(thread % unsigned{kChunks})), row(static_cast<int>(thread / unsigned{kChunks})) {}
+  __device__ __forceinline__ int column() const { return chunk * kChunk; }
+  __device__ __forceinline__ bool has(int r) const { return R % kRowsAtOnce == 0 || row + r < R; }
+  // Groups of 8 rows have the same layout.
+  template <class Layout>
+  __device__ __forceinline__ uint32_t place(int r) const {
+    return Layout::at(row + r % 8, chunk) + Layout::at(r / 8 * 8, 0);
+  }
+};
+
 // Loads rows [first, first + R) into the tile at `tile`, with zeros for what may not be read. kThreads threads share
-// the work. A tile without missing parts, the usual case, costs a few instructions per chunk.
+// the work. `walk` stands `column` elements before the first chunk of this one.
+template <class T, class Layout, class Source, class Walk, int D, int R, int kThreads>
+__device__ __forceinline__ void load_partial_tile(uint32_t tile, const Source& rows, int first, Walk& walk, int column,
+                                                  const TileShare<T, D, R, kThreads>& own) {
+  using Share = TileShare<T, D, R, kThreads>;
+  const int here = clamp(rows.size - own.column(), 0, Share::kChunk);
+#pragma unroll 1
+  for (int r = 0; r < R; r += Share::kRowsAtOnce, walk.next()) {
+    if (!own.has(r)) break;
+    const bool exists = here > 0 && first + own.row + r >= rows.begin && first + own.row + r < rows.end;
+    load_chunk(tile + own.template place<Layout>(r), exists ? walk.here() + column : rows.base, exists ? here : 0,
+               rows.vectorized);
+  }
+}
+
+// The same. A tile without missing parts, the usual case, costs a few instructions per chunk.
 template <class T, int D, int R, int kThreads, class Layout = Tile<T, D>, class Source = Rows<T>>
 __device__ __forceinline__ void load_tile(uint32_t tile, const Source& rows, int first) {
-  constexpr int kChunk = 16 / static_cast<int>(sizeof(T)), kChunks = D / kChunk, kRowsAtOnce = kThreads / kChunks;
-  static_assert(kThreads % kChunks == 0 && kRowsAtOnce > 0);
-  const int thread = ptx::opaque(static_cast<int>(threadIdx.x)), chunk = thread % kChunks, row0 = thread / kChunks;
-  auto walk = rows.walk(first + row0, kRowsAtOnce);
-  auto is_here = [&](int r) { return R % kRowsAtOnce == 0 || row0 + r < R; };
-  // Groups of 8 rows have the same layout.
-  auto place = [&](int r) { return tile + Layout::at(row0 + r % 8, chunk) + Layout::at(r / 8 * 8, 0); };
-  if (rows.vectorized && rows.size == D && first >= rows.begin && first + R <= rows.end) {
+  using Share = TileShare<T, D, R, kThreads>;
+  const Share own(ptx::opaque(threadIdx.x));
+  auto walk = rows.walk(first + own.row, Share::kRowsAtOnce);
+  if (!(rows.vectorized && rows.size == D && first >= rows.begin && first + R <= rows.end))
+    return load_partial_tile<T, Layout>(tile, rows, first, walk, own.column(), own);
 #pragma unroll
-    for (int r = 0; r < R; r += kRowsAtOnce, walk.next())
-      if (is_here(r)) ptx::cp_async(place(r), walk.here() + chunk * kChunk);
-    return;
-  }
-  const int here = clamp(rows.size - chunk * kChunk, 0, kChunk);
-#pragma unroll 1
-  for (int r = 0; r < R; r += kRowsAtOnce, walk.next()) {
-    if (!is_here(r)) break;
-    const bool exists = here > 0 && first + row0 + r >= rows.begin && first + row0 + r < rows.end;
-    load_chunk(place(r), exists ? walk.here() + chunk * kChunk : rows.base, exists ? here : 0, rows.vectorized);
-  }
+  for (int r = 0; r < R; r += Share::kRowsAtOnce, walk.next())
+    if (own.has(r)) ptx::cp_async(tile + own.template place<Layout>(r), walk.here() + own.column());
 }
 
 // ---- To global memory

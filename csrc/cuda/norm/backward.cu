@@ -38,7 +38,7 @@ __global__ void __launch_bounds__(kMaxThreads) sums_of_rows(const __grid_constan
     for (int64_t tile = blockIdx.x * int64_t{kTile}; tile < p.cols; tile += gridDim.x * int64_t{kTile}) {
       const auto own = Columns<E, V>::of_warps(p.cols - tile < kTile ? p.cols - tile : kTile);
       Row<T, R, E, V> row;
-      row.load(p, m, p.rows, tile, own);
+      row.load(p, m, p.rows, m * p.cols + tile, own);
 #pragma unroll
       for (int c = 0; c < E / V; ++c) {
         Vector<float, V> w;

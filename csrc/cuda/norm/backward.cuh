@@ -31,10 +31,11 @@ struct Row {
   Slice<T, E, V> doutput;
   float mean = 0.0f, rstd = 0.0f;
 
-  __device__ __forceinline__ void load(const Backward& p, int64_t m, int64_t end, int64_t column, Columns<E, V> own) {
+  // Row m, whose first column is element `start`.
+  __device__ __forceinline__ void load(const Backward& p, int64_t m, int64_t end, int64_t start, Columns<E, V> own) {
     if (m >= end) own.count = 0;
-    x.load_once(at<R>(p.input, m * p.cols + column), own);
-    doutput.load_once(at<T>(p.doutput, m * p.cols + column), own);
+    x.load_once(at<R>(p.input, start), own);
+    doutput.load_once(at<T>(p.doutput, start), own);
     mean = m < end && p.mean != nullptr ? p.mean[m] : 0.0f;
     rstd = m < end ? p.rstd[m] : 0.0f;
   }
@@ -140,19 +141,22 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
     return load_weight<WT, V>(p, column + own.first(c), own.has(c));
   };
 
+  const float share = 1.0f / static_cast<float>(p.cols);
   constexpr bool kPrefetch = V > 1 && sizeof(R) == 2;  // other instances lack the registers
   Row<T, R, E, V> row, next;
-  if (kPrefetch) next.load(p, begin + threadIdx.y, end, column, own);
-  for (int64_t base = begin; base < end; base += blockDim.y) {
+  const int64_t ahead = blockDim.y * p.cols;
+  int64_t start = (begin + threadIdx.y) * p.cols + column;  // of the row, kept: a product of 64 bits costs five
+  if (kPrefetch) next.load(p, begin + threadIdx.y, end, start, own);
+  for (int64_t base = begin; base < end; base += blockDim.y, start += ahead) {
     const int64_t m = base + threadIdx.y;
 
     // Load.
     const DropoutMask<E, V> mask(p.dropout, m, column, own);
     if (kPrefetch) {
       row = next;
-      next.load(p, m + blockDim.y, end, column, own);
+      next.load(p, m + blockDim.y, end, start + ahead, own);
     } else {
-      row.load(p, m, end, column, own);
+      row.load(p, m, end, start, own);
     }
 
     // Sums over the row, and weight gradients. Missing columns have doutput = 0.
@@ -183,15 +187,14 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
     if (p.dinput == nullptr && p.dx == nullptr) continue;
     constexpr int kDepth = E / V > 2 && V > 1 ? 2 : E / V;  // vectors of dsum in flight
     Slice<R, kDepth * V, V> dsum{};
-    if (p.dsum != nullptr)
-      dsum.load_once(at<R>(p.dsum, m * p.cols + column), {own.start, own.stride, m < end ? own.count : 0});
+    if (p.dsum != nullptr) dsum.load_once(at<R>(p.dsum, start), {own.start, own.stride, m < end ? own.count : 0});
     if constexpr (kMode == Mode::slab) {
       sums[0] = p.row_sums[2 * m];
       sums[1] = p.row_sums[2 * m + 1];
     } else {
       sum_over_row(sums);
-      sums[0] = p.mean != nullptr ? sums[0] / static_cast<float>(p.cols) : 0.0f;
-      sums[1] /= static_cast<float>(p.cols);
+      sums[0] = p.mean != nullptr ? sums[0] * share : 0.0f;
+      sums[1] *= share;
     }
 
     // Input gradient.
@@ -206,19 +209,19 @@ __global__ void __launch_bounds__(kMode == Mode::shared ? kMaxThreads : kRowThre
         const float g = row.doutput.vectors[c][i] * (w[i] + p.weight_offset);
         v[i] = (g - sums[0] - row.xhat(c, i) * sums[1]) * row.rstd + dsum.vectors[c % kDepth][i];
       }
-      const int64_t start = m * p.cols + column + own.first(c);
+      const int64_t first = start + own.first(c);
       if (p.dinput != nullptr) {
         Vector<R, V> dinput;
         dinput.set([&](int i) { return v[i]; });
-        dinput.store(at<R>(p.dinput, start));
+        dinput.store(at<R>(p.dinput, first));
       }
       if (p.dx != nullptr) {
         Vector<T, V> dx;
         dx.set([&](int i) { return mask(c * V + i, v[i], p.dropout); });
-        dx.store(at<T>(p.dx, start));
+        dx.store(at<T>(p.dx, first));
       }
       if (c + kDepth < E / V && p.dsum != nullptr && own.has(c + kDepth))
-        dsum.vectors[c % kDepth].load_once(at<R>(p.dsum, m * p.cols + column) + own.first(c + kDepth));
+        dsum.vectors[c % kDepth].load_once(at<R>(p.dsum, start) + own.first(c + kDepth));
     }
   }
 

@@ -194,7 +194,7 @@ __device__ __forceinline__ void update(const OptimizerTensor& t, uint64_t row, c
       const philox::Words random = philox::words(s.seed, row, static_cast<uint32_t>(i / 8));
 #pragma unroll
       for (int k = 0; k < 8; ++k)
-        if (V == 8 || i % 8 == k)
+        if (V == 8 || i % 8 == k / V * V)
           p[k % V] = round_stochastically(p[k % V], random.word[k / 2] >> (k % 2 * 16) & 0xffffu);
     }
     param.set([&](int k) { return p[k]; });
@@ -211,7 +211,7 @@ __device__ __forceinline__ bool can_vectorize(const OptimizerTensor& t) {
 }
 
 template <class Storage, class Rule>
-__global__ void __launch_bounds__(kThreads, Storage::kHasMaster ? 2 : 3) step(const __grid_constant__ Step<Rule> s) {
+__global__ void __launch_bounds__(kThreads, 3) step(const __grid_constant__ Step<Rule> s) {
   const int64_t position = blockIdx.x * kOptimizerChunkCuda, index = index_at(s.table, s.count, position);
   const OptimizerTensor t = s.table[index];
   const int64_t begin = position - t.begin, left = t.numel - begin;
@@ -237,8 +237,10 @@ __global__ void __launch_bounds__(kThreads, Storage::kHasMaster ? 2 : 3) step(co
         using T = typename decltype(own)::type;
         using GT = typename decltype(grad)::type;
         using ST = typename decltype(state)::type;
-        // 16-byte vectors as far as possible, then single elements.
-        constexpr int V = sizeof(T) + sizeof(GT) + sizeof(ST) == 12 ? 4 : 8;
+        // Vectors as far as possible, then single elements. Where there are floats a lane owns 4 neighbours: 16 bytes
+        // of floats, 8 of 16-bit elements, and no access of a warp leaves out part of a sector.
+        constexpr bool kFloats = Storage::kHasMaster || sizeof(T) + sizeof(GT) + sizeof(ST) > 6;
+        constexpr int V = kFloats ? 4 : 8;
         const int64_t vector_end = can_vectorize(t) ? begin + (end - begin) / V * V : begin;
         update<Storage, T, GT, ST, V>(t, row, s, f, begin, vector_end);
         update<Storage, T, GT, ST, 1>(t, row, s, f, vector_end, end);

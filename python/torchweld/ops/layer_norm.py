@@ -66,6 +66,8 @@ def refusal_of(op: str, x: Tensor, shape: tuple[int, ...], weight: Tensor | None
     for p in (weight, bias):
         if p is None:
             continue
+        if p.layout is not _STRIDED:  # the reference's product with a sparse one would be sparse
+            check_dense(op, **{"weight" if p is weight else "bias": p})
         try:
             fits = p.shape == shape
         except RuntimeError:

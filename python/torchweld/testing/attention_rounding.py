@@ -26,13 +26,14 @@ def sizes(
 ) -> Tensors:
     """By output, the terms that rounding acts on; `key` and `value` by query head, all of it in float64.
 
-    A relative error e of every product makes one of e * size, size being sum|q||k| * scale for a score. An error d of
-    the scores makes one of P_j * ((1 - P_j) d_j - sum over the other k of P_k d_k) of a weight: nothing where one key
-    has all of it. Each weight, product and sum has an error of its own beside that.
+    A relative error e of every product makes one of e * size, size being sum|q||k| * scale for a score. Where one
+    product is nearly all of a score, its D additions count for more: each may round a sum as large as the score, which
+    makes a random walk of steps of 1 / sqrt(12). An error d of the scores makes one of
+    P_j * ((1 - P_j) d_j - sum over the other k of P_k d_k) of a weight: nothing where one key has all of it. Each
+    weight, product and sum has an error of its own beside that.
 
     The backward makes the weights again from lse, whose logarithm of the sum (not its maximum, which the scores have in
-    common) was rounded. In lse the score itself stands: each of its D additions may round a sum as large as the score,
-    which makes a random walk of steps of 1 / sqrt(12).
+    common) was rounded. In lse the score itself stands, with the walk.
 
     The slope of the softcap, 1 - tanh(x)^2, moves by 2 tanh(x) times the error of x, as a share of itself; and the
     definition's, a difference in float64, is off by a rounding of that.
@@ -40,15 +41,19 @@ def sizes(
     q, do, k, v = (t.abs() for t in (x["query"], x["doutput"], key, value))
     dlse = x["dlse"].unsqueeze(-1) if "dlse" in x else torch.zeros((), dtype=q.dtype, device=q.device)
 
+    walk = math.sqrt(q.shape[-1] / 12)
+    product = x["query"] @ key.mT * scale
     score = q @ k.mT * abs(scale)
     slope: Tensor | float = 1.0
     moved: Tensor | float = 0.0
     if softcap:
-        capped = torch.tanh(x["query"] @ key.mT * (scale / softcap))
+        capped = torch.tanh(product / softcap)
         slope = 1 - capped.square()
         moved = slope * (1 + 2 * capped.abs() * score / softcap)
         moved = moved + torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
         score = score * slope + softcap * capped.abs()
+    lse = 1 + (weights * score).sum(-1) * max(1.0, walk)
+    score = torch.maximum(score, walk * (product * slope).abs())
     shared = (weights * score).sum(-1, keepdim=True)
     inexact = weights * (1 + score * (1 - weights).abs() + (shared - weights * score).abs())
     again = inexact + weights * _log_of_sum(weights)
@@ -61,7 +66,7 @@ def sizes(
 
     found = {
         "output": (kept * inexact) @ v,
-        "lse": 1 + shared.squeeze(-1) * max(1.0, math.sqrt(q.shape[-1] / 12)),
+        "lse": lse,
         "dquery": dproduct @ k * abs(scale),
         "dkey": _by_key_head(dproduct.mT @ q * abs(scale), group),
         "dvalue": _by_key_head((kept * again).mT @ do, group),

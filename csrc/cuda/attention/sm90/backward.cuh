@@ -46,11 +46,11 @@ struct BackwardMemory {
     statistics = begin + static_cast<uint32_t>(offsetof(Memory, statistics));
     pipeline.barriers = begin + static_cast<uint32_t>(offsetof(Memory, barriers));
   }
-  __device__ __forceinline__ uint32_t item(int n) const {
-    return slots + static_cast<uint32_t>(n % Shape::kSlots * static_cast<int>(sizeof(Memory::slots[0])));
+  __device__ __forceinline__ uint32_t item(int slot) const {
+    return slots + static_cast<uint32_t>(slot * static_cast<int>(sizeof(Memory::slots[0])));
   }
-  __device__ __forceinline__ uint32_t statistics_of(int n) const {
-    return statistics + static_cast<uint32_t>(n % Shape::kSlots * static_cast<int>(sizeof(Memory::statistics[0])));
+  __device__ __forceinline__ uint32_t statistics_of(int slot) const {
+    return statistics + static_cast<uint32_t>(slot * static_cast<int>(sizeof(Memory::statistics[0])));
   }
 };
 

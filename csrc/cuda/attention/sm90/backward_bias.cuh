@@ -32,24 +32,24 @@ __global__ void __launch_bounds__(BiasShape<D>::kThreads, 1) backward_bias(const
   const BiasTile<Shape::kRows, Shape::kKeys> tile(p, blockIdx.x);
   const uint32_t slots = AlignedMemory::begin();
   const typename Shape::Pipeline pipeline{slots + static_cast<uint32_t>(offsetof(Memory, barriers))};
-  auto slot = [&](int item) {
-    return slots + static_cast<uint32_t>(item % Shape::kSlots * static_cast<int>(sizeof(Memory::slots[0])));
+  auto slot = [&](int number) {
+    return slots + static_cast<uint32_t>(number * static_cast<int>(sizeof(Memory::slots[0])));
   };
   pipeline.init();
 
   if (warpgroup() == 0) {
     ptx::registers_decrease<Shape::kLoaderRegisters>();
-    typename Shape::Pipeline::Producer producer{pipeline};
+    typename Shape::Pipeline::Producer producer(pipeline);
     tile.for_each_score([&](const Head& head, int i0, int j0) {
       const VisibleKeys<1> visible(head, i0, Shape::kRows);
       const BackwardRows<T> all(p, head, visible.begin, visible.end);
 #pragma unroll 1
       for (int which = 0; which < 4; ++which)
-        producer.load([&](int item) {
+        producer.load([&](int to) {
           const Rows<T> queries = which < 2 ? Rows<T>(all.query) : Rows<T>(all.doutput);
           const Rows<T> keys = which < 2 ? Rows<T>(all.key) : Rows<T>(all.value);
           const Rows<T> rows = which % 2 == 0 ? Rows<T>(queries) : Rows<T>(keys);
-          load_tile<T, D, 128, kWarpgroup, typename Shape::Item>(slot(item), rows, which % 2 == 0 ? i0 : j0);
+          load_tile<T, D, 128, kWarpgroup, typename Shape::Item>(slot(to), rows, which % 2 == 0 ? i0 : j0);
         });
     });
     producer.finish();
@@ -58,35 +58,38 @@ __global__ void __launch_bounds__(BiasShape<D>::kThreads, 1) backward_bias(const
   ptx::registers_increase<Shape::kRegisters>();
   const int row = (warpgroup() - 1) * 64, warp_row = row + warp() % 4 * 16;
   float sum[1][NT][4] = {};
-  int item = 0;
+  using Pair = RingPair<Shape::kSlots>;
+  Pair items{};
   tile.for_each_score([&](const Head& head, int i0, int j0) {
     // Products.
     float s[1][NT][4], ds[1][NT][4];
-    auto begin = [&](float (&acc)[1][NT][4], int left) {
-      pipeline.wait(left);
-      pipeline.wait(left + 1);
+    auto begin = [&](float (&acc)[1][NT][4], const Pair& pair) {
+      pipeline.wait(pair.first);
+      pipeline.wait(pair.second());
       ptx::wgmma_fence();
-      begin_rows<T, D, Shape::kRows>(acc, slot(left), row, slot(left + 1));
+      begin_rows<T, D, Shape::kRows>(acc, slot(pair.first.slot), row, slot(pair.second().slot));
       ptx::wgmma_commit();
     };
-    auto release = [&](int left) {
-      pipeline.release(left);
-      pipeline.release(left + 1);
+    auto release = [&](const Pair& pair) {
+      pipeline.release(pair.first);
+      pipeline.release(pair.second());
     };
-    begin(s, item);
+    const Pair query_key = items;
+    items.next();
+    begin(s, query_key);
     if constexpr (Shape::kSlots < 4) {  // the slots do not hold all four items
       ptx::wgmma_wait<0>();
-      release(item);
+      release(query_key);
     }
-    begin(ds, item + 2);
+    begin(ds, items);
     ptx::wgmma_wait<0>();
-    if constexpr (Shape::kSlots >= 4) release(item);
-    release(item + 2);
-    item += 4;
+    if constexpr (Shape::kSlots >= 4) release(query_key);
+    release(items);
+    items.next();
 
     // Gradients of scores.
     const RowStatistics<1> statistics(p, head, i0 + warp_row);
-    const ScorePositions<false> positions{head, i0 + warp_row, j0};
+    const ScorePositions<false> positions{head, ptx::opaque(i0 + warp_row), j0};  // positions, not all their sums
     const bool unmasked = head.all_visible(i0 + row, 64, j0, Shape::kKeys), uses_dropout = p.dropout.seed != nullptr;
     DropoutMask<false, 1, NT> keep;
     if (uses_dropout) keep.generate(p.dropout, head.mask_begin, i0 + warp_row, j0);

@@ -31,34 +31,41 @@ __global__ void __launch_bounds__(QueriesShape<D, kPlain>::kThreads, 1)
       load_tile<T, D, Shape::kRows, kWarpgroup, typename Shape::Own>(memory.own[0], rows.query, i0);
       load_tile<T, D, Shape::kRows, kWarpgroup, typename Shape::Own>(memory.own[1], rows.doutput, i0);
     }
-    memory.pipeline.fill(2 * steps, [&](int item) {
-      const Rows<T> others = item % 2 == 0 ? Rows<T>(rows.key) : Rows<T>(rows.value);
-      load_tile<T, D, Shape::kStreamed, kWarpgroup, typename Shape::Streamed>(
-          memory.item(item), others, visible.start + item / 2 * Shape::kStreamed);
-    });
+    TileStream<T, D, Shape::kStreamed> keys(rows.key, visible.start), values(rows.value, visible.start);
+    typename Shape::Pipeline::Producer producer(memory.pipeline);
+    const int beyond = visible.start + steps * Shape::kStreamed;
+#pragma unroll 1
+    for (int first = visible.start; first < beyond; first += Shape::kStreamed) {
+      producer.load([&](int slot) { keys.load(memory.item(slot), first); });
+      producer.load([&](int slot) { values.load(memory.item(slot), first); });
+    }
+    producer.finish();
     return;
   }
   ptx::registers_increase<Shape::kRegisters>();
   const int row = (warpgroup() - 1) * 64, row0 = i0 + row + warp() % 4 * 16;
   float dquery[1][D / 8][4] = {}, dslopes[1][2] = {};
   if (steps > 0) {
-    memory.pipeline.wait(0);
+    RingPair<Shape::kSlots> items{};
+    memory.pipeline.wait(items.first);
     const RowStatistics<1> statistics(p, head, row0);
     float s[1][NT][4], ds[1][NT][4];
     RegisterOperand<NT> dscores;
 #pragma unroll 1
     for (int step = 0; step < steps; ++step) {
       const int j0 = visible.start + step * Shape::kStreamed;
-      const ScorePositions<false> positions{head, row0, j0};
+      const ScorePositions<false> positions{head, kPlain ? row0 : ptx::opaque(row0), j0};
       const bool unmasked = head.all_visible(i0 + row, 64, j0, Shape::kStreamed);
-      const uint32_t keys = memory.item(2 * step);
+      const auto key = items.first, value = items.second();
+      items.next();
+      const uint32_t keys = memory.item(key.slot);
       auto softmax = [&](int m, int, int e) { return statistics.softmax[m][e / 2]; };
       auto gradient = [&](int m, int, int e) { return statistics.gradient[m][e / 2]; };
 
       // Products.
       begin_own_rows<T, D>(s, memory, 0, row, keys);
-      memory.pipeline.wait(2 * step + 1);
-      begin_own_rows<T, D>(ds, memory, 1, row, memory.item(2 * step + 1));
+      memory.pipeline.wait(value);
+      begin_own_rows<T, D>(ds, memory, 1, row, memory.item(value.slot));
 
       // Gradients of scores.
       DropoutMask<false, 1, NT> keep;
@@ -67,7 +74,7 @@ __global__ void __launch_bounds__(QueriesShape<D, kPlain>::kThreads, 1)
         if (!unmasked) mask_out(positions, s, -infinity());
         recompute_probabilities(s, p.scale_log2, softmax);
         if (step + 1 < steps)
-          memory.pipeline.wait(2 * step + 2);  // waits here so that the probabilities overlap dP: see wait()
+          memory.pipeline.wait(items.first);  // waits here so that the probabilities overlap dP: see wait()
         ptx::wgmma_wait<0>();
         subtract_delta(p, ds, false, keep, gradient);
         if (!unmasked) mask_out(positions, ds, 0.0f);
@@ -82,9 +89,9 @@ __global__ void __launch_bounds__(QueriesShape<D, kPlain>::kThreads, 1)
           mask_out(positions, ds, 0.0f);
         }
         recompute_probabilities(s, p.scale_log2, softmax);
-        if (step + 1 < steps) memory.pipeline.wait(2 * step + 2);
+        if (step + 1 < steps) memory.pipeline.wait(items.first);
       }
-      memory.pipeline.release(2 * step + 1);
+      memory.pipeline.release(value);
       for_each<1, NT>([&](int m, int n, int e) { ds[m][n][e] *= s[m][n][e]; });
       if (!kPlain && p.row_dslopes != nullptr) add_dslopes(positions, ds, dslopes);
 
@@ -94,7 +101,7 @@ __global__ void __launch_bounds__(QueriesShape<D, kPlain>::kThreads, 1)
       begin_columns<T, D>(dquery, dscores, keys);
       ptx::wgmma_commit();
       ptx::wgmma_wait<0>();
-      memory.pipeline.release(2 * step);
+      memory.pipeline.release(key);
     }
   }
   if (p.dquery != nullptr) store_dquery<T>(p, head, row0, dquery);

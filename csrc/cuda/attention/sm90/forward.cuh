@@ -33,15 +33,14 @@ struct ForwardShape {
 };
 
 // Items in the order in which they are used: keys are multiplied one tile ahead of values.
+template <class Place>
 struct ForwardItems {
   int steps;
 
-  __device__ __forceinline__ int key(int step) const { return step == 0 ? 0 : 2 * step - 1; }
-  __device__ __forceinline__ int value(int step) const { return step + 1 < steps ? 2 * step + 2 : 2 * step + 1; }
-  __device__ __forceinline__ bool is_key(int item) const {
-    return item == 0 || (item % 2 != 0 && item < 2 * steps - 1);
+  __device__ __forceinline__ Place key(int step) const { return Place::of(step == 0 ? 0 : 2 * step - 1); }
+  __device__ __forceinline__ Place value(int step) const {
+    return Place::of(step + 1 < steps ? 2 * step + 2 : 2 * step + 1);
   }
-  __device__ __forceinline__ int step(int item) const { return is_key(item) ? (item + 1) / 2 : (item - 1) / 2; }
 };
 
 template <class T, int D, bool kPlain, int kGroups>
@@ -56,28 +55,34 @@ __global__ void __launch_bounds__(ForwardShape<D, kPlain, kGroups>::kThreads, 1)
 
   const VisibleKeys<Shape::kKeys> visible(head, i0, Shape::kQueries);
   const int steps = visible.steps;
-  const ForwardItems items{steps};
+  const ForwardItems<typename Shape::Pipeline::Place> items{steps};
   using Memory = typename Shape::Memory;
   const uint32_t queries = AlignedMemory::begin(), slots = queries + static_cast<uint32_t>(offsetof(Memory, slots));
   const typename Shape::Pipeline pipeline{queries + static_cast<uint32_t>(offsetof(Memory, barriers))};
-  auto slot = [&](int item) {
-    return slots + static_cast<uint32_t>(item % Shape::kSlots * static_cast<int>(sizeof(Memory::slots[0])));
+  auto slot = [&](int number) {
+    return slots + static_cast<uint32_t>(number * static_cast<int>(sizeof(Memory::slots[0])));
   };
   pipeline.init();
 
   if (warpgroup() == 0) {
     ptx::registers_decrease<Shape::kLoaderRegisters>();
+    const Head head(p, ptx::opaque(static_cast<int>(work.head / p.heads)), static_cast<int>(work.head % p.heads));
     if (steps > 0)
       load_tile<T, D, Shape::kQueries, kWarpgroup, typename Shape::Queries>(
           queries, head.all_queries<T>(p.query, p.query_strides, p.dim, p.vectorized), i0);
-    pipeline.fill(2 * steps, [&](int item) {
-      const Rows<T> rows =
-          items.is_key(item)
-              ? head.keys_from<T>(p.key, p.key_strides, p.dim, visible.begin, visible.end, p.vectorized)
-              : head.keys_from<T>(p.value, p.value_strides, p.value_dim, visible.begin, visible.end, p.vectorized);
-      load_tile<T, D, Shape::kKeys, kWarpgroup, typename Shape::Keys>(slot(item), rows,
-                                                                      visible.start + items.step(item) * Shape::kKeys);
-    });
+    TileStream<T, D, Shape::kKeys> keys(
+        head.keys_from<T>(p.key, p.key_strides, p.dim, visible.begin, visible.end, p.vectorized), visible.start);
+    TileStream<T, D, Shape::kKeys> values(
+        head.keys_from<T>(p.value, p.value_strides, p.value_dim, visible.begin, visible.end, p.vectorized),
+        visible.start);
+    typename Shape::Pipeline::Producer producer(pipeline);
+    const int beyond = visible.start + steps * Shape::kKeys;
+#pragma unroll 1
+    for (int first = visible.start; first <= beyond; first += Shape::kKeys) {
+      if (first < beyond) producer.load([&](int to) { keys.load(slot(to), first); });
+      if (first > visible.start) producer.load([&](int to) { values.load(slot(to), first - Shape::kKeys); });
+    }
+    producer.finish();
     return;
   }
   ptx::registers_increase<Shape::kRegisters>();
@@ -94,13 +99,13 @@ __global__ void __launch_bounds__(ForwardShape<D, kPlain, kGroups>::kThreads, 1)
   auto begin_scores = [&](int step) {
     ping_pong.wait_turn();
     ptx::wgmma_fence();
-    begin_rows<T, D, Shape::kQueries>(s, queries, ping_pong.group * 64, slot(items.key(step)));
+    begin_rows<T, D, Shape::kQueries>(s, queries, ping_pong.group * 64, slot(items.key(step).slot));
     ptx::wgmma_commit();
   };
   auto begin_values = [&](int step) {
     pipeline.wait(items.value(step));
     ptx::wgmma_fence();
-    begin_columns<T, D>(output, probabilities, slot(items.value(step)));
+    begin_columns<T, D>(output, probabilities, slot(items.value(step).slot));
     ptx::wgmma_commit();
   };
   auto softmax_of = [&](int step) {
@@ -149,21 +154,22 @@ __global__ void __launch_bounds__(ForwardShape<D, kPlain, kGroups>::kThreads, 1)
   // Normalise. Store.
   const float dropout_scale = uses_dropout ? p.dropout.scale : 1.0f;
   softmax.finish(output, scale_log2);
-  T* out = head.query_rows(static_cast<T*>(p.output), p.output_strides);
+  const Head own(p, ptx::opaque(head.b), head.h);  // made again: the loop needs the registers
+  T* out = own.query_rows(static_cast<T*>(p.output), p.output_strides);
   auto row_of = [&](int half) { return row0 + lane_row() + half * 8; };
   auto denominator = [&](int half) {
     return Denominator(softmax.max[0][half], softmax.sum[0][half], score_scale_of(p, kPlain),
-                       p.sinks != nullptr ? p.sinks + head.h : nullptr);
+                       p.sinks != nullptr ? p.sinks + own.h : nullptr);
   };
   store_rows<T>(
       output, static_cast<int>(p.value_dim), p.pairs,
-      [&](int, int half) { return row_of(half) < head.queries ? out + row_of(half) * p.output_strides.row : nullptr; },
+      [&](int, int half) { return row_of(half) < own.queries ? out + row_of(half) * p.output_strides.row : nullptr; },
       [&](int, int half) { return denominator(half).inverse * dropout_scale; });
   if (lane_column() != 0) return;
 #pragma unroll
   for (int half = 0; half < 2; ++half)
-    if (row_of(half) < head.queries)
-      denominator(half).store(p, head.statistics_begin + row_of(half), softmax.max[0][half]);
+    if (row_of(half) < own.queries)
+      denominator(half).store(p, own.statistics_begin + row_of(half), softmax.max[0][half]);
 }
 
 // True if three warpgroups per block take less time than two. The time of a block is taken as its number of rows: few

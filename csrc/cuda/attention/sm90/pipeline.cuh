@@ -2,8 +2,8 @@
 // multiply them.
 //
 // The copies use cp.async, not tensor maps. Rows may have any stride and alignment, and a kernel reads only the rows
-// that its queries see. So packed sequences, broadcast heads and views need no kernel of their own. A copy costs about
-// three instructions per lane and 16 bytes.
+// that its queries see. So packed sequences, broadcast heads and views need no kernel of their own. A copy costs three
+// instructions per lane and 16 bytes.
 #pragma once
 
 #include "cuda/attention/sm90/tile.cuh"
@@ -14,11 +14,43 @@ namespace torchweld::cuda::attention::sm90 {
 enum class ForwardBarrier : int { first_turn = 1 };  // warpgroup g waits for its turn at first_turn + g
 enum class BackwardBarrier : int { consumers = 1 };  // all warpgroups that multiply
 
-// kSlots slots of shared memory, filled by warpgroup 0 (the producer) and read by kConsumerWarps warps. Item n is in
-// slot n % kSlots. Each slot has two mbarriers: `full` completes when the item has arrived, `empty` when all consumers
-// have released it.
+// Where an item is in a ring of kSlots slots: its slot, and the parity of the rounds before it.
+template <int kSlots>
+struct RingPlace {
+  int slot = 0;
+  uint32_t round = 0;
+
+  static __device__ __forceinline__ RingPlace of(int item) {
+    return {item % kSlots, static_cast<uint32_t>(item / kSlots % 2)};
+  }
+  __device__ __forceinline__ void next() {
+    if (++slot == kSlots) slot = 0, round ^= 1;
+  }
+};
+
+// The places of items 2n and 2n + 1.
+template <int kSlots>
+struct RingPair {
+  RingPlace<kSlots> first;
+
+  __device__ __forceinline__ RingPlace<kSlots> second() const {
+    if constexpr (kSlots % 2 == 0) return {first.slot + 1, first.round};  // no pair crosses the end
+    RingPlace<kSlots> place = first;
+    place.next();
+    return place;
+  }
+  __device__ __forceinline__ void next() {
+    first = second();
+    first.next();
+  }
+};
+
+// Slots of shared memory, filled by warpgroup 0 (the producer) and read by kConsumerWarps warps. Item n is in slot
+// n % kSlots. Each slot has two mbarriers: `full` completes when the item has arrived, `empty` when all consumers have
+// released it.
 template <int kSlots, int kConsumerWarps>
 struct LoadPipeline {
+  using Place = RingPlace<kSlots>;
   struct Barriers {
     struct Slot {
       uint64_t full, empty;
@@ -30,7 +62,7 @@ struct LoadPipeline {
   __device__ __forceinline__ void init() const {
     if (threadIdx.x == 0) {
       for (int slot = 0; slot < kSlots; ++slot) {
-        ptx::mbarrier_init(full(slot), kWarpgroup);
+        ptx::mbarrier_init(full(slot), kWarpgroup / kWarpSize);
         ptx::mbarrier_init(empty(slot), kConsumerWarps);
       }
       ptx::fence_mbarrier_init();
@@ -38,55 +70,54 @@ struct LoadPipeline {
     __syncthreads();
   }
 
-  // The producer calls this: copy(item) starts the cp.async copies of an item. Copies that the producer started earlier
-  // arrive with item 0.
-  template <class Copy>
-  __device__ __forceinline__ void fill(int items, Copy&& copy) const {
-    Producer producer{*this};
-#pragma unroll 1
-    while (producer.items < items) producer.load(copy);
-    producer.finish();
-  }
+  // Loads one item after another. Copies that the producer started before item 0 arrive with it.
+  class Producer {
+   public:
+    __device__ __forceinline__ explicit Producer(const LoadPipeline& pipeline) : pipeline_(pipeline) {}
 
-  // The same, one item at a time.
-  struct Producer {
-    const LoadPipeline& pipeline;
-    int items = 0, announced = 0;
-
+    // copy(slot) starts the cp.async copies of the next item.
     template <class Copy>
     __device__ __forceinline__ void load(Copy&& copy) {
-      const uint32_t slot = pipeline.empty(items % kSlots), parity = (items / kSlots - 1) % 2;
-      if (items >= kSlots && !ptx::mbarrier_try_wait(slot, parity)) {
+      // In the first round this finds the phase before the first, which is over.
+      const uint32_t empty = pipeline_.empty(place_.slot), parity = place_.round ^ 1;
+      if (!ptx::mbarrier_try_wait(empty, parity)) {
         finish();  // the consumers may need every loaded item before they release a slot
-        ptx::mbarrier_wait(slot, parity);
+        ptx::mbarrier_wait(empty, parity);
       }
-      copy(items);
+      copy(place_.slot);
       ptx::cp_async_commit();
-      ptx::cp_async_wait<1>();
-      announce();
-      ++items;
+      announce<1>();
+      newest_ = pipeline_.full(place_.slot);
+      place_.next();
     }
     __device__ __forceinline__ void finish() {
-      ptx::cp_async_wait<0>();
-      announce();
+      announce<0>();
+      newest_ = 0;
     }
 
    private:
-    // Announces every item before the newest.
+    // Waits until all but the last kPending groups of copies have arrived, and announces the newest item.
+    template <int kPending>
     __device__ __forceinline__ void announce() {
-      if (announced == items) return;
-      ptx::fence_proxy_async();  // wgmma reads the items
-      for (; announced < items; ++announced) ptx::mbarrier_arrive(pipeline.full(announced % kSlots));
+      if (newest_ == 0) return;
+      ptx::cp_async_wait<kPending>();
+      ptx::fence_proxy_async();  // wgmma reads the item
+      __syncwarp();
+      if (lane() == 0) ptx::mbarrier_arrive(newest_);
     }
+
+    Place place_;
+    uint32_t newest_ = 0;  // `full` of the newest item until it is announced, else 0
+    const LoadPipeline& pipeline_;
   };
 
   // A consumer waits until the item has arrived. The wait is a branch, and ptxas moves a wait for wgmma up to the last
   // branch before it: work that should overlap with a product needs a wait() after the work.
-  __device__ __forceinline__ void wait(int item) const { ptx::mbarrier_wait(full(item % kSlots), item / kSlots % 2); }
+  __device__ __forceinline__ void wait(Place item) const { ptx::mbarrier_wait(full(item.slot), item.round); }
   // A consumer warp no longer reads the item.
-  __device__ __forceinline__ void release(int item) const {
+  __device__ __forceinline__ void release(Place item) const {
     __syncwarp();
-    if (lane() == 0) ptx::mbarrier_arrive(empty(item % kSlots));
+    if (lane() == 0) ptx::mbarrier_arrive(empty(item.slot));
   }
 
  private:
@@ -97,6 +128,43 @@ struct LoadPipeline {
   __device__ __forceinline__ uint32_t empty(int slot) const {
     return barriers + static_cast<int>(sizeof(Slot)) * slot + static_cast<int>(offsetof(Slot, empty));
   }
+};
+
+// The tiles of R rows of one tensor, one after another. Each thread of the producer keeps its place in the rows, so
+// that no tile costs it a product or a division.
+template <class T, int D, int R>
+class TileStream {
+ public:
+  // The first tile begins at row `first`.
+  __device__ __forceinline__ TileStream(const Rows<T>& rows, int first) : rows_(rows) {
+    const Share own(ptx::opaque(threadIdx.x));
+    walk_ = {rows.base + (first + own.row) * rows.stride + own.column(), Share::kRowsAtOnce * rows.stride};
+    place_ = ptx::opaque(own.template place<Layout>(0));  // one register, not its parts
+  }
+
+  // Starts the copies of the next tile, whose first row is `first`.
+  __device__ __forceinline__ void load(uint32_t tile, int first) {
+    const int last_whole = rows_.vectorized && rows_.size == D ? rows_.end - R : rows_.begin - 1;
+    if (first >= rows_.begin && first <= last_whole) {
+      const uint32_t to = tile + place_;
+#pragma unroll
+      for (int r = 0; r < R; r += Share::kRowsAtOnce) {
+        ptx::cp_async(Layout::below(to, r), walk_.here());
+        walk_.next();
+        walk_.row = ptx::opaque(walk_.row);  // one sum per chunk: multiples of `ahead` would take registers
+      }
+    } else {
+      load_partial_tile<T, Layout>(tile, rows_, first, walk_, 0, Share(ptx::opaque(threadIdx.x)));
+    }
+  }
+
+ private:
+  using Layout = Panels<D, R>;
+  using Share = TileShare<T, D, R, kWarpgroup>;
+  static_assert(R % Share::kRowsAtOnce == 0);
+  Rows<T> rows_;
+  typename Rows<T>::Walk walk_;  // its `row` is this thread's first chunk of the next tile
+  uint32_t place_;               // of that chunk in a tile
 };
 
 // Waits for the kGroups warpgroups that multiply.

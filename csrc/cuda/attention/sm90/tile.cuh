@@ -26,6 +26,12 @@ struct Panels {
     return static_cast<uint32_t>(chunk / 8 * kPanelBytes + row * kRowBytes + ((chunk % 8 ^ row % 8) << 4));
   }
 
+  // The place `rows` rows below `place`, a multiple of 4 rows, where `place` is in the first 4 rows of 8 or `rows` is a
+  // multiple of 8. Tiles begin on 1024 bytes, so a swizzle flips bits of the address.
+  static __device__ __forceinline__ uint32_t below(uint32_t place, int rows) {
+    return (place ^ static_cast<uint32_t>(rows % 8 << 4)) + static_cast<uint32_t>(rows * kRowBytes);
+  }
+
   // The descriptor of step `step` (16 elements of K) of an operand whose K runs along the columns, or along the rows,
   // of the tile. A descriptor counts addresses in 16 bytes; below 256 KB no sum overflows into the next field.
   static __device__ __forceinline__ uint64_t columns(uint64_t tile, int step) {
