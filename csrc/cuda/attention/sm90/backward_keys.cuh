@@ -126,7 +126,7 @@ __global__ void __launch_bounds__(KeysShape<D>::kThreads, 1) backward_keys(const
       const bool uses_dropout = !kPlain && p.dropout.seed != nullptr;
       const uint32_t queries = memory.item(query.slot), doutputs = memory.item(doutput.slot);
       auto statistics_of = [&](int slot) {
-        return [columns = memory.statistics_of(slot) + opaque_lane() % 4 * 16](int, int n, int e) {
+        return [columns = memory.statistics_of(slot) + ptx::opaque(threadIdx.x) % 4 * 16](int, int n, int e) {
           return column_statistics(columns, n, e);
         };
       };
