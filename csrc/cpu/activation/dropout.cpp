@@ -1,9 +1,11 @@
-// Dropout: output = input * factor, the factor of (row, column) 0 or 1 / (1 - p) (philox.h). The backward is the same, of
-// the gradient. A unit of work is a part of a row. One value read and one written; the random bits take most of the time.
+// Dropout: output = input * factor, the factor of (row, column) 0 or 1 / (1 - p) (philox.h). The backward is the same,
+// of the gradient. A unit of work is a part of a row. One value read and one written; the random bits take most of the
+// time.
+
+#include "cpu/simd/dropout.h"
 
 #include "cpu/isa/kernels.h"
 #include "cpu/parallel.h"
-#include "cpu/simd/dropout.h"
 #include "cpu/simd/vec.h"
 
 namespace torchweld::cpu {

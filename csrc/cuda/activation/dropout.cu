@@ -1,7 +1,7 @@
-// Dropout: output = input * factor, the factor of (row, column) 0 or 1 / (1 - p) (philox.h). The backward is the same, of
-// the gradient. Grid -> tiles of kTile vectors. A thread owns kVectors vectors of 16 bytes, kThreads apart, and loads all
-// of them before it computes. Where a row does not begin on 16 bytes, a vector is one element. One value read and one
-// written.
+// Dropout: output = input * factor, the factor of (row, column) 0 or 1 / (1 - p) (philox.h). The backward is the same,
+// of the gradient. Grid -> tiles of kTile vectors. A thread owns kVectors vectors of 16 bytes, kThreads apart, and
+// loads all of them before it computes. Where a row does not begin on 16 bytes, a vector is one element. One value read
+// and one written.
 
 #include "cuda/common.cuh"
 #include "cuda/kernels.h"
@@ -11,7 +11,8 @@ namespace {
 
 constexpr int kThreads = 256, kVectors = 2, kTile = kThreads * kVectors;
 
-// Index: a number of elements, which 32 bits hold nearly always: a division of 64 bits takes as long as the random bits.
+// Index: a number of elements, which 32 bits hold nearly always: a division of 64 bits takes as long as the random
+// bits.
 template <class T, int V, class Index>
 __global__ void __launch_bounds__(kThreads) drop(const __grid_constant__ DropoutParams p) {
   const int64_t first = blockIdx.x * int64_t{kTile} + threadIdx.x, vectors = p.rows * p.cols / V;

@@ -16,8 +16,8 @@ from torchweld.nn.transformer import (
 )
 
 __all__ = [
-    "Dropout",
     "GEGLU",
+    "Dropout",
     "LayerNorm",
     "LinearCrossEntropy",
     "MultiheadAttention",
