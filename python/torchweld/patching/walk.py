@@ -170,8 +170,8 @@ def patch(
     Swapped are LayerNorm, RMSNorm, MultiheadAttention and the Transformer layers of torch.nn; modules that call
     `torch.nn.functional.scaled_dot_product_attention`; GELU and Dropout; the attention, norms, GELU, gated MLPs, rotary
     embeddings and losses over a vocabulary of Hugging Face transformers; dropout, residual add and norm of BERT-like
-    blocks, which become one op. Subclasses are not swapped, and neither is a layer without kernels on the model's device. Optimizers,
-    tied weights and checkpoints stay valid.
+    blocks, which become one op. Subclasses are not swapped, and neither is a layer without kernels on the model's
+    device. Optimizers, tied weights and checkpoints stay valid.
 
     A module that cannot be swapped is left, and the report gives the reason. If `patch` itself raises, the model is
     unchanged. Copies, pickles and replicas of a patched model are patched. `torch.compile` compiles the calls of
