@@ -1,4 +1,4 @@
-"""The CUDA kernel of dropout on the emulated GPU (tests/emulation): the mask of the definition, every size of a tail."""
+"""The CUDA kernel of dropout on the emulated GPU (tests/emulation): the definition's mask, every size of a tail."""
 
 from __future__ import annotations
 

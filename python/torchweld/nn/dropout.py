@@ -8,20 +8,21 @@ from torch import Tensor
 from torchweld import ops
 from torchweld.nn.twins import twin
 from torchweld.ops._arguments import KERNEL_DTYPES
+from torchweld.ops._register import compiling
 
-_PAYS = 2048  # elements from which forward and backward take less time than torch's
+# From so many elements and columns on, forward and backward take less time than torch's. A row costs a batch of words.
+_PAYS, _COLUMNS = 2048, 8
 
 
 @twin
 class Dropout(torch.nn.Dropout):
     """Drop-in for `torch.nn.Dropout`: same arguments, no parameters, no buffers.
 
-    `inplace=True`, nested tensors, dtypes without kernels and inputs too short to gain are left to torch.
+    `inplace=True`, nested tensors, dtypes without kernels, and inputs too short or narrow to gain are left to torch.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or self.inplace or input.is_nested or input.dtype not in KERNEL_DTYPES:
             return super().forward(input)
-        if not torch.compiler.is_dynamo_compiling() and input.numel() < _PAYS:
-            return super().forward(input)
-        return ops.dropout(input, self.p)
+        short = not compiling() and (input.numel() < _PAYS or input.shape[-1] < _COLUMNS)
+        return super().forward(input) if short else ops.dropout(input, self.p)
