@@ -19,7 +19,7 @@ from torchweld.ops._arguments import (
     flag,
     number,
 )
-from torchweld.ops._register import applier, elsewhere, register, settle, wants_definition, wants_grad
+from torchweld.ops._register import applier, compiling, elsewhere, register, settle, wants_definition, wants_grad
 from torchweld.reference.philox import draw_seed
 
 _twin = torch.nn.functional.dropout  # a program may replace it by the function below
@@ -64,6 +64,16 @@ class _Dropout(torch.autograd.Function):
 _dropout = applier(_Dropout)
 
 # ---- Public
+
+# From so many elements and columns on, forward and backward take less time than torch's. A row costs a batch of words.
+_PAYS, _COLUMNS = 2048, 8
+
+
+def pays(input: Tensor) -> bool:
+    """Whether the kernels serve `input`, and forward and backward take less time than torch's."""
+    if input.dtype not in KERNEL_DTYPES or input.is_nested or input.device.type not in backend.kernels:
+        return False
+    return compiling() or (input.numel() >= _PAYS and input.shape[-1] >= _COLUMNS)
 
 
 def _refusal(input: Tensor) -> str | None:
