@@ -2,6 +2,7 @@
 
 #include "bindings/attention.h"
 #include "bindings/cross_entropy.h"
+#include "bindings/dropout.h"
 #include "bindings/gated.h"
 #include "bindings/gelu.h"
 #include "bindings/layer_norm.h"
@@ -52,6 +53,7 @@ PYBIND11_MODULE(_cpu, python, py::mod_gil_not_used()) {
   m.def("built_isas()", &cpu::built_isas, "Instruction sets that the kernels are built for, best first.");
   m.def("available_isas()", &cpu::available_isas, "Instruction sets that this CPU has, best first.");
   bind_cross_entropy<Cpu>(m);
+  bind_dropout<Cpu>(m);
   bind_gelu<Cpu>(m);
   bind_gated<Cpu>(m);
   bind_rotary_embedding<Cpu>(m);

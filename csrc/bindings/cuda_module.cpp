@@ -1,5 +1,6 @@
 #include "bindings/attention.h"
 #include "bindings/cross_entropy.h"
+#include "bindings/dropout.h"
 #include "bindings/gated.h"
 #include "bindings/gelu.h"
 #include "bindings/layer_norm.h"
@@ -54,6 +55,7 @@ PYBIND11_MODULE(_cuda, python, py::mod_gil_not_used()) {
   bind_paged_attention<Cuda>(m);
   bind_optimizers<Cuda>(m);
   bind_layer_norm<Cuda>(m);
+  bind_dropout<Cuda>(m);
   bind_gelu<Cuda>(m);
   bind_gated<Cuda>(m);
   bind_rotary_embedding<Cuda>(m);

@@ -18,6 +18,7 @@ void attention_backward(const AttentionBackwardParams& p, Stream stream);
 void paged_attention(const PagedAttentionParams& p, Stream stream);
 void cross_entropy_forward(const CrossEntropyForwardParams& p, Stream stream);
 void cross_entropy_backward(const CrossEntropyBackwardParams& p, Stream stream);
+void dropout(const DropoutParams& p, Stream stream);
 void gelu_forward(const GeluForwardParams& p, Stream stream);
 void gelu_backward(const GeluBackwardParams& p, Stream stream);
 void gated_forward(const GatedForwardParams& p, Stream stream);
@@ -49,6 +50,7 @@ struct Kernels {
   int64_t (*paged_attention_workspace)(const PagedAttentionParams&) = cuda::paged_attention_workspace;
   void (*cross_entropy_forward)(const CrossEntropyForwardParams&, Stream) = cuda::cross_entropy_forward;
   void (*cross_entropy_backward)(const CrossEntropyBackwardParams&, Stream) = cuda::cross_entropy_backward;
+  void (*dropout)(const DropoutParams&, Stream) = cuda::dropout;
   void (*gelu_forward)(const GeluForwardParams&, Stream) = cuda::gelu_forward;
   void (*gelu_backward)(const GeluBackwardParams&, Stream) = cuda::gelu_backward;
   void (*gated_forward)(const GatedForwardParams&, Stream) = cuda::gated_forward;

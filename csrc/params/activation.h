@@ -1,7 +1,8 @@
-// The params of gelu and of the gated activations.
+// The params of gelu, of dropout and of the gated activations.
 #pragma once
 
 #include "params/types.h"
+#include "philox.h"
 
 namespace torchweld {
 
@@ -20,6 +21,15 @@ struct GeluForwardParams : GeluParams {
 struct GeluBackwardParams : GeluParams {
   const void* doutput;  // [E]
   void* dinput;         // [E]
+};
+
+// output = input * factors of the mask, over M rows of N columns. The backward is the same, of the gradient.
+struct DropoutParams {
+  int64_t rows, cols;
+  Dropout dropout;
+  DType dtype;
+  const void* input;  // [M, N]
+  void* output;       // [M, N]
 };
 
 enum class Activation : int32_t { silu, gelu, gelu_tanh };

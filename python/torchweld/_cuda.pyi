@@ -18,6 +18,7 @@ from torchweld._cpu import attention_backward as attention_backward
 from torchweld._cpu import attention_forward as attention_forward
 from torchweld._cpu import cross_entropy_backward as cross_entropy_backward
 from torchweld._cpu import cross_entropy_forward as cross_entropy_forward
+from torchweld._cpu import dropout as dropout
 from torchweld._cpu import gated_backward as gated_backward
 from torchweld._cpu import gated_forward as gated_forward
 from torchweld._cpu import gelu_backward as gelu_backward

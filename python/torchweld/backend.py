@@ -74,6 +74,7 @@ if TYPE_CHECKING:
         attention_forward = staticmethod(_cpu.attention_forward)
         cross_entropy_backward = staticmethod(_cpu.cross_entropy_backward)
         cross_entropy_forward = staticmethod(_cpu.cross_entropy_forward)
+        dropout = staticmethod(_cpu.dropout)
         gated_backward = staticmethod(_cpu.gated_backward)
         gated_forward = staticmethod(_cpu.gated_forward)
         gelu_backward = staticmethod(_cpu.gelu_backward)

@@ -178,6 +178,14 @@ def dropout(mesh: DeviceMesh) -> None:
     kept = gathered(total)
     assert torch.equal(gathered(x.grad), kept)
     assert set(kept.unique().tolist()) == {0.0, 2.0} and not torch.equal(kept[:4], kept[4:])
+    x = spread(torch.ones(8, 64), mesh, [1]).detach().requires_grad_()
+    for call in (ops.dropout, nn.Dropout(0.5), torch.compile(ops.dropout, fullgraph=True, backend="aot_eager")):
+        y = call(x)
+        dx = torch.autograd.grad(y.sum(), x)[0]
+        kept = gathered(y)
+        assert torch.equal(gathered(dx), kept)
+        assert call is not ops.dropout or not torch.equal(kept[:, :32], kept[:, 32:])
+    assert ops.dropout(x, 0.5, False) is x
     q, v = spread(torch.zeros(1, 4, 64, 8), mesh, [1]), spread(torch.ones(1, 4, 64, 8), mesh, [1])
     weights = gathered(ops.scaled_dot_product_attention(q, q, v, dropout_p=0.5))
     assert abs(weights.mean() - 1) < 0.05 and not torch.equal(weights[:, :2], weights[:, 2:])

@@ -31,7 +31,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "modernbert": (MASKED, {"cls_token_id": 1, "sep_token_id": 2}),
     "t5": (SEQ2SEQ, {"decoder_start_token_id": 0, **T5}),
 }
-ONLY = {"norms": False, "attention": False, "activations": False, "mlp": False, "rope": False}
+ONLY = {"norms": False, "attention": False, "activations": False, "mlp": False, "rope": False, "dropout": False}
 IDS = torch.randint(3, 97, (2, 11), generator=torch.Generator().manual_seed(0))
 LABELS = torch.where(torch.arange(11) < 3, -100, IDS)
 

@@ -42,6 +42,7 @@ PARTS = {
     "gated MLP": {"its gate: torchweld.ops.swiglu or geglu": "GLU"},
     "rotary embedding": {"its rotary embedding: torchweld.ops.rotary_embedding": "yes"},
     "loss": {"its loss in training: torchweld.ops.linear_cross_entropy": "yes"},
+    "dropout": {"torchweld.nn.Dropout": "yes"},
 }
 
 

@@ -35,8 +35,17 @@ def test_everything_is_swapped_and_nothing_else_changes(monkeypatch: pytest.Monk
     assert not calls
     report = torchweld.patch(model)
     names = [e.name for e in report.swapped]
-    inside = ["layer", "layer.self_attn", "layer.norm1", "layer.norm2"]
-    assert names == [*inside, "attentions.0", "attentions.1", "mha", "gelu", "rms", "norm"]
+    inside = ["self_attn", "dropout", "norm1", "norm2", "dropout1", "dropout2"]
+    assert names == [
+        "layer",
+        *(f"layer.{name}" for name in inside),
+        "attentions.0",
+        "attentions.1",
+        "mha",
+        "gelu",
+        "rms",
+        "norm",
+    ]
     assert not report.left
     assert all(a is b for a, b in zip(model.modules(), modules, strict=True))
     assert all(a is b for a, b in zip(model.parameters(), parameters, strict=True))
@@ -118,10 +127,33 @@ def test_nothing_is_swapped_for_the_reference(monkeypatch: pytest.MonkeyPatch) -
     report = torchweld.patch(model)
     assert {e.name for e in report.swapped} == {"layer.norm1", "layer.norm2", "rms", "norm"}
     assert {e.why for e in report.left} == {
-        f"there are no kernels for {k} on 'cpu'" for k in ("attention", "activations")
+        f"there are no kernels for {k} on 'cpu'" for k in ("attention", "activations", "dropout")
     }
     with torch.device("meta"):
         assert not torchweld.patch(Model()).left
+
+
+def test_a_dropout_that_something_watches_is_left() -> None:
+    """In place it changes its input, and a subclass is not known."""
+
+    class Own(torch.nn.Dropout):
+        pass
+
+    hooked = torch.nn.Dropout(0.5)
+    hooked.register_forward_hook(lambda *_: None)
+    model = torch.nn.Sequential(torch.nn.Dropout(0.5), torch.nn.Dropout(0.5, inplace=True), hooked, Own(0.5))
+    report = torchweld.patch(model)
+    assert [(e.name, e.now) for e in report.swapped] == [("0", "torchweld.nn.Dropout")]
+    assert [e.why for e in report.left] == ["it works in place", "it has hooks", "a subclass of torch.nn.Dropout"]
+    x = torch.randn(64, 64)
+    for module in (model[0], copy.deepcopy(model[0]), pickle.loads(pickle.dumps(model[0]))):
+        torch.manual_seed(3)
+        y = module(x)
+        torch.manual_seed(3)
+        assert torch.equal(y, ops.dropout(x, 0.5))
+    report.undo()
+    assert type(model[0]) is torch.nn.Dropout
+    assert torchweld.patch(model, dropout=False).left[0].why == "patch(..., dropout=False)"
 
 
 @pytest.mark.parametrize("bad", [None, 3, [torch.nn.LayerNorm(2)]])
@@ -133,9 +165,9 @@ def test_what_is_no_module_is_refused(bad: Any) -> None:
 def test_the_table_has_one_line_for_layers_alike() -> None:
     model = torch.nn.Sequential(*(torch.nn.TransformerEncoderLayer(WIDTH, HEADS) for _ in range(48)))
     report = torchweld.patch(model)
-    assert len(report.swapped) == 48 * 4
+    assert len(report.swapped) == 48 * 7
     lines = str(report).splitlines()
-    assert len(lines) == 3 + 4 + 1 and all(len(line) < 160 for line in lines)
+    assert len(lines) == 3 + 7 + 1 and all(len(line) < 160 for line in lines)
     assert [w for w in lines[3].split() if w not in "│|"] == [
         *("*", "x", "48", "torch.nn.TransformerEncoderLayer", "torchweld.nn.TransformerEncoderLayer"),
     ]

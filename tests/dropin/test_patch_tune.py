@@ -39,7 +39,7 @@ def test_what_is_slower_is_taken_back_and_the_report_says_so(monkeypatch: pytest
     report = torchweld.patch(model, tune=True, example_inputs=torch.randn(4, 16))
     assert type(model.gelu) is torch.nn.GELU and all(type(n) is torchweld.nn.LayerNorm for n in model.norms)
     # The norms are called alike: one timing is good for all.
-    assert timed == ["gelu", "norms.2"]
+    assert timed == ["gelu", "dropout", "norms.2"]
     why = {e.name: e.why for e in report.left}
     assert why["gelu"] == "slower here: 2 us, 1 us before"
     timing = {e.name: e.timing for e in report.swapped}
@@ -59,7 +59,7 @@ def test_both_sides_are_timed_and_nothing_else_changes(mode: str) -> None:
     assert x.grad is None and all(p.grad is None for p in model.parameters()) and torch.is_grad_enabled()
     for entry in report.swapped:
         assert entry.name == "never" or "before" in entry.timing
-    names = {"norms.0", "norms.1", "norms.2", "gelu", "never", "batch"}
+    names = {"norms.0", "norms.1", "norms.2", "gelu", "never", "batch", "dropout"}
     assert {e.name for e in (*report.swapped, *report.left)} == names
     assert not any(m._forward_pre_hooks for m in model.modules())
     expected = [torchweld.nn.LayerNorm if any(e.name == f"norms.{i}" for e in report.swapped) else torch.nn.LayerNorm

@@ -1,6 +1,7 @@
 // The CUDA kernels as a Python module whose functions take CPU tensors.
 #include "bindings/attention.h"
 #include "bindings/cross_entropy.h"
+#include "bindings/dropout.h"
 #include "bindings/gated.h"
 #include "bindings/gelu.h"
 #include "bindings/layer_norm.h"
@@ -69,6 +70,7 @@ PYBIND11_MODULE(emulated, python) {
   bind_paged_attention<Emulated>(m);
   bind_optimizers<Emulated>(m);
   bind_layer_norm<Emulated>(m);
+  bind_dropout<Emulated>(m);
   bind_gelu<Emulated>(m);
   bind_gated<Emulated>(m);
   bind_rotary_embedding<Emulated>(m);

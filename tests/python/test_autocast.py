@@ -29,6 +29,7 @@ def rotated(of: Any, x: Tensor) -> Tensor:
 CALLS: dict[str, Callable[[Any, Tensor, torch.dtype], Tensor]] = {
     "layer_norm": lambda of, x, p: of.layer_norm(x, (8,), x.new_ones(8, dtype=p), x.new_ones(8, dtype=p)),
     "rms_norm": lambda of, x, p: of.rms_norm(x, (8,), x.new_ones(8, dtype=p)),
+    "dropout": lambda of, x, p: of.dropout(x, 1.0),
     "gelu": lambda of, x, p: of.gelu(x, approximate="tanh"),
     "swiglu": lambda of, x, p: of.swiglu(x, x) if of is ops else of.silu(x) * x,
     "geglu": lambda of, x, p: of.geglu(x, x) if of is ops else of.gelu(x) * x,
@@ -70,7 +71,7 @@ def test_the_cpu_gives_torchs_dtypes(name: str, dtype: torch.dtype, target: torc
     assert grad.dtype == dtype and grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", [n for n in CALLS if n != "dropout"])  # its random bits ask for a device
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_cuda_gives_torchs_dtypes(name: str, dtype: torch.dtype) -> None:
     with FakeTensorMode(), autocast("cuda", F16):

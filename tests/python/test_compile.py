@@ -17,13 +17,14 @@ from torchweld.models import CONFIGS, GPT2
 
 pytestmark = pytest.mark.slow
 
-W, B = torch.randn(24), torch.randn(24)
+W, B, SEED = torch.randn(24), torch.randn(24), torch.tensor([7])
 IDS = torch.arange(20) + 10
 OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "layer_norm": lambda x, y: ops.layer_norm(x, (24,), W, B),
     "add_layer_norm": lambda x, y: torch.cat(ops.add_layer_norm(x, y, (24,), W, B)),
     "rms_norm": lambda x, y: ops.rms_norm(x, (24,), W),
     "add_rms_norm": lambda x, y: torch.cat(ops.add_rms_norm(x, y, (24,), W)),
+    "dropout": lambda x, y: ops.dropout(x, 0.3, seed=SEED) + y,
     "gelu": lambda x, y: ops.gelu(x, "tanh"),
     "swiglu": lambda x, y: torch.cat((ops.swiglu(x, y), ops.swiglu(x)), -1),
     "geglu": lambda x, y: torch.cat((ops.geglu(x, y, approximate="tanh"), ops.geglu(x)), -1),

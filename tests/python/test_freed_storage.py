@@ -26,6 +26,7 @@ CALLS = {
         lambda x, r, w, b, s: ops.add_layer_norm(x, r, (8,), w, b, dropout_p=0.5, seed=s),
     ),
     "add_rms_norm": ((rows, rows, vector), lambda x, r, w: ops.add_rms_norm(x, r, (8,), w)),
+    "dropout": ((rows, seed), lambda x, s: ops.dropout(x, seed=s)),
     "gelu": ((rows,), lambda x: ops.gelu(x)),
     "gelu tanh": ((rows,), lambda x: ops.gelu(x, "tanh")),
     "swiglu": ((rows, rows), ops.swiglu),

@@ -12,12 +12,14 @@ from torch.func import functional_call, grad, jacrev, jvp, vmap
 from torchweld import nn, ops, reference
 
 W, B, TARGET = torch.randn(8), torch.randn(8), torch.tensor([0, 7, 3, -100, 1])
+SEED = torch.tensor([7])
 KEY, VALUE = torch.randn(2, 5, 8), torch.randn(2, 5, 8)
 # Of one tensor, (2, 5, 8) of float32, which the kernels serve; and the same by the definition, for float64.
 FUNCTIONS: dict[str, Callable[..., Tensor]] = {
     "layer_norm": lambda of, x: of.layer_norm(x, (8,), W.to(x.dtype), B.to(x.dtype)),
     "add_layer_norm": lambda of, x: torch.cat(of.add_layer_norm(x, x.flip(-1), (8,), W.to(x.dtype), B.to(x.dtype))),
     "rms_norm": lambda of, x: of.rms_norm(x, (8,), W.to(x.dtype)),
+    "dropout": lambda of, x: of.dropout(x, 0.3, seed=SEED),
     "gelu": lambda of, x: of.gelu(x, "tanh"),
     "swiglu": lambda of, x: of.swiglu(x, x.flip(-1)),
     "geglu": lambda of, x: of.geglu(x),

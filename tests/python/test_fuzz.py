@@ -53,6 +53,7 @@ CLEAN = [
     "packed_attention",
     "paged_attention",
     "norms",
+    "dropout",
     "gelu",
     "gated",
     "rotary_embedding",

@@ -20,6 +20,7 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "add_layer_norm": lambda x, w: torch.stack(ops.add_layer_norm(x, x.sin(), (8,), w, w)).sum(0),
     "add_rms_norm": lambda x, w: ops.add_rms_norm(x, x.sin(), (8,), w, dropout_p=0.3, seed=SEED)[0],
     "new_residual": lambda x, w: ops.add_layer_norm(x, x.sin(), (8,), w)[1] * w,
+    "dropout": lambda x, w: ops.dropout(x * w, 0.3, seed=SEED),
     "gelu": lambda x, w: ops.gelu(x * w, "tanh"),
     "swiglu": lambda x, w: ops.swiglu(x, x * w),
     "geglu": lambda x, w: ops.geglu(x * w),

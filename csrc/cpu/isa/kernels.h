@@ -20,6 +20,7 @@ struct Kernels {
   void (*sgd)(const SgdParams&);
   void (*cross_entropy_forward)(const CrossEntropyForwardParams&);
   void (*cross_entropy_backward)(const CrossEntropyBackwardParams&);
+  void (*dropout)(const DropoutParams&);
   void (*gelu_forward)(const GeluForwardParams&);
   void (*gelu_backward)(const GeluBackwardParams&);
   void (*gated_forward)(const GatedForwardParams&);
@@ -50,6 +51,7 @@ void grad_norm(const GradNormParams& p);
 void sgd(const SgdParams& p);
 void cross_entropy_forward(const CrossEntropyForwardParams& p);
 void cross_entropy_backward(const CrossEntropyBackwardParams& p);
+void dropout(const DropoutParams& p);
 void gelu_forward(const GeluForwardParams& p);
 void gelu_backward(const GeluBackwardParams& p);
 void gated_forward(const GatedForwardParams& p);

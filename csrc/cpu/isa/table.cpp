@@ -25,6 +25,7 @@ const Kernels table = {
     TORCHWELD_VECTOR_ISA::sgd,
     TORCHWELD_VECTOR_ISA::cross_entropy_forward,
     TORCHWELD_VECTOR_ISA::cross_entropy_backward,
+    TORCHWELD_VECTOR_ISA::dropout,
     TORCHWELD_VECTOR_ISA::gelu_forward,
     TORCHWELD_VECTOR_ISA::gelu_backward,
     TORCHWELD_VECTOR_ISA::gated_forward,

@@ -39,6 +39,11 @@ def _norm(given: Arguments) -> Rule:
     return Rule(inputs, (rows, rows))
 
 
+def _dropped(given: Arguments) -> Rule:
+    every = _leading(0, given["input"].dim())
+    return Rule({"input": every, "seed": (None,)}, (every,))
+
+
 def _gelu(given: Arguments) -> Rule:
     every = _leading(0, given["input"].dim())
     return Rule({"input": every}, (every,))
@@ -132,6 +137,7 @@ RULES: dict[str, Callable[[Arguments], Rule]] = {
     "rms_norm": _norm,
     "add_layer_norm": _norm,
     "add_rms_norm": _norm,
+    "dropout": _dropped,
     "gelu": _gelu,
     "swiglu": _gated,
     "geglu": _gated,
@@ -155,7 +161,7 @@ def _other_bits(layout: Layout, parts: dict[str, Any]) -> None:
 def _call(function: Callable[..., Any], given: dict[str, Any], names: tuple[str, ...]) -> Any:
     """A function with a rule."""
     op, seeded = function.__name__, None
-    if given.get("dropout_p", 0.0) > 0:
+    if given.get("p" if op == "dropout" else "dropout_p", 0.0) > 0:
         seeded = _other_bits
         if given.get("seed") is None:
             given["seed"] = draw_seed(given[names[0]].device)
@@ -199,6 +205,12 @@ def _scaled_dot_product_attention(function: Callable[..., Any], given: dict[str,
     return call(ops.attention, **tensors, **rich)
 
 
+def _dropout(function: Callable[..., Any], given: dict[str, Any], names: tuple[str, ...]) -> Any:
+    """Where nothing is dropped, input itself."""
+    p = given.setdefault("p", 0.5)
+    return _call(function, given, names) if given.pop("training", True) and p > 0 else given["input"]
+
+
 def _rotary_embedding(function: Callable[..., Any], given: dict[str, Any], names: tuple[str, ...]) -> Any:
     """In place, the results are copied."""
     inplace = given.pop("inplace", False)
@@ -212,6 +224,7 @@ def _rotary_embedding(function: Callable[..., Any], given: dict[str, Any], names
 
 
 _CALLS: dict[str, Callable[..., Any]] = {
+    "dropout": _dropout,
     "scaled_dot_product_attention": _scaled_dot_product_attention,
     "rotary_embedding": _rotary_embedding,
     "cross_entropy": losses.cross_entropy,
@@ -222,6 +235,7 @@ _TENSORS = {
     "rms_norm": ("input", "weight"),
     "add_layer_norm": ("x", "residual", "weight", "bias", "seed"),
     "add_rms_norm": ("x", "residual", "weight", "seed"),
+    "dropout": ("input", "seed"),
     "gelu": ("input",),
     "swiglu": ("gate", "up"),
     "geglu": ("gate", "up"),

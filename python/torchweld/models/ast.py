@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import torchweld.ops
 from torchweld.errors import UserError
 from torchweld.models import vit
-from torchweld.models.layers import Norm
+from torchweld.models.layers import Dropout, Norm
 from torchweld.models.published import Published, check_config, check_heads, check_sizes
 
 _SIZES = ["max_length", "num_mel_bins", "patch_size", "time_stride", "frequency_stride"]
@@ -126,7 +126,7 @@ class AST(Published):
         self.first = nn.Parameter(torch.zeros(1, 1, width))
         self.second = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.zeros(1, 2 + config.patches, width))
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout, ops)
         self.layers = nn.ModuleList(vit.Layer(config, ops) for _ in range(config.num_hidden_layers))
         self.norm = Norm(width, eps, ops)
         self.head_norm = Norm(width, eps, ops)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import torchweld.ops
 from torchweld.errors import UserError
-from torchweld.models.layers import Norm
+from torchweld.models.layers import Dropout, Norm
 from torchweld.models.published import Published, check_config, check_heads, check_sizes
 from torchweld.models.sequences import Packed, Padded, arrange, positions
 
@@ -110,7 +110,7 @@ class Embeddings(nn.Module):
         self.position_embeddings = nn.Embedding(config.max_position_embeddings, config.hidden_size)
         self.token_type_embeddings = nn.Embedding(config.type_vocab_size, config.hidden_size)
         self.norm = Norm(config.hidden_size, config.layer_norm_eps, ops)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout, ops)
 
     def forward(self, tokens: Tensor, types: Tensor, at: Tensor) -> Tensor:
         """(T) three times -> (T, C)."""
@@ -131,7 +131,7 @@ class Layer(nn.Module):
         self.up = nn.Linear(width, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, width)
         self.norm_2 = Norm(width, eps, ops)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout, ops)
 
     def forward(self, x: Tensor, sequences: Packed | Padded) -> Tensor:
         """(..., C) -> (..., C)."""
@@ -300,7 +300,7 @@ class BERTForSequenceClassification(Headed):
         super().__init__()
         self.config = config
         self.bert = BERT(config, ops)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout, ops)
         self.classifier = nn.Linear(config.hidden_size, max(1, len(config.labels)))
         self.cross_entropy = ops.cross_entropy
         initialise(self.classifier)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import torchweld.ops
 from torchweld.models.bert import BERT, BERTConfig, Headed, initialise
+from torchweld.models.layers import Dropout
 from torchweld.models.sequences import Padded
 
 
@@ -61,7 +62,7 @@ class BERTForTokenClassification(_PerToken):
         super().__init__()
         self.config = config
         self.bert = BERT(config, ops, pooling=False)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout, ops)
         self.classifier = nn.Linear(config.hidden_size, max(1, len(config.labels)))
         self.cross_entropy = ops.cross_entropy
         initialise(self.classifier)

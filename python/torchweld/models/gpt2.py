@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import torchweld.ops
 from torchweld.errors import UserError
 from torchweld.models.decoding import Decoder, KVCache
-from torchweld.models.layers import Norm
+from torchweld.models.layers import Dropout, Norm
 from torchweld.models.published import check_config, check_heads, check_sizes
 
 SIZES = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
@@ -145,7 +145,7 @@ class Block(nn.Module):
         self.attn = attention
         self.ln_2 = Norm(config.n_embd, config.layer_norm_epsilon, ops)
         self.mlp = MLP(config, ops)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout, ops)
 
     def forward(self, x: Tensor, residual: Tensor | None, cache: KVCache | None) -> tuple[Tensor, Tensor]:
         """Takes and returns (a contribution not added yet, the stream), so that each add is done inside a norm."""
@@ -166,7 +166,7 @@ class GPT2(Decoder):
         self.linear_cross_entropy = ops.linear_cross_entropy
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.n_positions, config.n_embd)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout, ops)
         self.h = nn.ModuleList(Block(config, ops, self.attention(ops, layer)) for layer in range(config.n_layer))
         self.ln_f = Norm(config.n_embd, config.layer_norm_epsilon, ops)
         self.initialise()

@@ -8,6 +8,18 @@ import torch
 from torch import Tensor, nn
 
 
+class Dropout(nn.Dropout):
+    """Dropout, while training."""
+
+    def __init__(self, p: float, ops: ModuleType) -> None:
+        super().__init__(p)
+        self.dropout = ops.dropout
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(...) -> (...)."""
+        return self.dropout(input, self.p, self.training)
+
+
 class Norm(nn.Module):
     """Layer norm over the last dimension, with the residual add in front of it."""
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import torchweld.ops
 from torchweld.errors import UserError
 from torchweld.models.decoding import KVCache
-from torchweld.models.layers import Norm
+from torchweld.models.layers import Dropout, Norm
 from torchweld.models.published import Published, check_config, check_heads, check_sizes
 from torchweld.models.sequences import Packed, Padded, arrange, positions
 
@@ -182,7 +182,7 @@ class Layer(nn.Module):
         self.final_layer_norm = Norm(width, EPS, ops)
         self.fc1 = nn.Linear(width, inner)
         self.fc2 = nn.Linear(inner, width)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout, ops)
 
     def forward(
         self, x: Tensor, residual: Tensor | None, sequences: Packed | Padded, sources: Any = None, state: Any = None
@@ -207,7 +207,7 @@ class Stack(nn.Module):
         self.layernorm_embedding = Norm(config.d_model, EPS, ops)
         self.layers = nn.ModuleList(Layer(config, ops, layer, decoder) for layer in range(count))
         self.layer_norm = Norm(config.d_model, EPS, ops)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout, ops)
 
     def forward(self, words: Tensor, at: Tensor, sequences: Packed | Padded, *others: Any) -> Tensor:
         """words (T, C) at positions (T) -> (..., C), in the arrangement of `sequences`."""

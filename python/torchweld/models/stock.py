@@ -11,12 +11,13 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, gelu, layer_norm, linear, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, dropout, gelu, layer_norm, linear, scaled_dot_product_attention
 
 __all__ = [
     "add_layer_norm",
     "attention",
     "cross_entropy",
+    "dropout",
     "gelu",
     "layer_norm",
     "linear_cross_entropy",

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import torchweld.ops
 from torchweld.errors import UserError
-from torchweld.models.layers import Norm
+from torchweld.models.layers import Dropout, Norm
 from torchweld.models.published import Published, check_config, check_heads, check_sizes
 
 _SIZES = ["image_size", "patch_size", "num_channels"]
@@ -140,7 +140,7 @@ class Layer(nn.Module):
         self.norm_2 = Norm(width, eps, ops)
         self.up = nn.Linear(width, config.intermediate_size)
         self.down = nn.Linear(config.intermediate_size, width)
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout, ops)
 
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Takes and returns (a contribution not added yet, the stream), so that each add is done inside a norm."""
@@ -178,7 +178,7 @@ class ViT(Published):
         self.embed = nn.Conv2d(config.num_channels, width, patch, stride=patch)
         self.first = nn.Parameter(torch.zeros(1, 1, width))
         self.positions = nn.Parameter(torch.zeros(1, 1 + config.patches, width))
-        self.drop = nn.Dropout(config.dropout)
+        self.drop = Dropout(config.dropout, ops)
         self.layers = nn.ModuleList(Layer(config, ops) for _ in range(config.num_hidden_layers))
         self.norm = Norm(width, config.layer_norm_eps, ops)
         self.classifier = nn.Linear(width, len(config.labels))

@@ -1,6 +1,7 @@
 """Drop-ins that subclass torch.nn: same constructor and state_dict, another `forward`. And modules that torch lacks."""
 
 from torchweld.nn.attention import MultiheadAttention
+from torchweld.nn.dropout import Dropout
 from torchweld.nn.gated import GEGLU, SwiGLU
 from torchweld.nn.layer_norm import LayerNorm
 from torchweld.nn.linear_cross_entropy import LinearCrossEntropy
@@ -16,6 +17,7 @@ from torchweld.nn.transformer import (
 
 __all__ = [
     "GEGLU",
+    "Dropout",
     "LayerNorm",
     "LinearCrossEntropy",
     "MultiheadAttention",

@@ -59,7 +59,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        adopt((self.self_attn, self.norm1, self.norm2))
+        adopt((self.self_attn, self.norm1, self.norm2, self.dropout, self.dropout1, self.dropout2))
 
     def forward(
         self,
@@ -89,6 +89,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         adopt((self.self_attn, self.multihead_attn, self.norm1, self.norm2, self.norm3))
+        adopt((self.dropout, self.dropout1, self.dropout2, self.dropout3))
 
     def forward(
         self,

@@ -4,6 +4,7 @@ from torchweld.ops._optimizer import grad_norm
 from torchweld.ops.adamw import adamw_
 from torchweld.ops.attention import attention
 from torchweld.ops.cross_entropy import cross_entropy
+from torchweld.ops.dropout import dropout
 from torchweld.ops.geglu import geglu
 from torchweld.ops.gelu import gelu
 from torchweld.ops.layer_norm import add_layer_norm, layer_norm
@@ -21,6 +22,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "cross_entropy",
+    "dropout",
     "geglu",
     "gelu",
     "grad_norm",

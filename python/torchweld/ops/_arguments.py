@@ -111,6 +111,15 @@ def check_float(op: str, name: str, dtype: torch.dtype) -> None:
         )
 
 
+def check_seed(op: str, seed: Tensor, device: torch.device) -> None:
+    """Raises RuntimeError for what is no seed of a dropout on `device`."""
+    if seed.dtype is not torch.int64 or seed.numel() != 1 or seed.device != device:
+        raise RuntimeError(
+            f"[{op}] seed: expected one int64 element on {device}, but got {seed.dtype} of shape "
+            f"{list(seed.shape)} on {seed.device}"
+        )
+
+
 class NotDenseError(TypeError):
     """The error for a nested or sparse tensor, which no op takes."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchweld import reference
 from torchweld.ops._norm import Norm, add_forward_op, backward_op, forward_op
 from torchweld.ops._register import applier, double_backward, wants_definition
-from torchweld.reference.layer_norm import dropped
+from torchweld.reference.dropout import dropped
 
 
 def _normalised(norm: Norm, x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:

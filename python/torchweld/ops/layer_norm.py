@@ -15,6 +15,7 @@ from torchweld.ops._arguments import (
     as_torch_does,
     check_dense,
     check_float,
+    check_seed,
     defined,
     integer,
     number,
@@ -95,11 +96,8 @@ def residual_refusal(op: str, x: Tensor, residual: Tensor, dropout_p: float, see
     check_float(op, "residual", residual.dtype)
     if not 0.0 <= dropout_p <= 1.0:
         raise ValueError(f"[{op}] dropout_p: expected a probability from 0 to 1, but got {dropout_p}")
-    if seed is not None and (seed.dtype is not torch.int64 or seed.numel() != 1 or seed.device != x.device):
-        raise RuntimeError(
-            f"[{op}] seed: expected one int64 element on {x.device}, but got {seed.dtype} of shape "
-            f"{list(seed.shape)} on {seed.device}"
-        )
+    if seed is not None:
+        check_seed(op, seed, x.device)
     if residual.dtype not in (x.dtype, torch.float32):
         return f"a residual of dtype {residual.dtype} beside x of dtype {x.dtype}"
     return None

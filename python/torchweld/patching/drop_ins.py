@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from torchweld import ops
+from torchweld._torch import has_hooks
 from torchweld.nn.twins import TWINS
 from torchweld.patching.attention import redirected_methods
 from torchweld.patching.subclasses import Class, makers, subclass
@@ -19,6 +20,7 @@ _NEEDS: dict[Any, tuple[str, ...]] = {
     torch.nn.LayerNorm: ("norms",),
     torch.nn.RMSNorm: ("norms",),
     torch.nn.MultiheadAttention: ("attention",),
+    torch.nn.Dropout: ("dropout",),
 }
 
 
@@ -43,6 +45,15 @@ def _gelu(self: Any, input: torch.Tensor) -> torch.Tensor:
     return ops.gelu(input, self.approximate)
 
 
+def _why_not(module: Any) -> str | None:
+    """Why a module that has a twin is left."""
+    if type(module) is not torch.nn.Dropout:
+        return None
+    if module.inplace:
+        return "it works in place"
+    return "it has hooks" if has_hooks(module) else None
+
+
 def hugging_face() -> Any:
     """integrations.hugging_face; None if transformers is not imported, for no model can then be of it."""
     if "transformers.modeling_utils" not in sys.modules:
@@ -65,7 +76,8 @@ def _of_hugging_face(cls: Any) -> DropIn | None:
 def find(cls: Any) -> DropIn | None:
     """The drop-in for modules of exactly this class, or None."""
     if twin := TWINS.get(cls):
-        return DropIn(_NEEDS.get(cls, ("norms", "attention")), lambda: twin, f"torchweld.nn.{twin.__name__}")
+        needs = _NEEDS.get(cls, ("norms", "attention"))
+        return DropIn(needs, lambda: twin, f"torchweld.nn.{twin.__name__}", _why_not)
     if cls is torch.nn.GELU:
         return DropIn(("activations",), partial(subclass, cls, {"forward": _gelu}), "torchweld.ops.gelu")
     if found := _of_hugging_face(cls):

@@ -24,6 +24,7 @@ _KERNELS = {
     "attention": "attention_forward",
     "activations": "gelu_forward",
     "mlp": "gated_forward",
+    "dropout": "dropout",
     "rope": "rotary_embedding",
     "loss": "linear_cross_entropy",
 }
@@ -160,16 +161,17 @@ def patch(
     mlp: bool = True,
     rope: bool = True,
     loss: bool = True,
+    dropout: bool = True,
     tune: bool | str = False,
     example_inputs: Any = None,
 ) -> Report:
     """Swaps the layers of a model for the drop-ins, in place: the same modules, parameters, hooks and state_dict.
 
     Swapped are LayerNorm, RMSNorm, MultiheadAttention and the Transformer layers of torch.nn; modules that call
-    `torch.nn.functional.scaled_dot_product_attention`; GELU; the attention, norms, GELU, gated MLPs, rotary embeddings
-    and losses over a vocabulary of Hugging Face transformers; dropout, residual add and norm of BERT-like blocks, which
-    become one op. Subclasses are not swapped, and neither is a layer without kernels on the model's device. Optimizers,
-    tied weights and checkpoints stay valid.
+    `torch.nn.functional.scaled_dot_product_attention`; GELU and Dropout; the attention, norms, GELU, gated MLPs, rotary
+    embeddings and losses over a vocabulary of Hugging Face transformers; dropout, residual add and norm of BERT-like
+    blocks, which become one op. Subclasses are not swapped, and neither is a layer without kernels on the model's
+    device. Optimizers, tied weights and checkpoints stay valid.
 
     A module that cannot be swapped is left, and the report gives the reason. If `patch` itself raises, the model is
     unchanged. Copies, pickles and replicas of a patched model are patched. `torch.compile` compiles the calls of
@@ -184,6 +186,8 @@ def patch(
         rope: rotary embeddings of queries and keys.
         loss: in training calls with labels, language models of transformers make their loss from the input of their
             output layer. The logits of the result are made when something reads them.
+        dropout: Dropout keeps the seed of its mask in place of the mask, which is another than torch's. In place, and
+            with hooks, it is left.
         tune: "training" or "inference", or True for what the model is set to: every kind of swap is timed on what the
             modules get when the model is called with `example_inputs`, forward, and in training backward too. A swap
             that is slower than what it replaces is taken back; the report has both times. It takes about a tenth of a
@@ -207,6 +211,7 @@ def patch(
         "mlp": mlp,
         "rope": rope,
         "loss": loss,
+        "dropout": dropout,
     }
     asked = {name: flag("patch", name, value) for name, value in wanted.items()}
     if isinstance(tune, str) and tune not in ("training", "inference"):

@@ -3,6 +3,7 @@
 from torchweld.reference.adamw import adamw_
 from torchweld.reference.attention import attention, scaled_dot_product_attention
 from torchweld.reference.cross_entropy import cross_entropy
+from torchweld.reference.dropout import dropout
 from torchweld.reference.geglu import geglu
 from torchweld.reference.gelu import gelu
 from torchweld.reference.layer_norm import add_layer_norm, layer_norm
@@ -20,6 +21,7 @@ __all__ = [
     "add_rms_norm",
     "attention",
     "cross_entropy",
+    "dropout",
     "geglu",
     "gelu",
     "grad_norm",

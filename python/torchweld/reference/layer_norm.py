@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchweld.reference.philox import draw_seed, dropout_factors
+from torchweld.reference.dropout import dropped
 
 
 def layer_norm(
@@ -33,15 +33,6 @@ def layer_norm(
     if bias is not None:
         y = y + bias.to(compute)
     return y.to(input.dtype)
-
-
-def dropped(x: Tensor, cols: int, p: float, seed: Tensor | None) -> Tensor:
-    """x in float32 at least, as rows of `cols`. An element is dropped with probability p, else divided by 1 - p."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
-    if p == 0 or x.numel() == 0:
-        return x
-    factors = dropout_factors(draw_seed(x.device) if seed is None else seed, x.numel() // cols, cols, p)
-    return x * factors.to(x.dtype).view(x.shape)
 
 
 def residual_sum(x: Tensor, residual: Tensor, shape: Sequence[int], dropout_p: float, seed: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ from torchweld.testing.adamw import ADAMW
 from torchweld.testing.attention import ATTENTION
 from torchweld.testing.case import Case
 from torchweld.testing.cross_entropy import CROSS_ENTROPY
+from torchweld.testing.dropout import DROPOUT
 from torchweld.testing.gated import GEGLU, SWIGLU
 from torchweld.testing.gelu import GELU
 from torchweld.testing.layer_norm import ADD_LAYER_NORM, ADD_RMS_NORM, LAYER_NORM, RMS_NORM
@@ -24,6 +25,7 @@ def ops() -> dict[str, tuple[Case, ...]]:
         "add_layer_norm": ADD_LAYER_NORM,
         "rms_norm": RMS_NORM,
         "add_rms_norm": ADD_RMS_NORM,
+        "dropout": DROPOUT,
         "gelu": GELU,
         "swiglu": SWIGLU,
         "geglu": GEGLU,

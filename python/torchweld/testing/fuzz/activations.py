@@ -1,15 +1,29 @@
-"""Draws cases of gelu, of the gated units and of rotary_embedding."""
+"""Draws cases of dropout, of gelu, of the gated units and of rotary_embedding."""
 
 from __future__ import annotations
 
 import torch
 
+from torchweld.testing.dropout import DropoutCase
 from torchweld.testing.fuzz.draw import FEW, FLOATS, LONG, MANY, TILES, VECTORS, Draw, Options
 from torchweld.testing.fuzz.trial import Judged
 from torchweld.testing.gated import GatedCase
 from torchweld.testing.gelu import GeluCase
 from torchweld.testing.inputs import LAYOUTS, VALUES
 from torchweld.testing.rotary_embedding import RotaryCase
+
+
+def dropout(draw: Draw) -> Judged:
+    sizes = draw.size(FEW, VECTORS, TILES, MANY, LONG, (8193,)), draw.one(1, 2, 3, 9)
+    pool: Options = {
+        "rows": lambda: {"shape": sizes[::-1]},
+        "layout": lambda: {"layout": draw.one(*LAYOUTS), "shape": sizes},
+        "p": lambda: {"p": draw.one(1e-9, 0.1, 0.5, 0.999, 1.0)},
+        "values": lambda: {"values": draw.one(*VALUES)},
+    }
+    options = {"shape": sizes[:1]} | draw.options(pool)
+    case = DropoutCase(name=f"number {draw.number}", regime="", **options)
+    return Judged(case=case, dtype=draw.one(*FLOATS), seed=draw.seed(), inference=draw.chance(0.2))
 
 
 def gelu(draw: Draw) -> Judged:

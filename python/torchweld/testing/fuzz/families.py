@@ -18,6 +18,7 @@ _JUDGED: dict[str, Callable[[Draw], Judged]] = {
     "paged_attention": attention.paged,
     "scaled_dot_product_attention": attention.sdpa,
     "norms": norms.norms,
+    "dropout": activations.dropout,
     "gelu": activations.gelu,
     "gated": activations.gated,
     "rotary_embedding": activations.rotary_embedding,

@@ -1,0 +1,23 @@
+"""torch.nn.Dropout on the fused kernels."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from torchweld import ops
+from torchweld.nn.twins import twin
+from torchweld.ops.dropout import pays
+
+
+@twin
+class Dropout(torch.nn.Dropout):
+    """Drop-in for `torch.nn.Dropout`: same arguments, no parameters, no buffers.
+
+    `inplace=True`, nested tensors, dtypes and devices without kernels, and inputs too short or narrow to gain are
+    left to torch.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        ours = self.training and not self.inplace and pays(input)
+        return ops.dropout(input, self.p) if ours else super().forward(input)
