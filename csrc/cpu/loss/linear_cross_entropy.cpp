@@ -217,7 +217,7 @@ class Head {
     for (int64_t m = 0; m < rows_; ++m)
       differentiate(dlogits + m * width, count, target_[m] - block * width, gradients_[m], statistics_of(m, block).max,
                     p_.softcap);
-    if (p_.dbias != nullptr) add_bias(dlogits, count, p_.dbias + block * width, dbias, first);
+    if (p_.dbias != nullptr) add_to_bias(dlogits, rows_, width, count, p_.dbias + block * width, dbias, first);
 
     // dinput.
     const TileScope tiles;
@@ -261,26 +261,6 @@ class Head {
         WeightSum<T>::add(static_cast<T*>(p_.dweight), beside_, (block * width + v + r) * H, H, tile + r * columns,
                           first, last);
     }
-  }
-
-  // float32's rounding grows with the length of a chain of additions, so the chains are short: 16 rows, what these come
-  // to in a chunk, and what the chunks come to. `sums`: two rows of the block's width.
-  void add_bias(const S* dlogits, int64_t count, float* total, float* sums, bool first) const {
-    constexpr int64_t kChain = 16;
-    float *chunk = sums, *chain = sums + plan_.width;
-    auto add = [&](float* to, const auto* from) {
-      for_each_vector(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-        store(to + i, load(to + i, lanes) + load(from + i, lanes), lanes);
-      });
-    };
-    std::memset(chunk, 0, sizeof(float) * plan_.width);
-    for (int64_t m0 = 0; m0 < rows_; m0 += kChain) {
-      std::memset(chain, 0, sizeof(float) * plan_.width);
-      for (int64_t m = m0; m < min_of(m0 + kChain, rows_); ++m) add(chain, dlogits + m * plan_.width);
-      add(chunk, chain);
-    }
-    if (first) std::memset(total, 0, sizeof(float) * count);
-    add(total, chunk);
   }
 
   const LinearCrossEntropyParams& p_;

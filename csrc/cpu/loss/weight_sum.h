@@ -1,6 +1,7 @@
-// The gradient of the weight while chunks of rows are added to it. It is as large as the weight, so what it is kept in
-// counts: float32 in the output itself; bfloat16 as the upper half of a float32 in the output and 8 more bits beside
-// it, 24 together, whose rounding is a 256th of the output's; float16 in a float32 of its own.
+// The gradients of weight and bias while chunks of rows are added to them. That of the weight is as large as the
+// weight, so what it is kept in counts: float32 in the output itself; bfloat16 as the upper half of a float32 in the
+// output and 8 more bits beside it, 24 together, whose rounding is a 256th of the output's; float16 in a float32 of its
+// own.
 #pragma once
 
 #include "cpu/simd/integers.h"
@@ -68,6 +69,28 @@ struct WeightSum<f16> {
     });
   }
 };
+
+// Adds the columns of `rows` rows of `count` dlogits, `width` apart, to the bias's gradient `total`. float32's rounding
+// grows with the length of a chain of additions, so the chains are short: 16 rows, what these come to in a chunk, and
+// what the chunks come to. `sums`: two rows of `width`.
+template <class S>
+void add_to_bias(const S* dlogits, int64_t rows, int64_t width, int64_t count, float* total, float* sums, bool first) {
+  constexpr int64_t kChain = 16;
+  float *chunk = sums, *chain = sums + width;
+  auto add = [&](float* to, const auto* from) {
+    for_each_vector(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      store(to + i, load(to + i, lanes) + load(from + i, lanes), lanes);
+    });
+  };
+  std::memset(chunk, 0, sizeof(float) * width);
+  for (int64_t m0 = 0; m0 < rows; m0 += kChain) {
+    std::memset(chain, 0, sizeof(float) * width);
+    for (int64_t m = m0; m < min_of(m0 + kChain, rows); ++m) add(chain, dlogits + m * width);
+    add(chunk, chain);
+  }
+  if (first) std::memset(total, 0, sizeof(float) * count);
+  add(total, chunk);
+}
 
 }  // namespace
 }  // namespace torchweld::cpu
