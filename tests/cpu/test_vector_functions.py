@@ -49,3 +49,19 @@ def test_tanh_and_log(library: ctypes.CDLL) -> None:
         normal = (x[:, 0] > 0) & (x[:, 0] >= torch.finfo(torch.float32).tiny)
         if normal.any():
             hold_by_row(log[normal], x[normal].log(), x[normal].double().log(), "log")
+
+
+def test_exponential_of_negative_numbers(library: ctypes.CDLL) -> None:
+    """Where a rounding of x is larger than what exp can take, too: 0."""
+
+    def exponential(x: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(x)
+        library.exponential(memory(x), memory(out), ctypes.c_long(x.numel()))
+        return out
+
+    near = -torch.linspace(0, 87, 1 << 16).view(64, -1)  # as far as float32 has normal numbers
+    hold_by_row(exponential(near), near.exp(), near.double().exp(), "exp")
+    far = -torch.linspace(104, 200, 1 << 12), -torch.exp(torch.linspace(5, 88.7, 1 << 20))
+    for x in (*far, torch.full((64,), -torch.inf)):
+        assert (exponential(x) == 0).all()
+    assert exponential(torch.full((64,), torch.nan)).isnan().all()

@@ -61,8 +61,10 @@ TW_INLINE Vec exp2(Vec x) {
 }
 
 // exp(x) of x <= 0 to about an ulp. The rounding of x * log2(e) grows with x, so whole multiples of log(2) are
-// subtracted first, in two parts. The first part has few bits, so its products are exact.
+// subtracted first, in two parts. The first part has few bits, so its products are exact. Far below the least number
+// what is left would be a rounding of x, large enough for exp2 to overflow.
 TW_INLINE Vec exp_of_negative(Vec x) {
+  x = vmax(splat(-200.0f), x);
   const Vec n = __builtin_convertvector(__builtin_convertvector(x * kLog2e, VecI), Vec);
   const Vec rest = (x - n * 0.693359375f) - n * -2.12194440e-4f;
   return exp2<6>(rest * kLog2e) * exp2<3>(n);

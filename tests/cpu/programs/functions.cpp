@@ -4,6 +4,9 @@ using namespace torchweld::cpu;
 extern "C" void functions(const float* x, float* tanh, float* log, long n) {
   for (long i = 0; i < n; i += W) store(tanh + i, vtanh(load(x + i))), store(log + i, vlog(load(x + i)));
 }
+extern "C" void exponential(const float* x, float* out, long n) {
+  for (long i = 0; i < n; i += W) store(out + i, exp_of_negative(load(x + i)));
+}
 template <class T>
 void stores(const float* x, T* out, long n) {  // n roundings by each of the stores
   auto value = [&](int64_t i, auto lanes) { return load(x + i, lanes); };
