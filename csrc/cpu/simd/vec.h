@@ -40,7 +40,7 @@ TW_INLINE void for_each_value(int64_t n, Value&& value, Put&& put) {
 template <class Term>
 TW_INLINE auto sum_over(int64_t n, Term&& term) {
   using Terms = decltype(term(n, All{}));
-  constexpr int64_t kStep = 4 * W, kShort = (W > 4 ? 8 : 4) * kStep, kLong = 32 * kShort;
+  constexpr int64_t kStep = 4 * W, kShort = (W > 4 ? 8 : 4) * kStep, kLong = 8 * kShort;
   Terms partial[56];  // [k]: the sum of 2^k long chains, where bit k of `chains` is set
   Terms total{};
   int64_t i = 0, chains = 0;
