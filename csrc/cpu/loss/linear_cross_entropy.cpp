@@ -53,6 +53,7 @@ class Head {
     gradients_ = reinterpret_cast<RowGradient*>(take(plan_.chunk * sizeof(RowGradient) / 4));
     dinputs_ = take(plan_.parts * plan_.part_words());
     beside_ = take(plan_.sum_words(p));
+    lost_ = take(plan_.lost_words(p));
     scratch_ = next;
   }
 
@@ -210,14 +211,15 @@ class Head {
     float* across = packed + round_up(plan_.class_steps * columns, 16);
     float* along = across + plan_.chunk * plan_.class_steps;
     float* dbias = along + round_up(width * plan_.row_steps, 16);
-    float* tile = dbias + 2 * width;
+    float* tile = dbias + width;
     S* dlogits = weights_of(block);
 
     // dlogits.
     for (int64_t m = 0; m < rows_; ++m)
       differentiate(dlogits + m * width, count, target_[m] - block * width, gradients_[m], statistics_of(m, block).max,
                     p_.softcap);
-    if (p_.dbias != nullptr) add_to_bias(dlogits, rows_, width, count, p_.dbias + block * width, dbias, first);
+    if (p_.dbias != nullptr)
+      add_to_bias(dlogits, rows_, width, count, p_.dbias + block * width, lost_ + block * width, dbias, first, last);
 
     // dinput.
     const TileScope tiles;
@@ -274,7 +276,7 @@ class Head {
   int64_t *index_, *target_;
   float* picked_;  // the targets' logits
   RowGradient* gradients_;
-  float *dinputs_, *beside_, *scratch_;
+  float *dinputs_, *beside_, *lost_, *scratch_;
 };
 
 // f(Tag<Head>) of the types that serve a call. A softcap asks for the logits, and these in float32.

@@ -49,11 +49,14 @@ struct Plan {
   int64_t sum_words(const LinearCrossEntropyParams& p) const {
     return sums ? round_up(ceil_div(p.classes * p.features * WeightSum<T>::bytes, 4), 16) : 0;
   }
+  int64_t lost_words(const LinearCrossEntropyParams& p) const {
+    return p.dbias != nullptr ? round_up(p.classes, 16) : 0;
+  }
 
   int64_t logits_words() const { return width * feature_steps + kTileRows * width; }
   int64_t gradient_words(const LinearCrossEntropyParams& p) const {
     return round_up(class_steps * columns, 16) + chunk * class_steps + round_up(width * row_steps, 16) +
-           (p.dweight != nullptr ? round_up(kTileRows * columns, 16) : 0) + 2 * width;
+           (p.dweight != nullptr ? round_up(kTileRows * columns, 16) : 0) + width;
   }
   int64_t scratch(const LinearCrossEntropyParams& p) const {
     return max_of(logits_words(), gradient ? gradient_words(p) : 0);
@@ -61,7 +64,7 @@ struct Plan {
   int64_t shared(const LinearCrossEntropyParams& p) const {
     return round_up(chunk * p.features * static_cast<int64_t>(sizeof(T)) / 4 + 1, 16) + input_words() +
            (gradient ? right_words() : 0) + weights_words() + statistics_words() + row_words() + parts * part_words() +
-           sum_words(p);
+           sum_words(p) + lost_words(p);
   }
 };
 

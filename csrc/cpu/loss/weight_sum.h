@@ -71,25 +71,33 @@ struct WeightSum<f16> {
 };
 
 // Adds the columns of `rows` rows of `count` dlogits, `width` apart, to the bias's gradient `total`. float32's rounding
-// grows with the length of a chain of additions, so the chains are short: 16 rows, what these come to in a chunk, and
-// what the chunks come to. `sums`: two rows of `width`.
+// grows with the length of a chain of additions, so a chain is 16 rows, summed in `chain`; what the addition of a chain
+// to `total` loses is exact and goes to `lost` (Knuth's TwoSum), which the last chunk of rows gives back.
 template <class S>
-void add_to_bias(const S* dlogits, int64_t rows, int64_t width, int64_t count, float* total, float* sums, bool first) {
+void add_to_bias(const S* dlogits, int64_t rows, int64_t width, int64_t count, float* total, float* lost, float* chain,
+                 bool first, bool last) {
   constexpr int64_t kChain = 16;
-  float *chunk = sums, *chain = sums + width;
-  auto add = [&](float* to, const auto* from) {
-    for_each_vector(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
-      store(to + i, load(to + i, lanes) + load(from + i, lanes), lanes);
-    });
-  };
-  std::memset(chunk, 0, sizeof(float) * width);
+  if (first) {
+    std::memset(total, 0, sizeof(float) * count);
+    std::memset(lost, 0, sizeof(float) * count);
+  }
   for (int64_t m0 = 0; m0 < rows; m0 += kChain) {
     std::memset(chain, 0, sizeof(float) * width);
-    for (int64_t m = m0; m < min_of(m0 + kChain, rows); ++m) add(chain, dlogits + m * width);
-    add(chunk, chain);
+    for (int64_t m = m0; m < min_of(m0 + kChain, rows); ++m)
+      for_each_vector(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+        store(chain + i, load(chain + i) + load(dlogits + m * width + i, lanes));
+      });
+    for_each_vector(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      const Vec before = load(total + i, lanes), more = load(chain + i), sum = before + more, added = sum - before;
+      store(lost + i, load(lost + i, lanes) + ((before - (sum - added)) + (more - added)), lanes);
+      store(total + i, sum, lanes);
+    });
   }
-  if (first) std::memset(total, 0, sizeof(float) * count);
-  add(total, chunk);
+  if (last)
+    for_each_vector(count, [&](int64_t i, auto lanes) __attribute__((always_inline)) {
+      const Vec rest = load(lost + i, lanes);  // NaN beside an infinite sum
+      store(total + i, load(total + i, lanes) + (rest == rest ? rest : zero()), lanes);
+    });
 }
 
 }  // namespace
