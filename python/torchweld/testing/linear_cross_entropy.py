@@ -90,7 +90,9 @@ class LinearCrossEntropyCase(Case):
     def terms(self, x: Tensors) -> Mapping[str, Tensor | float]:
         """Of the gradients of weight and bias, sums over rows, the size of a random walk with those steps.
 
-        With a class or a feature or two the sum can be far smaller than what was added up.
+        With a class or a feature or two the sum can be far smaller than what was added up. And what a probability moves
+        by where the logits are rounded: P_j * ((1 - P_j) d_j - sum over the other k of P_k d_k), as in attention. The
+        rounding of a logit's partial sums, which grow as a random walk, is one with steps of about a fifth of an ulp.
         Under a softcap also what its slope is rounded by, two ulps of 1, ten roundings of products with it, and what
         the slope changes where the logit is rounded, a sum over the features.
         """
@@ -106,13 +108,19 @@ class LinearCrossEntropyCase(Case):
         counted = max(int((rows != _IGNORE).sum()), 1) if self.reduction == "mean" else 1
         dcapped = dcapped.abs() * float(x["doutput"].abs().amax()) / counted
         steps = dcapped * (1 - t.square())
+        sizes = torch.sqrt(features.square() @ x["weight"].square().T)
+        rounding = 0.15 * self.features**0.5 * sizes
+        shares = capped.detach().softmax(-1)
+        each = shares * rounding * (1 - t.square())
+        moved = shares * (rounding * (1 - shares) * (1 - t.square()) + each.sum(-1, keepdim=True) - each)
+        moved = moved * (rows != _IGNORE).unsqueeze(-1) * float(x["doutput"].abs().amax()) / counted
+        squares = steps.square() + moved.square()
         found = {
-            "dweight": torch.sqrt(steps.square().T @ features.square()).amax(),
-            "dbias": steps.square().sum(0).sqrt().amax(),
-            "dinput": torch.zeros((), dtype=torch.float64),
+            "dweight": torch.sqrt(squares.T @ features.square()).amax(),
+            "dbias": squares.sum(0).sqrt().amax(),
+            "dinput": torch.sqrt(moved.square() @ x["weight"].square()).amax(),
         }
         if self.softcap is not None:
-            sizes = torch.sqrt(features.square() @ x["weight"].square().T)
             rounded = 2 * dcapped + (5 + 0.6 / self.softcap * self.features**0.5 * sizes) * steps
             found["dinput"] = (rounded @ x["weight"].abs()).amax()
             found["dweight"] += (rounded.T @ features.abs()).amax()
