@@ -57,3 +57,8 @@ def results(model: torch.nn.Module) -> list[torch.Tensor]:
     out = model(x)
     out.square().sum().backward()
     return [out.detach(), *(gradient(p).clone() for p in model.parameters())]
+
+
+def distance(found: list[torch.Tensor], exact: list[torch.Tensor]) -> float:
+    """The relative errors of tensors beside those in float64, added up."""
+    return sum(float((a.double() - b).norm() / b.norm().clamp(min=1e-9)) for a, b in zip(found, exact, strict=True))

@@ -299,3 +299,16 @@ def test_the_module_follows_a_copy_of_its_model() -> None:
 def test_the_module_refuses_what_is_no_head() -> None:
     with pytest.raises(TypeError, match=r"^\[LinearCrossEntropy\] head: expected a torch\.nn\.Linear .* but got GELU$"):
         nn.LinearCrossEntropy(torch.nn.GELU())  # type: ignore[arg-type]
+
+
+def test_a_bias_gradient_beyond_float32_is_infinite(isa: str) -> None:
+    """What its additions lose is then no number, and is left out."""
+    rows, classes = 40, 4
+    x, weight, bias = torch.zeros(rows, 3), torch.zeros(classes, 3), torch.zeros(classes, requires_grad=True)
+    target = torch.zeros(rows, dtype=torch.long)
+    doutput = torch.full((rows,), 3e38)
+    theirs = F.cross_entropy(F.linear(x, weight, bias), target, reduction="none")
+    ours = ops.linear_cross_entropy(x, weight, target, bias, reduction="none")
+    expected, found = (torch.autograd.grad(loss, bias, doutput)[0] for loss in (theirs, ours))
+    assert expected.isinf().all()
+    assert torch.equal(found, expected)
