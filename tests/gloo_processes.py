@@ -36,9 +36,12 @@ def in_processes(check: Callable[[int, str], None], count: int, timeout: float =
 
 def _process(rank: int, folder: str, check: Callable[[int, str], None], count: int, timeout: float) -> None:
     torch.set_num_threads(1)
-    rendezvous = Path(folder, "rendezvous").as_uri()
     limit = timedelta(seconds=timeout)
-    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=count, timeout=limit)
+    store = dist.FileStore(str(Path(folder, "rendezvous")), count)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=limit)
+    # Gloo's mesh is whole for a process before it is for the others, which fail if that one leaves at once.
+    store.set(f"connected {rank}", "")
+    store.wait([f"connected {other}" for other in range(count)], limit)
     check(rank, folder)
     dist.barrier()
     dist.destroy_process_group()
