@@ -37,7 +37,7 @@ def in_processes(check: Callable[[int, str], None], count: int, timeout: float =
 def _process(rank: int, folder: str, check: Callable[[int, str], None], count: int, timeout: float) -> None:
     torch.set_num_threads(1)
     limit = timedelta(seconds=timeout)
-    store = dist.FileStore(str(Path(folder, "rendezvous")), count)
+    store = dist.FileStore(str(Path(folder, "rendezvous")), count)  # type: ignore[attr-defined]  # documented
     dist.init_process_group("gloo", store=store, rank=rank, world_size=count, timeout=limit)
     # Gloo's mesh is whole for a process before it is for the others, which fail if that one leaves at once.
     store.set(f"connected {rank}", "")
