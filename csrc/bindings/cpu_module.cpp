@@ -13,6 +13,7 @@
 #include "bindings/whole_attention.h"
 #include "bindings/whole_call.h"
 #include "bindings/whole_gradient.h"
+#include "bindings/whole_step.h"
 #include "cpu/isa/isa.h"
 
 namespace {
@@ -65,4 +66,5 @@ PYBIND11_MODULE(_cpu, python, py::mod_gil_not_used()) {
   bind_whole_calls<Cpu>(m);
   bind_whole_attention<Cpu>(m);
   bind_whole_gradients<Cpu>(m);
+  bind_whole_steps<Cpu>(m);
 }

@@ -148,11 +148,23 @@ void fill(OptimizerParams& p, const Arguments& args, OptimizerRows<Backend>& lis
       if (list.rows[i].dtype == DType::float16) args.fail("rounding_seed", "None for params of float16", "a seed");
 }
 
-// One step, in place. Returns the tensors that the kernels do not take. If there are any, the call changes nothing.
-template <class Backend, class Params, class Kernel, class Lists, class Options>
-Refusals run_step(const char* op, Kernel kernel, const Lists& lists, const Options& options, const Step& step,
-                  const OptionalView& table) {
-  if (lists.params.empty()) return {};
+// One step after all its checks, before it has touched memory.
+template <class Params>
+struct PreparedStep {
+  std::vector<OptimizerTensor> rows;  // what `params` points to
+  Refusals refused;                   // the tensors that the kernels do not take; if there are any, nothing runs
+  Params params{};
+  int32_t device = 0;
+
+  template <class Backend, class Kernel>
+  void run(Kernel kernel) const {
+    Backend::run(kernel, params, device);
+  }
+};
+
+template <class Backend, class Params, class Lists, class Options>
+PreparedStep<Params> prepare_step(const char* op, const Lists& lists, const Options& options, const Step& step,
+                                  const OptionalView& table) {
   const Arguments args(op, Backend::device, lists.params[0]);
   OptimizerRows<Backend> list(args, lists.params);
   list.check_length(lists.grads, "grads");
@@ -167,11 +179,23 @@ Refusals run_step(const char* op, Kernel kernel, const Lists& lists, const Optio
     if (lists.counts() != nullptr) list.step(*lists.counts(), i);
     list.place(i);
   }
-  Params p{};
-  fill(p, args, list, step, table);
-  options.fill(p);
-  if (list.refused.empty()) Backend::run(kernel, p, lists.params[0].device.index);
-  return list.refused;
+  PreparedStep<Params> prepared;
+  fill(prepared.params, args, list, step, table);
+  options.fill(prepared.params);
+  prepared.rows = std::move(list.rows);
+  prepared.refused = std::move(list.refused);
+  prepared.device = lists.params[0].device.index;
+  return prepared;
+}
+
+// One step, in place. Returns the tensors that the kernels do not take. If there are any, the call changes nothing.
+template <class Backend, class Params, class Kernel, class Lists, class Options>
+Refusals run_step(const char* op, Kernel kernel, const Lists& lists, const Options& options, const Step& step,
+                  const OptionalView& table) {
+  if (lists.params.empty()) return {};
+  const auto prepared = prepare_step<Backend, Params>(op, lists, options, step, table);
+  if (prepared.refused.empty()) prepared.template run<Backend>(kernel);
+  return prepared.refused;
 }
 
 template <class Backend>

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchweld import ops
+from torchweld import backend, ops
 from torchweld._torch import check_device_and_dtype_for_fused, scalar_dtype
 from torchweld.optim.fused import FusedOptimizer, Lists, Work
 from torchweld.optim.state import Group, State
@@ -18,6 +18,7 @@ class _FusedAdam(FusedOptimizer):
     """What AdamW and Adam share."""
 
     _torch = torch.optim.Adam
+    _whole = staticmethod(backend.whole_call("adamw_step"))
 
     def _unserved(self, group: Group) -> str | None:
         for flag in ("differentiable", "foreach"):

@@ -34,6 +34,7 @@ class FusedOptimizer(KeptState):
     """Mixed in before torch's optimizer `_torch`, whose constructor, state_dict and behaviour it keeps."""
 
     _torch: ClassVar[type[torch.optim.Optimizer]]
+    _whole: ClassVar[Callable[..., list[Tensor] | None]]  # backend.whole_call of a step
     _grad_norm: Tensor | None = None
     _mirrors: offload.Mirrors | None = None
 
@@ -74,6 +75,8 @@ class FusedOptimizer(KeptState):
             with torch.enable_grad():
                 loss = closure()
         check_graph_capture(self)
+        if self._whole_step():
+            return loss
         with torch.no_grad():
             works = self._gather()
             if not isinstance(works, str):
@@ -87,6 +90,17 @@ class FusedOptimizer(KeptState):
         if serve:
             self._torch_step()
         return loss
+
+    def _whole_step(self) -> bool:
+        """A common step in one crossing into C++. False: this step is not common, and nothing has changed."""
+        if getattr(self, "grad_scale", None) is not None or getattr(self, "found_inf", None) is not None:
+            return False
+        written = self._whole(self.param_groups, self.state, self.defaults)
+        if written is None:
+            return False
+        torch.autograd.graph.increment_version(written)
+        self._grad_norm = None
+        return True
 
     def _gather(self) -> list[Work] | str:
         """All there is to do; or why torch's own step is to do it, which then finds the state as it was."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from torchweld import ops
+from torchweld import backend, ops
 from torchweld._torch import check_once_for_fused
 from torchweld.optim.fused import FusedOptimizer, Work
 from torchweld.optim.state import Group, State
@@ -24,6 +24,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     """
 
     _torch = torch.optim.SGD
+    _whole = staticmethod(backend.whole_call("sgd_step"))
 
     def __init__(
         self,
