@@ -56,11 +56,12 @@ TW_INLINE void store_both(bf16* p, Vec first, bf16* q, Vec second, Lanes lanes) 
 }
 #endif
 
-// The mean, blended from the nearer end as in torch's lerp: only the smaller term adds a rounding, and beta1 = 0 gives
-// the gradient itself.
-template <bool kFromMean>
 struct AdamWRule {
-  float gain1, keep2, gain2, eps, l2;
+  // The mean goes from the nearer of m and g towards the other, as in torch's lerp: only the smaller term adds a
+  // rounding, and beta1 = 0 gives the gradient itself.
+  bool from_mean;
+  float towards;  // 1 - beta1, or -beta1 from the gradient
+  float keep2, gain2, eps, l2;
 
   template <class ST>
   TW_INLINE void fetch(const OptimizerTensor& t, int64_t i) const {
@@ -73,7 +74,7 @@ struct AdamWRule {
     ST *exp_avg = at<ST>(t.state[0], i), *exp_avg_sq = at<ST>(t.state[1], i);
     if (l2 != 0) g = fused(splat(l2), p, g);
     Vec m = load(exp_avg, lanes), v = load(exp_avg_sq, lanes);
-    m = kFromMean ? m + gain1 * (g - m) : g - (1.0f - gain1) * (g - m);
+    m = (from_mean ? m : g) + towards * (g - m);
     v = keep2 * v + gain2 * g * g;
     store_both(exp_avg, m, exp_avg_sq, v, lanes);
     if (t.state[2] != nullptr) {
@@ -114,8 +115,8 @@ void adamw(const AdamWParams& p) {
   const float gain1 = static_cast<float>(1 - p.beta1), keep2 = static_cast<float>(p.beta2),
               gain2 = static_cast<float>(1 - p.beta2), eps = static_cast<float>(p.eps),
               l2 = p.decoupled ? 0.0f : static_cast<float>(p.weight_decay);
-  gain1 < 0.5f ? step(p, AdamWRule<true>{gain1, keep2, gain2, eps, l2})
-               : step(p, AdamWRule<false>{gain1, keep2, gain2, eps, l2});
+  const bool from_mean = gain1 < 0.5f;
+  step(p, AdamWRule{from_mean, from_mean ? gain1 : gain1 - 1.0f, keep2, gain2, eps, l2});
 }
 
 }  // namespace TORCHWELD_VECTOR_ISA
