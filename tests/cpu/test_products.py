@@ -11,8 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compiled import FLAGS, compiled, memory
-from torchweld import _cpu
+from compiled import compiled, isas, memory
 
 SOURCE = Path(__file__).parent / "programs" / "products.cpp"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -24,7 +23,7 @@ STORE, ACCUMULATE, ACCUMULATE_TRANSPOSED = range(3)
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")]
 
 
-@pytest.fixture(scope="module", params=[isa for isa in FLAGS if isa in _cpu.available_isas()])
+@pytest.fixture(scope="module", params=isas())
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return compiled(SOURCE, request.param, tmp_path_factory.mktemp("products"))
 

@@ -10,8 +10,7 @@ import pytest
 import torch
 
 from by_exponent import by_exponent, hold_by_row
-from compiled import FLAGS, compiled, memory
-from torchweld import _cpu
+from compiled import compiled, isas, memory
 
 SOURCE = Path(__file__).parent / "programs" / "functions.cpp"
 
@@ -19,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.skipif(shutil.which("g++") is None, 
 
 
 # The vector functions of amx are those of avx512_bf16.
-@pytest.fixture(scope="module", params=[isa for isa in FLAGS if isa in _cpu.available_isas() and isa != "amx"])
+@pytest.fixture(scope="module", params=[isa for isa in isas() if isa != "amx"])
 def library(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     return compiled(SOURCE, request.param, tmp_path_factory.mktemp("functions"))
 

@@ -37,8 +37,11 @@ struct Candidate {
 
 #ifdef TORCHWELD_HAS_AMX
 // Linux saves the tile registers, 8 KB, only for processes that ask for it.
-bool may_use_tiles() {
-  #if defined(__linux__)
+bool has_tiles() {
+  #if defined(TORCHWELD_SOFTWARE_TILES)
+  return true;
+  #elif defined(__linux__)
+  if (!__builtin_cpu_supports("amx-tile") || !__builtin_cpu_supports("amx-bf16")) return false;
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
   return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
   #else
@@ -80,8 +83,7 @@ std::vector<Candidate> candidates() {
                           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   const bool has_avx512_bf16 = has_avx512 && __builtin_cpu_supports("avx512bf16");
   #ifdef TORCHWELD_HAS_AMX
-  const bool has_amx = has_avx512_bf16 && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16");
-  list.push_back({"amx", &amx::table, has_amx && may_use_tiles()});
+  list.push_back({"amx", &amx::table, has_avx512_bf16 && has_tiles()});
   #endif
   list.push_back({"avx512_bf16_fma", &avx512_bf16_fma(), has_avx512_bf16 && __builtin_cpu_is("intel")});
   list.push_back({"avx512_bf16", &avx512_bf16::table, has_avx512_bf16});
