@@ -156,7 +156,7 @@ def alignment(model: Seq2Seq, source: Tensor, inputs: Tensor) -> Tensor:
 
     def look(module: CrossAttention, args: tuple[Any, ...], output: Tensor) -> None:
         x, _, _, (keys, _) = args
-        q, k = module.q_proj(x).unflatten(-1, (module.heads, -1)).flatten(0, -3), keys.flatten(0, -3)
+        q, k = module.q_proj(x).unflatten(-1, (-1, module.head_size)).flatten(0, -3), keys.flatten(0, -3)
         scores = torch.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[-1])
         found.append(scores.float().softmax(-1).mean(0))
 
