@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-import torchweld
 from gloo_processes import in_processes, needs_gloo
+from torchweld import ops
 from torchweld.models import ast, bert, bert_tokens, gpt2, gpt3, seq2seq, stock, vit
 from torchweld.testing.parity import assert_parity
 from training_curves import Loss, check_parameters, curve, whole
@@ -88,9 +88,9 @@ CASES: list[Case] = [
 ]
 
 
-def _model(kind: Any, config: Any, ops: Any = torchweld.ops) -> Any:
+def _model(kind: Any, config: Any, functions: Any = ops) -> Any:
     torch.manual_seed(0)
-    return kind(config, ops)
+    return kind(config, functions)
 
 
 def _compare(case: Case, mesh: Any, layouts: tuple[bool, ...]) -> None:
@@ -123,6 +123,26 @@ def _same_everywhere(case: Case, mesh: Any, sequence: bool) -> None:
     assert not torch.equal(curve(whole_model, loss(whole_model))["losses"], found["losses"])  # it did drop
 
 
+def _losses_under_autocast(mesh: Any) -> None:
+    """Of 16-bit logits and features they are float32, as in one process."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    logits, features, weight = torch.randn(9, 97).bfloat16(), torch.randn(9, 16).bfloat16(), torch.randn(97, 16)
+    target = torch.randint(97, (9,))
+    with torch.autocast("cpu", torch.bfloat16):
+        for reduction in ("mean", "none"):
+            right = ops.cross_entropy(logits, target, reduction=reduction)
+            for cut in (Shard(0), Shard(1), Replicate()):
+                found = whole(ops.cross_entropy(distribute_tensor(logits, mesh, [cut]), target, reduction=reduction))
+                torch.testing.assert_close(found, right, rtol=1e-6, atol=1e-6)  # of dtypes too
+            right = ops.linear_cross_entropy(features, weight, target, reduction=reduction)
+            for rows, classes in ((Shard(0), Replicate()), (Replicate(), Shard(0)), (Replicate(), Replicate())):
+                x, w = distribute_tensor(features, mesh, [rows]), distribute_tensor(weight, mesh, [classes])
+                found = whole(ops.linear_cross_entropy(x, w, target, reduction=reduction))
+                torch.testing.assert_close(found, right, rtol=4e-3, atol=4e-3)  # of a product in bfloat16
+
+
 def two(rank: int, folder: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
 
@@ -131,6 +151,7 @@ def two(rank: int, folder: str) -> None:
     mesh = init_device_mesh("cpu", (2,))
     for case in CASES:
         _compare(case, mesh, (True, False))
+    _losses_under_autocast(mesh)
     for case, sequence in ((CASES[2], True), (CASES[5], False), (CASES[7], True)):
         _same_everywhere(case, mesh, sequence)
     logits = tensor_parallel(_model(bert.BERTForPreTraining, TEXT), mesh)(*_packed(torch.Generator().manual_seed(0)))
