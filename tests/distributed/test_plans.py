@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from gloo_processes import in_processes, needs_gloo
 from torchweld import ops
-from torchweld.models import ast, bert, bert_tokens, gpt2, gpt3, seq2seq, stock, vit
+from torchweld.errors import UserError
+from torchweld.models import ast, bert, bert_tokens, gpt2, gpt3, seq2seq, stock, translating, vit
 from torchweld.testing.parity import assert_parity
 from training_curves import Loss, check_parameters, curve, whole
 
@@ -173,9 +174,14 @@ def two(rank: int, folder: str) -> None:
         tensor_parallel(nn.Linear(2, 2), mesh)
     with pytest.raises(RuntimeError, match=r"mesh: expected one dimension, over which layers are spread, but got 2"):
         tensor_parallel(_model(gpt2.GPT2, SMALL), init_device_mesh("cpu", (2, 1)))
-    twice = tensor_parallel(_model(gpt2.GPT2, SMALL), mesh)
+    decoder: Any = tensor_parallel(_model(gpt2.GPT2, SMALL), mesh)
+    translator: Any = tensor_parallel(_model(seq2seq.Seq2Seq, PAIRS), mesh)
+    with pytest.raises(UserError, match=r"generate: model: expected parameters that are plain tensors"):
+        decoder.generate(torch.zeros(1, 3, dtype=torch.int64), 2)
+    with pytest.raises(UserError, match=r"generate: model: expected parameters that are plain tensors"):
+        translating.generate(translator, torch.zeros(21).long(), BOUNDS)
     with pytest.raises(RuntimeError, match=r"model: expected one whose parameters are plain tensors, but got DTensors"):
-        tensor_parallel(twice, mesh)
+        tensor_parallel(decoder, mesh)
 
 
 def four(rank: int, folder: str) -> None:

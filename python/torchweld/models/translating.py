@@ -36,6 +36,7 @@ class State(NamedTuple):
 
 def begin(model: Seq2Seq, source: Tensor, cu_seqlens: Tensor, copies: int, most: int) -> State:
     """For `copies` targets of each source, of at most `most` tokens; the sources are as in `Seq2Seq.encode`."""
+    model.check_whole("generate")
     sources, config = model.encode(source, cu_seqlens), model.config
     count, heads = len(cu_seqlens) - 1, config.decoder_attention_heads
     cache = KVCache(config.decoder_layers, (count * copies, heads, most, config.d_model // heads), sources.hidden)
