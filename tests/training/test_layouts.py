@@ -195,7 +195,7 @@ def test_layouts() -> None:
 @pytest.fixture
 def parts(train: Run) -> Path:
     """A run of one step whose checkpoint is in parts."""
-    code, _, error = train("--steps", 1, *PARTS, "--out", "run")
+    code, _, error = train("--steps", 1, *PARTS, "--keep-best", "--out", "run")
     assert code == 0, error
     return Path("run/checkpoint-1")
 
@@ -218,12 +218,12 @@ cli.command()
 
 
 def test_a_kill_while_writing_leaves_the_last_checkpoint(parts: Path, command: Run) -> None:
-    before = contents("run")
+    before = contents("run/checkpoint-1")
     words = ("train", "gpt2", "--device", "cpu", "--resume", "run", "--steps", "2")
     done = subprocess.run([sys.executable, "-c", KILLED, *words], check=False, capture_output=True)
     assert done.returncode == -9
     assert len(list(Path("run").glob(".checkpoint-2-*"))) == 1  # it was on its way
-    assert {name: text for name, text in contents("run").items() if not name.startswith(".")} == before
+    assert contents("run/checkpoint-1") == before
     code, out, error = command(*words)
     assert code == 0 and "resuming after step 1" in out, error
     assert checkpoint.checkpoints(Path("run")) == [Path("run/checkpoint-2")]
@@ -288,6 +288,8 @@ def test_a_full_disk_leaves_the_parts(parts: Path, command: Run, monkeypatch: py
         code, _, error = command("gather", "run")
     assert code == 2 and "No space left on device" in error and contents("run") == before
     resume = ("train", "gpt2", "--device", "cpu", "--resume", "run", "--steps")
+    code, out, error = command(*resume, 1, "--checkpoint-format", "safetensors")  # shows the best, which is in parts
+    assert code == 0 and "best validation: run/best-1" in out, error
     assert command(*resume, 2, "--checkpoint-format", "safetensors")[0] == 0
     assert Path("run/checkpoint-2/model.safetensors").is_file() and not Path("run/checkpoint-2/model").exists()
     assert command(*resume, 3)[0] == 0 and Path("run/checkpoint-3/model.safetensors").is_file()

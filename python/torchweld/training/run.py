@@ -167,7 +167,7 @@ def finish(job: Job, found: Findings) -> None:
     loss = ours.validation[-1][1]
     if job.settings.keep_best and (best := checkpoint.best(job.out)) is not None:
         loss = min(loss for _, loss in ours.validation)
-        if model is not None and job.distributed:
+        if model is not None and checkpoint.in_parts(best):
             shards.load_model(best, model, ours.sharing, alone=True)
         elif model is not None:
             model.load_hugging_face(checkpoint.load_model(best, job.program.read_config)[1])
