@@ -42,6 +42,7 @@ def data() -> dict[str, tuple[str, ...]]:
         "bert": ("text.txt", "--batch-size", "16", "--keep-best", "--validate-every", "2"),
         "seq2seq": ("pairs.tsv", "--batch-size", "200"),
         "vit": (str(write_idx(Path("idx"), 60, 20)), "--batch-size", "8"),
+        "vae": ("idx", "--batch-size", "8"),
         "speech": (str(write_words(Path("words"), 3)), "--batch-size", "6"),
     }
 
@@ -103,9 +104,16 @@ def layouts(rank: int, folder: str) -> None:
         if rank == 0:
             together.train(name, *words, "--steps", "3", "--out", f"{name}-1", parallel=False)
         dist.barrier()
-        leg = ("--parallel", "tensor", *PARTS, "--steps", "3", "--out", f"{name}-2")
-        together.train(name, *words, *leg)
+        kind = "fsdp" if name == "vae" else "tensor"
+        together.train(name, *words, "--parallel", kind, *PARTS, "--steps", "3", "--out", f"{name}-2")
         same_curve(f"{name}-2", f"{name}-1", 3)
+        if kind == "tensor" and name != "bert":
+            dist.barrier()
+            if rank == 0:
+                together.train(name, "--resume", f"{name}-1", "--steps", "4", parallel=False)
+            together.train(name, "--resume", f"{name}-2", "--parallel", "fsdp", "--steps", "4")
+            if rank == 0:
+                same_curve(f"{name}-2", f"{name}-1", 4)
 
     # A run goes on in any layout, from parts or whole files.
     checkpoint.remove_others = remove
