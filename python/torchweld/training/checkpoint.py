@@ -111,6 +111,7 @@ def _replace(out: Path, kind: str, step: int, weights: Weights, more: Callable[[
     if target.exists():  # written by this run at this very step
         return target
     aside = out / f".{target.name}-{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)  # left by one that was killed and had the same number
     try:
         aside.mkdir()
         _write_json(aside / "config.json", weights.config)

@@ -60,6 +60,7 @@ def save(out: Path, name: str, files: Mapping[str, str], parts: Mapping[str, Ten
         if target.exists():  # written by this run at this very step
             return None
         aside = out / f".{name}-{os.getpid()}"
+        shutil.rmtree(aside, ignore_errors=True)  # left by one that was killed and had the same number
         try:
             aside.mkdir()
             for each, contents in files.items():
@@ -157,7 +158,7 @@ def _check(directory: Path, tensors: Tensors, stored: Mapping[str, Any]) -> None
         missing = odd[0] in tensors
         raise checkpoint.damaged(directory, f"no {odd[0]!r} in it" if missing else f"{odd[0]!r}, which is unknown")
     for name, t in tensors.items():
-        there = sum(chunk.sizes.numel() for chunk in stored[name].chunks)
+        there = sum({chunk.offsets: chunk.sizes.numel() for chunk in stored[name].chunks}.values())
         if stored[name].size == t.shape and there != t.numel():
             raise checkpoint.damaged(directory, f"{there} of the {t.numel()} numbers of {name!r}: a file is missing")
         if stored[name].size != t.shape:
