@@ -160,14 +160,14 @@ def layouts(rank: int, folder: str) -> None:
 
     # A decoder also shares the tokens of each sequence.
     legs = (("2", "fsdp"), ("4", "tensor"), ("6", "context"), ("8", None))
-    for steps, kind in legs:
+    for steps, layout in legs:
         begin = ("--config", "tiny", "--batch-size", "4", "--data", "text.txt") if steps == "2" else ("--resume",)
         if rank == 0:
             together.train("gpt2", "--steps", steps, "--out", "gpt2-1", *begin, parallel=False)
-        if rank == 0 or kind:
-            there = ("--parallel", kind) if kind else ()
-            together.train("gpt2", "--steps", steps, "--out", "gpt2-2", *begin, *there, parallel=kind is not None)
-        assert kind is None or rank or f"2 processes ({kind} parallel), each on cpu" in together.said
+        if rank == 0 or layout:
+            there = ("--parallel", layout) if layout else ()
+            together.train("gpt2", "--steps", steps, "--out", "gpt2-2", *begin, *there, parallel=layout is not None)
+        assert layout is None or rank or f"2 processes ({layout} parallel), each on cpu" in together.said
     assert rank or Path("gpt2-2/checkpoint-8/model.safetensors").is_file()
     if rank == 0:
         same_curve("gpt2-2", "gpt2-1", 8)
