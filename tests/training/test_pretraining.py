@@ -74,6 +74,14 @@ def test_masks(data: pretraining.Text) -> None:
     assert batch.weights == {"mlm": count, "nsp": 200} and batch.count == len(tokens)
 
 
+def test_a_batch_is_the_same_in_any_number_of_parts(data: pretraining.Text) -> None:
+    settings = Settings(steps=1, batch_size=8, learning_rate=1.0, config="tiny", seed=0, data=None)
+    whole, *parts = (PROGRAMS["bert"].batches(data, settings, bert.CONFIGS["tiny"], 3, n) for n in (1, 2, 4))
+    for each in parts:
+        for index in (0, 1, 4, 5):  # tokens, segments, hidden words, which pairs are neighbours
+            assert torch.equal(torch.cat([batch.tensors[index] for batch in each]), whole[0].tensors[index])
+
+
 def test_prose_of_the_standard_library() -> None:
     documents = corpus.standard_library_prose()
     assert sum(map(len, documents)) > 1_500_000

@@ -117,31 +117,13 @@ def test_a_batch_that_cannot_be_shared_is_refused_once(text: str) -> None:
     assert second.stderr == "" and not Path("run").exists()
 
 
-def test_a_run_goes_on_in_any_layout(text: str) -> None:
-    """FSDP, then tensor parallel, then context parallel, then one process: the curve of one process all along."""
-    common = ("train", "gpt2", "--device", "cpu", "--steps")
-    legs = [("2", ("--config", "tiny", "--batch-size", "4", "--data", text)), ("4", ()), ("6", ()), ("8", ())]
-    for (steps, fresh), parallel in zip(legs, ("fsdp", "tensor", "context", None), strict=True):
-        where = ("--out", "{}") if fresh else ("--resume", "{}")
-        assert cli.main([*common, steps, *fresh, *(w.format("one") for w in where)]) == 0
-        command = [*common, steps, *fresh, *(w.format("two") for w in where)]
-        if parallel is None:
-            assert cli.main(command) == 0
-            continue
-        first, second = pair("-m", "torchweld", *command, "--parallel", parallel)
-        assert first.returncode == second.returncode == 0, first.stderr + second.stderr
-        assert f"2 processes ({parallel} parallel), each on cpu" in first.stdout and second.stdout == ""
-    (losses, validation), (expected, validated) = history("two/checkpoint-8"), history("one/checkpoint-8")
-    assert losses == pytest.approx(expected, rel=1e-5) and len(losses) == 8
-    assert [loss for _, loss in validation] == pytest.approx([loss for _, loss in validated], rel=1e-4)
-
-
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (("gpt2", "--parallel", "rows"), "--parallel: expected one of data, fsdp, tensor, context, but got 'rows'"),
         (("gpt2", "--parallel", "fsdp"), "--parallel fsdp: expected several processes, but got one; start them with"),
-        (("bert", "--parallel", "tensor"), "--parallel tensor: expected a program whose model is a decoder"),
+        (("bert", "--parallel", "context"), "--parallel context: expected a program whose model is a decoder"),
+        (("vae", "--parallel", "tensor"), "--parallel tensor: expected a program whose model is a transformer"),
         (("gpt2", "--parallel", "tensor", "--compare"), "--compare: expected processes that share each batch"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The `torchweld` command: info, check, bench, train, fine-tune, generate, classify, answer, tag, fill-mask,
+"""The `torchweld` command: info, check, bench, train, fine-tune, gather, generate, classify, answer, tag, fill-mask,
 translate, sample, recommend, data, prepare.
 
 Exit codes: 0 done, 1 a check missed, 2 bad input (one line on stderr, no traceback), 130 interrupted, 141 reader left.
@@ -23,6 +23,7 @@ _COMMANDS = {
     "bench": ("torchweld.bench.command", "add_parser"),
     "train": ("torchweld.training.commands", "add_train_parser"),
     "fine-tune": ("torchweld.training.commands", "add_fine_tune_parser"),
+    "gather": ("torchweld.training.gather", "add_parser"),
     "generate": ("torchweld.training.commands", "add_generate_parser"),
     "classify": ("torchweld.training.commands", "add_classify_parser"),
     "answer": ("torchweld.training.answer", "add_parser"),

@@ -12,6 +12,8 @@ from torch.distributed.tensor import DTensor
 
 from torchweld.distributed.layouts import Labels, Layout, Rule, distributed, layout_of
 from torchweld.distributed.vocabulary import Vocabulary, losses_of
+from torchweld.ops._arguments import KERNEL_DTYPES
+from torchweld.ops._register import under_autocast
 
 _CLASSES = "classes"
 
@@ -37,6 +39,11 @@ def _layout(
         own = rule(None)
         layout = layout_of(mesh, found, own)
     return layout, own
+
+
+def _result(x: Tensor) -> torch.dtype:
+    """Of a loss: under autocast it is not rounded to the dtype of the logits or features."""
+    return torch.float32 if under_autocast(x) and x.dtype in KERNEL_DTYPES else x.dtype
 
 
 def _reduce(
@@ -74,7 +81,7 @@ def cross_entropy(function: Callable[..., Any], given: dict[str, Any], names: tu
     layout, own = _layout(op, mesh, found, rule, by_class)
     parts = {name: layout.local(t, own.inputs[name]) for name, t in found.items()}
     logits, classes = parts["input"], parts["target"]
-    dtype = x.dtype
+    dtype = _result(x)
     if _CLASSES in layout.cuts:
         vocabulary = Vocabulary.of(layout, _CLASSES, x.shape[1])
         losses, _ = losses_of(logits, classes, ignore_index, vocabulary)
@@ -118,7 +125,7 @@ def linear_cross_entropy(function: Callable[..., Any], given: dict[str, Any], na
     ordered = {name: found[name] for name in ("weight", *names) if name in found}
     layout, own = _layout(op, mesh, ordered, rule, smoothing == 0)
     parts = {name: layout.local(t, own.inputs[name]) for name, t in found.items()}
-    dtype, classes = x.dtype, parts["target"]
+    dtype, classes = _result(x), parts["target"]
     if shift:
         classes = F.pad(classes[..., 1:], (0, 1), value=ignore_index)
     if _CLASSES in layout.cuts:
@@ -131,7 +138,6 @@ def linear_cross_entropy(function: Callable[..., Any], given: dict[str, Any], na
             losses = losses + z_loss * (lse * lse).masked_fill(classes.flatten() == ignore_index, 0.0)
         losses = losses.view(classes.shape)
     else:
-        with torch.autocast(x.device.type, enabled=False):
-            losses = function(parts["input"], parts["weight"], classes, parts.get("bias"), reduction="none", **given)
+        losses = function(parts["input"], parts["weight"], classes, parts.get("bias"), reduction="none", **given)
     found_loss = _reduce(layout, losses, classes, ignore_index, reduction, rows, dtype)
     return found_loss[..., :-1] if shift and reduction == "none" else found_loss

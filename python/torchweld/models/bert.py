@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import torchweld.ops
 from torchweld.errors import UserError
-from torchweld.models.layers import Dropout, Norm
+from torchweld.models.layers import Dropout, Norm, split_heads
 from torchweld.models.published import Published, check_config, check_heads, check_sizes
 from torchweld.models.sequences import Packed, Padded, arrange, positions
 
@@ -124,7 +124,7 @@ class Layer(nn.Module):
     def __init__(self, config: BERTConfig, ops: ModuleType) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
-        self.heads, self.dropout, self.gelu = config.num_attention_heads, config.dropout, ops.gelu
+        self.head_size, self.dropout, self.gelu = width // config.num_attention_heads, config.dropout, ops.gelu
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
         self.norm_1 = Norm(width, eps, ops)
@@ -135,7 +135,7 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, sequences: Packed | Padded) -> Tensor:
         """(..., C) -> (..., C)."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # each (..., H, D), a view
+        q, k, v = split_heads(self.qkv(x), 3, self.head_size).unbind(-3)  # each (..., H, D), a view
         attended = sequences.attend(q, k, v, self.dropout if self.training else 0.0).flatten(-2)
         x, _ = self.norm_1(self.drop(self.proj(attended)), x)
         x, _ = self.norm_2(self.drop(self.down(self.gelu(self.up(x)))), x)

@@ -84,6 +84,7 @@ class Decoder(Published):
             The next token of each sequence, (B).
         """
         check_sampling(tokens, temperature, top_k, top_p)
+        self.check_whole("generate")
         generator = None if seed is None else torch.Generator(tokens.device).manual_seed(seed)
         limit = self.config.n_positions
         context, cache = tokens[:, -limit:], None

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import torchweld.ops
 from torchweld.errors import UserError
 from torchweld.models.decoding import Decoder, KVCache
-from torchweld.models.layers import Dropout, Norm
+from torchweld.models.layers import Dropout, Norm, split_heads
 from torchweld.models.published import check_config, check_heads, check_sizes
 
 SIZES = ["vocab_size", "n_positions", "n_embd", "n_layer", "n_head"]
@@ -106,10 +106,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, cache: KVCache | None) -> Tensor:
         """(B, N, C) -> (B, N, C)."""
-        heads = self.c_attn(x)
-        if heads.dim() == 3:  # else they are: where they are spread over processes
-            heads = heads.unflatten(-1, (3, -1, self.head_size))
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # each (B, H, N, D), a view
+        q, k, v = split_heads(self.c_attn(x), 3, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, N, D), a view
         past = 0
         if cache is not None:
             past = cache.length

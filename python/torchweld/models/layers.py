@@ -20,6 +20,14 @@ class Dropout(nn.Dropout):
         return self.dropout(input, self.p, self.training)
 
 
+def split_heads(x: Tensor, kinds: int, size: int) -> Tensor:
+    """What a linear layer makes for `kinds` of heads at once: (..., kinds * H * size) -> (..., kinds, H, size).
+
+    A layer whose heads are spread over processes gives them so itself.
+    """
+    return x if x.shape[-1] == size else x.unflatten(-1, (kinds, -1, size))
+
+
 class Norm(nn.Module):
     """Layer norm over the last dimension, with the residual add in front of it."""
 

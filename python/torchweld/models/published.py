@@ -65,6 +65,14 @@ class Published(nn.Module):
                 raise UserError(f"{self.title} weights: {name}: expected it tied to {self.tied[name]}, but it differs")
         self.load_published(stored)
 
+    def check_whole(self, op: str) -> None:
+        """Raises UserError where parameters are spread over processes, which `op` knows nothing of."""
+        if any(hasattr(p, "placements") for p in self.parameters()):
+            raise UserError(
+                f"{op}: model: expected parameters that are plain tensors, but got DTensors; load its checkpoint in "
+                f"one process"
+            )
+
     def parameter_groups(self, weight_decay: float) -> list[dict[str, Any]]:
         """For an optimizer: matrices and embeddings decay, biases and norms do not."""
         decayed = [p for p in self.parameters() if p.dim() > 1]

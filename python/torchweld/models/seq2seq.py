@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import torchweld.ops
 from torchweld.errors import UserError
 from torchweld.models.decoding import KVCache
-from torchweld.models.layers import Dropout, Norm
+from torchweld.models.layers import Dropout, Norm, split_heads
 from torchweld.models.published import Published, check_config, check_heads, check_sizes
 from torchweld.models.sequences import Packed, Padded, arrange, positions
 
@@ -129,14 +129,14 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: Seq2SeqConfig, heads: int, ops: ModuleType, layer: int, causal: bool) -> None:
         super().__init__()
-        self.heads, self.layer, self.causal = heads, layer, causal
+        self.head_size, self.layer, self.causal = config.d_model // heads, layer, causal
         self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
         self.out_proj = nn.Linear(config.d_model, config.d_model)
         self.scaled_dot_product_attention = ops.scaled_dot_product_attention
 
     def forward(self, x: Tensor, sequences: Packed | Padded, cache: KVCache | None = None) -> Tensor:
         """(..., C) -> (..., C). With a cache x is one token of each sequence, after those in the cache."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(-3)  # each (..., H, D), a view
+        q, k, v = split_heads(self.qkv(x), 3, self.head_size).unbind(-3)  # each (..., H, D), a view
         if cache is None:
             y = sequences.attend(q, k, v, causal=self.causal)
         else:
@@ -150,19 +150,19 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: Seq2SeqConfig) -> None:
         super().__init__()
-        self.heads = config.decoder_attention_heads
+        self.head_size = config.d_model // config.decoder_attention_heads
         self.q_proj = nn.Linear(config.d_model, config.d_model)
         self.kv = nn.Linear(config.d_model, 2 * config.d_model)
         self.out_proj = nn.Linear(config.d_model, config.d_model)
 
     def read(self, hidden: Tensor) -> KeysValues:
         """Of the encoder's output: (..., C) -> twice (..., H, D)."""
-        keys, values = self.kv(hidden).unflatten(-1, (2, self.heads, -1)).unbind(-3)
+        keys, values = split_heads(self.kv(hidden), 2, self.head_size).unbind(-3)
         return keys, values
 
     def forward(self, x: Tensor, sequences: Any, sources: Any, read: KeysValues) -> Tensor:
         """(..., C) -> (..., C); `read`: of `sources`, which are arranged as `sequences` are."""
-        q = self.q_proj(x).unflatten(-1, (self.heads, -1))
+        q = self.q_proj(x).unflatten(-1, (-1, self.head_size))
         return self.out_proj(sequences.attend(q, *read, seen=sources).flatten(-2))
 
 

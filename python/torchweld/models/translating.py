@@ -36,6 +36,7 @@ class State(NamedTuple):
 
 def begin(model: Seq2Seq, source: Tensor, cu_seqlens: Tensor, copies: int, most: int) -> State:
     """For `copies` targets of each source, of at most `most` tokens; the sources are as in `Seq2Seq.encode`."""
+    model.check_whole("generate")
     sources, config = model.encode(source, cu_seqlens), model.config
     count, heads = len(cu_seqlens) - 1, config.decoder_attention_heads
     cache = KVCache(config.decoder_layers, (count * copies, heads, most, config.d_model // heads), sources.hidden)
@@ -156,7 +157,7 @@ def alignment(model: Seq2Seq, source: Tensor, inputs: Tensor) -> Tensor:
 
     def look(module: CrossAttention, args: tuple[Any, ...], output: Tensor) -> None:
         x, _, _, (keys, _) = args
-        q, k = module.q_proj(x).unflatten(-1, (module.heads, -1)).flatten(0, -3), keys.flatten(0, -3)
+        q, k = module.q_proj(x).unflatten(-1, (-1, module.head_size)).flatten(0, -3), keys.flatten(0, -3)
         scores = torch.einsum("thd,shd->hts", q, k) / math.sqrt(q.shape[-1])
         found.append(scores.float().softmax(-1).mean(0))
 

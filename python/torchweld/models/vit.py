@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 import torchweld.ops
 from torchweld.errors import UserError
-from torchweld.models.layers import Dropout, Norm
+from torchweld.models.layers import Dropout, Norm, split_heads
 from torchweld.models.published import Published, check_config, check_heads, check_sizes
 
 _SIZES = ["image_size", "patch_size", "num_channels"]
@@ -132,7 +132,7 @@ class Layer(nn.Module):
     def __init__(self, config: Encoder, ops: ModuleType) -> None:
         super().__init__()
         width, eps = config.hidden_size, config.layer_norm_eps
-        self.heads, self.dropout = config.num_attention_heads, config.dropout
+        self.head_size, self.dropout = width // config.num_attention_heads, config.dropout
         self.attention, self.gelu = ops.scaled_dot_product_attention, ops.gelu
         self.norm_1 = Norm(width, eps, ops)
         self.qkv = nn.Linear(width, 3 * width)
@@ -145,7 +145,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
         """Takes and returns (a contribution not added yet, the stream), so that each add is done inside a norm."""
         x, residual = self.norm_1(x, residual)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # each (B, H, N, D), a view
+        q, k, v = split_heads(self.qkv(x), 3, self.head_size).permute(2, 0, 3, 1, 4)  # each (B, H, N, D), a view
         x = self.attention(q, k, v, None, self.dropout if self.training else 0.0)
         x, residual = self.norm_2(self.drop(self.proj(x.transpose(1, 2).flatten(2))), residual)
         return self.drop(self.down(self.gelu(self.up(x)))), residual

@@ -35,6 +35,7 @@ class AutoEncoder:
     input: str = "images"
     unit: str = "bits per number"
     counted: str = "images"
+    has_heads: bool = False  # it has no layers that tensor parallel could cut
     options: Mapping[str, str | None] = field(default_factory=dict)
 
     @property

@@ -4,7 +4,8 @@
     optimizer.safetensors                           the optimizer's state by parameter name
     training.json                                   settings, step, losses
 
-Only the newest is kept. OUT/best-STEP is the model alone, of the best validation so far, where a run keeps that.
+With --checkpoint-format distributed the folders model and optimizer take the place of the two files of tensors: see
+`shards`. Only the newest is kept. OUT/best-STEP is the model alone, of the best validation, where a run keeps that.
 """
 
 from __future__ import annotations
@@ -19,7 +20,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
@@ -27,8 +27,8 @@ from torch import Tensor
 
 from torchweld.errors import UserError
 from torchweld.models.published import Published
-from torchweld.training.optimizers import choice
 
+PARTS = "parts.json"  # beside weights in parts: the program whose they are
 _NAME = re.compile(r"(checkpoint|best)-(\d+)")
 
 
@@ -81,7 +81,7 @@ def prepare_output(out: Path) -> None:
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise _unwritable(out, error) from None
+        raise unwritable(out, error) from None
 
 
 def remove(out: Path) -> None:
@@ -95,7 +95,7 @@ def save(out: Path, step: int, weights: Weights, optimizer_state: dict[str, Tens
 
     def write(directory: Path) -> None:
         _write_json(directory / "training.json", {"step": step, **training})
-        _write_tensors(directory / "optimizer.safetensors", optimizer_state)
+        write_tensors(directory / "optimizer.safetensors", optimizer_state)
 
     return _replace(out, "checkpoint", step, weights, write)
 
@@ -111,31 +111,57 @@ def _replace(out: Path, kind: str, step: int, weights: Weights, more: Callable[[
     if target.exists():  # written by this run at this very step
         return target
     aside = out / f".{target.name}-{os.getpid()}"
+    shutil.rmtree(aside, ignore_errors=True)  # left by one that was killed and had the same number
     try:
         aside.mkdir()
         _write_json(aside / "config.json", weights.config)
         for name, contents in weights.files.items():
             (aside / name).write_text(contents, encoding="utf-8")
-        _write_tensors(aside / "model.safetensors", weights.model.to_hugging_face())
+        write_tensors(aside / "model.safetensors", weights.model.to_hugging_face())
         more(aside)
         aside.rename(target)
     except (OSError, SafetensorError) as error:
-        raise _unwritable(out, error) from None
+        raise unwritable(out, error) from None
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    for path in checkpoints(out, kind):
-        if path != target:
-            shutil.rmtree(path)
+    remove_others(target)
     return target
+
+
+def remove_others(newest: Path) -> None:
+    """Removes the checkpoints beside the newest one of its kind."""
+    for path in checkpoints(newest.parent, newest.name.partition("-")[0]):
+        if path != newest:
+            shutil.rmtree(path)
+
+
+def load_config(checkpoint: Path, read_config: Callable[[dict[str, Any]], Any]) -> Any:
+    """The config as `read_config` takes it.
+
+    Raises:
+        UserError: it is missing, damaged or of another model.
+    """
+    return read_config(read_json(checkpoint / "config.json"))
 
 
 def load_model(checkpoint: Path, read_config: Callable[[dict[str, Any]], Any]) -> tuple[Any, dict[str, Tensor]]:
     """The config as `read_config` takes it, and the weights in Hugging Face's layout.
 
     Raises:
-        UserError: a file is missing, damaged or of another model.
+        UserError: a file is missing, damaged or of another model, or the weights are in parts.
     """
-    return read_config(read_json(checkpoint / "config.json")), _read_tensors(checkpoint / "model.safetensors")
+    config, weights = load_config(checkpoint, read_config), checkpoint / "model.safetensors"
+    if in_parts(checkpoint):
+        raise UserError(
+            f"checkpoint {checkpoint}: expected model.safetensors, but its weights are in parts "
+            f"(--checkpoint-format distributed); make them one file with: torchweld gather {checkpoint}"
+        )
+    return config, _read_tensors(weights)
+
+
+def in_parts(checkpoint: Path) -> bool:
+    """Whether it is of --checkpoint-format distributed."""
+    return (checkpoint / PARTS).is_file() and not (checkpoint / "model.safetensors").is_file()
 
 
 def model_type(checkpoint: Path) -> Any:
@@ -151,7 +177,7 @@ def load_tokenizer(checkpoint: Path, config: Any) -> Tokenizer:
     """
     tokenizer, path = read_tokenizer(checkpoint), checkpoint / "tokenizer.json"
     if tokenizer.get_vocab_size() > config.vocab_size:
-        raise _damaged(path, f"{tokenizer.get_vocab_size()} tokens for a vocab_size of {config.vocab_size}")
+        raise damaged(path, f"{tokenizer.get_vocab_size()} tokens for a vocab_size of {config.vocab_size}")
     return tokenizer
 
 
@@ -165,87 +191,57 @@ def read_tokenizer(checkpoint: Path) -> Tokenizer:
     try:
         return Tokenizer.from_str(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise _damaged(path, str(error.strerror)) from None
+        raise damaged(path, str(error.strerror)) from None
     except Exception as error:  # tokenizers raises nothing narrower
-        raise _damaged(path, str(error)) from None
+        raise damaged(path, str(error)) from None
 
 
-def load_training(checkpoint: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The contents of training.json and of optimizer.safetensors.
+def load_training(checkpoint: Path) -> dict[str, Any]:
+    """The contents of training.json.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: it is missing or damaged.
     """
     path = checkpoint / "training.json"
     training = read_json(path)
     if missing := {"step", "settings", "digest", "losses", "validation"} - training.keys():
-        raise _damaged(path, f"no {sorted(missing)[0]!r} in it")
+        raise damaged(path, f"no {sorted(missing)[0]!r} in it")
     losses = training["losses"]
     if not isinstance(losses, list) or len(losses) != training["step"] or not isinstance(training["settings"], dict):
-        raise _damaged(path, "contents that contradict each other")
-    return training, _read_tensors(checkpoint / "optimizer.safetensors")
+        raise damaged(path, "contents that contradict each other")
+    return training
 
 
-def optimizer_tensors(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, whole: Callable[[str, Tensor], Tensor]
-) -> dict[str, Tensor]:
-    """The optimizer's state by parameter name. `whole(name, value)`: of a state that is spread over processes."""
-    return {
-        f"{name}/{key}": whole(name, value)
-        for name, parameter in model.named_parameters()
-        for key, value in optimizer.state[parameter].items()
-    }
-
-
-def restore_optimizer(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    name: str,
-    tensors: dict[str, Tensor],
-    own: Callable[[str, Tensor], Tensor],
-) -> None:
-    """The inverse of `optimizer_tensors`, for the optimizer `name`; `own` is that of `whole`.
+def load_optimizer(checkpoint: Path) -> dict[str, Tensor]:
+    """The contents of optimizer.safetensors.
 
     Raises:
-        UserError: the tensors belong to another model or optimizer.
+        UserError: it is missing or damaged.
     """
-    states: dict[str, dict[str, Tensor]] = {}
-    for path, tensor in tensors.items():
-        parameter, _, key = path.rpartition("/")
-        states.setdefault(parameter, {})[key] = tensor
-    names, kept = {parameter: name for name, parameter in model.named_parameters()}, choice(name)
-    expected = {(name, key) for name in names.values() for key in (*kept.scalars, *kept.wide)}
-    fits = {(name, key) for name, state in states.items() for key in state} == expected and all(
-        states[name][key].shape == p.shape for p, name in names.items() for key in kept.wide
-    )
-    if not fits:
-        what = "momentum" if name == "sgd" else "Adam's moments"
-        raise UserError(
-            f"optimizer.safetensors: expected {what} of every parameter, but got others; the checkpoint is damaged or "
-            f"of another kind"
-        )
-    ordered = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        index: {key: own(names[p], value) for key, value in states[names[p]].items()} for index, p in enumerate(ordered)
-    }
-    # load_state_dict knows which of them move to the parameter's device and dtype.
-    optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return _read_tensors(checkpoint / "optimizer.safetensors")
 
 
-def _unwritable(out: Path, error: Exception) -> UserError:
+def unwritable(out: Path, error: BaseException) -> UserError:
+    """Says why nothing could be written to `out`."""
     reason = error.strerror if isinstance(error, OSError) else error
     return UserError(f"--out {out}: expected a directory that can be written, but got: {reason}; choose another")
 
 
-def _damaged(path: Path, reason: str) -> UserError:
+def damaged(path: Path, reason: str) -> UserError:
+    """Says what is wrong with a file or folder of a checkpoint."""
     return UserError(
         f"checkpoint file {path}: expected one that `torchweld train` wrote, but got: {reason}; "
         f"the checkpoint is damaged or of another kind"
     )
 
 
+def as_json(values: dict[str, Any]) -> str:
+    """The contents of a file."""
+    return json.dumps(values, indent=1) + "\n"
+
+
 def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    path.write_text(as_json(values), encoding="utf-8")
 
 
 def read_json(path: Path, kind: type = dict) -> Any:
@@ -257,15 +253,16 @@ def read_json(path: Path, kind: type = dict) -> Any:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise _damaged(path, str(error.strerror)) from None
+        raise damaged(path, str(error.strerror)) from None
     except ValueError as error:
-        raise _damaged(path, f"no JSON ({error})") from None
+        raise damaged(path, f"no JSON ({error})") from None
     if not isinstance(values, kind):
-        raise _damaged(path, f"a {type(values).__name__}, not {'an object' if kind is dict else 'a list'}")
+        raise damaged(path, f"a {type(values).__name__}, not {'an object' if kind is dict else 'a list'}")
     return values
 
 
-def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A file of safetensors."""
     save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, path, metadata={"format": "pt"})
 
 
@@ -273,6 +270,6 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except OSError as error:
-        raise _damaged(path, error.strerror or str(error)) from None
+        raise damaged(path, error.strerror or str(error)) from None
     except SafetensorError as error:
-        raise _damaged(path, str(error)) from None
+        raise damaged(path, str(error)) from None

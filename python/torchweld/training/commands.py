@@ -183,7 +183,13 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--parallel",
         metavar="KIND",
-        help="what several processes share: data (default), fsdp, tensor or context (gpt2 and gpt3)",
+        help="what several processes share: data (default), fsdp, tensor (all but vae) or context (gpt2 and gpt3)",
+    )
+    parser.add_argument(
+        "--checkpoint-format",
+        metavar="KIND",
+        help="safetensors (default): whole tensors, by the first process; distributed: each process writes its parts, "
+        "which `torchweld gather` makes whole (with --resume the default is what the run has)",
     )
     parser.add_argument(
         "--max-samples",

@@ -36,7 +36,7 @@ class LanguageModel:
     input: str = "text"
     unit: str = "nats per token"
     counted: str = "tokens"
-    splits: bool = True  # its model can be spread over processes, and so can its sequences
+    splits: bool = True  # its sequences can be spread over processes
     options: Mapping[str, str | None] = field(default_factory=dict)
     defaults: Mapping[str, str] = field(default_factory=dict)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -171,13 +171,18 @@ class PreTraining:
 
     def batches(self, data: Text, settings: Settings, config: bert.BERTConfig, step: int, parts: int) -> list[Batch]:
         """Pairs and masks, drawn anew for each step."""
-        return list(_batches(data, data.train, config, settings.batch_size, parts, (settings.seed, step)))
+        rng, size = np.random.default_rng((settings.seed, step)), settings.batch_size
+        pairs = [
+            data.train.pair(rng, _most(config)) for _ in range(size)
+        ]  # before any mask: in how many parts is no matter
+        return [data.batch(pairs[i : i + size // parts], rng) for i in range(0, size, size // parts)]
 
     def validation(self, data: Text, settings: Settings, config: bert.BERTConfig) -> list[Batch]:
         """Pairs of the validation text, with the same masks every time."""
         size = max(1, settings.batch_size // settings.accumulate)
         parts = max(1, VALIDATION_PAIRS // size)
-        return list(_batches(data, data.validation, config, parts * size, parts, (0, 0)))
+        rng = np.random.default_rng((0, 0))
+        return [data.batch([data.validation.pair(rng, _most(config)) for _ in range(size)], rng) for _ in range(parts)]
 
     def losses(self, model: bert.BERTForPreTraining, *tensors: Tensor) -> dict[str, Tensor]:
         """Of masked words and of the next segment."""
@@ -226,13 +231,9 @@ RECIPES = {
 }
 
 
-def _batches(
-    data: Text, documents: Documents, config: bert.BERTConfig, size: int, parts: int, seed: tuple[int, int]
-) -> Iterator[Batch]:
-    rng = np.random.default_rng(seed)
-    most = config.max_position_embeddings - 3  # [CLS] and two [SEP]
-    for _ in range(parts):
-        yield data.batch([documents.pair(rng, most) for _ in range(size // parts)], rng)
+def _most(config: bert.BERTConfig) -> int:
+    """Tokens of a pair."""
+    return config.max_position_embeddings - 3  # [CLS] and two [SEP]
 
 
 def _unigram(batches: Sequence[Batch]) -> tuple[float, float]:

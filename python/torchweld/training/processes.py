@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -60,6 +60,21 @@ class Processes:
     def any(self, flag: bool) -> bool:
         """Whether it is so in any of them."""
         return self.mean(float(flag))[0] > 0
+
+    def by_first(self, act: Callable[[], T]) -> T:
+        """What `act` comes to in the first one; a UserError there is one in all."""
+        said: list[Any] = [None, None]
+        if self.first:
+            try:
+                said[0] = act()
+            except UserError as error:
+                said[1] = str(error)
+        if self.count > 1:
+            dist.broadcast_object_list(said, device=torch.device(self.device))
+        if said[1] is not None:
+            raise UserError(said[1])
+        found: T = said[0]
+        return found
 
     @contextmanager
     def one_after_another(self) -> Iterator[None]:

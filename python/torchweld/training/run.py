@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -14,71 +12,20 @@ from rich.console import Console
 from torchweld import backend
 from torchweld.errors import UserError
 from torchweld.memory import KeptMemory, keep_memory
-from torchweld.training import checkpoint, optimizers, page, report
+from torchweld.training import checkpoint, optimizer_state, optimizers, page, report, shards
 from torchweld.training.apart import ApartTrainer
 from torchweld.training.findings import Findings
+from torchweld.training.job import Job
 from torchweld.training.machine import deferred_interrupt, forced_backend, pick_device
 from torchweld.training.processes import Processes, joined
-from torchweld.training.program import Batch, Data, Outcome, Program
+from torchweld.training.program import Outcome, Program
 from torchweld.training.settings import Settings
 from torchweld.training.sharing import check_sharing
 from torchweld.training.trainer import DTYPES, RIVALS, Trainer
 
+FORMATS = ("safetensors", "distributed")
 INTERRUPTED = 130  # what a shell reports for a program that Ctrl-C ended
 DEFAULT_MALLOC = "torch, default malloc"
-
-
-@dataclass
-class Job:
-    """A run that is ready to go. `trainers`: ours, then with --compare its rivals."""
-
-    program: Program
-    out: Path
-    settings: Settings
-    data: Data
-    validation: list[Batch]
-    trainers: list[Trainer]
-    processes: Processes
-
-    @property
-    def config(self) -> Any:
-        """Of the model."""
-        return self.trainers[0].model.config
-
-    def batches(self, step: int) -> list[Batch]:
-        """The parts of a step's batch, of all processes."""
-        parts = self.processes.replicas * self.settings.accumulate
-        return self.program.batches(self.data, self.settings, self.config, step, parts)
-
-    def save(self) -> Path:
-        """Writes a checkpoint of our trainer; returns its directory. All processes call this, and the first writes."""
-        ours = self.trainers[0]
-        training = {
-            "settings": asdict(self.settings),
-            "digest": self.data.digest,
-            "losses": ours.losses,
-            "validation": ours.validation,
-        }
-        state = checkpoint.optimizer_tensors(
-            ours.model, ours.optimizer, lambda name, t: ours.sharing.whole_state(ours.model, name, t)
-        )
-        weights = self._weights()
-        if self.processes.first:
-            return checkpoint.save(self.out, ours.step, weights, state, training)
-        return self.out
-
-    def save_best(self) -> None:
-        """Keeps the weights of our trainer if no validation was better than the last one."""
-        ours = self.trainers[0]
-        if ours.validation[-1][1] <= min(loss for _, loss in ours.validation):
-            weights = self._weights()
-            if self.processes.first:
-                checkpoint.save_best(self.out, ours.step, weights)
-
-    def _weights(self) -> checkpoint.Weights:
-        config = self.program.write_config(self.config, self.data)
-        ours = self.trainers[0]
-        return checkpoint.Weights(config, ours.sharing.whole(ours.model), self.data.files)
 
 
 def start(args: argparse.Namespace, program: Program, processes: Processes, kept: KeptMemory | None) -> Job:
@@ -107,7 +54,15 @@ def start(args: argparse.Namespace, program: Program, processes: Processes, kept
         checkpoint.prepare_output(out)
         if args.overwrite:
             checkpoint.remove(out)
-    return Job(program, out, settings, data, validation, trainers, processes)
+    return Job(program, out, settings, data, validation, trainers, processes, _distributed(args))
+
+
+def _distributed(args: argparse.Namespace, otherwise: bool = False) -> bool:
+    """Whether --checkpoint-format says so, or `otherwise` where it says nothing."""
+    kind = args.checkpoint_format
+    if kind not in (None, *FORMATS):
+        raise UserError(f"--checkpoint-format: expected one of {', '.join(FORMATS)}, but got {kind!r}")
+    return otherwise if kind is None else kind == "distributed"
 
 
 def default_out(program: Program) -> str:
@@ -138,10 +93,13 @@ def resume(args: argparse.Namespace, program: Program, processes: Processes, kep
             f"copy {args.resume} and resume the copy"
         )
     source = checkpoint.locate(Path(args.resume or args.out or default_out(program)))
-    training, state = checkpoint.load_training(source)
+    training, in_parts = checkpoint.load_training(source), checkpoint.in_parts(source)
+    distributed = _distributed(args, in_parts)
     stored, step = training["settings"], training["step"]
     settings = Settings.resumed(args, program, stored, step, processes.replicas)
-    config, weights = checkpoint.load_model(source, program.read_config)
+    config = checkpoint.load_config(source, program.read_config)
+    if not in_parts:
+        weights, state = checkpoint.load_model(source, program.read_config)[1], checkpoint.load_optimizer(source)
     with processes.one_after_another():
         data = program.data(settings, config, source)
     if training["digest"] != data.digest:
@@ -151,16 +109,20 @@ def resume(args: argparse.Namespace, program: Program, processes: Processes, kep
         )
     trainer = Trainer(program, config, settings, processes, args.dtype)
     shared, model = trainer.sharing, trainer.model
-    shared.load(model, weights)
-    checkpoint.restore_optimizer(
-        model, trainer.optimizer, settings.optimizer, state, lambda name, t: shared.own_state(model, name, t)
-    )
+    if in_parts:
+        shards.load_model(source, model, shared)
+        shards.load_optimizer(source, model, shared, trainer.optimizer, settings.optimizer)
+    else:
+        shared.load(model, weights)
+        optimizer_state.restore(
+            model, trainer.optimizer, settings.optimizer, state, lambda name, t: shared.own_state(model, name, t)
+        )
     trainer.losses = training["losses"]
     trainer.validation = [(step, loss) for step, loss in training["validation"]]
     if processes.first:
         checkpoint.prepare_output(source.parent)
     validation = program.validation(data, settings, config)
-    return Job(program, source.parent, settings, data, validation, [trainer], processes)
+    return Job(program, source.parent, settings, data, validation, [trainer], processes, distributed)
 
 
 def train(job: Job, console: Console) -> bool:
@@ -195,7 +157,8 @@ def finish(job: Job, found: Findings) -> None:
     All processes call it, for a shared model is gathered by all; the first one shows.
     """
     ours, saved = job.trainers[0], job.save()
-    model = ours.sharing.whole(ours.model)
+    apart = job.distributed and ours.sharing.gathers
+    model = None if apart else ours.sharing.whole(ours.model)
     if not job.processes.first:
         return
     baselines = job.program.baselines(job.data, job.validation)
@@ -204,14 +167,22 @@ def finish(job: Job, found: Findings) -> None:
     loss = ours.validation[-1][1]
     if job.settings.keep_best and (best := checkpoint.best(job.out)) is not None:
         loss = min(loss for _, loss in ours.validation)
-        model.load_hugging_face(checkpoint.load_model(best, job.program.read_config)[1])
+        if model is not None and checkpoint.in_parts(best):
+            shards.load_model(best, model, ours.sharing, alone=True)
+        elif model is not None:
+            model.load_hugging_face(checkpoint.load_model(best, job.program.read_config)[1])
         console.print(f"best validation: {best}, loss {loss:.4f}")
     curve = job.out / "loss.png"
     drawn = report.plot(curve, job.program, job.trainers, baselines)
     console.print(f"loss curve: {curve if drawn else 'not drawn, matplotlib is missing: pip install torchweld[plot]'}")
-    model.eval()
-    result = loss, baselines, ours.precision()
-    job.program.show(Outcome(job.out, model, job.data, job.settings, job.validation, *result), found)
+    if model is None:
+        console.print(
+            f"its weights are in parts, and no process has all of them; gather them: torchweld gather {job.out}"
+        )
+    else:
+        model.eval()
+        result = loss, baselines, ours.precision()
+        job.program.show(Outcome(job.out, model, job.data, job.settings, job.validation, *result), found)
     whole = page.write(job.out / "report.html", job.program, job.settings, job.trainers, baselines, loss, found)
     console.print(f"all of it in a page: {whole}")
 

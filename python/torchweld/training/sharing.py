@@ -22,7 +22,12 @@ class Sharing:
     """Sequences of a batch: every process has the whole model, and DistributedDataParallel averages gradients.
 
     One process alone has nothing to share.
+
+    Attributes:
+        gathers: no process has the whole model, which `whole` gathers.
     """
+
+    gathers = False
 
     def __init__(self, program: Program, processes: Processes) -> None:
         self.program, self.processes = program, processes
@@ -58,13 +63,23 @@ class Sharing:
         """The inverse."""
         return whole
 
+    def part(self, model: Published, name: str, t: Tensor) -> Tensor:
+        """As `whole_state`, but as far as this process has it: a part of the whole, in its order."""
+        return t
+
+    def own_part(self, model: Published, name: str, part: Tensor) -> Tensor:
+        """The inverse of `part`."""
+        return part
+
     def load(self, model: Published, weights: Mapping[str, Tensor]) -> None:
         """Loads weights in Hugging Face's layout."""
         model.load_hugging_face(weights)
 
 
 class _Spread(Sharing):
-    """The parameters are DTensors."""
+    """Parameters are DTensors."""
+
+    gathers = True
 
     def wrap(self, losses: nn.Module) -> nn.Module:
         return losses
@@ -91,6 +106,16 @@ class _Spread(Sharing):
 
         return local_parameter(model, name, model.get_parameter(name), whole)
 
+    def part(self, model: Published, name: str, t: Tensor) -> Tensor:
+        from torchweld.distributed import ordered_parameter  # noqa: PLC0415
+
+        return ordered_parameter(model, name, t.detach())
+
+    def own_part(self, model: Published, name: str, part: Tensor) -> Tensor:
+        from torchweld.distributed import spread_parameter  # noqa: PLC0415
+
+        return spread_parameter(model, name, part)
+
     def load(self, model: Published, weights: Mapping[str, Tensor]) -> None:
         plain = self._plain(model)
         plain.load_hugging_face(weights)
@@ -103,11 +128,15 @@ class FullySharded(_Spread):
     """Sequences of a batch, and the memory of the model: FSDP2 keeps a part of every parameter in each process."""
 
     def spread(self, model: Published) -> None:
-        from torch.distributed.fsdp import fully_shard  # noqa: PLC0415
+        from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method  # noqa: PLC0415
 
-        for block in model.get_submodule("h").children():
-            fully_shard(block)
+        for stack in (m for m in model.modules() if isinstance(m, nn.ModuleList)):
+            for block in stack:
+                fully_shard(block)
         fully_shard(model)
+        for name in ("loss", "losses"):  # a program calls the one that there is, and not the module
+            if hasattr(model, name):
+                register_fsdp_forward_method(model, name)
 
     def settle(self, model: Published) -> None:
         for module in model.modules():
@@ -122,14 +151,15 @@ class TensorParallel(_Spread):
     def spread(self, model: Published) -> None:
         from torch.distributed.device_mesh import init_device_mesh  # noqa: PLC0415
 
-        from torchweld.distributed import tensor_parallel  # noqa: PLC0415
+        from torchweld.distributed.plans import HEADS, tensor_parallel  # noqa: PLC0415
 
         processes = self.processes
-        if model.config.n_head % processes.count:
-            raise UserError(
-                f"--parallel tensor: expected a number of processes that divides the model's {model.config.n_head} "
-                f"heads, but got {processes.count}; choose another --config"
-            )
+        for heads in (getattr(model.config, name) for name in HEADS if hasattr(model.config, name)):
+            if heads % processes.count:
+                raise UserError(
+                    f"--parallel tensor: expected a number of processes that divides the model's {heads} heads, but "
+                    f"got {processes.count}; choose another --config"
+                )
         tensor_parallel(model, init_device_mesh(torch.device(processes.device).type, (processes.count,)))
 
 
@@ -169,10 +199,12 @@ def check_sharing(parallel: str, program: Program, rivals: object) -> None:
         raise UserError(f"--parallel: expected one of {', '.join(SHARED)}, but got {parallel!r}")
     if parallel == "data":
         return
-    if not getattr(program, "splits", False):
+    serves = {"context": getattr(program, "splits", False), "tensor": getattr(program, "has_heads", True)}
+    if not serves.get(parallel, True):
+        kind = "a decoder, gpt2 or gpt3" if parallel == "context" else "a transformer"
         raise UserError(
-            f"--parallel {parallel}: expected a program whose model is a decoder, gpt2 or gpt3, but got "
-            f"{program.name}; leave it out: the processes share each batch"
+            f"--parallel {parallel}: expected a program whose model is {kind}, but got {program.name}; choose data or "
+            f"fsdp"
         )
     if rivals is not None:
         raise UserError(
