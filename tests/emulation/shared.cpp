@@ -55,7 +55,7 @@ int find_segment(dl_phdr_info* info, size_t, void* data) {
 __attribute__((no_sanitize("address"), optimize("no-tree-loop-distribute-patterns"))) void copy(char* to,
                                                                                                 const char* from,
                                                                                                 size_t bytes) {
-  struct __attribute__((packed)) Line {
+  struct __attribute__((packed, may_alias)) Line {
     uint64_t words[8];
   };
   for (; bytes >= sizeof(Line); bytes -= sizeof(Line), to += sizeof(Line), from += sizeof(Line))

@@ -227,6 +227,8 @@ __global__ void barrier_of_a_grid_that_does_not_fit(float* out) {
   }
 }
 
+__global__ void too_many_blocks(float*) {}
+
 constexpr Planted of_blocks(const char* name, void (*kernel)(float*), int blocks, unsigned seed = 0) {
   return {name, kernel, 64, 64 * sizeof(float), seed, 0, blocks};
 }
@@ -258,6 +260,7 @@ constexpr Planted kPlanted[] = {
     PLANTED(chain_by_numbers, 300, 1),
     PLANTED(wait_for_a_later_block, 300),
     PLANTED(barrier_of_a_grid_that_does_not_fit, 300),
+    PLANTED(too_many_blocks, 2097153),
 };
 
 }  // namespace
