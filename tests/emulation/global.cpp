@@ -10,7 +10,7 @@ namespace {
 
 constexpr uint64_t kAtomic = uint64_t{1} << 31, kActor = kAtomic - 1;
 constexpr int kWord = 2;                 // the shift of a page whose cells are words
-constexpr size_t kMostPages = 1u << 12;  // kept from one launch to the next
+constexpr size_t kMostPages = 1u << 10;  // kept from one launch to the next
 
 uint32_t time_of(uint64_t stamp) { return static_cast<uint32_t>(stamp >> 32); }
 uint32_t block_of(uint64_t stamp) { return static_cast<uint32_t>((stamp & kActor) >> 10); }
