@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 from typing import NamedTuple
@@ -30,15 +31,41 @@ PLANTED = {
     "mask_without_the_caller": "__shfl_xor_sync: mask 0x0000ffff leaves out lane 16, which calls it",
     "barrier_at_two_places": "lanes of one warp are at different places: __syncthreads at planted.cu:",
     "product_at_two_places": "lanes of one warp are at different places: mma.m16n8k16 at planted.cu:",
-    "endless_wait": "waits for ever: every thread of the block that can run only polls",
+    "endless_wait": "waits for ever: every thread that can run only polls",
     "out_of_bounds_store": "out of range: 4 bytes at byte 256 of shared memory, of which the launch asked for 256",
     "out_of_bounds_load": "out of range: 4 bytes at byte 256 of shared memory, of which the launch asked for 256",
     "read_of_poison": "read of poison: nobody has written byte 28 of shared memory",
     "read_of_static_poison": "read of poison: nobody has written static shared memory",
     "misaligned_load": "misaligned address: 16 bytes at 0x",
     "null_pointer": "invalid address (nil)",
-    "overrun_into_the_slack": "out of range: 4 bytes at byte 1360 of shared memory, of which the launch asked for 1264",
+    "overrun_into_the_slack": "out of range: 4 bytes at byte 1304 of shared memory, of which the launch asked for 1264",
     "exact_reciprocal": "exact_reciprocal: expected a quotient of 2",
+    "missing_barrier_in_global_memory": "race: writes global memory at 0x, which thread 0 of block 0 reads",
+    "missing_syncwarp_in_global_memory": "race: writes global memory at 0x, which thread 0 of block 0 reads",
+    "two_writers_of_a_word": "race: writes global memory at 0x, which thread 0 of block 0 writes too",
+    "two_writers_of_a_byte": "race: writes global memory at 0x, which thread 1 of block 0 writes too",
+    "plain_write_beside_an_atomic": "race: writes global memory at 0x, which thread 0 of block 0 writes too",
+    "copy_of_what_another_thread_writes": "race: writes global memory at 0x, which thread 0 of block 0 reads",
+    "write_beside_a_copy_in_flight": "race: a copy in flight reads global memory at 0x, which thread 63 of block 0",
+    "bulk_store_read_too_early": "race: writes global memory at 0x, which thread 62 of block 0 reads",
+    "bulk_load_of_what_another_thread_writes": "race: reads global memory at 0x, which thread 63 of block 0",
+    "blocks_write_one_word": "race: writes global memory at 0x, which thread 0 of block 0 writes too",
+    "block_reads_what_another_writes": "race: writes global memory at 0x, which thread 0 of block 0 reads, and nothing",
+    "plain_read_of_an_accumulator": "race: reads global memory at 0x, which thread 0 of block 0 writes",
+    "non_coherent_load_of_own_write": "a non-coherent load reads global memory at 0x, which thread 0 of block 0",
+    "missing_fence_before_the_counter": "race: reads global memory at 0x, which thread 62 of block 0 writes",
+    "fence_of_the_block_only": "race: reads global memory at 0x, which thread 62 of block 0 writes, and nothing orders",
+    "missing_fence_after_the_counter": "race: reads global memory at 0x, which thread 62 of block 0 writes",
+    "missing_barrier_before_the_fence": "race: reads global memory at 0x, which thread 63 of block 0",
+    "non_coherent_load_of_a_part": "a non-coherent load reads global memory at 0x, which thread 62 of block 0",
+    "flag_without_fences": "race: reads global memory at 0x, which thread 0 of block 0 writes, and nothing orders",
+    "flag_of_a_plain_store": "race: reads global memory at 0x, which thread 0 of block 0 writes, and nothing orders",
+    "missing_barrier_after_the_wait": "race: reads global memory at 0x, which thread 1 of block 0 writes, and nothing",
+    "missing_syncwarp_after_the_wait": "race: reads global memory at 0x, which thread 0 of block 0 writes, and nothing",
+    "chain_by_numbers": "waits for ever: every thread that can run only polls",
+    "wait_for_a_later_block": "waits for ever: every thread that can run only polls",
+    "barrier_of_a_grid_that_does_not_fit": "waits for ever: every thread that can run only polls",
+    "too_many_blocks": "a grid of 2097153 blocks, of which the machine knows at most 2097152",
     "phase_error": "read of poison: nobody has written byte 1276 of shared memory",
     "too_few_bytes_expected": "waits for ever at mbarrier.try_wait: of the 64 threads of the block 64 wait",
     "too_many_arrive": "mbarrier.arrive: more threads than the 63 that the mbarrier counts",
@@ -68,7 +95,7 @@ PLANTED = {
     "registers_of_half_a_warpgroup": "setmaxnreg: warp 2 has 168 registers, warp 0 of its warpgroup 24",
     "fewer_by_an_increase": "setmaxnreg.inc: from 168 registers to 160",
 }
-PROGRAMS = ("planted", "planted_sm90")
+PROGRAMS = ("planted", "planted_blocks", "planted_sm90")
 
 
 class Found(NamedTuple):
@@ -79,13 +106,18 @@ class Found(NamedTuple):
 @pytest.fixture(scope="module")
 def found() -> dict[str, Found]:
     """The error of each kernel of programs/planted*.cu."""
-    errors = {}
+    errors: dict[str, Found] = {}
     for program in PROGRAMS:
-        run = subprocess.run([build.program(program)], capture_output=True, text=True, check=True)
-        for name, error in (line.split(": ", 1) for line in run.stdout.splitlines()):
-            assert name not in errors
-            errors[name] = Found(program, error)
+        of_program = run_planted(program)
+        assert errors.keys().isdisjoint(of_program)
+        errors |= {name: Found(program, error) for name, error in of_program.items()}
     return errors
+
+
+def run_planted(program: str, seed: int = 0) -> dict[str, str]:
+    environment = os.environ | {"TORCHWELD_EMULATION_SEED": str(seed)}
+    run = subprocess.run([build.program(program)], env=environment, capture_output=True, text=True, check=True)
+    return dict(line.split(": ", 1) for line in run.stdout.splitlines())
 
 
 def test_every_planted_mistake_is_expected(found: dict[str, Found]) -> None:
@@ -97,16 +129,22 @@ def test_planted_mistake_is_found(name: str, found: dict[str, Found]) -> None:
     program, error = found[name]
     source = (build.HERE / f"programs/{program}.cu").read_text().splitlines()
     thread = rf" thread \(\d+, 0, 0\), (?:.*called from )?{program}.cu:(\d+)"
-    place = rf"\[(\w+)\] block \(0, 0, 0\)(?:{thread})?: (.*)"
+    place = rf"\[(\w+)\] block \(\d+, 0, 0\)(?:{thread})?: (.*)"
     match = re.match(place, error)
     assert match, error
     kernel, line, message = match.groups()
-    assert kernel == name and message.startswith(PLANTED[name])
+    assert kernel == name and re.sub("memory at 0x[0-9a-f]+", "memory at 0x", message).startswith(PLANTED[name])
     if line is None:  # what no thread has done is at no line
-        assert "the block has ended" in message or "of its warpgroup" in message
+        assert any(text in message for text in ("the block has ended", "of its warpgroup", "a grid of"))
         return
     first = next(i for i, text in enumerate(source, 1) if f" {name}(" in text)
     assert first <= int(line) <= first + 15
+
+
+@pytest.mark.parametrize("seed", (1, 2))
+def test_planted_mistake_between_blocks_is_found_on_every_schedule(seed: int) -> None:
+    for name, error in run_planted("planted_blocks", seed).items():
+        assert error.startswith(f"[{name}] ") and "nothing was found" not in error, error
 
 
 def test_device_guard() -> None:

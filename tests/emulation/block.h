@@ -1,4 +1,4 @@
-// The state of the block that runs: its threads, warps, barriers and clock. Only the machine's own files include this.
+// The state of a block in flight: its threads, warps and barriers. Only the machine's own files include this.
 #pragma once
 
 #include <cstdint>
@@ -6,6 +6,7 @@
 #include <memory>
 #include <vector>
 
+#include "fences.h"
 #include "fiber.h"
 #include "machine.h"
 #include "registers.h"
@@ -23,6 +24,7 @@ struct Copy {  // one cp.async
   void* to;
   const void* from;
   size_t bytes, valid;
+  uint32_t issued;
 };
 
 struct Thread {
@@ -30,9 +32,11 @@ struct Thread {
   Registers registers;
   Index index;
   int id, lane, warp;
+  Clock* known;  // its warp's
   bool done;
   const char* waits_at;  // the name of what the thread waits for, nullptr: nothing
   Votes votes;
+  std::unique_ptr<Ordering> ordering;       // nullptr: neither a fence nor an atomic access has ordered anything
   std::vector<Copy> copies;                 // not committed
   std::deque<std::vector<Copy>> in_flight;  // committed groups, the oldest first
 };
@@ -66,25 +70,29 @@ struct Barrier {
 };
 
 struct Block {
+  static inline uint32_t now = 1;  // the clock of all blocks, over all launches
+  static inline int idle = 0;      // how often a thread has let others run since something was done
+
+  explicit Block(size_t slot) : slot(slot) {}
+  const size_t slot;                             // among the blocks in flight
+  uint32_t number = 0;                           // in the grid
   std::vector<std::unique_ptr<Thread>> threads;  // the first `size`; more are kept for their stacks
   std::vector<Warp> warps;
   Barrier barriers[kNamedBarriers];
+  Shared::Memory memory;
   int size = 0, alive = 0;  // threads of the block; those that have not ended
   Thread* current = nullptr;
-  uint32_t now = 1;         // counted in meetings of threads, over all launches
   bool deadlocked = false;  // no thread that waits can ever be woken
+  int polls = 0;            // since it last wrote to global memory: how often a thread let others run
 
-  // Makes all threads of a block of this size ready to run entry().
-  void begin(const uint32_t (&size)[3], void (*entry)());
+  // Makes all threads of block `number`, of this size, ready to run entry().
+  void begin(uint32_t number, const uint32_t (&size)[3], void (*entry)());
   Warp& own_warp() { return warps[current->warp]; }
   void wake(Thread& thread) { warps[thread.warp].ready |= 1u << thread.lane; }
   // Suspends the current thread; returns when the scheduler runs it again.
   void suspend() { current->fiber.leave(); }
 };
 
-extern Block block;
-
-// into = the later of both, for each warp.
-void join(Clock& into, const Clock& from);
+extern Block* block;  // the one that runs
 
 }  // namespace emulation

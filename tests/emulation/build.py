@@ -38,8 +38,9 @@ class Variant(NamedTuple):
     link: tuple[str, ...] = ()
 
 
+_TSAN = ("--param", "tsan-instrument-func-entry-exit=0", "--param", "tsan-distinguish-volatile=1")
 # Every access of a kernel calls the machine, which replaces ThreadSanitizer's library (memory.cpp).
-CHECKED = Variant(kernels=("-O1", "-fsanitize=thread", "--param", "tsan-instrument-func-entry-exit=0"))
+CHECKED = Variant(kernels=("-O1", "-fsanitize=thread", *_TSAN))
 # The same, and counts the lines that run: gcov reads what write_coverage() writes.
 COUNTED = Variant(
     kernels=(*CHECKED.kernels, "--coverage", "-fprofile-update=single"), link=("--coverage", "-Wl,-u,__gcov_dump")
@@ -66,10 +67,13 @@ MACHINE = [
             "async",
             "barriers",
             "block",
+            "clock",
             "collectives",
             "descriptor",
             "failure",
+            "fences",
             "fiber",
+            "global",
             "host",
             "memory",
         ),

@@ -25,11 +25,11 @@ void meet(const char* name, const Place& here, const Place& there) {
        base(there.file), there.line);
 }
 
-int lane_id() { return block.current->lane; }
+int lane_id() { return block->current->lane; }
 
 bool gather(const char* name, unsigned mask, void* mine, void* (&all)[32], Place place) {
-  Warp& warp = block.own_warp();
-  const int lane = block.current->lane;
+  Warp& warp = block->own_warp();
+  const int lane = block->current->lane;
   const unsigned me = 1u << lane;
   if ((mask & me) == 0) fail("%s: mask 0x%08x leaves out lane %d, which calls it", name, mask, lane);
   Gathering& here = warp.gatherings[__builtin_ctz(mask)];
@@ -44,6 +44,7 @@ bool gather(const char* name, unsigned mask, void* mine, void* (&all)[32], Place
     fail_at_different(name, mask, here);
   }
   meet(name, place, here.place);
+  if (block->current->ordering != nullptr) core::share();
   here.lanes[lane] = mine;
   here.arrived |= me;
   if (here.arrived != mask) {
@@ -56,11 +57,11 @@ bool gather(const char* name, unsigned mask, void* mine, void* (&all)[32], Place
 }
 
 void release(unsigned mask) {
-  Warp& warp = block.own_warp();
+  Warp& warp = block->own_warp();
   warp.gatherings[__builtin_ctz(mask)].arrived = 0;
   warp.waiting &= ~mask;
   warp.ready |= mask;
-  warp.known[block.current->warp] = core::tick();
+  warp.known.warps[block->current->warp] = core::tick();
 }
 
 }  // namespace emulation

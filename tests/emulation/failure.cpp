@@ -15,11 +15,11 @@ void fail(const char* format, ...) {
   va_start(arguments, format);
   std::vsnprintf(text, sizeof(text), format, arguments);
   va_end(arguments);
-  if (block.current == nullptr) throw std::runtime_error(text);
+  if (block->current == nullptr) throw std::runtime_error(text);
   failure.message = text;
-  failure.thread = block.current;
+  failure.thread = block->current;
   failure.trace.take();
-  block.suspend();
+  block->suspend();
   std::abort();  // the scheduler never runs a thread that has failed
 }
 
@@ -34,7 +34,7 @@ std::string place_of(const Failure& failure, const void* kernel, const Index& bl
 }
 
 void Signals::caught(int number, siginfo_t* info, void*) {
-  if (block.current == nullptr) {  // not a kernel's
+  if (block->current == nullptr) {  // not a kernel's
     signal(number, SIG_DFL);
     return;
   }

@@ -2,7 +2,6 @@
 
 #include <sys/mman.h>
 
-#include <cstdint>
 #include <new>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -102,11 +101,17 @@ size_t scheduler_size;
 
 void Fiber::prepare(void (*entry)()) {
   if (stack_ == nullptr) {
-    // The lowest page is protected, so that a stack overflow faults.
-    void* memory = mmap(nullptr, kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) throw std::bad_alloc();
-    stack_ = static_cast<char*>(memory);
-    mprotect(stack_, 4096, PROT_NONE);
+    if (stacks_ == 0) {
+      void* all = mmap(nullptr, kMost * kStack, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (all == MAP_FAILED) throw std::bad_alloc();
+      stacks_ = reinterpret_cast<uintptr_t>(all);
+    }
+    if (taken_ == kMost) throw std::bad_alloc();
+    char* stack = reinterpret_cast<char*>(stacks_) + taken_ * kStack;
+    // The lowest page stays protected, so that a stack overflow faults.
+    if (mprotect(stack + 4096, kStack - 4096, PROT_READ | PROT_WRITE) != 0) throw std::bad_alloc();
+    stack_ = stack;
+    ++taken_;
   }
 #if defined(__SANITIZE_ADDRESS__)
   __asan_unpoison_memory_region(stack_ + 4096, kStack - 4096);  // the previous run may have ended early
@@ -130,9 +135,5 @@ void Fiber::leave() {
 }
 
 void Fiber::began() { after(nullptr, const_cast<const void**>(&scheduler_stack), &scheduler_size); }
-
-Fiber::~Fiber() {
-  if (stack_ != nullptr) munmap(stack_, kStack);
-}
 
 }  // namespace emulation

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 
 namespace emulation {
 
@@ -17,11 +18,12 @@ class Fiber {
   // The bytes of its stack.
   const char* stack() const { return stack_; }
   static constexpr size_t size() { return kStack; }
+  // True for an address in the stack of any fiber.
+  static bool holds(const void* p) { return reinterpret_cast<uintptr_t>(p) - stacks_ < kMost * kStack; }
 
   Fiber() = default;
   Fiber(const Fiber&) = delete;
   Fiber& operator=(const Fiber&) = delete;
-  ~Fiber();
 
  private:
 #if defined(__SANITIZE_ADDRESS__)
@@ -29,6 +31,10 @@ class Fiber {
 #else
   static constexpr size_t kStack = 128 * 1024;
 #endif
+  static constexpr size_t kMost = 32768;  // fibers
+
+  static inline uintptr_t stacks_ = 0;  // of all fibers, side by side
+  static inline size_t taken_ = 0;      // fibers that have one
   void* place_ = nullptr;
   char* stack_ = nullptr;
   void* shadow_ = nullptr;  // of AddressSanitizer

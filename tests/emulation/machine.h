@@ -31,8 +31,8 @@ struct Launch {
 // Runs `thread` once for every thread of the grid. Errors name `kernel`.
 void run(const Launch& launch, const void* kernel, const std::function<void()>& thread);
 
-// Lets other threads run. A thread that polls memory must call this.
-void yield();
+// Lets other threads run. A thread that polls memory must call this. `changed`: it has written another value since.
+void yield(bool changed = false);
 
 // ---- Warps
 
@@ -100,10 +100,17 @@ uint32_t shared_address(const void* pointer);  // the 32-bit address of the hard
 char* shared_pointer(uint32_t address);
 
 // The checks of an access, for instructions that access memory in bulk (compiled accesses are checked automatically).
-// Shared memory must belong to the launch, be written before it is read, and be free of races. `alignment` is in bytes.
+// Shared memory must belong to the launch and be written before it is read; all memory must be free of races.
+// `alignment` is in bytes.
 void check_read(const void* pointer, size_t bytes, size_t alignment);
+void check_constant(const void* pointer, size_t bytes);  // ld.global.nc: nothing writes it during the launch
 void check_write(void* pointer, size_t bytes, size_t alignment);
 void check_atomic(void* pointer, size_t bytes);
+
+// A memory fence: atomic accesses after it release what came before it; what atomic accesses before it have acquired
+// comes before all that follows. To threads of the own block, or to all.
+enum class Scope { block, device };
+void fence(Scope scope);
 
 // ---- Asynchronous copies (cp.async): they arrive when their group is waited for, not before.
 

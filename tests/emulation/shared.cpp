@@ -51,8 +51,20 @@ int find_segment(dl_phdr_info* info, size_t, void* data) {
   return found.base != 0;
 }
 
+// The parts of static memory that AddressSanitizer lays between variables are copied too.
+__attribute__((no_sanitize("address"), optimize("no-tree-loop-distribute-patterns"))) void copy(char* to,
+                                                                                                const char* from,
+                                                                                                size_t bytes) {
+  struct __attribute__((packed, may_alias)) Line {
+    uint64_t words[8];
+  };
+  for (; bytes >= sizeof(Line); bytes -= sizeof(Line), to += sizeof(Line), from += sizeof(Line))
+    *reinterpret_cast<Line*>(to) = *reinterpret_cast<const Line*>(from);
+  while (bytes-- > 0) *to++ = *from++;
+}
+
 bool before(const Actor& actor, uint32_t time, uint16_t thread) {
-  return thread == actor.thread || time < (*actor.known)[thread / 32];
+  return thread == actor.thread || time < actor.known->warps[thread / 32];
 }
 
 }  // namespace
@@ -65,14 +77,40 @@ void Shared::begin_launch(size_t dynamic_bytes) {
   dl_iterate_phdr(find_segment, &segment);
   base_ = segment.base;
   size_ = segment.size;
-  bytes_.resize(size_);
   __asan_unpoison_memory_region(dynamic_, sizeof(torchweld::cuda::shared_memory));
   __asan_poison_memory_region(dynamic_ + dynamic_size_, sizeof(torchweld::cuda::shared_memory) - dynamic_size_);
 }
 
-void Shared::begin_block(uint32_t now, unsigned char poison) {
+void Shared::begin_block(Memory& memory, uint32_t now, unsigned char poison) {
+  // Zeros that take no memory until they are written: most blocks use a small part.
+  if (memory.bytes == nullptr) memory.bytes.reset(static_cast<Byte*>(std::calloc(size_, sizeof(Byte))));
+  if (memory.bytes == nullptr) throw std::bad_alloc();
+  memory.begin = now;
+  bytes_ = memory.bytes.get();
   begin_ = now;
   std::memset(dynamic_, poison, dynamic_size_);
+}
+
+template <class F>
+void Shared::each_part(F&& f) const {
+  auto* const before = reinterpret_cast<char*>(base_);
+  auto* const beyond = dynamic_ + sizeof(torchweld::cuda::shared_memory);
+  f(before, static_cast<size_t>(dynamic_ - before));
+  f(dynamic_, dynamic_size_);
+  f(beyond, static_cast<size_t>(before + size_ - beyond));
+}
+
+void Shared::leave(Memory& memory) {
+  memory.aside.resize(size_ - sizeof(torchweld::cuda::shared_memory) + dynamic_size_);
+  char* to = memory.aside.data();
+  each_part([&](const char* from, size_t bytes) { copy(to, from, bytes), to += bytes; });
+}
+
+void Shared::return_to(Memory& memory) {
+  bytes_ = memory.bytes.get();
+  begin_ = memory.begin;
+  const char* from = memory.aside.data();
+  each_part([&](char* to, size_t bytes) { copy(to, from, bytes), from += bytes; });
 }
 
 void Shared::place(const void* p, char (&text)[64]) const {

@@ -6,14 +6,13 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 #include <vector>
 
+#include "clock.h"
+
 namespace emulation {
-
-// For each warp, the time up to which its accesses are known.
-using Clock = std::vector<uint32_t>;
-
-enum class Kind { read, write, atomic };
 
 // The running thread, as the checks see it.
 struct Actor {
@@ -23,9 +22,28 @@ struct Actor {
 
 class Shared {
  public:
+  struct Byte {
+    uint32_t written = 0, read[2] = {};
+    uint16_t writer = 0, reader[2] = {};
+    bool atomic = false, in_flight = false, landed = false;
+    uint16_t lent = 0;
+  };
+  // The shared memory of one block in flight. All blocks have it at the same addresses: while another block runs, its
+  // contents are kept aside.
+  struct Memory {
+    struct Free {
+      void operator()(void* p) const { std::free(p); }
+    };
+    std::unique_ptr<Byte[], Free> bytes;
+    std::vector<char> aside;
+    uint32_t begin = 0;
+  };
+
   // Finds the shared memory of the calling thread, which must be the one that launches.
   void begin_launch(size_t dynamic_bytes);
-  void begin_block(uint32_t now, unsigned char poison);
+  void begin_block(Memory& memory, uint32_t now, unsigned char poison);
+  void leave(Memory& memory);      // keeps the contents aside
+  void return_to(Memory& memory);  // restores them
 
   bool holds(const void* p) const { return reinterpret_cast<uintptr_t>(p) - base_ < size_; }
   void access(const Actor& actor, uint32_t now, const void* p, size_t bytes, Kind kind);
@@ -44,23 +62,18 @@ class Shared {
   char* pointer(uint32_t address) const;
 
  private:
-  struct Byte {
-    uint32_t written = 0, read[2] = {};
-    uint16_t writer = 0, reader[2] = {};
-    bool atomic = false, in_flight = false, landed = false;
-    uint16_t lent = 0;
-  };
-
   Byte* bytes_of(const void* p, size_t bytes);
+  template <class F>
+  void each_part(F&& f) const;  // f(first, bytes) of what a block of this launch can use
   void place(const void* p, char (&text)[64]) const;
 
   uintptr_t base_ = 0;  // all memory that kernels declare __shared__
   size_t size_ = 0;
   char* dynamic_ = nullptr;
   size_t dynamic_size_ = 0;
-  uint32_t begin_ = 0;
   uint32_t first_address_ = 0;  // of dynamic_: no more than a multiple of 16, and address 0 is invalid
-  std::vector<Byte> bytes_;
+  Byte* bytes_ = nullptr;       // of the block that runs
+  uint32_t begin_ = 0;          // when it began
 };
 
 }  // namespace emulation

@@ -49,7 +49,7 @@ struct State {
   uint32_t fenced_at = 0;
   int64_t issued = 0;
 };
-std::vector<State> states;  // of the warps
+core::PerBlock<std::vector<State>> states;  // of the warps
 
 Sums& sums_of(State& state, const Product& product) {
   for (Sums& sums : state.sums)
@@ -63,7 +63,7 @@ LeftOperand& left_of(State& state, const Product& product) {
   fail("wgmma: a left operand was lost");
 }
 
-Thread& thread_of(int warp, int lane) { return *block.threads[warp * 32 + lane]; }
+Thread& thread_of(int warp, int lane) { return *block->threads[warp * 32 + lane]; }
 
 void compute(State& state, Product& product, int warp) {
   const WarpgroupProduct& shape = product.lanes[0];
@@ -109,8 +109,9 @@ void lend(Product& product, int warp) {
       product.lent.push_back(a.at(warp % 4 * 16 + row, k, shape.a_transposed));
     for (int column = 0; column < shape.n; ++column) product.lent.push_back(b.at(column, k, shape.b_transposed));
   }
-  for (const uint32_t address : product.lent)
-    shared.lend(core::actor(), core::time(), shared_pointer(address), 2, async_fences());
+  const Actor actor = core::actor();
+  const std::vector<uint32_t>& fences = async_fences();
+  for (const uint32_t address : product.lent) shared.lend(actor, core::time(), shared_pointer(address), 2, fences);
 }
 
 // Fails if a lane has used registers since the last wgmma.fence. Lends them to products.
@@ -181,16 +182,17 @@ template <class F>
 void once(const char* name, Place place, F&& f) {
   int nothing = 0;
   const int warp = core::thread() / 32;
-  collective(name, kAll, nothing, [&](const auto&) { f(states[warp], warp); }, place);
+  collective(name, kAll, nothing, [&](const auto&) { f((*states)[warp], warp); }, place);
 }
 
 }  // namespace
 
 namespace core {
 
-void begin_products() { states.assign((threads() + 31) / 32, State{}); }
+void begin_products() { states->assign((threads() + 31) / 32, State{}); }
 
 void end_products() {
+  const std::vector<State>& states = *emulation::states;
   for (size_t w = 0; w < states.size(); ++w) {
     if (!states[w].open.empty() || !states[w].groups.empty())
       fail("the block has ended while products of warp %zu are not waited for", w);
@@ -216,8 +218,8 @@ void wgmma(const WarpgroupProduct& mine, Place place) {
   collective(
       "wgmma.mma_async", kAll, brought,
       [&](const Lanes<WarpgroupProduct>& lanes) {
-        State& state = states[warp];
-        if (states.size() % 4 != 0) fail("wgmma: the block is not made of warpgroups");
+        State& state = (*states)[warp];
+        if (states->size() % 4 != 0) fail("wgmma: the block is not made of warpgroups");
         if (!state.fenced) fail("wgmma.mma_async: wgmma.fence belongs between the use of its registers and this");
         Product product;
         for (int lane = 0; lane < 32; ++lane) {

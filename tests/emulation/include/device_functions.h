@@ -34,11 +34,11 @@ inline void __syncwarp(unsigned mask = 0xffffffffu) {
   emulation::collective("__syncwarp", mask, nothing, [](auto&) {});
 }
 
-// ---- Memory fence functions. Threads run one at a time and memory has one order, so there is nothing to do.
+// ---- Memory fence functions
 
-inline void __threadfence_block() {}
-inline void __threadfence() {}
-inline void __threadfence_system() {}
+inline void __threadfence_block() { emulation::fence(emulation::Scope::block); }
+inline void __threadfence() { emulation::fence(emulation::Scope::device); }
+inline void __threadfence_system() { emulation::fence(emulation::Scope::device); }
 inline void __nanosleep(unsigned) { emulation::yield(); }
 
 // ---- Warp shuffle functions
@@ -150,9 +150,9 @@ namespace emulation {
 template <class T, class F>
 __attribute__((no_sanitize("thread"))) T atomic(T* p, F&& f) {
   check_atomic(p, sizeof(T));
-  const T before = *p;
-  *p = f(before);
-  yield();
+  const T before = *p, after = f(before);
+  *p = after;
+  yield(std::memcmp(&before, &after, sizeof(T)) != 0);
   return before;
 }
 
@@ -191,9 +191,11 @@ T* aligned(T* p) {
 
 }  // namespace emulation
 
+// The cache of this load does not see what the launch writes.
 template <class T>
-T __ldg(const T* p) {
-  return *emulation::aligned(p);
+__attribute__((no_sanitize("thread"))) T __ldg(const T* p) {
+  emulation::check_constant(p, sizeof(T));
+  return *p;
 }
 template <class T>
 T __ldca(const T* p) {

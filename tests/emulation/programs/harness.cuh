@@ -56,19 +56,26 @@ void expect(const char* instruction, const std::vector<T>& found, const std::vec
   std::printf("%s: right\n", instruction);
 }
 
-// Runs kernel(out, arguments...) in one block. `out` has as many elements as `expected`.
+// Runs kernel(out, arguments...). `out` has as many elements as `expected`.
 template <class T, class... Params, class... Arguments>
-void expect_of(const char* instruction, void (*kernel)(T*, Params...), int threads, size_t shared,
-               const std::vector<T>& expected, const Arguments&... arguments) {
+void expect_of_blocks(const char* instruction, void (*kernel)(T*, Params...), int blocks, int threads, size_t shared,
+                      const std::vector<T>& expected, const Arguments&... arguments) {
   const Buffer<T> out(std::vector<T>(expected.size()));
   try {
-    launch(instruction, kernel, dim3(1), dim3(threads), shared, nullptr, out.device(), arguments...);
+    launch(instruction, kernel, dim3(blocks), dim3(threads), shared, nullptr, out.device(), arguments...);
     check(instruction, cudaDeviceSynchronize());
     expect(instruction, out.host(), expected);
   } catch (const std::exception& error) {
     std::printf("%s: wrong: %s\n", instruction, error.what());
     ++wrong_instructions;
   }
+}
+
+// The same in one block.
+template <class T, class... Params, class... Arguments>
+void expect_of(const char* instruction, void (*kernel)(T*, Params...), int threads, size_t shared,
+               const std::vector<T>& expected, const Arguments&... arguments) {
+  expect_of_blocks(instruction, kernel, 1, threads, shared, expected, arguments...);
 }
 
 }  // namespace torchweld::cuda

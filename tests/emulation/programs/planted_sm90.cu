@@ -152,7 +152,7 @@ __global__ void missing_wgmma_wait(float* out) {
   const uint64_t matrix = zeros();
   ptx::wgmma_fence();
   multiply(c, matrix);
-  out[0] = 1.0f;
+  out[threadIdx.x] = 1.0f;
 }
 
 __global__ void matrix_overwritten_too_early(float* out) {
