@@ -24,21 +24,21 @@ from torchweld.reference.philox import draw_seed
 
 _twin = torch.nn.functional.dropout  # a program may replace it by the function below
 
-# ---- Implementation
+# ---- Implementation. As in torch the output has the layout of the input; which elements are dropped has not.
 
 
 def _dropout_kernel(input: Tensor, seed: Tensor, p: float) -> Tensor:
     x = settle(input, "[dropout] input")
     output = torch.empty_like(x)
     backend.kernels[x.device.type].dropout(input=x, seed=settle(seed, "[dropout] seed"), p=p, output=output)
-    return output
+    return output if input.is_contiguous() else torch.empty_like(input).copy_(output)
 
 
 # ---- Fake
 
 
 def _dropout_fake(input: Tensor, seed: Tensor, p: float) -> Tensor:
-    return torch.empty_like(input, memory_format=torch.contiguous_format)
+    return torch.empty_like(input)
 
 
 _dropout_op = register("dropout(Tensor input, Tensor seed, float p) -> Tensor", _dropout_kernel, _dropout_fake)
