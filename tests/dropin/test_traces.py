@@ -1,4 +1,4 @@
-"""torch.fx and torch.jit see in drop-ins what they see in the layers of torch.nn."""
+"""torch.fx, torch.jit and Dynamo with dynamic shapes see in drop-ins what they see in the layers of torch.nn."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import torchweld
+from torchweld import ops
 from torchweld.nn.twins import TWINS
 
 X = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
@@ -87,3 +88,37 @@ def test_a_drop_in_alone_is_scripted_and_keeps_its_class() -> None:
     layer = torchweld.nn.LayerNorm(16)
     torch.testing.assert_close(torch.jit.script(layer)(X), nn.LayerNorm(16)(X))
     assert type(layer) is torchweld.nn.LayerNorm
+
+
+class Twice(nn.Module):
+    """Two of a layer: their numbers are read in two parts of the graph."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.norms = kind, nn.ModuleList(torchweld.nn.LayerNorm(16) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for norm in self.norms:
+            if self.kind == "layer_norm":
+                x = norm(x)
+            elif self.kind == "rms_norm":
+                x = ops.rms_norm(x, (16,), norm.weight)
+            elif self.kind == "add_layer_norm":
+                x = ops.add_layer_norm(x, x, (16,), norm.weight, norm.bias)[0]
+            else:
+                x = ops.scaled_dot_product_attention(x, x, x)
+        return x
+
+
+@pytest.mark.parametrize("kind", ["layer_norm", "rms_norm", "add_layer_norm", "attention"])
+def test_two_of_a_kind_compile_with_dynamic_shapes(kind: str) -> None:
+    torch._dynamo.reset()
+    model = Twice(kind)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True, dynamic=True)
+    for rows in (5, 3):
+        found = []
+        for function in (compiled, model):
+            x = torch.randn(2, 2, rows, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+            y = function(x)
+            found.append((y, *torch.autograd.grad(y.square().sum(), x)))
+        torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)

@@ -126,7 +126,8 @@ def scaled_dot_product_attention(
         attn_mask = None if attn_mask is None else _autocast(attn_mask)
     check_common(op, query, key, value)
     scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
-    options = Options(scale, right=0 if is_causal else -1, dropout_p=dropout_p)
+    # No float by default: see norm_of in _norm.py.
+    options = Options(scale, softcap=0.0, right=0 if is_causal else -1, dropout_p=dropout_p)
     seed = draw_seed(query.device) if dropout_p > 0 else None
 
     # The common case: 4 dimensions, nothing to broadcast.
