@@ -122,3 +122,35 @@ def test_two_of_a_kind_compile_with_dynamic_shapes(kind: str) -> None:
             y = function(x)
             found.append((y, *torch.autograd.grad(y.square().sum(), x)))
         torch.testing.assert_close(*found, rtol=1e-4, atol=1e-5)
+
+
+class Chosen(nn.Module):
+    """Rows whose number only the data tells."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.kind, self.drop = kind, torchweld.nn.Dropout(0.5)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x[mask]
+        return ops.cross_entropy(x, x.argmax(-1)) if self.kind == "loss" else ops.dropout(self.drop(x), 0.5)
+
+
+@pytest.mark.parametrize("kind", ["loss", "dropout"])
+def test_a_number_of_rows_that_is_not_known(kind: str) -> None:
+    torch._dynamo.reset()
+    model, x = Chosen(kind), torch.randn(40, 16)
+    masks = [torch.arange(40) % 3 == 0, torch.zeros(40, dtype=torch.bool)]
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        exported = torch.export.export(model, (x, masks[0])).module()
+        for mask in masks:
+            leaf = x.clone().requires_grad_()
+            found = compiled(leaf, mask)
+            if kind == "loss":
+                for each in (found, exported(x, mask)):
+                    torch.testing.assert_close(each, model(x, mask), equal_nan=True)
+                continue
+            (grad,) = torch.autograd.grad(found.sum(), leaf)
+            torch.testing.assert_close(grad[mask] * x[mask], found.detach())
+            assert exported(x, mask).shape == found.shape

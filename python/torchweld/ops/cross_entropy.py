@@ -208,7 +208,8 @@ def _refusal(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None
         return "class probabilities as target"
     if target.dtype is torch.uint8:
         return "classes of dtype uint8"
-    if input.dim() != 2 or input.numel() == 0:
+    # Where a graph is made, the number of rows may not be known. The kernels take none.
+    if input.dim() != 2 or input.shape[1] == 0 or (not torch.compiler.is_compiling() and input.shape[0] == 0):
         return "logits other than a matrix (N, C) with elements"
     return None
 
