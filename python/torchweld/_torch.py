@@ -56,7 +56,9 @@ __all__ = [
     "tracing",
     "transforms_active",
     "two_tensors",
+    "version_of",
     "without_dynamo",
+    "wrapper",
     "zero_all",
 ]
 
@@ -126,6 +128,16 @@ def two_tensors(t: Tensor) -> Tensor:
     from torch.testing._internal.two_tensor import TwoTensor  # noqa: PLC0415  (slow to import)
 
     return TwoTensor(t, t.clone())
+
+
+def version_of(t: Tensor) -> int:
+    """How often `t` was written to in place; 0 for a tensor of inference mode. There is no public form."""
+    return 0 if t.is_inference() else int(t._version)
+
+
+def wrapper(cls: type[Tensor], shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Any:
+    """A tensor of a subclass with __torch_dispatch__, without memory. torch documents it, but under this name alone."""
+    return Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
 
 
 # torch's operators of FlashAttention, by name. There is no public way to replace them.

@@ -171,7 +171,6 @@ CLASSES = torch.zeros(3, dtype=torch.int64)
         (CLASSES.to("meta"), {}, RuntimeError, r"target: expected device cpu, but got meta"),
         (CLASSES, {"reduction": "max"}, ValueError, r"reduction: expected 'mean', 'sum' or 'none'"),
         (CLASSES, {"label_smoothing": 1.5}, RuntimeError, r"label_smoothing: expected a number in"),
-        (CLASSES, {"size_average": True}, ValueError, r"deprecated in torch; use reduction="),
     ],
 )
 def test_bad_input_is_named(
@@ -179,6 +178,16 @@ def test_bad_input_is_named(
 ) -> None:
     with pytest.raises(error, match=message):
         ops.cross_entropy(torch.randn(3, 5), target, **options)
+
+
+def test_deprecated_arguments_are_served() -> None:
+    logits = torch.randn(3, 5)
+    for values in ((None, False), (False, None), (False, True), (True, False), (True, True), (0, 1)):
+        options: Any = dict(zip(("size_average", "reduce"), values, strict=True))
+        with pytest.warns(UserWarning, match=r"\[cross_entropy\] size_average, reduce: deprecated in torch; use red"):
+            ours = ops.cross_entropy(logits, CLASSES, **options)
+        with pytest.warns(UserWarning, match="size_average and reduce"):
+            torch.testing.assert_close(ours, F.cross_entropy(logits, CLASSES, **options))
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 3, 4), (2, 3, 4, 5), (0, 3)], ids=str)

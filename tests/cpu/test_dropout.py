@@ -226,3 +226,17 @@ def test_bad_input_is_named() -> None:
     ):
         with pytest.raises(error, match=text):
             call()
+
+
+def test_the_layout_is_that_of_torch_and_the_mask_is_not_of_it() -> None:
+    heads, image = (
+        torch.randn(2, 5, 3, 8).transpose(1, 2),
+        torch.randn(2, 6, 4, 5).to(memory_format=torch.channels_last),
+    )
+    for x in (heads, image, torch.randn(7, 9).t(), torch.randn(10, 12)[::2, ::3].t(), torch.randn(1, 9).expand(4, 9)):
+        x.requires_grad_()
+        y = ops.dropout(x, 0.5, seed=SEED)
+        assert y.stride() == torch.nn.functional.dropout(x).stride()
+        assert torch.equal(y, ops.dropout(x.contiguous(), 0.5, seed=SEED))
+        (dx,) = torch.autograd.grad(y, x, torch.ones_like(y))
+        assert torch.equal(dx, reference.dropout(torch.ones(x.shape), 0.5, seed=SEED))

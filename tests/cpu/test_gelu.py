@@ -6,12 +6,22 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from by_exponent import hold_gelu
 from thread_counts import hold_bits
 from torchweld import _cpu, ops, reference
 from torchweld.testing import Case, Oracle, cases
 
+# Layouts of memory: of images with channels behind, of heads, transposed, with gaps, of one row for all.
+LAYOUTS = {
+    "channels_last": torch.randn(2, 6, 4, 5).to(memory_format=torch.channels_last),
+    "channels_last_3d": torch.randn(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d),
+    "heads": torch.randn(2, 5, 3, 8).transpose(1, 2),
+    "transposed": torch.randn(7, 9).t(),
+    "gaps": torch.randn(10, 12)[::2, ::3].t(),
+    "expanded": torch.randn(1, 9).expand(4, 9),
+}
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -89,3 +99,20 @@ def test_bad_input_is_named() -> None:
         ops.gelu(torch.ones(3, dtype=torch.int64), "tanh")
     with pytest.raises(ValueError, match="output: expected 3 elements, but got shape"):
         _cpu.gelu_forward(torch.ones(3), False, torch.ones(4))
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_the_layout_is_that_of_torch(name: str) -> None:
+    """What follows may ask for a view that this layout has."""
+    for approximate in ("none", "tanh"):
+        found = []
+        for function in (F.gelu, ops.gelu):
+            x = LAYOUTS[name].detach().requires_grad_()
+            y = function(x, approximate=approximate)
+            for dy in (torch.ones(()).expand(y.shape), y.detach(), y.detach().contiguous()):
+                found.append((y.stride(), y.detach(), *torch.autograd.grad(y, x, dy, retain_graph=True)))
+        for right, ours in zip(found[:3], found[3:], strict=True):
+            assert ours[0] == right[0]
+            torch.testing.assert_close(ours[1:], right[1:])
+    compiled = torch.compile(lambda x: ops.gelu(x) + 1, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(LAYOUTS[name]), ops.gelu(LAYOUTS[name]) + 1)

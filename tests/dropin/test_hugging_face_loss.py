@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import torchweld
-from torchweld.integrations.hugging_face_loss import LateLogits
+from torchweld.integrations.late_logits import LateLogits
 
 transformers = pytest.importorskip("transformers")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import pytest
 import torch
@@ -80,9 +81,28 @@ def test_takes_what_torch_takes(form: str) -> None:
     both(*args, **options)
 
 
+@pytest.mark.parametrize("rows", [(9, 12), (70, 70)])
+@pytest.mark.parametrize("additive", [False, True])
+def test_a_mask_beside_causal_hides_more_as_with_torchs_kernel(rows: tuple[int, int], additive: bool) -> None:
+    """torch's composite, which serves masks with a gradient, refuses both."""
+    leaves = [r(2, 4, rows[0], 8), r(2, 2, rows[1], 8), r(2, 2, rows[1], 8)]
+    mask = r(2, 1, *rows) if additive else r(*rows) > -1
+    options: Any = {"attn_mask": mask, "is_causal": True, "enable_gqa": True}
+    found = []
+    for function in (ops.scaled_dot_product_attention, F.scaled_dot_product_attention):
+        args = [t.clone().requires_grad_() for t in leaves]
+        out = function(*args, **options)
+        found.append([out, function(*leaves, **options), *torch.autograd.grad(out, args, out.detach())])
+    torch.testing.assert_close(*found, rtol=1e-4, atol=2e-5)
+    if additive:
+        late = torch.ones(rows, dtype=torch.bool).triu(1)
+        mask.requires_grad_()
+        (dmask,) = torch.autograd.grad(ops.scaled_dot_product_attention(*leaves, **options).sum(), mask)
+        assert (dmask[..., late] == 0).all() and (dmask[..., ~late] != 0).any()
+
+
 Q, K, V = r(2, 4, 9, 8), r(2, 4, 12, 8), r(2, 4, 12, 8)
 REFUSED: dict[str, tuple[Callable[[Call], Tensor], list[str]]] = {
-    "both masks": (lambda f: f(Q, K, V, r(9, 12), is_causal=True), ["attn_mask", "is_causal=True"]),
     "mask of integers": (lambda f: f(Q, K, V, torch.ones(9, 12, dtype=torch.int)), ["attn_mask", "bool", "int32"]),
     "mask of float64": (lambda f: f(Q, K, V, r(9, 12).double()), ["attn_mask", "torch.float64"]),
     "mask too short": (lambda f: f(Q, K, V, r(9, 11)), ["attn_mask", "[2, 4, 9, 12]", "[9, 11]"]),
@@ -100,7 +120,7 @@ REFUSED: dict[str, tuple[Callable[[Call], Tensor], list[str]]] = {
 
 
 # torch's documentation and its composite refuse these, its CPU kernel lets them pass.
-UNNOTICED = {"both masks", "rows of value"}
+UNNOTICED = {"rows of value"}
 
 
 def torch_backend(composite: bool) -> AbstractContextManager[None]:

@@ -204,3 +204,52 @@ def test_nested_tensors_that_nobody_serves_are_named() -> None:
     ):
         with pytest.raises(TypeError, match=rf"{argument}: expected a dense tensor, but got a nested one; convert it"):
             call()
+
+
+class Duck:
+    """No tensor, but with rules for torch's functions, as a Proxy of torch.fx."""
+
+    def __init__(self, t: Tensor) -> None:
+        self.t = t
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        def inside(value: Any) -> Any:
+            return value.t if isinstance(value, Duck) else value
+
+        found = function(*map(inside, args), **{k: inside(v) for k, v in (kwargs or {}).items()})
+        return tuple(map(Duck, found)) if isinstance(found, tuple) else Duck(found)
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_what_is_no_tensor_but_has_rules_for_torchs_functions(name: str) -> None:
+    count, call = TWINS[name]
+    for index in range(count):
+        make: Any = dressed(index, Duck)  # type: ignore[arg-type]
+        torch.testing.assert_close(call(ops, make).t, call(F, make).t)  # type: ignore[attr-defined]
+    assert isinstance(ops.dropout(Duck(Q), 0.5), Duck)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", ALONE)
+def test_what_has_rules_sees_an_op_that_torch_has_not(name: str) -> None:
+    count, call = ALONE[name]
+    for index in range(count):
+        found: Any = call(dressed(index, Duck))  # type: ignore[arg-type]
+        torch.testing.assert_close(found.t, call(plain))
+
+
+class Layers(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(VECTOR.clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = ops.gelu(ops.layer_norm(x, (8,), self.weight), "tanh")
+        return ops.swiglu(ops.dropout(x, 0.0), ops.rms_norm(x, (8,)))
+
+
+def test_a_symbolic_trace_records_calls() -> None:
+    module = Layers()
+    traced = torch.fx.symbolic_trace(module)
+    assert {F.layer_norm, ops.swiglu} <= {node.target for node in traced.graph.nodes}
+    torch.testing.assert_close(traced(ROWS), module(ROWS))

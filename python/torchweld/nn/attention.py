@@ -8,7 +8,7 @@ from torch import Tensor
 
 from torchweld import ops
 from torchweld.nn.stock import is_replaced
-from torchweld.nn.twins import twin
+from torchweld.nn.twins import traceable, twin
 
 
 def _is_mask(t: object) -> bool:
@@ -23,6 +23,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
     weights must then be in memory. Masks are as in torch's module: True (or -inf) hides a key.
     """
 
+    @traceable
     def forward(
         self,
         query: Tensor,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchweld import ops
-from torchweld.nn.twins import twin
+from torchweld.nn.twins import record, twin
 from torchweld.ops.dropout import pays
 
 
@@ -19,5 +19,7 @@ class Dropout(torch.nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
+        if not isinstance(input, Tensor):  # of torch.fx, for one
+            return record(self, super().forward, input)
         ours = self.training and not self.inplace and pays(input)
         return ops.dropout(input, self.p) if ours else super().forward(input)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchweld import ops
 from torchweld._torch import has_global_hooks
-from torchweld.nn.twins import adopt, is_plain, twin
+from torchweld.nn.twins import adopt, is_plain, traceable, twin
 
 Modules = tuple[torch.nn.Module, ...]
 
@@ -61,6 +61,7 @@ class TransformerEncoderLayer(torch.nn.TransformerEncoderLayer):
         super().__init__(*args, **kwargs)
         adopt((self.self_attn, self.norm1, self.norm2, self.dropout, self.dropout1, self.dropout2))
 
+    @traceable
     def forward(
         self,
         src: Tensor,
@@ -91,6 +92,7 @@ class TransformerDecoderLayer(torch.nn.TransformerDecoderLayer):
         adopt((self.self_attn, self.multihead_attn, self.norm1, self.norm2, self.norm3))
         adopt((self.dropout, self.dropout1, self.dropout2, self.dropout3))
 
+    @traceable
     def forward(
         self,
         tgt: Tensor,
@@ -135,6 +137,8 @@ class TransformerEncoder(torch.nn.TransformerEncoder):
         super().__init__(*args, **kwargs)
         adopt(self.layers.modules())
 
+    forward = traceable(torch.nn.TransformerEncoder.forward)
+
 
 @twin
 class TransformerDecoder(torch.nn.TransformerDecoder):
@@ -143,6 +147,8 @@ class TransformerDecoder(torch.nn.TransformerDecoder):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         adopt(self.layers.modules())
+
+    forward = traceable(torch.nn.TransformerDecoder.forward)
 
 
 @twin
@@ -155,3 +161,5 @@ class Transformer(torch.nn.Transformer):
         for part in ("encoder", "decoder"):
             if given.get(f"custom_{part}") is None:
                 adopt(getattr(self, part).modules())
+
+    forward = traceable(torch.nn.Transformer.forward)

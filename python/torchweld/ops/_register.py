@@ -131,12 +131,14 @@ def _elsewhere(
     ours: Callable[..., Any], twin: Callable[..., Any] | None, names: Sequence[str], tensors: Sequence[Any]
 ) -> Callable[..., Any] | None:
     for name, t in zip(names, tensors, strict=True):
-        if t is not None and not isinstance(t, Tensor):
+        if t is not None and not isinstance(t, Tensor) and not hasattr(type(t), "__torch_function__"):
             raise TypeError(f"[{ours.__name__}] {name}: expected a torch.Tensor, but got {type(t).__name__}")
     if any(type(t).__module__ == _DTENSOR for t in tensors):
         _find_once()
         return partial(_on_dtensors[0], ours)
     theirs = twin or getattr(reference, ours.__name__)
+    if not all(t is None or isinstance(t, Tensor) for t in tensors):  # a Proxy of torch.fx, for one
+        return partial(torch.overrides.handle_torch_function, twin or ours, tensors)
     if compiling():
         return theirs
     classes = [type(t) for t in tensors if t is not None]
@@ -181,6 +183,11 @@ def settle(t: Tensor, at: str, dtype: torch.dtype | None = None) -> Tensor:
     if is_freed(t):
         raise ValueError(f"{at}: {FREED}")
     return (t.resolve_neg() if dtype is None else t.resolve_neg().to(dtype)).contiguous()
+
+
+def memory_order(t: Tensor) -> list[int]:
+    """The dimensions of a dense tensor in the order in which its memory has them: permuted by it, it is contiguous."""
+    return sorted(range(t.dim()), key=t.stride, reverse=True)
 
 
 def wants_grad(*tensors: Tensor | None) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -188,6 +189,15 @@ def _reduced(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) 
 # ---- Public
 
 
+def _deprecated(size_average: bool | None, reduce: bool | None) -> str:
+    """The reduction that torch's deprecated arguments name, each True where it is not given."""
+    each, total = (value is not None and not value for value in (reduce, size_average))
+    reduction = "none" if each else "sum" if total else "mean"
+    remedy = f"use reduction={reduction!r}"
+    warnings.warn(f"[cross_entropy] size_average, reduce: deprecated in torch; {remedy}", stacklevel=3)
+    return reduction
+
+
 def _refusal(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None:
     """Why the kernels do not take this call; None if they do."""
     if input.dtype not in KERNEL_DTYPES:
@@ -198,7 +208,8 @@ def _refusal(input: Tensor, target: Tensor, weight: Tensor | None) -> str | None
         return "class probabilities as target"
     if target.dtype is torch.uint8:
         return "classes of dtype uint8"
-    if input.dim() != 2 or input.numel() == 0:
+    # Where a graph is made, the number of rows may not be known. The kernels take none.
+    if input.dim() != 2 or input.shape[1] == 0 or (not torch.compiler.is_compiling() and input.shape[0] == 0):
         return "logits other than a matrix (N, C) with elements"
     return None
 
@@ -255,7 +266,7 @@ def cross_entropy(
         target: classes (N), int64, each in [0, C) or `ignore_index` (uint8 and class probabilities run on the
             reference).
         weight: a weight for each class (C) (runs on the reference).
-        size_average, reduce: torch's deprecated arguments; must be None.
+        size_average, reduce: torch's deprecated arguments. They name a reduction.
         ignore_index: rows with this target have no loss, no gradient, and do not count in the mean.
         reduction: "mean" over the rows that count, "sum", or "none" for all (N).
         label_smoothing: in [0, 1]; see `torchweld.reference.cross_entropy`.
@@ -276,7 +287,7 @@ def cross_entropy(
             wide = input.dtype is torch.float16 and not under_autocast(input)
             return found.to(input.dtype) if wide else found
     if size_average is not None or reduce is not None:
-        raise ValueError("[cross_entropy] size_average, reduce: deprecated in torch; use reduction=")
+        reduction = _deprecated(size_average, reduce)
     if not isinstance(reduction, str) or reduction not in ("mean", "sum", "none"):
         raise ValueError(f"[cross_entropy] reduction: expected 'mean', 'sum' or 'none', but got {shown(reduction)}")
     label_smoothing = number("cross_entropy", "label_smoothing", label_smoothing)

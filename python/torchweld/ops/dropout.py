@@ -19,26 +19,26 @@ from torchweld.ops._arguments import (
     flag,
     number,
 )
-from torchweld.ops._register import applier, compiling, elsewhere, register, settle, wants_definition, wants_grad
+from torchweld.ops._register import applier, elsewhere, register, settle, wants_definition, wants_grad
 from torchweld.reference.philox import draw_seed
 
 _twin = torch.nn.functional.dropout  # a program may replace it by the function below
 
-# ---- Implementation
+# ---- Implementation. As in torch the output has the layout of the input; which elements are dropped has not.
 
 
 def _dropout_kernel(input: Tensor, seed: Tensor, p: float) -> Tensor:
     x = settle(input, "[dropout] input")
     output = torch.empty_like(x)
     backend.kernels[x.device.type].dropout(input=x, seed=settle(seed, "[dropout] seed"), p=p, output=output)
-    return output
+    return output if input.is_contiguous() else torch.empty_like(input).copy_(output)
 
 
 # ---- Fake
 
 
 def _dropout_fake(input: Tensor, seed: Tensor, p: float) -> Tensor:
-    return torch.empty_like(input, memory_format=torch.contiguous_format)
+    return torch.empty_like(input)
 
 
 _dropout_op = register("dropout(Tensor input, Tensor seed, float p) -> Tensor", _dropout_kernel, _dropout_fake)
@@ -73,7 +73,7 @@ def pays(input: Tensor) -> bool:
     """Whether the kernels serve `input`, and forward and backward take less time than torch's."""
     if input.dtype not in KERNEL_DTYPES or input.is_nested or input.device.type not in backend.kernels:
         return False
-    return compiling() or (input.numel() >= _PAYS and input.shape[-1] >= _COLUMNS)
+    return torch.compiler.is_compiling() or (input.numel() >= _PAYS and input.shape[-1] >= _COLUMNS)
 
 
 def _refusal(input: Tensor) -> str | None:
@@ -113,7 +113,9 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: Tenso
         return as_torch_does(error, _twin, input, p, training)
     if seed is not None:
         check_seed("dropout", seed, input.device)
-    if not training or p == 0 or input.numel() == 0:
+    if (
+        not training or p == 0 or (not torch.compiler.is_compiling() and input.numel() == 0)
+    ):  # it may not be known there
         return input
     if input.dtype not in KERNEL_DTYPES:
         check_float("dropout", "input", input.dtype)

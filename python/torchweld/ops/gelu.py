@@ -22,6 +22,7 @@ from torchweld.ops._register import (
     compiling,
     double_backward,
     elsewhere,
+    memory_order,
     register,
     settle,
     wants_definition,
@@ -30,21 +31,29 @@ from torchweld.ops._register import (
 
 _twin = torch.nn.functional.gelu  # a program may replace it by the function below
 
-# ---- Implementation
+# ---- Implementation. As in torch the output has the layout of the input: channels in front stay in front.
 
 
 def _forward(input: Tensor, exact: bool = False) -> Tensor:
-    x = settle(input, "[gelu] input")
-    output = torch.empty_like(x)
+    if input.is_contiguous():
+        return _run_forward(input, torch.empty_like(input), exact)
+    output = torch.empty_like(input)
+    order = memory_order(output)
+    _run_forward(settle(input.permute(order), "[gelu] input"), output.permute(order), exact)
+    return output
+
+
+def _run_forward(x: Tensor, output: Tensor, exact: bool) -> Tensor:
     backend.kernels[x.device.type].gelu_forward(input=x, exact=exact, output=output)
     return output
 
 
 def _backward(doutput: Tensor, input: Tensor, exact: bool = False) -> Tensor:
-    x = settle(input, "[gelu] input")
-    dinput = torch.empty_like(x)
-    doutput = settle(doutput, "[gelu] gradient of the output")
-    backend.kernels[x.device.type].gelu_backward(doutput=doutput, input=x, exact=exact, dinput=dinput)
+    dinput = torch.empty_like(input)
+    order = memory_order(dinput)
+    x, dx = settle(input.permute(order), "[gelu] input"), dinput.permute(order)
+    doutput = settle(doutput.permute(order), "[gelu] gradient of the output")
+    backend.kernels[x.device.type].gelu_backward(doutput=doutput, input=x, exact=exact, dinput=dx)
     return dinput
 
 
@@ -52,11 +61,11 @@ def _backward(doutput: Tensor, input: Tensor, exact: bool = False) -> Tensor:
 
 
 def _forward_fake(input: Tensor, exact: bool = False) -> Tensor:
-    return torch.empty_like(input, memory_format=torch.contiguous_format)
+    return torch.empty_like(input)
 
 
 def _backward_fake(doutput: Tensor, input: Tensor, exact: bool = False) -> Tensor:
-    return _forward_fake(input)
+    return torch.empty_like(input)
 
 
 _forward_op = register(

@@ -85,7 +85,8 @@ def scaled_dot_product_attention(
             a gradient.
         dropout_p: probability that a weight is dropped. torch.manual_seed decides which weights are dropped; torch's
             own function would drop others.
-        is_causal: query i sees keys 0 to i; not together with attn_mask.
+        is_causal: query i sees keys 0 to i, of those that attn_mask leaves. (torch's kernel on the CPU takes both,
+            torch's composite refuses them.)
         scale: 1 / sqrt(E) if None.
         enable_gqa: query has a multiple of key's and value's heads. A group of query heads shares each of these.
 
@@ -93,7 +94,7 @@ def scaled_dot_product_attention(
         (..., H, L, Ev) of query's dtype, in memory (..., L, H, Ev) if query is so. Zeros in rows that see nothing.
 
     Raises:
-        RuntimeError: a device, dtype or shape does not fit, both masks are given, or dropout_p is out of range.
+        RuntimeError: a device, dtype or shape does not fit, or dropout_p is out of range.
         TypeError: query is not floating point of 16 bits or more, or an argument is of another type.
     """
     op = "scaled_dot_product_attention"
@@ -124,10 +125,9 @@ def scaled_dot_product_attention(
         query, key, value = _autocast(query), _autocast(key), _autocast(value)
         attn_mask = None if attn_mask is None else _autocast(attn_mask)
     check_common(op, query, key, value)
-    if is_causal and attn_mask is not None:
-        fail(op, "attn_mask", "None beside is_causal=True", "a tensor", "put the causal mask into it, or drop one")
     scale = 1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale
-    options = Options(scale, right=0 if is_causal else -1, dropout_p=dropout_p)
+    # No float by default: see norm_of in _norm.py.
+    options = Options(scale, softcap=0.0, right=0 if is_causal else -1, dropout_p=dropout_p)
     seed = draw_seed(query.device) if dropout_p > 0 else None
 
     # The common case: 4 dimensions, nothing to broadcast.

@@ -8,6 +8,8 @@ from weakref import WeakKeyDictionary, ref
 
 import torch
 
+from torchweld.nn.twins import of_class
+
 Class = type[torch.nn.Module]
 
 
@@ -21,6 +23,11 @@ class Swapped(torch.nn.Module):
         """Does not call the original's: a class that registers its subclasses must not register this one."""
         if Swapped not in cls.__bases__:
             super().__init_subclass__(**kwargs)
+
+    def __prepare_scriptable__(self) -> torch.nn.Module:
+        """For torch.jit.script, which compiles the original."""
+        cls = type(self)
+        return of_class(self, original_of(cls)) if is_swapped(cls) else self
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Pickles by the original class, for this one cannot be imported."""
