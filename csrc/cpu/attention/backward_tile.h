@@ -3,8 +3,8 @@
 // on the way. With tiles dkey and dvalue come out transposed.
 #pragma once
 
+#include "cpu/attention/gradient_keys.h"
 #include "cpu/attention/gradient_operands.h"
-#include "cpu/attention/shared_keys.h"
 
 namespace torchweld::cpu {
 namespace {
@@ -19,13 +19,11 @@ class GradientTile {
  public:
   static constexpr int64_t kQueries = Operands::kQueries;
   using Queries = GradientQueries<T, Compute>;
-  using Shared = SharedKeys<T, Compute>;
+  using Keys = GradientKeys<T, Compute>;
+  using Shared = typename Keys::Shared;
 
   static int64_t scratch_words(const AttentionInputs& p, int64_t tile_keys) {
-    return tile_keys * (words_of<Compute>(p.dim) + words_of<Compute>(p.value_dim)) +  // key^T, value^T
-           words_of<Compute>(tile_keys) * round_up(p.dim, W) +                        // key
-           Shared::copy_words(p, tile_keys) + 3 * kScoreRows * Operands::stride_of(tile_keys) +
-           Operands::words(tile_keys);
+    return Keys::words(p, tile_keys) + 3 * kScoreRows * Operands::stride_of(tile_keys) + Operands::words(tile_keys);
   }
 
   // Packs keys [j0, j0 + keys) of key head (b, hk); shared: see SharedKeys.
@@ -38,35 +36,11 @@ class GradientTile {
         tile_keys_(tile_keys),
         stride_(Operands::stride_of(tile_keys)),
         exact_(Compute::exp_degree < kExactDegree<Compute> && exact_softmax(p)),
+        right_(p, b, hk, j0, keys, tile_keys, scratch, shared),
         operands_(tile_keys, scratch + scratch_words(p, tile_keys) - Operands::words(tile_keys)) {
-    auto take = [&](int64_t words) {
-      scratch += words;
-      return scratch - words;
-    };
-    const int64_t key_steps = words_of<Compute>(p.dim), value_steps = words_of<Compute>(p.value_dim);
-    const T* k = head_of<T>(p.key, p.key_strides, b, hk) + j0 * p.key_strides.row;
-    const T* v = head_of<T>(p.value, p.value_strides, b, hk) + j0 * p.value_strides.row;
-    float* key = take(tile_keys * key_steps);
-    float* value = take(tile_keys * value_steps);
-    float* steps = take(words_of<Compute>(tile_keys) * round_up(p.dim, W));
-    float* copies = take(Shared::copy_words(p, tile_keys));
-    // Blocks reach past the keys that queries see: what no query sees may be NaN, and zeros stand for it.
-    const int64_t seen = max_of(min_of(keys, Band(p).high(p.queries - 1) - j0), 0);
-    pack_transposed<T, Compute>(k, p.key_strides.row, seen, p.dim, key);
-    pack_transposed<T, Compute>(v, p.value_strides.row, seen, p.value_dim, value);
-    key_ = {key, Compute::panel, Compute::panel * key_steps};
-    value_ = {value, Compute::panel, Compute::panel * value_steps};
-    if (right_in_place<T, Compute>(p.dim)) {
-      key_steps_ = {reinterpret_cast<const float*>(k), p.key_strides.row, kPanel};
-    } else {
-      const int64_t panel = Compute::tiles ? Compute::panel * words_of<Compute>(keys) : kPanel;
-      int64_t stride = p.key_strides.row;
-      Shared::subtract(shared, k, stride, seen, p.dim, copies);
-      pack_rows<T, Compute>(k, stride, seen, p.dim, steps, panel);
-      key_steps_ = {steps, Compute::tiles ? Compute::panel : round_up(p.dim, W), panel};
-    }
+    scratch += Keys::words(p, tile_keys);
     float** const rows[] = {&products_, &dprobability_, &slopes_};
-    for (float** part : rows) *part = take(kScoreRows * stride_);
+    for (float** part : rows) *part = scratch, scratch += kScoreRows * stride_;
   }
 
   // Where score() leaves the gradient of the bias of this head, [Nq, Nk]; nullptr: nowhere.
@@ -134,6 +108,14 @@ class GradientTile {
     add_by_key(operands_.dscore, rows.query_steps, rows.query_columns, queries, round_up(p_.dim, W), dk);
   }
 
+  // The same where `queries` are all, of one query head, and vectors are whole: rows of `out`, stored as they are made.
+  void store_dvalue(const Queries& rows, Span queries, T* out, int64_t stride) const {
+    store_by_key(operands_.probability, rows.doutput_steps, queries, p_.value_dim, 1.0f, out, stride);
+  }
+  void store_dkey(const Queries& rows, Span queries, T* out, int64_t stride) const {
+    store_by_key(operands_.dscore, rows.query_steps, queries, p_.dim, p_.scale, out, stride);
+  }
+
   // dq: the whole head's, [Nq, round_up(D, W)].
   void add_dquery(Span queries, float* dq) const {
     const Band band(p_);
@@ -144,21 +126,39 @@ class GradientTile {
       steps[(i - queries.begin) / kBlockRows] = steps_between<Compute>(low, high);
     }
     const int64_t width = round_up(p_.dim, W);
-    gemm_accumulate<Compute>(queries.end - queries.begin, width, operands_.by_key(), key_steps_, steps,
+    gemm_accumulate<Compute>(queries.end - queries.begin, width, operands_.by_key(), right_.steps, steps,
                              dq + queries.begin * width, width);
   }
 
  private:
   // Keys: each block of them sums over the queries that see one of it. by_query: P or dscores.
+  Span steps_of(const Band& band, int64_t r, Span queries) const {
+    const int64_t first = max_of(band.first(j0_ + r), queries.begin) - queries.begin;
+    const int64_t last = min_of(band.last(j0_ + min_of(r + kBlockRows, keys_)), queries.end) - queries.begin;
+    return steps_between<Compute>(first, last);
+  }
+
+  void store_by_key(const float* by_query, const Right& right, Span queries, int64_t dim, float factor, T* out,
+                    int64_t stride) const {
+    const Band band(p_);
+    const float* rows = right.data + words_of<Compute>(queries.begin) * right.step;
+    for (int64_t r = 0; r < keys_; r += kBlockRows) {
+      const Span steps = steps_of(band, r, queries);
+      for (int64_t j = r; j < min_of(r + kBlockRows, keys_); ++j)
+        for (int64_t d = 0; d < dim; d += W) {
+          Vec sum{};
+          for (int64_t k = steps.begin; k < steps.end; ++k)
+            sum = Compute::dot(splat(by_query[k * stride_ + j]), load(rows + k * right.step + d), sum);
+          store(out + j * stride + d, sum * factor, All{});
+        }
+    }
+  }
+
   void add_by_key(const float* by_query, const Right& right, const Left& columns, Span queries, int64_t width,
                   float* out) const {
     const Band band(p_);
     Span steps[kTileKeysMost / kBlockRows];
-    for (int64_t r = 0; r < keys_; r += kBlockRows) {
-      const int64_t first = max_of(band.first(j0_ + r), queries.begin) - queries.begin;
-      const int64_t last = min_of(band.last(j0_ + min_of(r + kBlockRows, keys_)), queries.end) - queries.begin;
-      steps[r / kBlockRows] = steps_between<Compute>(first, last);
-    }
+    for (int64_t r = 0; r < keys_; r += kBlockRows) steps[r / kBlockRows] = steps_of(band, r, queries);
     const int64_t first = words_of<Compute>(queries.begin);
     if constexpr (Compute::tiles) {
       for (int64_t r = 0; r < keys_; r += kBlockRows)
@@ -186,10 +186,9 @@ class GradientTile {
         columns[m / kBlockRows] =
             low < high ? Span{round_down(low, Compute::column_unit), round_up(high, Compute::column_unit)} : Span{0, 0};
       }
-      gemm_store<Compute>(count, words_of<Compute>(p_.dim), rows_from(rows.query, i0), key_, columns, products_,
-                          stride_);
-      gemm_store<Compute>(count, words_of<Compute>(p_.value_dim), rows_from(rows.doutput, i0), value_, columns,
-                          dprobability_, stride_);
+      right_.key.multiply(count, words_of<Compute>(p_.dim), rows_from(rows.query, i0), columns, products_, stride_);
+      right_.value.multiply(count, words_of<Compute>(p_.value_dim), rows_from(rows.doutput, i0), columns, dprobability_,
+                            stride_);
       for (int64_t r = 0; r < count; r += Compute::per_word)
         body(i0 + r, min_of(Compute::per_word, count - r), r, columns[r / kBlockRows]);
     }
@@ -311,7 +310,7 @@ class GradientTile {
   const AttentionInputs& p_;
   const int64_t j0_, keys_, width_, tile_keys_, stride_;
   const bool exact_;                           // P is made to kExactDegree, in a pass of its own
-  Right key_, value_, key_steps_;              // key^T, value^T, key
+  const Keys right_;                           // keys and values as operands
   float *products_, *dprobability_, *slopes_;  // [kScoreRows, stride]
   Operands operands_;                          // P and dscores
 };

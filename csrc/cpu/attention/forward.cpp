@@ -26,7 +26,7 @@ struct ForwardPlan {
   explicit ForwardPlan(const AttentionInputs& p) {
     steps = words_of<Compute>(p.dim);
     value_width = round_up(p.value_dim, W);
-    key_words = round_up(p.keys, kPanel) * steps;
+    key_words = reads_in_place<T, Compute>(p) ? 0 : round_up(p.keys, kPanel) * steps;
     value_words = right_in_place<T, Compute>(p.value_dim) ? 0 : words_of<Compute>(p.keys) * value_width;
     value_words = round_up(value_words, 16);
     tiles = max_of(ceil_div(p.queries, kTileQueries<Compute>), 1);
@@ -119,8 +119,9 @@ class Forward {
   // Keys [begin, end) of a head, begin a multiple of kPanel.
   void pack(int64_t head, int64_t begin, int64_t end, float* packed) const {
     const int64_t b = head / p_.kv_heads, h = head % p_.kv_heads, ks = p_.key_strides.row, vs = p_.value_strides.row;
-    pack_transposed<T, Compute>(head_of<T>(p_.key, p_.key_strides, b, h) + begin * ks, ks, end - begin, p_.dim,
-                                packed + begin * plan_.steps);
+    if (!reads_in_place<T, Compute>(p_))
+      pack_transposed<T, Compute>(head_of<T>(p_.key, p_.key_strides, b, h) + begin * ks, ks, end - begin, p_.dim,
+                                  packed + begin * plan_.steps);
     // A tile reads some values past those that its rows see. What no query sees may be a NaN: zeros stand for it.
     const int64_t seen = min_of(end, Band(p_).high(p_.queries - 1)) - begin;
     if (!right_in_place<T, Compute>(p_.value_dim) && seen > 0)
@@ -150,7 +151,12 @@ class Forward {
     if (right_in_place<T, Compute>(p_.value_dim))
       values = {reinterpret_cast<const float*>(head_of<T>(p_.value, p_.value_strides, b, hk)), p_.value_strides.row,
                 kPanel};
-    const Right keys{packed, Compute::panel, Compute::panel * plan_.steps};
+    Transposed<Compute> keys{{packed, Compute::panel, Compute::panel * plan_.steps}, nullptr, 0, 0};
+    if (reads_in_place<T, Compute>(p_))
+      keys = {{},
+              reinterpret_cast<const float*>(head_of<T>(p_.key, p_.key_strides, b, hk)),
+              p_.key_strides.row / Compute::per_word,
+              p_.keys};
     Softmax<Compute> softmax;
     softmax.init(rows, p_.lse != nullptr || exact_softmax(p_));
     std::memset(o, 0, sizeof(float) * rows * plan_.value_width);
@@ -168,16 +174,7 @@ class Forward {
             low < high ? Span{round_down(low, Compute::column_unit), round_up(high, Compute::column_unit)} : Span{0, 0};
         steps[m / kBlockRows] = steps_between<Compute>(low, high);
       }
-      softmax.weigh(scores, {i0,
-                             j0,
-                             rows,
-                             plan_.steps,
-                             columns,
-                             left,
-                             {keys.data + j0 * plan_.steps, keys.step, keys.panel},
-                             products,
-                             weights,
-                             o,
+      softmax.weigh(scores, {i0, j0, rows, plan_.steps, columns, left, keys.from(j0, plan_.steps), products, weights, o,
                              plan_.value_width});
       gemm_accumulate<Compute>(rows, plan_.value_width, {weights, Softmax<Compute>::weight_stride, 1},
                                {values.data + words_of<Compute>(j0) * values.step, values.step, values.panel}, steps, o,

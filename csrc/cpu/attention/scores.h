@@ -3,7 +3,7 @@
 #pragma once
 
 #include "cpu/attention/dropout.h"
-#include "cpu/matmul/pack.h"
+#include "cpu/matmul/transposed.h"
 #include "cpu/parallel.h"
 #include "cpu/simd/exp.h"
 
@@ -50,6 +50,15 @@ inline bool plain(const AttentionInputs& p) {
 
 // A score is this times what Scores::finish leaves in the row.
 inline float score_unit(const AttentionInputs& p) { return plain(p) ? p.scale : 1.0f; }
+
+// Whether keys and values are read where they lie for scores and dP. Forward and backward agree on it, for the backward
+// makes the forward's products again.
+template <class T, class Compute>
+inline bool reads_in_place(const AttentionInputs& p) {
+  const int64_t rows = p.heads / max_of(p.kv_heads, 1) * p.queries;
+  return transposed_in_place<T, Compute>(rows, p.key_strides.row, p.dim) &&
+         transposed_in_place<T, Compute>(rows, p.value_strides.row, p.value_dim);
+}
 
 // Whether the softmax is to be as exact as float32, whatever words P is kept in: a gradient may be in float32 beside
 // operands in 16 bits, or weigh keys by their distance. Forward and backward agree on it.

@@ -55,7 +55,7 @@ class Softmax {
     int64_t i0, j0, rows, steps;  // steps: words of a query
     const Span* columns;          // that each block of rows sees
     Left queries;
-    Right keys;
+    Transposed<Compute> keys;
     float *products, *weights;  // room for them; the weights are wanted
     float* sums;                // [rows, width] P @ value of the tiles before
     int64_t width;
@@ -111,9 +111,8 @@ class Softmax {
     const int64_t count = min_of(kGroup<Compute>, at.rows - first);
     Span part[kBlocks];
     for (int64_t n = 0; n < count; n += kBlockRows) part[n / kBlockRows] = at.seen(first + n, begin);
-    gemm_store<Compute>(count, at.steps, rows_from(at.queries, first),
-                        {at.keys.data + begin * at.steps, at.keys.step, at.keys.panel}, part, products, product_stride,
-                        between);
+    at.keys.from(begin, at.steps)
+        .multiply(count, at.steps, rows_from(at.queries, first), part, products, product_stride, between);
   }
 
   static TW_INLINE Vec largest(const float* row, Span span) {

@@ -11,13 +11,18 @@ namespace {
 template <class T, class Compute>
 constexpr bool kNative = Compute::parts == 1 && sizeof(T) * Compute::per_word == 4;
 
-// W x W: row i becomes column i. Each round interleaves the two halves; after log2(W) rounds that is the transpose.
-TW_INLINE void transpose(Vec (&v)[W]) {
-  VecI low, high;
+// For shuffles of two vectors: lane n of the first, lane n of the second, in turn; of their lower and upper halves.
+TW_INLINE void interleave_halves(VecI& low, VecI& high) {
   for (int i = 0; i < W; ++i) {
     low[i] = i / 2 + (i % 2) * W;
     high[i] = low[i] + W / 2;
   }
+}
+
+// W x W: row i becomes column i. Each round interleaves the two halves; after log2(W) rounds that is the transpose.
+TW_INLINE void transpose(Vec (&v)[W]) {
+  VecI low, high;
+  interleave_halves(low, high);
   for (int round = 1; round < W; round *= 2) {
     Vec next[W];
     for (int i = 0; i < W / 2; ++i) {
@@ -28,12 +33,14 @@ TW_INLINE void transpose(Vec (&v)[W]) {
   }
 }
 
-// Lane n of the result is all lanes of group[n], reduced by f.
+// Lane n of the result is all lanes of group[n], reduced by f: a transpose in which each round halves the vectors.
 template <class F>
 TW_INLINE Vec reduce(Vec (&group)[W], F&& f) {
-  transpose(group);
+  VecI low, high;
+  interleave_halves(low, high);
   for (int half = W / 2; half > 0; half /= 2)
-    for (int n = 0; n < half; ++n) group[n] = f(group[n], group[n + half]);
+    for (int n = 0; n < half; ++n)
+      group[n] = f(shuffle(group[n], group[n + half], low), shuffle(group[n], group[n + half], high));
   return group[0];
 }
 
