@@ -132,6 +132,18 @@ def test_the_terms_of_attention_give_no_room_to_a_key_that_has_all_the_weight(lo
     assert not case.zeros(x | {"dlse": x["doutput"][..., 0]})["dkey"].any()
 
 
+@pytest.mark.parametrize(("distance", "decided"), [(1e-7, False), (1e-4, True)])
+def test_the_terms_of_attention_leave_open_which_key_wins_by_less_than_an_error(distance: float, decided: bool) -> None:
+    case = AttentionCase(name="close", regime="", batch=1, heads=1, queries=1, keys=3, dim=4)
+    x = {n: torch.ones(1, 1, 3 if n in ("key", "value") else 1, 4).double() for n in case.inputs(torch.float32)}
+    x["query"] *= 1e9
+    x["key"] *= torch.tensor([1.0, 1.0 - distance, 0.5]).double().unsqueeze(1)
+    output = case.terms(x)["output"]
+    assert isinstance(output, torch.Tensor)
+    room = output * torch.finfo(torch.float32).eps
+    assert (room < 1e-6).all() if decided else ((room > 2) & (room < 2.1)).all()
+
+
 def test_of_attention_what_no_query_sees_is_zero() -> None:
     case = AttentionCase(name="mask", regime="", queries=6, keys=5, dim=4, bias=(1, 1, 6, 5), hide="right", lse=True)
     x = case.inputs(torch.float32, seed=3)

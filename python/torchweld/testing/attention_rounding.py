@@ -29,8 +29,9 @@ def sizes(
     A relative error e of every product makes one of e * size, size being sum|q||k| * scale for a score. Where one
     product is nearly all of a score, its D additions count for more: each may round a sum as large as the score, which
     makes a random walk of steps of 1 / sqrt(12). An error d of the scores makes one of
-    P_j * ((1 - P_j) d_j - sum over the other k of P_k d_k) of a weight: nothing where one key has all of it. Each
-    weight, product and sum has an error of its own beside that.
+    P_j * ((1 - P_j) d_j - sum over the other k of P_k d_k) of a weight: nothing where one key has all of it, unless
+    another is so close that errors decide between the two. Each weight, product and sum has an error of its own beside
+    that.
 
     The backward makes the weights again from lse, whose logarithm of the sum (not its maximum, which the scores have in
     common) was rounded. In lse the score itself stands, with the walk.
@@ -56,6 +57,7 @@ def sizes(
     score = torch.maximum(score, walk * (product * slope).abs())
     shared = (weights * score).sum(-1, keepdim=True)
     inexact = weights * (1 + score * (1 - weights).abs() + (shared - weights * score).abs())
+    inexact = inexact + _undecided(weights, score) / torch.finfo(torch.float32).eps
     again = inexact + weights * _log_of_sum(weights)
 
     dweights, signed = kept * (do @ v.mT), kept * (x["doutput"] @ value.mT)
@@ -101,6 +103,17 @@ def zeros(x: Tensors, seen: Tensor, kept: Tensor, more: bool, group: int) -> Ten
     if "alibi_slopes" in x:
         found["dalibi_slopes"] = moved.sum((-2, -1)).sum_to_size(x["alibi_slopes"].shape) == 0
     return found
+
+
+def _undecided(weights: Tensor, score: Tensor) -> Tensor:
+    """Where scores so large that their errors exceed 1 leave open which key of a row has the weight: 1, else 0."""
+    if weights.shape[-1] == 0:
+        return weights
+    top, at = weights.max(-1, keepdim=True)
+    reach = torch.finfo(torch.float32).eps * (score + score.gather(-1, at))
+    near = (reach > 1) & (top.log() - weights.log() < reach) & (top > 0)
+    near = near.scatter(-1, at, False)
+    return near.scatter(-1, at, near.any(-1, keepdim=True)).to(weights.dtype)
 
 
 def _log_of_sum(weights: Tensor) -> Tensor:
