@@ -6,7 +6,8 @@
 // value of what it has seen (the online softmax: Milakov, Gimelshein, arXiv:1805.02867; tiled: Dao et al.,
 // arXiv:2205.14135). Keys and values are packed once per head for all its tiles: by a first pass over all threads, or,
 // where there are heads enough to keep the threads busy, by the task that owns the whole head, so that they are still
-// in cache. 2 Nq Nk (D + Dv) FLOPs per head; memory is O(N): the packed keys and values and the tiles of each thread.
+// in cache. A query or two read keys where they lie (matmul/transposed.h). 2 Nq Nk (D + Dv) FLOPs per head; memory is
+// O(N): the packed keys and values and the tiles of each thread.
 
 #include "cpu/attention/decode.h"
 #include "cpu/attention/sequences.h"
