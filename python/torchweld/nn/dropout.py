@@ -19,7 +19,7 @@ class Dropout(torch.nn.Dropout):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not isinstance(input, Tensor):  # of torch.fx, for one
+        if not isinstance(input, Tensor):  # torch's own error, or a node of torch.fx
             return record(self, super().forward, input)
         ours = self.training and not self.inplace and pays(input)
         return ops.dropout(input, self.p) if ours else super().forward(input)

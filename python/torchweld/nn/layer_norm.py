@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchweld import ops
-from torchweld.nn.twins import record, twin
+from torchweld.nn.twins import is_proxy, record, twin
 
 
 @twin
@@ -14,6 +14,6 @@ class LayerNorm(torch.nn.LayerNorm):
     """Drop-in for `torch.nn.LayerNorm`: same arguments, same parameters, same state_dict."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not isinstance(input, Tensor):  # of torch.fx, for one
+        if is_proxy(input):
             return record(self, super().forward, input)
         return ops.layer_norm(input, self.normalized_shape, self.weight, self.bias, self.eps)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from torchweld import ops
-from torchweld.nn.twins import record, twin
+from torchweld.nn.twins import is_proxy, record, twin
 
 
 @twin
@@ -14,6 +14,6 @@ class RMSNorm(torch.nn.RMSNorm):
     """Drop-in for `torch.nn.RMSNorm`: same arguments, same parameters, same state_dict."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not isinstance(x, Tensor):  # of torch.fx, for one
+        if is_proxy(x):
             return record(self, super().forward, x)
         return ops.rms_norm(x, self.normalized_shape, self.weight, self.eps)

@@ -39,10 +39,15 @@ def of_class(module: torch.nn.Module, cls: type[torch.nn.Module]) -> torch.nn.Mo
     return found
 
 
+def is_proxy(x: object) -> bool:
+    """Whether `x` stands for a value in a trace by torch.fx."""
+    return type(x).__module__ == "torch.fx.proxy"
+
+
 def record(module: torch.nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """`forward(*args, **kwargs)`; in a trace by torch.fx one node for the layer, as for the layers of torch.nn."""
     first = args[0] if args else next(iter(kwargs.values()), None)
-    if type(first).__module__ == "torch.fx.proxy":
+    if is_proxy(first):
         tracer: Any = first.tracer  # type: ignore[union-attr]
         if path := tracer.path_of_module(module):  # empty for the module that is traced
             return tracer.create_proxy("call_module", path, args, kwargs)
