@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import ModuleType
 
@@ -20,6 +21,7 @@ ATTENTION = [
     *((each, torch.bfloat16, 80) for each in MODIFIERS[3:6]),
     *((each, torch.bfloat16, 90) for each in (*TILES[:1], *MODIFIERS[:2])),
 ]
+WITH_ATTENTION = os.environ.get("TORCHWELD_CONTRACTED_ATTENTION") == "1"
 
 
 def check(case: Case, dtype: torch.dtype) -> None:
@@ -53,7 +55,7 @@ def contracted(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleT
     """The kernels with products and sums contracted, in the place of the others."""
     if not build.contracts():
         pytest.skip("this processor has no contracted instructions")
-    module = build.load(contracted=True)
+    module = build.load(contracted=build.Contracted(attention=WITH_ATTENTION, others=True))
     assert module is not emulated
     monkeypatch.setitem(backend.kernels, "cpu", module)
     return module
@@ -63,3 +65,16 @@ def contracted(emulated: ModuleType, monkeypatch: pytest.MonkeyPatch) -> ModuleT
 @pytest.mark.parametrize(("case", "dtype"), CASES, ids=IDS)
 def test_contracted_sums(case: Case, dtype: torch.dtype) -> None:
     check(case, dtype)
+
+
+@pytest.mark.skipif(not WITH_ATTENTION, reason="compiles for minutes; TORCHWELD_CONTRACTED_ATTENTION=1 asks for it")
+@pytest.mark.parametrize(("case", "dtype", "capability"), ATTENTION, ids=lambda x: getattr(x, "name", str(x)))
+def test_contracted_sums_of_attention(
+    case: Case, dtype: torch.dtype, capability: int, contracted: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys.modules[Case.__module__], "_DRAWS", 1)
+    contracted.set_machine(capability=capability)
+    try:
+        check(case, dtype)
+    finally:
+        contracted.set_machine()

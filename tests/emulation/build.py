@@ -122,14 +122,26 @@ def contracts() -> bool:
     return info.exists() and re.search(r"^flags\b.*\bfma\b", info.read_text(), re.MULTILINE) is not None
 
 
-def kernels(*, contracted: bool = False) -> list[Source]:
-    """All sources of csrc/cuda, and the kernel of products.cu. `contracted`: not attention, which takes longest."""
+class Contracted(NamedTuple):
+    """Which kernels have products and sums contracted. Those of attention take longest to compile."""
+
+    attention: bool = False
+    others: bool = False
+
+
+AS_WRITTEN = Contracted()
+
+
+def kernels(contracted: Contracted = AS_WRITTEN) -> list[Source]:
+    """All sources of csrc/cuda, and the kernel of products.cu."""
     paths = [*sorted(CSRC.glob("cuda/**/*.cu")), HERE / "products.cu"]
-    flags = CONTRACTING if contracted else ()
+    flags = CONTRACTING if contracted.others else ()
     sources = [Source(path, (_SM90,) if path.stem == "attention" else flags) for path in paths]
     for dtype, sizes in HEAD_SIZES.items():
-        sources += [instance(80, dtype, size) for size in sizes]
-        sources += [instance(90, dtype, size) for size in sizes if dtype != "float" and size >= 64]
+        instances = [instance(80, dtype, size) for size in sizes]
+        instances += [instance(90, dtype, size) for size in sizes if dtype != "float" and size >= 64]
+        more = CONTRACTING if contracted.attention else ()
+        sources += [each._replace(flags=(*each.flags, *more)) for each in instances]
     return sources
 
 
@@ -208,17 +220,17 @@ def program(name: str) -> Path:
     return build([*MACHINE, Source(HERE / "programs" / f"{name}.cu")])
 
 
-def library(variant: Variant = COUNTED, *, contracted: bool = False) -> Path:
+def library(variant: Variant = COUNTED, contracted: Contracted = AS_WRITTEN) -> Path:
     """The file of the module of all CUDA kernels, `emulated`."""
     # The longest first, then what programs wait for too.
-    return build([BINDINGS, *MACHINE, *kernels(contracted=contracted)], variant, module="emulated")
+    return build([BINDINGS, *MACHINE, *kernels(contracted)], variant, module="emulated")
 
 
 @cache
-def load(variant: Variant = COUNTED, *, contracted: bool = False) -> ModuleType:
+def load(variant: Variant = COUNTED, contracted: Contracted = AS_WRITTEN) -> ModuleType:
     """The module of all CUDA kernels."""
-    name = "contracted.emulated" if contracted else "emulated"  # pybind11 has one module of each full name
-    spec = importlib.util.spec_from_file_location(name, library(variant, contracted=contracted))
+    name = "contracted.emulated" if contracted.others else "emulated"  # pybind11 has one module of each full name
+    spec = importlib.util.spec_from_file_location(name, library(variant, contracted))
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
