@@ -59,27 +59,11 @@ CONTRACTING = ("-mfma", "-ffp-contract=fast", "-fexpensive-optimizations")
 
 _FLAGS = ("-std=c++17", "-g1", "-fPIC", "-fvisibility=hidden", "-w", '-DTORCHWELD_CUDA_ARCHITECTURES="none"')
 _INCLUDES = (HERE / "include", CSRC, HERE)
-MACHINE = [
-    Source(HERE / f"{name}.cpp")
-    for name in (
-        *(
-            "approximate",
-            "async",
-            "barriers",
-            "block",
-            "clock",
-            "collectives",
-            "descriptor",
-            "failure",
-            "fences",
-            "fiber",
-            "global",
-            "host",
-            "memory",
-        ),
-        *("register_pool", "registers", "report", "scheduler", "shared", "tensor_map", "wgmma"),
-    )
-]
+_PARTS = (
+    "approximate async barriers block clock collectives descriptor failure fences fiber global host memory "
+    "register_pool registers report scheduler shared tensor_map wgmma"
+)
+MACHINE = [Source(HERE / f"{name}.cpp") for name in _PARTS.split()]
 MACHINE.append(Source(CSRC / "cuda/device.cpp"))
 # As in csrc/cuda/CMakeLists.txt.
 HEAD_SIZES = {"float": (64, 128, 256), "__nv_bfloat16": (32, 64, 128, 256), "__half": (32, 64, 128, 256)}

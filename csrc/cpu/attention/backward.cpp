@@ -140,8 +140,8 @@ class Backward {
 
   // Whether one query head has all the queries that see these keys, and so few that dkey and dvalue need no sums.
   bool stores_at_once(int64_t j0, int64_t keys) const {
-    return reads_in_place<T, Compute>(p_) && group_ == 1 && p_.queries <= Tile::kQueries && Band(p_).first(j0) == 0 &&
-           Band(p_).last(j0 + keys) == p_.queries;
+    return reads_in_place<T, Compute>(p_) && group_ == 1 && p_.queries > 0 && p_.queries <= Tile::kQueries &&
+           Band(p_).first(j0) == 0 && Band(p_).last(j0 + keys) == p_.queries;
   }
 
   // One chunk of keys of one key head, against all query heads that share it.
@@ -159,19 +159,11 @@ class Backward {
       T* const dkey = head_of<T>(p_.dkey, p_.dkey_strides, b, hk) + j0 * p_.dkey_strides.row;
       T* const dvalue = head_of<T>(p_.dvalue, p_.dvalue_strides, b, hk) + j0 * p_.dvalue_strides.row;
       Tile tile(p_, b, hk, j0, keys, plan_.tile_keys, scratch, shared_.of(kv_head));
-      if (stores_at_once(j0, keys)) {
-        const Scores scores(p_, b, hk);
-        const typename Tile::Queries rows = queries(first_head);
-        const Span all{0, p_.queries};
-        tile.dbias = dbias_.dense() ? dbias_.of_head(first_head) : nullptr;
-        tile.score(scores, rows, all);
-        if (p_.dvalue != nullptr) tile.store_dvalue(rows, all, dvalue, p_.dvalue_strides.row);
-        if (p_.dkey != nullptr) tile.store_dkey(rows, all, dkey, p_.dkey_strides.row);
-        if (p_.dquery != nullptr) tile.add_dquery(all, partial(first_head, chunk));
-        continue;
+      const bool at_once = stores_at_once(j0, keys);
+      if (!at_once) {
+        std::memset(dk, 0, sizeof(float) * plan_.tile_keys * plan_.key_width);
+        std::memset(dv, 0, sizeof(float) * plan_.tile_keys * plan_.value_width);
       }
-      std::memset(dk, 0, sizeof(float) * plan_.tile_keys * plan_.key_width);
-      std::memset(dv, 0, sizeof(float) * plan_.tile_keys * plan_.value_width);
       for (int64_t g = 0; g < group_; ++g) {
         const Scores scores(p_, b, hk * group_ + g);
         const typename Tile::Queries rows = queries(first_head + g);
@@ -181,11 +173,14 @@ class Backward {
           const Span span{i0, min_of(i0 + Tile::kQueries, last)};
           tile.dbias = dbias_.dense() ? dbias_.of_head(first_head + g) : nullptr;
           tile.score(scores, rows, span);
-          if (p_.dvalue != nullptr) tile.add_dvalue(rows, span, dv);
-          if (p_.dkey != nullptr) tile.add_dkey(rows, span, dk);
+          if (p_.dvalue != nullptr)
+            at_once ? tile.store_dvalue(rows, span, dvalue, p_.dvalue_strides.row) : tile.add_dvalue(rows, span, dv);
+          if (p_.dkey != nullptr)
+            at_once ? tile.store_dkey(rows, span, dkey, p_.dkey_strides.row) : tile.add_dkey(rows, span, dk);
           if (p_.dquery != nullptr) tile.add_dquery(span, dq);
         }
       }
+      if (at_once) continue;
       if (p_.dkey != nullptr) store_keys(dk, plan_.key_width, keys, p_.dim, p_.scale, dkey, p_.dkey_strides.row);
       if (p_.dvalue != nullptr)
         store_keys(dv, plan_.value_width, keys, p_.value_dim, 1.0f, dvalue, p_.dvalue_strides.row);

@@ -152,12 +152,9 @@ class Forward {
     if (right_in_place<T, Compute>(p_.value_dim))
       values = {reinterpret_cast<const float*>(head_of<T>(p_.value, p_.value_strides, b, hk)), p_.value_strides.row,
                 kPanel};
-    Transposed<Compute> keys{{packed, Compute::panel, Compute::panel * plan_.steps}, nullptr, 0, 0};
+    auto keys = Transposed<Compute>::packed(packed, plan_.steps);
     if (reads_in_place<T, Compute>(p_))
-      keys = {{},
-              reinterpret_cast<const float*>(head_of<T>(p_.key, p_.key_strides, b, hk)),
-              p_.key_strides.row / Compute::per_word,
-              p_.keys};
+      keys = keys.in_place(head_of<T>(p_.key, p_.key_strides, b, hk), p_.key_strides.row, p_.keys);
     Softmax<Compute> softmax;
     softmax.init(rows, p_.lse != nullptr || exact_softmax(p_));
     std::memset(o, 0, sizeof(float) * rows * plan_.value_width);

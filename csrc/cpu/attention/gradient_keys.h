@@ -32,9 +32,9 @@ struct GradientKeys {
     const bool in_place = reads_in_place<T, Compute>(p);
     auto transposed = [&](const T* rows, int64_t stride, int64_t dim) -> Transposed<Compute> {
       float* packed = take(tile_keys * words_of<Compute>(dim));
-      if (in_place) return {{}, reinterpret_cast<const float*>(rows), stride / Compute::per_word, seen};
+      if (in_place) return Transposed<Compute>::in_place(rows, stride, seen);
       pack_transposed<T, Compute>(rows, stride, seen, dim, packed);
-      return {{packed, Compute::panel, Compute::panel * words_of<Compute>(dim)}, nullptr, 0, 0};
+      return Transposed<Compute>::packed(packed, words_of<Compute>(dim));
     };
     key = transposed(k, p.key_strides.row, p.dim);
     value = transposed(v, p.value_strides.row, p.value_dim);

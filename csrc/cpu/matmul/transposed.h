@@ -17,11 +17,22 @@ TW_INLINE bool transposed_in_place(int64_t rows, int64_t stride, int64_t dim) {
          stride % Compute::per_word == 0 && rows <= min_of(dim / (2 * W * Compute::per_word), 4);
 }
 
+// B[k, n] is word k of row n.
 template <class Compute>
 struct Transposed {
-  Right panels;        // packed by pack_transposed; data nullptr: not
-  const float* rows;   // row n at rows + n * row: B[k, n] is its word k
-  int64_t row, count;  // of these may be read; zeros stand for those that follow
+  Right panels;        // where there are no rows
+  const float* rows;   // row n at rows + n * row; nullptr: packed
+  int64_t row, count;  // so many rows may be read; zeros stand for those that follow
+
+  // Of rows of `steps` words, as pack_transposed leaves them.
+  TW_INLINE static Transposed packed(const float* data, int64_t steps) {
+    return {{data, Compute::panel, Compute::panel * steps}, nullptr, 0, 0};
+  }
+  // Of rows of elements that are words, `stride` elements apart.
+  template <class T>
+  TW_INLINE static Transposed in_place(const T* data, int64_t stride, int64_t count) {
+    return {{}, reinterpret_cast<const float*>(data), stride / Compute::per_word, count};
+  }
 
   // From column n on, a multiple of kPanel.
   TW_INLINE Transposed from(int64_t n, int64_t steps) const {

@@ -195,14 +195,17 @@ def _vocabulary(embedding: nn.Module, mesh: DeviceMesh) -> None:
     parallelize_module(embedding, mesh, RowwiseParallel(input_layouts=Replicate()))
 
 
-def _bert(model: Any, mesh: DeviceMesh, sequence: bool) -> None:
-    """Packed: (T, C)."""
-    stack = _Stack(
-        model.layers, _ENCODER, model.config.num_attention_heads, Shard(0) if sequence else Replicate(), mesh
-    )
+def _encoder(model: Any, mesh: DeviceMesh, stream: Placement) -> None:
+    """Layers between whole tensors."""
+    stack = _Stack(model.layers, _ENCODER, model.config.num_attention_heads, stream, mesh)
     stack.spread()
     stack.enter(model.layers[0])
     stack.leave(model.layers[-1])
+
+
+def _bert(model: Any, mesh: DeviceMesh, sequence: bool) -> None:
+    """Packed: (T, C)."""
+    _encoder(model, mesh, Shard(0) if sequence else Replicate())
     _vocabulary(model.embeddings.word_embeddings, mesh)
 
 
@@ -218,12 +221,7 @@ def _words(model: Any, mesh: DeviceMesh) -> None:
 
 def _patches(model: Any, mesh: DeviceMesh, sequence: bool) -> None:
     """A ViT or an AST: (B, N, C), a sequence of patches whose embedding and head are not spread."""
-    stack = _Stack(
-        model.layers, _ENCODER, model.config.num_attention_heads, Shard(1) if sequence else Replicate(), mesh
-    )
-    stack.spread()
-    stack.enter(model.layers[0])
-    stack.leave(model.layers[-1])
+    _encoder(model, mesh, Shard(1) if sequence else Replicate())
 
 
 def _seq2seq(model: Any, mesh: DeviceMesh, sequence: bool) -> None:

@@ -158,10 +158,8 @@ def _cast(late: LateLogits, *args: Any) -> Any:
 
 
 def _reshape(late: LateLogits, *shape: Any) -> Any:
-    rows, sizes = (
-        late._recipe.rows,
-        tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape,
-    )
+    rows = late._recipe.rows
+    sizes = tuple(shape[0]) if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
     if len(sizes) < 2 or sizes[-1] != late._recipe.shape[-1] or not all(isinstance(n, int) for n in sizes):
         return NotImplemented
     return replace(late._recipe, rows=rows.reshape(*sizes[:-1], rows.shape[-1]))

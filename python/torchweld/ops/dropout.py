@@ -113,9 +113,8 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: Tenso
         return as_torch_does(error, _twin, input, p, training)
     if seed is not None:
         check_seed("dropout", seed, input.device)
-    if (
-        not training or p == 0 or (not torch.compiler.is_compiling() and input.numel() == 0)
-    ):  # it may not be known there
+    # Where a graph is made, the number of elements may not be known.
+    if not training or p == 0 or (not torch.compiler.is_compiling() and input.numel() == 0):
         return input
     if input.dtype not in KERNEL_DTYPES:
         check_float("dropout", "input", input.dtype)
