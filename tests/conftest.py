@@ -96,6 +96,17 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+# The same draws on every run, wherever a test draws: as its module is imported, in fixtures of a module or a session,
+# in the test itself.
+def pytest_collectstart() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    torch.manual_seed(0)
+
+
 @pytest.fixture(autouse=True)
 def seed() -> None:
     torch.manual_seed(0)

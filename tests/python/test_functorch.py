@@ -81,12 +81,15 @@ def test_jacobian_by_batched_gradients(name: str, x: Tensor) -> None:
 
 
 def test_second_derivatives_of_what_the_kernels_made(name: str, x: Tensor) -> None:
-    x.requires_grad_()
-    (first,) = torch.autograd.grad(of(name)(x).sin().sum(), x, create_graph=True)
-    (second,) = torch.autograd.grad(first.square().sum(), x)
-    wide = x.detach().double().requires_grad_()
-    (first,) = torch.autograd.grad(exact(name)(wide).sin().sum(), wide, create_graph=True)
-    close(second, torch.autograd.grad(first.square().sum(), wide)[0])
+    def second(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (first,) = torch.autograd.grad(function(x).sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(first.square().sum(), x)[0].double()
+
+    expected = second(exact(name), x.double())
+    # Rows of nearly one value make second derivatives that float32 cannot hold: torch's own error there tells how far.
+    torchs = (second(exact(name), x) - expected).abs().max().item()
+    torch.testing.assert_close(second(of(name), x), expected, rtol=1e-4, atol=1e-5 + 4 * torchs)
 
 
 def test_per_sample_gradients_of_modules() -> None:
