@@ -4,6 +4,7 @@
 // seconds, and one without memory ends the interpreter. Here an error names the argument, its type, and nothing else.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <new>
 #include <stdexcept>
@@ -11,44 +12,56 @@
 #include <tuple>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "bindings/reader.h"
 
 namespace torchweld {
 
-template <class Return, class... Args>
-class Function {
+// What is the same for every bound function: its name, the names of its arguments, its errors.
+class Signature {
  public:
-  Function(const std::string& signature, Return (*function)(Args...), const char* doc)
-      : name_(signature.substr(0, signature.find('('))), doc_(signature + "\n--\n\n" + doc), function_(function) {
-    size_t begin = signature.find('(') + 1;
-    for (py::str& name : names_) {
+  Signature(const std::string& signature, const char* doc)
+      : name_(signature.substr(0, signature.find('('))), doc_(signature + "\n--\n\n" + doc) {
+    for (size_t begin = signature.find('(') + 1; signature[begin - 1] != ')';) {
       const size_t end = signature.find_first_of(",)", begin);
-      PyObject* text = PyUnicode_InternFromString(signature.substr(begin, end - begin).c_str());
-      if (text == nullptr) throw py::error_already_set();
-      name = py::reinterpret_steal<py::str>(text);
-      begin = end + 2;
+      if (end > begin) names_.push_back(interned(signature.substr(begin, end - begin)));
+      begin = signature[end] == ',' ? end + 2 : end + 1;
     }
-    definition_ = {name_.c_str(), reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Function::call)),
-                   METH_FASTCALL | METH_KEYWORDS, doc_.c_str()};
   }
 
   PyMethodDef* definition() { return &definition_; }
 
- private:
-  static constexpr size_t kCount = sizeof...(Args);
+ protected:
+  // Checks the number of arguments, and puts those that came by name into `ordered`, where the signature has them.
+  PyObject* const* order(PyObject* const* given, size_t positional, PyObject* keywords, PyObject** ordered) const {
+    const size_t count = positional + (keywords == nullptr ? 0 : static_cast<size_t>(PyTuple_GET_SIZE(keywords)));
+    if (count != names_.size())
+      throw py::type_error("[" + name_ + "] expected " + std::to_string(names_.size()) + " arguments, but got " +
+                           std::to_string(count));
+    if (keywords == nullptr) return given;
+    std::copy_n(given, positional, ordered);
+    for (size_t i = positional; i < count; ++i) {
+      PyObject* keyword = PyTuple_GET_ITEM(keywords, i - positional);
+      const size_t at = position(keyword, i);
+      if (at == count || ordered[at] != nullptr)
+        throw py::type_error("[" + name_ + "] " + py::cast<std::string>(keyword) + ": expected each of " +
+                             doc_.substr(0, doc_.find('\n')) + " once, but got " +
+                             (at == count ? "another name" : "it twice"));
+      ordered[at] = given[i];
+    }
+    return ordered;
+  }
 
-  static PyObject* call(PyObject* self, PyObject* const* given, Py_ssize_t positional, PyObject* keywords) {
-    const auto& function = *static_cast<const Function*>(PyCapsule_GetPointer(self, nullptr));
+  [[noreturn]] void refuse(const std::string& argument, const std::string& expected, PyObject* got) const {
+    throw py::type_error("[" + name_ + "] " + argument + ": expected " + expected + ", but got " +
+                         Py_TYPE(got)->tp_name);
+  }
+
+  // Makes the exception that is being handled Python's.
+  static void restore_exception() {
     try {
-      const Py_ssize_t count = positional + (keywords == nullptr ? 0 : PyTuple_GET_SIZE(keywords));
-      if (count != static_cast<Py_ssize_t>(kCount))
-        throw py::type_error("[" + function.name_ + "] expected " + std::to_string(kCount) + " arguments, but got " +
-                             std::to_string(count));
-      if (keywords == nullptr) return function.run(given, std::index_sequence_for<Args...>{});
-      std::array<PyObject*, kCount + 1> ordered{};
-      function.order(given, static_cast<size_t>(positional), keywords, ordered.data());
-      return function.run(ordered.data(), std::index_sequence_for<Args...>{});
+      throw;
     } catch (py::error_already_set& error) {
       error.restore();
     } catch (const py::builtin_exception& error) {
@@ -60,35 +73,55 @@ class Function {
     } catch (const std::exception& error) {
       PyErr_SetString(PyExc_RuntimeError, error.what());
     }
-    return nullptr;
   }
 
-  // Puts arguments that came by name where the signature has them. There are as many as the signature has.
-  void order(PyObject* const* given, size_t positional, PyObject* keywords, PyObject** ordered) const {
-    for (size_t i = 0; i < positional; ++i) ordered[i] = given[i];
-    for (size_t i = positional; i < kCount; ++i) {
-      PyObject* keyword = PyTuple_GET_ITEM(keywords, i - positional);
-      const size_t at = position(keyword, i);
-      if (at == kCount || ordered[at] != nullptr)
-        throw py::type_error("[" + name_ + "] " + py::cast<std::string>(keyword) + ": expected each of " +
-                             doc_.substr(0, doc_.find('\n')) + " once, but got " +
-                             (at == kCount ? "another name" : "it twice"));
-      ordered[at] = given[i];
-    }
+  std::string name_, doc_;
+  std::vector<py::str> names_;
+  PyMethodDef definition_{};
+
+ private:
+  static py::str interned(const std::string& name) {
+    PyObject* text = PyUnicode_InternFromString(name.c_str());
+    if (text == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::str>(text);
   }
 
   // Callers mostly keep the order of the signature, and Python interns names: the first comparison mostly decides.
   size_t position(PyObject* keyword, size_t likely) const {
     if (names_[likely].ptr() == keyword) return likely;
-    for (size_t i = 0; i < kCount; ++i)
+    for (size_t i = 0; i < names_.size(); ++i)
       if (names_[i].ptr() == keyword || PyUnicode_Compare(names_[i].ptr(), keyword) == 0) return i;
-    return kCount;
+    return names_.size();
+  }
+};
+
+template <class Return, class... Args>
+class Function : public Signature {
+ public:
+  Function(const char* signature, Return (*function)(Args...), const char* doc)
+      : Signature(signature, doc), function_(function) {
+    if (names_.size() != sizeof...(Args)) throw std::logic_error("a signature that does not fit: " + doc_);
+    definition_ = {name_.c_str(), reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&Function::call)),
+                   METH_FASTCALL | METH_KEYWORDS, doc_.c_str()};
+  }
+
+ private:
+  static PyObject* call(PyObject* self, PyObject* const* given, Py_ssize_t positional, PyObject* keywords) {
+    const auto& function = *static_cast<const Function*>(PyCapsule_GetPointer(self, nullptr));
+    try {
+      std::array<PyObject*, sizeof...(Args) + 1> ordered{};
+      return function.run(function.order(given, static_cast<size_t>(positional), keywords, ordered.data()),
+                          std::index_sequence_for<Args...>{});
+    } catch (...) {
+      restore_exception();
+    }
+    return nullptr;
   }
 
   template <size_t... I>
   PyObject* run([[maybe_unused]] PyObject* const* given, std::index_sequence<I...>) const {
     [[maybe_unused]] std::tuple<Reader<std::decay_t<Args>>...> readers;
-    (load<std::decay_t<Args>>(std::get<I>(readers), given[I], names_[I]), ...);
+    (load<std::decay_t<Args>>(std::get<I>(readers), given[I], I), ...);
     if constexpr (std::is_void_v<Return>) {
       function_(std::get<I>(readers).get()...);
       Py_RETURN_NONE;
@@ -99,19 +132,16 @@ class Function {
     }
   }
 
-  template <class T, class R, class Name>
-  void load(R& reader, PyObject* source, const Name& name) const {
-    if (!reader.load(source))
-      throw py::type_error("[" + name_ + "] " + std::string(py::str(name)) + ": expected " + R::expected() +
-                           ", but got " + Py_TYPE(source)->tp_name);
+  template <class T, class R>
+  void load(R& reader, PyObject* source, size_t i) const {
+    if (!reader.load(source)) refuse(names_[i], R::expected(), source);
     if constexpr (kIsRecord<T>)
-      reader.each([&](auto& field, PyObject* item, const char* field_name) { load<void>(field, item, field_name); });
+      reader.each([&](auto& field, PyObject* item, const char* name) {
+        if (!field.load(item)) refuse(name, field.expected(), item);
+      });
   }
 
-  std::string name_, doc_;
-  std::array<py::str, kCount> names_;
   Return (*function_)(Args...);
-  PyMethodDef definition_;
 };
 
 struct Module : py::module_ {

@@ -7,6 +7,7 @@
 #include <pybind11/stl.h>
 
 #include <cstddef>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -71,15 +72,18 @@ using FieldsOf = decltype(T::fields());
 template <class T>
 constexpr size_t kFieldCount = std::tuple_size_v<FieldsOf<T>>;
 
+inline std::string tuple_of(std::initializer_list<const char*> names) {
+  std::string text;
+  for (const char* name : names) text += (text.empty() ? "a tuple (" : ", ") + std::string(name);
+  return text + ")";
+}
+
 // Python gives a record as a tuple. A tuple keeps its elements for as long as it lives. Another sequence may make them
 // when it is read.
 template <class Record>
 struct Reader<Record, std::void_t<FieldsOf<Record>>> {
   static std::string expected() {
-    std::string text;
-    std::apply([&](const auto&... field) { ((text += (text.empty() ? "" : ", ") + std::string(field.name)), ...); },
-               Record::fields());
-    return "a tuple (" + text + ")";
+    return std::apply([](const auto&... field) { return tuple_of({field.name...}); }, Record::fields());
   }
 
   // The fields are loaded by `visit`, so that an error names the field.
