@@ -1,7 +1,7 @@
 // What makes a call common, and what a call that is common may use of torch without its headers.
 //
 // A common call has plain tensors in this device's memory, arguments of the expected types, and nothing that watches or
-// transforms torch's operators. The functions of whole_call.h and whole_gradient.h serve common calls alone: for any
+// transforms torch's operators. The functions of whole_call.h and node.h serve common calls alone: for any
 // other they return None before they have touched anything, and the op's Python code makes all checks and raises all
 // errors.
 #pragma once
@@ -112,16 +112,11 @@ class Surroundings {
     dtype_ = py::make_tuple("dtype");
   }
 
-  static py::object checked(PyObject* result) {
-    if (result == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::object>(result);
-  }
   static py::object call(const py::object& function) { return checked(PyObject_CallNoArgs(function.ptr())); }
   static py::object attribute(py::handle object, const py::str& name) {
     return checked(PyObject_GetAttr(object.ptr(), name.ptr()));
   }
   static bool is_true(const py::object& object) { return PyObject_IsTrue(object.ptr()) != 0; }
-  static py::str interned(const char* text) { return py::reinterpret_steal<py::str>(PyUnicode_InternFromString(text)); }
 
   std::vector<py::object> watchers_;
   py::object kernels_, module_, forward_mode_, settings_, grad_is_enabled_, autocast_is_on_, empty_like_, float32_,
@@ -132,9 +127,11 @@ class Surroundings {
   py::str is_neg_ = interned("is_neg"), new_empty_ = interned("new_empty");
 };
 
-// The tensors of one whole call.
+// The tensors of one whole call, or of a node, which need not ask which of them want gradients.
 class CommonTensors {
  public:
+  explicit CommonTensors(bool of_node = false) : of_node_(of_node) {}
+
   // Whether `object` is a plain tensor with memory on the CPU; sets `view`, which is valid while the tensor lives.
   bool reads(Object object, TensorView& view) {
     const auto& api = TorchApi::get();
@@ -145,7 +142,7 @@ class CommonTensors {
       return false;
     }
     if (view.device.type != dlpack::kCPU || !view.has_memory() || surroundings_.is_negated(tensor)) return false;
-    wants_grad_ = wants_grad_ || surroundings_.requires_grad(tensor);
+    wants_grad_ = wants_grad_ || (!of_node_ && surroundings_.requires_grad(tensor));
     return true;
   }
 
@@ -171,7 +168,7 @@ class CommonTensors {
 
  private:
   const Surroundings& surroundings_ = Surroundings::get();
-  bool wants_grad_ = false;
+  bool of_node_, wants_grad_ = false;
 };
 
 }  // namespace torchweld

@@ -7,12 +7,13 @@
 #include "bindings/gelu.h"
 #include "bindings/layer_norm.h"
 #include "bindings/linear_cross_entropy.h"
+#include "bindings/node.h"
+#include "bindings/node_attention.h"
 #include "bindings/optimizer.h"
 #include "bindings/paged_attention.h"
 #include "bindings/rotary_embedding.h"
 #include "bindings/whole_attention.h"
 #include "bindings/whole_call.h"
-#include "bindings/whole_gradient.h"
 #include "bindings/whole_step.h"
 #include "cpu/isa/isa.h"
 
@@ -65,6 +66,7 @@ PYBIND11_MODULE(_cpu, python, py::mod_gil_not_used()) {
   bind_optimizers<Cpu>(m);
   bind_whole_calls<Cpu>(m);
   bind_whole_attention<Cpu>(m);
-  bind_whole_gradients<Cpu>(m);
+  bind_nodes<Cpu>(m);
+  bind_node_attention<Cpu>(m);
   bind_whole_steps<Cpu>(m);
 }

@@ -25,7 +25,7 @@ class Signature {
       : name_(signature.substr(0, signature.find('('))), doc_(signature + "\n--\n\n" + doc) {
     for (size_t begin = signature.find('(') + 1; signature[begin - 1] != ')';) {
       const size_t end = signature.find_first_of(",)", begin);
-      if (end > begin) names_.push_back(interned(signature.substr(begin, end - begin)));
+      if (end > begin) names_.push_back(interned(signature.substr(begin, end - begin).c_str()));
       begin = signature[end] == ',' ? end + 2 : end + 1;
     }
   }
@@ -80,12 +80,6 @@ class Signature {
   PyMethodDef definition_{};
 
  private:
-  static py::str interned(const std::string& name) {
-    PyObject* text = PyUnicode_InternFromString(name.c_str());
-    if (text == nullptr) throw py::error_already_set();
-    return py::reinterpret_steal<py::str>(text);
-  }
-
   // Callers mostly keep the order of the signature, and Python interns names: the first comparison mostly decides.
   size_t position(PyObject* keyword, size_t likely) const {
     if (names_[likely].ptr() == keyword) return likely;

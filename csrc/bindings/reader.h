@@ -18,6 +18,15 @@
 
 namespace torchweld {
 
+inline py::object checked(PyObject* result) {
+  if (result == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(result);
+}
+
+inline py::str interned(const char* text) {
+  return py::reinterpret_steal<py::str>(checked(PyUnicode_InternFromString(text)).release());
+}
+
 template <class T, class = void>
 struct Reader {
   static_assert(std::is_arithmetic_v<T> || std::is_same_v<T, std::string>);
@@ -130,5 +139,16 @@ template <class T, class = void>
 constexpr bool kIsRecord = false;
 template <class T>
 constexpr bool kIsRecord<T, std::void_t<FieldsOf<T>>> = true;
+
+// The value of an attribute that torchweld itself has set.
+template <class T>
+T read(PyObject* source) {
+  Reader<T> reader;
+  bool fits = reader.load(source);
+  if constexpr (kIsRecord<T>)
+    if (fits) reader.each([&](auto& field, PyObject* item, const char*) { fits = fits && field.load(item); });
+  if (!fits) throw py::type_error("expected " + Reader<T>::expected() + ", but got " + Py_TYPE(source)->tp_name);
+  return reader.get();
+}
 
 }  // namespace torchweld

@@ -2,7 +2,7 @@
 // the way to its kernel, and this way is the shortest.
 //
 // A whole call serves the common call alone (common_call.h). Where autograd must record the call, it returns True: the
-// arguments are checked, the Python function makes the node, and whole_gradient.h runs the node's kernels.
+// arguments are checked, and the Python function applies the node, whose forward and backward node.h has.
 #pragma once
 
 #include <cstring>
@@ -26,14 +26,14 @@ py::object elementwise(void (*Backend::Kernels::*kernel)(const Params&), Params&
   return output;
 }
 
+// `tensors` tell whether autograd must record the call.
 template <class Backend>
-py::object gelu_of(Object input, bool exact, bool inside_node) {
-  CommonTensors tensors;
+py::object gelu_of(CommonTensors tensors, Object input, bool exact) {
   TensorView x;
-  if (!Surroundings::get().are_plain() || !tensors.reads(input, x)) return py::none();
+  if (!tensors.reads(input, x)) return py::none();
   const auto dtype = dtype_of(x.dtype);
   if (!dtype || !CommonTensors::are_neighbours(x)) return py::none();
-  if (!inside_node && tensors.want_grad()) return py::bool_(true);
+  if (tensors.want_grad()) return py::bool_(true);
   GeluForwardParams p{};
   p.numel = x.numel();
   p.exact = exact;
@@ -47,7 +47,7 @@ py::object gelu(Object input, Object approximate) {
   if (!PyUnicode_Check(approximate.source)) return py::none();
   const bool exact = PyUnicode_CompareWithASCIIString(approximate.source, "none") == 0;
   if (!exact && PyUnicode_CompareWithASCIIString(approximate.source, "tanh") != 0) return py::none();
-  return gelu_of<Backend>(input, exact, false);
+  return Surroundings::get().are_plain() ? gelu_of<Backend>(CommonTensors(), input, exact) : py::object(py::none());
 }
 
 // Sets `data` to a parameter's elements: `cols` of them in the activations' dtype, side by side; None has none.
@@ -64,7 +64,7 @@ inline bool reads_parameter(CommonTensors& tensors, Object parameter, const Tens
 
 // Whether `input` is common rows of norm.cols elements; fills what both directions share.
 inline bool reads_rows(CommonTensors& tensors, Object input, const Norm& norm, TensorView& x, LayerNormParams& p) {
-  if (!Surroundings::get().are_plain() || !tensors.reads(input, x)) return false;
+  if (!tensors.reads(input, x)) return false;
   const auto dtype = dtype_of(x.dtype);
   if (!dtype || !CommonTensors::are_neighbours(x) || norm.cols < 1 || x.numel() % norm.cols != 0) return false;
   p.rows = x.numel() / norm.cols;
@@ -87,8 +87,9 @@ py::object norm(Object input, Object normalized_shape, Object weight, Object bia
   CommonTensors tensors;
   TensorView x;
   LayerNormForwardParams p{};
-  if (!reads_rows(tensors, input, numbers, x, p) || x.ndim < 1 || x.size(-1) != p.cols ||
-      !reads_parameter(tensors, weight, x, p.cols, p.weight) || !reads_parameter(tensors, bias, x, p.cols, p.bias))
+  if (!Surroundings::get().are_plain() || !reads_rows(tensors, input, numbers, x, p) || x.ndim < 1 ||
+      x.size(-1) != p.cols || !reads_parameter(tensors, weight, x, p.cols, p.weight) ||
+      !reads_parameter(tensors, bias, x, p.cols, p.bias))
     return py::none();
   if (tensors.want_grad()) return py::bool_(true);
   p.input = CommonTensors::data(x);
@@ -105,8 +106,7 @@ struct Losses {
   bool reads(Object input, Object target, Object ignore_index, Object reduction, Object smoothing) {
     TensorView classes;
     if (!PyUnicode_Check(reduction.source) || !PyLong_CheckExact(ignore_index.source) ||
-        !PyFloat_CheckExact(smoothing.source) || !Surroundings::get().are_plain() || !tensors.reads(input, logits) ||
-        !tensors.reads(target, classes))
+        !PyFloat_CheckExact(smoothing.source) || !tensors.reads(input, logits) || !tensors.reads(target, classes))
       return false;
     mean = PyUnicode_CompareWithASCIIString(reduction.source, "mean") == 0;
     if (!mean && PyUnicode_CompareWithASCIIString(reduction.source, "sum") != 0) return false;
@@ -172,7 +172,8 @@ struct Losses {
 template <class Backend>
 py::object cross_entropy(Object logits, Object target, Object ignore_index, Object reduction, Object smoothing) {
   Losses losses;
-  if (!losses.reads(logits, target, ignore_index, reduction, smoothing)) return py::none();
+  if (!Surroundings::get().are_plain() || !losses.reads(logits, target, ignore_index, reduction, smoothing))
+    return py::none();
   if (losses.tensors.want_grad()) return py::bool_(true);
   std::vector<float> stats(2 * losses.p.rows);
   return losses.reduced<Backend>(logits, stats.data());

@@ -4,6 +4,9 @@ Arguments are given by position or by name, and none has a default. What they mu
 csrc/bindings.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 from torch import Tensor
 
 from torchweld.ops._attention import Modifiers as _Modifiers
@@ -202,44 +205,24 @@ def whole_rms_norm(input: object, normalized_shape: object, weight: object, eps:
 def whole_adamw_step(groups: object, state: object, defaults: object) -> list[Tensor] | None: ...
 def whole_sgd_step(groups: object, state: object, defaults: object) -> list[Tensor] | None: ...
 
-# ---- The same for an autograd node: the outputs of a registered op; None where the call is not a common one
+# ---- Nodes of autograd: the output of a forward, the gradients of its arguments of a backward
 
-def whole_attention_backward(
-    doutput: object,
-    dlse: object,
-    output: object,
-    statistics: object,
-    query: object,
-    key: object,
-    value: object,
-    modifiers: object,
-    options: _Options,
-    mask: object,
-    deterministic: object,
-    heads_like: object,
-) -> tuple[Tensor | None, ...] | None: ...
-def whole_attention_forward(
-    query: object, key: object, value: object, modifiers: object, options: _Options, rows: int, heads_like: object
-) -> tuple[Tensor, Tensor | None, Tensor] | None: ...
-def whole_cross_entropy_backward(
-    dloss: object, logits: object, target: object, ignore_index: int, smoothing: float, stats: object, rows: int
-) -> Tensor | None: ...
-def whole_cross_entropy_forward(
-    logits: object, target: object, ignore_index: object, reduction: object, smoothing: object
-) -> tuple[Tensor, Tensor, int] | None: ...
-def whole_gelu_backward(doutput: object, input: object, exact: bool) -> Tensor | None: ...
-def whole_gelu_forward(input: object, exact: bool) -> Tensor | None: ...
-def whole_layer_norm_backward(
-    doutput: object,
-    dsum: object,
-    input: object,
-    weight: object,
-    bias: object,
-    stats: object,
-    seed: object,
-    mask: object,
-    norm: _Norm,
-) -> tuple[Tensor | None, ...] | None: ...
-def whole_layer_norm_forward(
-    input: object, weight: object, bias: object, norm: _Norm
-) -> tuple[Tensor, Tensor] | None: ...
+def method(function: Callable[..., Any]) -> Callable[..., Any]: ...
+def node_attention_backward(ctx: object, doutput: object) -> tuple[Tensor | None, ...]: ...
+def node_attention_forward(
+    ctx: object, numbers: object, query: object, key: object, value: object, bias: object
+) -> Tensor: ...
+def node_cross_entropy_backward(ctx: object, dloss: object) -> tuple[Tensor | None, ...]: ...
+def node_cross_entropy_forward(
+    ctx: object,
+    logits: object,
+    target: object,
+    ignore_index: object,
+    smoothing: object,
+    reduction: object,
+    dtype: object,
+) -> Tensor: ...
+def node_gelu_backward(ctx: object, doutput: object) -> tuple[Tensor | None, ...]: ...
+def node_gelu_forward(ctx: object, input: object, exact: object) -> Tensor: ...
+def node_layer_norm_backward(ctx: object, doutput: object) -> tuple[Tensor | None, ...]: ...
+def node_layer_norm_forward(ctx: object, input: object, weight: object, bias: object, norm: object) -> Tensor: ...

@@ -34,6 +34,7 @@ __all__ = [
     "active",
     "choose",
     "kernels",
+    "node",
     "strict",
     "unavailable",
     "use_backend",
@@ -225,6 +226,17 @@ def whole_call(op: str) -> Callable[..., Any]:
     that does not load has no common calls.
     """
     return getattr(_modules["cpu"][0], f"whole_{op}", _not_common)
+
+
+def node(op: str) -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The CPU module's forward and backward of an autograd node, as csrc/bindings/node.h says; None without the module.
+
+    The backward is a method: the node is its first argument.
+    """
+    module = _modules["cpu"][0]
+    if module is None:
+        return None
+    return getattr(module, f"node_{op}_forward"), module.method(getattr(module, f"node_{op}_backward"))
 
 
 def _not_common(*_: object, **__: object) -> None:

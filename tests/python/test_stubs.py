@@ -6,6 +6,7 @@ import ast
 import importlib
 import inspect
 import re
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 from torchweld import _cpu, backend, ops, reference
+from torchweld.ops import _attention_autograd, _norm_autograd
+from torchweld.ops._attention import Modifiers
 from torchweld.ops._norm import Norm
 from torchweld.ops._records import Layout
 
@@ -122,8 +125,9 @@ def test_arguments_are_packed_into_records_and_listed_again() -> None:
 def test_the_ops_see_the_types_of_all_kernels() -> None:
     source = (ROOT / "python" / "torchweld" / "backend.py").read_text()
     typed = re.findall(r"(\w+) = staticmethod\(_cpu\.\1\)", source)
-    whole = {name for name in functions(stub("_cpu")) if name.startswith("whole_")}  # backend.whole_call finds these
-    assert {*typed, *whole, "isa", "use_isa", "built_isas", "available_isas"} == set(functions(stub("_cpu")))
+    found = ("whole_", "node_", "method")  # by backend.whole_call and backend.node
+    others = {name for name in functions(stub("_cpu")) if name.startswith(found)}
+    assert {*typed, *others, "isa", "use_isa", "built_isas", "available_isas"} == set(functions(stub("_cpu")))
 
 
 WHOLE = {"scaled_dot_product_attention": "attention"}  # whose whole call has another name
@@ -144,30 +148,30 @@ def test_the_package_calls_kernels_by_name() -> None:
                 if "kernels" in owner or owner == "module":
                     assert not node.args, f"{path}:{node.lineno}"
                     called.add(node.func.attr)
-    assert called | {f"whole_{op}" for op in registered_with_a_whole_call()} >= many
+    assert called | {f"node_{name}_forward" for name in DEFINITIONS} >= many
 
 
-def registered_with_a_whole_call() -> set[str]:
-    """The names in `register(..., whole=backend.whole_call(NAME))`."""
-    found = set()
-    for path in (ROOT / "python" / "torchweld" / "ops").glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.keyword) and node.arg == "whole":
-                found |= {str(n.value) for n in ast.walk(node.value) if isinstance(n, ast.Constant)}
-    return found
+DEFINITIONS = {
+    "attention": _attention_autograd._Attention,
+    "cross_entropy": sys.modules["torchweld.ops.cross_entropy"]._CrossEntropy,
+    "gelu": sys.modules["torchweld.ops.gelu"]._Gelu,
+    "layer_norm": _norm_autograd._LayerNorm,
+}
 
 
-def test_whole_calls_of_registered_ops_have_the_arguments_of_the_schema() -> None:
-    """`register` hands them over by position."""
-    by_argument = {name.lower(): record._fields for name, record in records().items()}
-    names = registered_with_a_whole_call()
-    assert len(names) > 5
-    for name in names:
-        listed: list[str] = []
-        for argument in functions(stub("_cpu"))[f"whole_{name}"]:
-            listed += by_argument.get(argument, (argument,))
-        schema = getattr(torch.ops.torchweld, name).default._schema
-        assert [a for a in listed if a != "heads_like"] == [a.name for a in schema.arguments], name
+def test_nodes_have_the_arguments_of_their_definitions() -> None:
+    """torch hands them over by position."""
+    nodes = {n: parameters for n, parameters in functions(stub("_cpu")).items() if n.startswith("node_")}
+    assert set(nodes) == {f"node_{name}_{direction}" for name in DEFINITIONS for direction in ("forward", "backward")}
+    for name, definition in DEFINITIONS.items():
+        forward = list(inspect.signature(definition.forward).parameters)
+        if forward[-1] == "modifiers":  # of which the node takes the first
+            forward[-1] = Modifiers._fields[0]
+        assert nodes[f"node_{name}_forward"] == forward
+        backward = list(inspect.signature(definition.backward).parameters)
+        assert nodes[f"node_{name}_backward"] == [p for p in backward if p != "dlse"]
+        gradients = list(inspect.signature(definition.gradients).parameters)
+        assert gradients == ["ctx", "saved", *backward[1:]]
 
 
 def test_types_of_results_are_those_of_the_stub() -> None:

@@ -6,7 +6,6 @@ With cu_seqlens, (B, H, N, D) is (total, H, D) and (B, H, Nq) is (H, total_q): p
 from __future__ import annotations
 
 from collections.abc import Container, Sequence
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -246,7 +245,6 @@ forward_op = register(
     _outputs,
     Modifiers,
     Options,
-    whole=partial(backend.whole_call("attention_forward"), heads_like=heads_like),
 )
 backward_op = register(
     f"attention_backward(Tensor doutput, Tensor? dlse, Tensor output, Tensor statistics, {_INPUTS}, bool[6] mask, "
@@ -256,7 +254,6 @@ backward_op = register(
     _backward_fake,
     Modifiers,
     Options,
-    whole=partial(backend.whole_call("attention_backward"), heads_like=heads_like),
 )
 
 # ---- What the kernels do not take

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,10 +16,11 @@ from torchweld.ops._attention import (
     Options,
     backward_op,
     forward_op,
+    heads_like,
     inference_op,
     refusal,
 )
-from torchweld.ops._register import applier, double_backward, wants_definition, wants_grad
+from torchweld.ops._register import applier, compiling, double_backward, recorder, wants_definition, wants_grad
 
 
 def _on_reference(
@@ -43,14 +44,23 @@ def _on_reference(
     return result
 
 
+class Numbers(NamedTuple):
+    """All numbers of a call, which autograd sees as one argument: each would cost a call as much as a tensor."""
+
+    options: Options
+    deterministic: bool
+    return_lse: bool
+
+
 class _Attention(torch.autograd.Function):
+    heads_like = staticmethod(heads_like)
+
     @staticmethod
     def forward(
-        ctx: Any, numbers: tuple[Options, bool, bool], query: Tensor, key: Tensor, value: Tensor, *modifiers: Any
+        ctx: Any, numbers: Numbers, query: Tensor, key: Tensor, value: Tensor, *modifiers: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
         # Autograd sees every tensor as an argument of its own, the fields of Modifiers up to the last that is given.
-        # One argument for all numbers: each would cost a call as much as a tensor.
-        ctx.options, ctx.deterministic, return_lse = numbers
+        ctx.options, ctx.deterministic, return_lse = numbers.options, numbers.deterministic, numbers.return_lse
         rows = 3 if return_lse else 2
         output, wide, statistics = forward_op(query, key, value, Modifiers(*modifiers), ctx.options, rows)
         saved = output if wide is None or wide.dim() == 1 else wide
@@ -60,7 +70,13 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor | None, dlse: Tensor | None = None) -> tuple[Tensor | None, ...]:
-        output, statistics, query, key, value, *others = ctx.saved_tensors
+        return _Attention.gradients(ctx, ctx.saved_tensors, doutput, dlse)
+
+    @staticmethod
+    def gradients(
+        ctx: Any, saved: tuple[Any, ...], doutput: Tensor | None, dlse: Tensor | None = None
+    ) -> tuple[Tensor | None, ...]:
+        output, statistics, query, key, value, *others = saved
         modifiers = Modifiers(*others)
         # DIFFERENTIABLE names the first six arguments; behind them stand only integers.
         mask = (*ctx.needs_input_grad[1:], False, False, False)[: len(DIFFERENTIABLE)]
@@ -84,6 +100,8 @@ class _Attention(torch.autograd.Function):
 
 
 _attention_with_grad = applier(_Attention)
+attention_node = recorder(_Attention, "attention", "options", "deterministic")
+_SHORT = 1  # of the modifiers, the node takes the first alone, the bias
 
 
 def attend_with_grad(
@@ -99,7 +117,10 @@ def attend_with_grad(
     given = len(modifiers)
     while given > 0 and modifiers[given - 1] is None:
         given -= 1
-    return _attention_with_grad((options, deterministic, return_lse), query, key, value, *modifiers[:given])
+    numbers = Numbers(options, deterministic, return_lse)
+    if given <= _SHORT and not return_lse and not compiling():
+        return attention_node(numbers, query, key, value, modifiers.bias)
+    return _attention_with_grad(numbers, query, key, value, *modifiers[:given])
 
 
 def attend(

@@ -207,7 +207,6 @@ forward_op = register(
     _forward,
     _forward_fake,
     Norm,
-    whole=backend.whole_call("layer_norm_forward"),
 )
 add_forward_op = register(
     "add_layer_norm_forward(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, Tensor? seed, Norm norm)"
@@ -224,5 +223,4 @@ backward_op = register(
     _backward,
     _backward_fake,
     Norm,
-    whole=backend.whole_call("layer_norm_backward"),
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchweld import reference
 from torchweld.ops._norm import Norm, add_forward_op, backward_op, forward_op
-from torchweld.ops._register import applier, double_backward, wants_definition
+from torchweld.ops._register import applier, double_backward, recorder, wants_definition
 from torchweld.reference.dropout import dropped
 
 
@@ -51,8 +51,12 @@ class _LayerNorm(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, ...]:
+        return _LayerNorm.gradients(ctx, ctx.saved_tensors, doutput)
+
+    @staticmethod
+    def gradients(ctx: Any, saved: tuple[Any, ...], doutput: Tensor) -> tuple[Tensor | None, ...]:
         need = ctx.needs_input_grad
-        input, weight, bias, stats = ctx.saved_tensors  # once: a checkpoint gives them only once
+        input, weight, bias, stats = saved
         if wants_definition(doutput):
             dx, dw, db = _differentiable(ctx.norm, (input, weight, bias), doutput, None, need[:3])
             return dx, dw, db, None
@@ -103,4 +107,5 @@ class _AddLayerNorm(torch.autograd.Function):
 
 
 layer_norm_function = applier(_LayerNorm)
+layer_norm_node = recorder(_LayerNorm, "layer_norm", "norm")
 add_layer_norm_function = applier(_AddLayerNorm)

@@ -24,6 +24,7 @@ from torchweld.ops._register import (
     compiling,
     double_backward,
     elsewhere,
+    recorder,
     register,
     settle,
     under_autocast,
@@ -123,28 +124,21 @@ class _CrossEntropy(torch.autograd.Function):
         reduction: str,
         dtype: torch.dtype,
     ) -> Tensor:
-        ctx.options = ignore_index, smoothing, reduction
-        found = (
-            None
-            if compiling()
-            else _whole_forward(
-                logits=logits, target=target, ignore_index=ignore_index, reduction=reduction, smoothing=smoothing
-            )
-        )
-        if found is not None:
-            loss, stats, ctx.rows = found
-            ctx.save_for_backward(logits, target, stats, None)
-            return loss if loss.dtype is dtype else loss.to(dtype)
+        ctx.ignore_index, ctx.smoothing, ctx.reduction = ignore_index, smoothing, reduction
         losses, stats = _forward_op(logits, target, ignore_index, smoothing)
         loss, rows = _reduced(losses, target, ignore_index, reduction)
-        ctx.rows = None
+        ctx.rows = None  # a number where the forward was a whole call
         ctx.save_for_backward(logits, target, stats, rows)
         return loss.to(dtype)
 
     @staticmethod
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
-        logits, target, stats, rows = ctx.saved_tensors
-        ignore_index, smoothing, reduction = ctx.options
+        return _CrossEntropy.gradients(ctx, ctx.saved_tensors, dloss)
+
+    @staticmethod
+    def gradients(ctx: Any, saved: tuple[Any, ...], dloss: Tensor) -> tuple[Tensor | None, ...]:
+        logits, target, stats, rows = saved
+        ignore_index, smoothing, reduction = ctx.ignore_index, ctx.smoothing, ctx.reduction
         if wants_definition(dloss):
 
             def function(x: Tensor) -> Tensor:
@@ -152,14 +146,7 @@ class _CrossEntropy(torch.autograd.Function):
 
             dlogits = double_backward(function, (logits,), (dloss.float(),), (True,))[0]
             return dlogits, None, None, None, None, None
-        if ctx.rows is not None:
-            dlogits = _whole_backward(
-                dloss=dloss.float(), logits=logits, target=target, ignore_index=ignore_index, smoothing=smoothing,
-                stats=stats, rows=ctx.rows,
-            )  # fmt: skip
-            if dlogits is not None:
-                return dlogits, None, None, None, None, None
-            rows = ctx.rows
+        rows = rows if ctx.rows is None else ctx.rows
         if rows is not None:
             dloss = dloss.double() / rows
         dlogits = _backward_op(dloss.float().expand(target.shape), logits, target, ignore_index, smoothing, stats)
@@ -167,9 +154,8 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 _with_grad = applier(_CrossEntropy)
+_node = recorder(_CrossEntropy, "cross_entropy", "ignore_index", "smoothing", "reduction", "rows")
 _whole = backend.whole_call("cross_entropy")
-_whole_forward = backend.whole_call("cross_entropy_forward")  # of a loss that is reduced
-_whole_backward = backend.whole_call("cross_entropy_backward")
 
 
 def _reduced(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -> tuple[Tensor, Tensor | None]:
@@ -282,7 +268,7 @@ def cross_entropy(
         )
         if found is True:
             dtype = torch.float32 if under_autocast(input) else input.dtype
-            return _with_grad(input, target, ignore_index, label_smoothing, reduction, dtype)
+            return _node(input, target, ignore_index, label_smoothing, reduction, dtype)
         if found is not None:
             wide = input.dtype is torch.float16 and not under_autocast(input)
             return found.to(input.dtype) if wide else found

@@ -23,6 +23,7 @@ from torchweld.ops._register import (
     double_backward,
     elsewhere,
     memory_order,
+    recorder,
     register,
     settle,
     wants_definition,
@@ -68,17 +69,9 @@ def _backward_fake(doutput: Tensor, input: Tensor, exact: bool = False) -> Tenso
     return torch.empty_like(input)
 
 
-_forward_op = register(
-    "gelu_forward(Tensor input, bool exact=False) -> Tensor",
-    _forward,
-    _forward_fake,
-    whole=backend.whole_call("gelu_forward"),
-)
+_forward_op = register("gelu_forward(Tensor input, bool exact=False) -> Tensor", _forward, _forward_fake)
 _backward_op = register(
-    "gelu_backward(Tensor doutput, Tensor input, bool exact=False) -> Tensor",
-    _backward,
-    _backward_fake,
-    whole=backend.whole_call("gelu_backward"),
+    "gelu_backward(Tensor doutput, Tensor input, bool exact=False) -> Tensor", _backward, _backward_fake
 )
 
 # ---- Autograd
@@ -93,7 +86,11 @@ class _Gelu(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, doutput: Tensor) -> tuple[Tensor | None, None]:
-        (input,) = ctx.saved_tensors
+        return _Gelu.gradients(ctx, ctx.saved_tensors, doutput)
+
+    @staticmethod
+    def gradients(ctx: Any, saved: tuple[Tensor, ...], doutput: Tensor) -> tuple[Tensor | None, None]:
+        (input,) = saved
         if wants_definition(doutput):
             approximate = "none" if ctx.exact else "tanh"
             return double_backward(lambda x: reference.gelu(x, approximate), (input,), (doutput,), (True,))[0], None
@@ -101,6 +98,7 @@ class _Gelu(torch.autograd.Function):
 
 
 _gelu = applier(_Gelu)
+_node = recorder(_Gelu, "gelu", "exact")
 _whole = backend.whole_call("gelu")
 
 # ---- Public
@@ -125,7 +123,7 @@ def gelu(input: Tensor, approximate: str = "none") -> Tensor:
         TypeError: input is not floating point of 16 bits or more, or not a dense tensor.
     """
     if not compiling() and (found := _whole(input=input, approximate=approximate)) is not None:
-        return _gelu(input, approximate == "none") if found is True else found
+        return _node(input, approximate == "none") if found is True else found
     if not isinstance(approximate, str) or approximate not in ("none", "tanh"):
         raise RuntimeError(f"[gelu] approximate: expected 'none' or 'tanh', but got {shown(approximate)}")
     if theirs := elsewhere(gelu, _twin, ("input",), input):

@@ -22,7 +22,7 @@ from torchweld.ops._arguments import (
     shown,
 )
 from torchweld.ops._norm import add_forward_op, inference_op, norm_of
-from torchweld.ops._norm_autograd import add_layer_norm_function, layer_norm_function
+from torchweld.ops._norm_autograd import add_layer_norm_function, layer_norm_function, layer_norm_node
 from torchweld.ops._register import compiling, elsewhere, float32_under_autocast, wants_grad
 from torchweld.reference.philox import draw_seed
 
@@ -129,7 +129,7 @@ def layer_norm(
     if not compiling():
         found = _whole(input=input, normalized_shape=normalized_shape, weight=weight, bias=bias, eps=eps)
         if found is True:
-            return layer_norm_function(input, weight, bias, norm_of(normalized_shape[0], eps))
+            return layer_norm_node(input, weight, bias, norm_of(normalized_shape[0], eps))
         if found is not None:
             return found
     shape = sizes("layer_norm", normalized_shape)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torchweld import backend, reference
 from torchweld.ops._arguments import NotDenseError, as_torch_does, check_dense, defined, flag, number
 from torchweld.ops._norm import add_forward_op, inference_op, norm_of
-from torchweld.ops._norm_autograd import add_layer_norm_function, layer_norm_function
+from torchweld.ops._norm_autograd import add_layer_norm_function, layer_norm_function, layer_norm_node
 from torchweld.ops._register import compiling, elsewhere, float32_under_autocast, wants_grad
 from torchweld.ops.layer_norm import refusal_of, residual_refusal, sizes
 from torchweld.reference.philox import draw_seed
@@ -51,7 +51,7 @@ def rms_norm(
         found = _whole(input=input, normalized_shape=normalized_shape, weight=weight, eps=eps)
         if found is True:
             norm = norm_of(normalized_shape[0], default_eps(input.dtype) if eps is None else eps, centred=False)
-            return layer_norm_function(input, weight, None, norm)
+            return layer_norm_node(input, weight, None, norm)
         if found is not None:
             return found
     shape, zero_centered_weight = sizes("rms_norm", normalized_shape), flag("rms_norm", _FLAG, zero_centered_weight)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -10,7 +11,7 @@ from torch import Tensor
 from torchweld import backend
 from torchweld.ops._arguments import NotDenseError, as_torch_does, check_dense, check_memory, flag, number
 from torchweld.ops._attention import Modifiers, Options, heads_like
-from torchweld.ops._attention_autograd import attend, attend_with_grad
+from torchweld.ops._attention_autograd import Numbers, attend, attention_node
 from torchweld.ops._attention_checks import check_bias, check_common, check_dropout, check_heads, fail
 from torchweld.ops._register import compiling, elsewhere, under_autocast
 from torchweld.reference.philox import draw_seed
@@ -60,6 +61,12 @@ def _fold(
     return query, key, value, mask, batch
 
 
+@lru_cache(maxsize=256)  # two records cost 2 us, and a model has few different ones
+def _numbers(dim: int, scale: float | None, is_causal: bool) -> Numbers:
+    options = Options(1.0 / math.sqrt(dim) if scale is None else scale, right=0 if is_causal else -1)
+    return Numbers(options, deterministic=True, return_lse=False)
+
+
 def _autocast(t: Tensor) -> Tensor:
     if not t.dtype.is_floating_point or t.dtype is torch.float64:
         return t
@@ -104,9 +111,7 @@ def scaled_dot_product_attention(
             scale=scale, enable_gqa=enable_gqa, heads_like=heads_like,
         )  # fmt: skip
         if found is True:
-            scale = 1.0 / math.sqrt(query.shape[-1]) if scale is None else scale
-            options = Options(scale, right=0 if is_causal else -1)
-            return attend_with_grad(query, key, value, Modifiers(bias=attn_mask), options)
+            return attention_node(_numbers(query.size(-1), scale, is_causal), query, key, value, attn_mask)
         if found is not None:
             return found
     dropout_p, is_causal, enable_gqa = (
