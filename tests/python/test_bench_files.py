@@ -14,6 +14,7 @@ import bench_rows
 from outline import Outline
 from torchweld.bench import compare, csv_file, page, report
 from torchweld.bench.activations import activations
+from torchweld.bench.command import ACTIVATIONS
 from torchweld.bench.harness import Settings
 from torchweld.cli import main
 from torchweld.errors import UserError
@@ -209,11 +210,11 @@ def test_csv_has_the_columns_of_liger(file: Path, tmp_path: Path) -> None:
         assert re.fullmatch(r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d", line["timestamp"])
 
 
-@pytest.mark.parametrize("op", ["gelu", "swiglu", "geglu", "rotary_embedding"])
+@pytest.mark.parametrize("op", ACTIVATIONS)
 def test_activations_have_the_same_rows_on_every_device(op: str) -> None:
     """What a row measures is made when it runs: a list of rows needs no GPU."""
     rows = [
         [(work.direction, work.dtype, work.case, work.bytes) for work in activations(op, Settings(device=device))]
         for device in ("cpu", "cuda")
     ]
-    assert rows[0] == rows[1] and len(rows[0]) >= 4
+    assert rows[0] == rows[1] and len(rows[0]) >= 4  # two directions in two dtypes

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     Subparsers = argparse._SubParsersAction[argparse.ArgumentParser]
 
 NORMS = ("layer_norm", "add_layer_norm", "rms_norm", "add_rms_norm")
-ACTIVATIONS = ("gelu", "swiglu", "geglu", "rotary_embedding")
+ACTIVATIONS = ("gelu", "dropout", "swiglu", "geglu", "rotary_embedding")
 OPTIMIZERS = ("adamw", "sgd")
 OPS = (
     "attention",

@@ -27,12 +27,25 @@ def compiled(provider: Provider) -> Provider:
 
 
 def works(
-    case: Case, sizes: dict[str, Any], dtype: torch.dtype, settings: Settings, cost: Cost, **others: Provider
+    case: Case,
+    sizes: dict[str, Any],
+    dtype: torch.dtype,
+    settings: Settings,
+    cost: Cost,
+    timed_as_torch: Provider | None = None,
+    **others: Provider,
 ) -> Iterator[Work]:
-    """Work for each wanted direction: torchweld, torch and the `others` on the same inputs."""
+    """Work for each wanted direction: torchweld, torch and the `others` on the same inputs.
+
+    `timed_as_torch` is timed in place of the case's torch, which is still what is judged: an op of torch that makes
+    random numbers makes others than the case has.
+    """
     providers = {"torchweld": case.ours, "torch": case.torch, **others}
+    timed = {**providers, "torch": timed_as_torch or case.torch}
     if settings.compile:
-        providers["torch.compile"] = compiled(case.torch)
+        providers["torch.compile"] = timed["torch.compile"] = compiled(case.torch)
+        if timed_as_torch is not None:
+            timed["torch.compile"] = compiled(timed_as_torch)
     oracle = cache(lambda: Oracle(case, dtype, settings.device))
     judged = cache(lambda name: oracle().judge(providers[name], poison=name == "torchweld"))  # others run as they are
 
@@ -47,7 +60,7 @@ def works(
                 if not name.startswith("torch:"):
                     raise
                 _log.warning("%s is not timed for %s %s: %s", name, case.op, case.name, error)
-                del providers[name]
+                del providers[name], timed[name]
                 continue
             verdicts = [v for v in found if _is_gradient(v, case) == (direction == "backward")]
             if name.startswith("torchweld"):
@@ -57,13 +70,13 @@ def works(
 
     for direction in ("forward", "backward"):
         if direction in settings.directions:
-            timed = partial(_calls, case, _forward if direction == "forward" else _backward, providers, oracle)
+            calls = partial(_calls, case, _forward if direction == "forward" else _backward, timed, oracle)
             yield Work(
                 op=case.op,
                 direction=direction,
                 dtype=dtype,
                 case=sizes,
-                calls=timed,
+                calls=calls,
                 check=partial(check, direction),
                 bytes=cost[direction].get("bytes"),
                 flops=cost[direction].get("flops"),
