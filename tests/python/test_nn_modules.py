@@ -53,7 +53,16 @@ def test_rotary_tables_stay_float32() -> None:
     query = torch.randn(1, 2, 9, 8).bfloat16()
     exact = ops.rotary_embedding(query.double(), None, cos.double(), module.sin.double())
     torch.testing.assert_close(module.bfloat16()(query).double(), exact, rtol=2**-8, atol=0)
-    assert nn.RotaryEmbedding(8, 9, device="meta").cos.is_meta
+
+
+def test_rotary_tables_after_to_empty() -> None:
+    stock, late = nn.RotaryEmbedding(8, 900), nn.RotaryEmbedding(8, 900, device="meta")
+    assert late.cos.is_meta and late.to(torch.bfloat16).cos.is_meta
+    torch.nn.Sequential(late).to_empty(device="cpu")
+    assert torch.equal(late.cos, stock.cos) and torch.equal(late.sin, stock.sin)
+    late.cos.zero_()
+    late.reset_parameters()
+    assert torch.equal(late.cos, stock.cos)
 
 
 def test_bad_input_is_named() -> None:

@@ -50,11 +50,16 @@ class RotaryEmbedding(torch.nn.Module):
         self.register_buffer("sin", sin, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Of .to(), .half() and such: the tables move, and keep their digits."""
+        """Of .to(), .half() and such: the tables move, and keep their digits. A module made on meta gets them here."""
+        had_none = self.cos.is_meta
         super()._apply(fn, recurse)
-        if self.cos.dtype is not torch.float32:
-            self._make(self.cos.device)
+        if self.cos.dtype is not torch.float32 or had_none:
+            self.reset_parameters()
         return self
+
+    def reset_parameters(self) -> None:
+        """Makes the tables again where they are, as FSDP asks of a module after `to_empty()`."""
+        self._make(self.cos.device)
 
     def forward(
         self,
