@@ -98,6 +98,40 @@ def test_float64_runs_on_the_definition() -> None:
     assert torch.autograd.gradgradcheck(lambda t: ops.dropout(t, 0.3, seed=SEED).square(), x)
 
 
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+def test_in_place(dtype: torch.dtype) -> None:
+    x = torch.randn(5, 70, dtype=dtype, requires_grad=True)
+    expected = ops.dropout(x, 0.3, seed=SEED)
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        y = x.t().clone().t()
+        found = ops.dropout(y, 0.3, True, True, seed=SEED)
+        return y if found is y else found * torch.nan
+
+    compiled = [torch.compile(run, backend="aot_eager", fullgraph=True)] if dtype is torch.float32 else []
+    for y in [each(x) for each in (run, *compiled)]:
+        assert torch.equal(y, expected)
+        assert torch.equal(*(torch.autograd.grad(t.square().sum(), x, retain_graph=True)[0] for t in (y, expected)))
+
+
+def test_in_place_as_torch_does() -> None:
+    leaf = torch.randn(5, 70, requires_grad=True)
+    for dropout in (ops.dropout, torch.nn.functional.dropout):
+        for p, training in ((0.0, True), (0.5, False)):
+            assert dropout(leaf, p, training, inplace=True) is leaf and leaf._version == 0
+        with pytest.raises(RuntimeError, match="a leaf Variable that requires grad is being used in an in-place"):
+            dropout(leaf, 0.5, inplace=True)
+        with pytest.raises(RuntimeError, match="unsupported operation: more than one element of the written-to tensor"):
+            dropout(torch.randn(1, 70).expand(5, 70), 0.5, inplace=True)
+        saved = leaf * 1
+        squared = saved.square().sum()
+        dropout(saved, 0.5, inplace=True)
+        with pytest.raises(RuntimeError, match="has been modified by an inplace operation"):
+            squared.backward()
+    with pytest.raises(TypeError, match=r"\[dropout\] inplace: expected"):
+        ops.dropout(leaf, inplace="yes")  # type: ignore[arg-type]
+
+
 def test_nothing_but_the_seed_is_kept() -> None:
     kept: list[torch.Tensor] = []
 

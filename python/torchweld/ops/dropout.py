@@ -81,8 +81,10 @@ def _refusal(input: Tensor) -> str | None:
     return None if input.dtype in KERNEL_DTYPES else f"input of dtype {input.dtype}"
 
 
-def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: Tensor | None = None) -> Tensor:
-    """Dropout; drop-in for `torch.nn.functional.dropout` without `inplace` (Srivastava et al., JMLR 15, 2014).
+def dropout(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False, *, seed: Tensor | None = None
+) -> Tensor:
+    """Dropout; drop-in for `torch.nn.functional.dropout` (Srivastava et al., JMLR 15, 2014).
 
     The backward makes the mask again from the seed: no mask is kept. The mask is another than torch's.
 
@@ -91,15 +93,19 @@ def dropout(input: Tensor, p: float = 0.5, training: bool = True, *, seed: Tenso
         p: probability that an element is dropped: multiplied by 0, so that NaN stays and infinity becomes NaN. The
             others are divided by 1 - p.
         training: False returns the input itself, as p = 0 does.
+        inplace: the input itself is overwritten, and returned; the result lies in memory of its own for that time.
         seed: int64 of one element on input's device. It decides which elements are dropped (Philox by row and column,
             rows along the last dimension: the same on every backend, and as `add_layer_norm` drops with this seed).
             None: a seed from torch's default generator.
 
     Raises:
-        RuntimeError: seed is not one int64 element on input's device.
+        RuntimeError: seed is not one int64 element on input's device; inplace for a leaf that requires a gradient.
         TypeError: input is not floating point of 16 bits or more, or an argument is of another type.
         ValueError: p is not a probability.
     """
+    if flag("dropout", "inplace", inplace):
+        output = dropout(input, p, training, seed=seed)
+        return input if output is input else input.copy_(output)
     p, training = number("dropout", "p", p), flag("dropout", "training", training)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"[dropout] p: expected a probability from 0 to 1, but got {p}")
