@@ -156,3 +156,24 @@ def test_copies_are_whole(module: torch.nn.Module) -> None:
         for (name, a), (other, b) in zip(module.state_dict().items(), twin.state_dict().items(), strict=True):
             assert name == other
             assert torch.equal(a, b)
+
+
+def test_features_made_in_inference_mode() -> None:
+    """Those of a frozen model, for a head that trains: torch's norm and projections save copies of their own."""
+    with torch.inference_mode():
+        features = torch.randn(BATCH, KEYS, WIDTH)
+    query = torch.randn(BATCH, QUERIES, WIDTH)
+    heads = {
+        "RMSNorm": ((WIDTH,), (features,)),
+        "TransformerEncoderLayer": ((WIDTH, HEADS, 24, 0.0, "relu", 1e-5, True), (features,)),
+        "TransformerDecoderLayer": ((WIDTH, HEADS, 24, 0.0, "relu", 1e-5, True), (query, features)),
+    }
+    for name, (arguments, inputs) in heads.items():
+        stock, ours = getattr(torch.nn, name)(*arguments), getattr(nn, name)(*arguments)
+        ours.load_state_dict(stock.state_dict())
+        for module in (stock, ours):
+            module(*inputs).square().sum().backward()
+        for p, q in zip(stock.parameters(), ours.parameters(), strict=True):
+            torch.testing.assert_close(q.grad, p.grad, rtol=1e-3, atol=1e-4)
+        with torch.no_grad():
+            torch.testing.assert_close(ours(*inputs), stock(*inputs), rtol=1e-4, atol=1e-5)

@@ -137,6 +137,11 @@ def check_dense(op: str, **tensors: Any) -> None:
             )
 
 
+def recordable(t: Tensor) -> Tensor:
+    """The tensor; a copy of one made in inference mode, for autograd saves no such tensor."""
+    return t if t.requires_grad or torch.compiler.is_compiling() or not t.is_inference() else t.clone()
+
+
 def as_torch_does(error: NotDenseError, twin: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
     """The result of `twin`, torch's function of the same name. Raises `error` if `twin` does not take the arguments."""
     try:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops._arguments import NotDenseError, as_torch_does, check_dense, defined, flag, number
+from torchweld.ops._arguments import NotDenseError, as_torch_does, check_dense, defined, flag, number, recordable
 from torchweld.ops._norm import add_forward_op, inference_op, norm_of
 from torchweld.ops._norm_autograd import add_layer_norm_function, layer_norm_function, layer_norm_node
 from torchweld.ops._register import compiling, elsewhere, float32_under_autocast, wants_grad
@@ -51,7 +51,7 @@ def rms_norm(
         found = _whole(input=input, normalized_shape=normalized_shape, weight=weight, eps=eps)
         if found is True:
             norm = norm_of(normalized_shape[0], default_eps(input.dtype) if eps is None else eps, centred=False)
-            return layer_norm_node(input, weight, None, norm)
+            return layer_norm_node(recordable(input), weight, None, norm)
         if found is not None:
             return found
     shape, zero_centered_weight = sizes("rms_norm", normalized_shape), flag("rms_norm", _FLAG, zero_centered_weight)
@@ -73,7 +73,7 @@ def rms_norm(
             return defined(reference.rms_norm, "rms_norm", tensors, input, shape, weight, eps, **options)
         norm = norm_of(math.prod(shape), eps, centred=False, weight_offset=float(zero_centered_weight))
         if wants_grad(input, weight):
-            return layer_norm_function(input, weight, None, norm)
+            return layer_norm_function(recordable(input), weight, None, norm)
         return inference_op(input, weight, None, norm)
     except NotDenseError as error:
         if zero_centered_weight:
