@@ -106,3 +106,23 @@ def test_hooks_may_give_back_other_strides_and_memory(name: str) -> None:
         with hooks:
             out = FUNCTIONS[name](x, w)
         torch.testing.assert_close(torch.autograd.grad(out.sin().sum(), (x, w)), expected)
+
+
+def test_masks_and_gates_made_in_inference_mode() -> None:
+    """Autograd saves no such tensor: a copy takes its place."""
+    x, _ = leaves()
+    with torch.inference_mode():
+        mask, bias, gate = torch.rand(5, 5) < 0.7, torch.randn(5, 5), torch.randn(1, 2, 5, 8)
+    calls: dict[str, Callable[[Tensor, Tensor, Tensor], Any]] = {
+        "mask": lambda mask, _, __: ops.scaled_dot_product_attention(x, x, x, mask),
+        "folded": lambda mask, _, __: ops.scaled_dot_product_attention(x[0], x[0], x[0], mask),
+        "dropout": lambda mask, _, __: ops.attention(x, x, x, bias=mask, dropout_p=0.2, seed=SEED),
+        "bias": lambda _, bias, __: ops.attention(x, x, x, bias=bias, softcap=2.0),
+        "gate": lambda _, __, gate: ops.swiglu(gate, x),
+        "up": lambda _, __, gate: ops.geglu(x, gate),
+    }
+    made = (mask, bias, gate)
+    copies = (mask.clone(), bias.clone(), gate.clone())
+    for name, call in calls.items():
+        found, expected = (torch.autograd.grad(call(*each).sin().sum(), x)[0] for each in (made, copies))
+        assert torch.equal(found, expected), name

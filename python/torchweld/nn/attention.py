@@ -51,7 +51,7 @@ class MultiheadAttention(torch.nn.MultiheadAttention):
 
         # (B, L, E) in both layouts of the caller. One tensor that is given several times stays one tensor.
         def batch_first(x: Tensor) -> Tensor:
-            x = recordable(x) if torch.is_grad_enabled() else x  # torch's projections copy such an input too
+            x = recordable(x)  # torch's projections copy such an input too
             return x.unsqueeze(0) if not batched else x if self.batch_first else x.transpose(0, 1)
 
         distinct = {id(x): batch_first(x) for x in (query, key, value)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NoReturn, SupportsFloat, SupportsIndex, cast
+from typing import Any, NoReturn, SupportsFloat, SupportsIndex, TypeVar, cast
 
 import numpy as np
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from torchweld._torch import is_zero_tensor, no_torch_function
 
+OptionalTensor = TypeVar("OptionalTensor", Tensor, Tensor | None)
 _STRIDED = torch.strided
 KERNEL_DTYPES = frozenset((torch.float32, torch.bfloat16, torch.float16))
 FREED = "expected a tensor with memory, but got one whose storage is empty: it was freed, or is a ZeroTensor"
@@ -137,9 +138,11 @@ def check_dense(op: str, **tensors: Any) -> None:
             )
 
 
-def recordable(t: Tensor) -> Tensor:
-    """The tensor; a copy of one made in inference mode, for autograd saves no such tensor."""
-    return t if t.requires_grad or torch.compiler.is_compiling() or not t.is_inference() else t.clone()
+def recordable(t: OptionalTensor) -> OptionalTensor:
+    """The tensor; where autograd records, a copy of one made in inference mode, for it saves no such tensor."""
+    if t is None or t.requires_grad or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return t
+    return t.clone() if t.is_inference() else t
 
 
 def as_torch_does(error: NotDenseError, twin: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend, reference
-from torchweld.ops._arguments import KERNEL_DTYPES, check_dense, check_float, defined
+from torchweld.ops._arguments import KERNEL_DTYPES, check_dense, check_float, defined, recordable
 from torchweld.ops._register import (
     applier,
     double_backward,
@@ -146,4 +146,6 @@ def gated(public: Any, gate: Tensor, up: Tensor | None, activation: str, **optio
     refusal = _refusal(op, gate, up)  # also says that None is no gate
     if backend.choose(op, gate.device, refusal) == "reference":
         return defined(getattr(reference, op), op, {"gate": gate, "up": up}, gate, up, **options)
-    return _gated(gate, up, activation) if wants_grad(gate, up) else _forward_op(gate, up, activation)
+    if wants_grad(gate, up):
+        return _gated(recordable(gate), recordable(up), activation)
+    return _forward_op(gate, up, activation)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from torchweld.ops._arguments import check_dense, flag, integer, number, shown
+from torchweld.ops._arguments import check_dense, flag, integer, number, recordable, shown
 from torchweld.ops._attention import ALIGNMENTS, Modifiers, Options
 from torchweld.ops._attention_autograd import attend
 from torchweld.ops._attention_checks import (
@@ -133,7 +133,9 @@ def attention(
             fail(op, "seed", "int64 of one element", f"{seed.dtype} of shape {list(seed.shape)}")
     elif dropout_p > 0:
         seed = draw_seed(query.device)
-    modifiers = Modifiers(bias, alibi_slopes, sinks, seed if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k)
+    modifiers = Modifiers(
+        recordable(bias), alibi_slopes, sinks, seed if dropout_p > 0 else None, cu_seqlens_q, cu_seqlens_k
+    )
     options = Options(
         scale=1.0 / math.sqrt(max(query.shape[-1], 1)) if scale is None else scale,
         softcap=softcap,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from torchweld import backend
-from torchweld.ops._arguments import NotDenseError, as_torch_does, check_dense, check_memory, flag, number
+from torchweld.ops._arguments import NotDenseError, as_torch_does, check_dense, check_memory, flag, number, recordable
 from torchweld.ops._attention import Modifiers, Options, heads_like
 from torchweld.ops._attention_autograd import Numbers, attend, attention_node
 from torchweld.ops._attention_checks import check_bias, check_common, check_dropout, check_heads, fail
@@ -111,7 +111,8 @@ def scaled_dot_product_attention(
             scale=scale, enable_gqa=enable_gqa, heads_like=heads_like,
         )  # fmt: skip
         if found is True:
-            return attention_node(_numbers(query.size(-1), scale, is_causal), query, key, value, attn_mask)
+            numbers = _numbers(query.size(-1), scale, is_causal)
+            return attention_node(numbers, query, key, value, recordable(attn_mask))
         if found is not None:
             return found
     dropout_p, is_causal, enable_gqa = (
@@ -147,8 +148,8 @@ def scaled_dot_product_attention(
             check_heads(op, query, key, value)
         if attn_mask is not None:
             check_bias(op, "attn_mask", attn_mask, query, (*query.shape[:3], key.shape[2]))
-        return attend(op, False, query, key, value, Modifiers(bias=attn_mask, seed=seed), options)
+        return attend(op, False, query, key, value, Modifiers(bias=recordable(attn_mask), seed=seed), options)
     q, k, v, mask, batch = _fold(op, query, key, value, attn_mask, enable_gqa)
     check_heads(op, q, k, v)
-    out: Tensor = attend(op, False, q, k, v, Modifiers(bias=mask, seed=seed), options)
+    out: Tensor = attend(op, False, q, k, v, Modifiers(bias=recordable(mask), seed=seed), options)
     return out.reshape(*batch, query.shape[-2], value.shape[-1])
