@@ -154,3 +154,53 @@ def test_a_number_of_rows_that_is_not_known(kind: str) -> None:
             (grad,) = torch.autograd.grad(found.sum(), leaf)
             torch.testing.assert_close(grad[mask] * x[mask], found.detach())
             assert exported(x, mask).shape == found.shape
+
+
+class Heads(nn.Module):
+    """A layer that cuts rows into heads, and a loss of what it makes; of a number of rows that only the data tells."""
+
+    def __init__(self, kind: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.kind = kind
+        self.layer = torchweld.nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+        self.rotary = torchweld.nn.RotaryEmbedding(8)
+        self.head = nn.Linear(16, 12)
+        self.to(dtype)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        x = x[mask]
+        if self.kind == "encoder":
+            return self.layer(x[None])[0]
+        if self.kind == "rotary":
+            heads = self.rotary(x.view(1, -1, 2, 8).transpose(1, 2))
+            return heads.transpose(1, 2).reshape(-1, 16)
+        target = torch.arange(x.shape[0]) % 12
+        return ops.linear_cross_entropy(x, self.head.weight, target, self.head.bias, reduction=self.kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [
+        ("encoder", torch.float32),
+        ("rotary", torch.float32),
+        ("mean", torch.float32),
+        ("mean", torch.float16),
+        ("none", torch.bfloat16),
+    ],
+)
+def test_heads_and_a_loss_of_rows_whose_number_is_not_known(kind: str, dtype: torch.dtype) -> None:
+    torch._dynamo.reset()
+    model, x = Heads(kind, dtype), torch.randn(40, 16).to(dtype)
+    masks = [torch.arange(40) % 3 == 0, torch.arange(40) == 7, torch.zeros(40, dtype=torch.bool)]
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+        exported = torch.export.export(model.eval(), (x, masks[0])).module()
+        for mask in masks:
+            found = []
+            for function in (compiled, model):
+                leaf = x.clone().requires_grad_()
+                y = function(leaf, mask)
+                found.append((y.detach(), *torch.autograd.grad(y.sum(), leaf)))
+            torch.testing.assert_close(*found, equal_nan=True)
+            with torch.no_grad():
+                torch.testing.assert_close(exported(x, mask), found[1][0], equal_nan=True)

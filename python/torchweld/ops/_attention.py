@@ -67,16 +67,22 @@ def operand(t: Tensor, name: str) -> Tensor:
 
 def heads_like(query: Tensor, size: int) -> Tensor:
     """An empty (B, H, N, size), in memory (B, N, H, size) if query is so: merging the heads then costs no copy."""
-    if size == query.shape[-1] and query.is_contiguous():
-        return torch.empty_like(query)
     if query.dim() == 3:
         return query.new_empty((*query.shape[:2], size))
-    batch, heads, rows, _ = query.shape
-    if query.stride(1) < query.stride(2):
-        strides = (rows * heads * size, size, heads * size, 1)
-    else:
-        strides = (heads * rows * size, rows * size, size, 1)
-    return torch.empty_strided((batch, heads, rows, size), strides, dtype=query.dtype, device=query.device)
+    batch, heads, rows, dim = query.shape
+    if size == dim and type(batch) is int and type(rows) is int and query.is_contiguous():
+        return torch.empty_like(query)  # the same, sooner
+    of_head, of_row = query.stride()[1:3]
+    if type(of_head) is int and type(of_row) is int:
+        merged = of_head < of_row
+    else:  # in a graph, whose number of rows may not be known
+        from torch.fx.experimental.symbolic_shapes import statically_known_true  # noqa: PLC0415  (slow to import)
+
+        merged = statically_known_true(of_head < of_row)
+    head, row = (size, heads * size) if merged else (rows * size, size)
+    return torch.empty_strided(
+        (batch, heads, rows, size), (heads * rows * size, head, row, 1), dtype=query.dtype, device=query.device
+    )
 
 
 def row_statistics(query: Tensor, rows: int) -> Tensor:
