@@ -14,11 +14,11 @@ from torchweld.ops._attention import Options as _Options
 from torchweld.ops._linear_cross_entropy import LossOptions as _LossOptions
 from torchweld.ops._norm import Norm as _Norm
 from torchweld.ops._optimizer import Step as _Step
+from torchweld.ops._rotary import Rotation as _Rotation
+from torchweld.ops._rotary import Tables as _Tables
 from torchweld.ops.adamw import AdamWLists as _AdamWLists
 from torchweld.ops.adamw import AdamWOptions as _AdamWOptions
 from torchweld.ops.paged_attention import PagedOptions as _PagedOptions
-from torchweld.ops.rotary_embedding import Rotation as _Rotation
-from torchweld.ops.rotary_embedding import Tables as _Tables
 from torchweld.ops.sgd import SgdLists as _SgdLists
 from torchweld.ops.sgd import SgdOptions as _SgdOptions
 

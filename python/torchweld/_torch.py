@@ -31,6 +31,7 @@ __all__ = [
     "FunctionalTensor",
     "TorchDispatchMode",
     "arguments_of",
+    "below_autograd",
     "check_device_and_dtype_for_fused",
     "check_graph_capture",
     "check_once_for_fused",
@@ -107,6 +108,9 @@ scaled_dot_product_attention: Callable[..., Tensor] = torch._C._nn.scaled_dot_pr
 def arguments_of(operator: Any) -> list[Any]:
     """The arguments of an operator, each with its name and its type. The public form is a text to be parsed."""
     return list(operator._schema.arguments)
+
+
+below_autograd: Any = torch._C._AutoDispatchBelowAutograd  # a context for an op's own gradients; no public form
 
 
 def zero_all(tensors: list[Tensor]) -> None:

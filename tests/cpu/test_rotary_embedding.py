@@ -13,7 +13,7 @@ from torch import Tensor
 from by_exponent import by_exponent, hold_by_row
 from thread_counts import hold_bits
 from torchweld import _cpu, ops, reference
-from torchweld.ops.rotary_embedding import Rotation, Tables
+from torchweld.ops._rotary import Rotation, Tables
 from torchweld.reference.rotary_embedding import rotary_tables
 from torchweld.testing import Case, Oracle, cases
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from torchweld import ops, reference
-from torchweld.ops.rotary_embedding import Rotation, Tables
+from torchweld.ops._rotary import Rotation, Tables
 from torchweld.reference.rotary_embedding import rotary_tables
 
 NAN = float("nan")

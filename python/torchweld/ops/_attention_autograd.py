@@ -20,7 +20,15 @@ from torchweld.ops._attention import (
     inference_op,
     refusal,
 )
-from torchweld.ops._register import applier, compiling, double_backward, recorder, wants_definition, wants_grad
+from torchweld.ops._register import (
+    applier,
+    compiling,
+    differentiate,
+    double_backward,
+    recorder,
+    wants_definition,
+    wants_grad,
+)
 
 
 def _on_reference(
@@ -121,6 +129,28 @@ def attend_with_grad(
     if given <= _SHORT and not return_lse and not compiling():
         return attention_node(numbers, query, key, value, modifiers.bias)
     return _attention_with_grad(numbers, query, key, value, *modifiers[:given])
+
+
+def _attention(query: Tensor, key: Tensor, value: Tensor, modifiers: Modifiers, options: Options) -> Any:
+    return attend_with_grad(query, key, value, modifiers, options)
+
+
+def _attention_forward(
+    query: Tensor, key: Tensor, value: Tensor, modifiers: Modifiers, options: Options, rows: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Output, wide output and statistics; lse, their last row if there are 1 or 3, has a gradient too."""
+    numbers = Numbers(options, deterministic=True, return_lse=rows != 2)
+    found = _attention_with_grad(numbers, query, key, value, *modifiers)
+    output, lse = found if rows != 2 else (found, None)
+    saved, statistics = output.grad_fn.saved_tensors[:2]
+    wide = saved if saved.dtype is not output.dtype else query.new_empty(0)
+    if lse is not None:
+        statistics = lse.unsqueeze(0) if rows == 1 else torch.cat((statistics[:2], lse.unsqueeze(0)))
+    return output, wide, statistics
+
+
+differentiate("attention", _attention)
+differentiate("attention_forward", _attention_forward)
 
 
 def attend(

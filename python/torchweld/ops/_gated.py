@@ -14,6 +14,7 @@ from torchweld import backend, reference
 from torchweld.ops._arguments import KERNEL_DTYPES, check_dense, check_float, defined, recordable
 from torchweld.ops._register import (
     applier,
+    differentiate,
     double_backward,
     elsewhere,
     register,
@@ -115,6 +116,7 @@ class _Gated(torch.autograd.Function):
 
 
 _gated = applier(_Gated)
+differentiate("gated_forward", _gated)
 
 # ---- What the public functions share
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torchweld import reference
 from torchweld._torch import graph_is_kept
 from torchweld.ops._linear_cross_entropy import NOTHING, LossOptions, Wanted, op
-from torchweld.ops._register import applier, double_backward, wants_definition
+from torchweld.ops._register import applier, differentiate, double_backward, wants_definition
 
 
 def reduced(losses: Tensor, target: Tensor, ignore_index: int, reduction: str) -> Tensor:
@@ -103,3 +103,23 @@ def _definition(
 
 
 loss_of_rows = applier(_LinearCrossEntropy)
+
+
+def _losses(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    options: LossOptions,
+    dloss: Tensor | None,
+    wanted: Wanted,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The outputs of `op`, of which the loss of each row has gradients."""
+    leaves = Wanted(*(t is not None and t.requires_grad for t in (input, weight, bias)))
+    with torch.no_grad():
+        _, *grads = op(input, weight, bias, target, options, dloss, NOTHING if dloss is None else wanted)
+    dinput, dweight, dbias = grads
+    return loss_of_rows(input, weight, bias, target, options, "none", leaves), dinput, dweight, dbias
+
+
+differentiate("linear_cross_entropy", _losses)

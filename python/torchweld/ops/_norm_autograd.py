@@ -10,7 +10,7 @@ from torch import Tensor
 
 from torchweld import reference
 from torchweld.ops._norm import Norm, add_forward_op, backward_op, forward_op
-from torchweld.ops._register import applier, double_backward, recorder, wants_definition
+from torchweld.ops._register import applier, differentiate, double_backward, recorder, wants_definition
 from torchweld.reference.dropout import dropped
 
 
@@ -109,3 +109,24 @@ class _AddLayerNorm(torch.autograd.Function):
 layer_norm_function = applier(_LayerNorm)
 layer_norm_node = recorder(_LayerNorm, "layer_norm", "norm")
 add_layer_norm_function = applier(_AddLayerNorm)
+
+
+def _statistics(output: Any) -> Tensor:
+    """What the node of `output` has saved in its fourth place."""
+    stats: Tensor = output.grad_fn.saved_tensors[3]
+    return stats
+
+
+def _layer_norm_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    output = layer_norm_function(*args)
+    return output, _statistics(output)
+
+
+def _add_layer_norm_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    output, total = add_layer_norm_function(*args)
+    return output, total, _statistics(output)
+
+
+differentiate("layer_norm", layer_norm_function)
+differentiate("layer_norm_forward", _layer_norm_forward)
+differentiate("add_layer_norm_forward", _add_layer_norm_forward)

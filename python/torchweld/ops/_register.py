@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial, wraps
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,16 @@ from torchweld.ops._records import Layout
 _library = torch.library.Library("torchweld", "DEF")
 
 
+class Registered(NamedTuple):
+    """An op: as torch dispatches it, its kernel for the arguments of the schema, and which of these are tensors."""
+
+    op: Callable[..., Any]
+    kernel: Callable[..., Any]
+    layout: Layout
+    tensors: tuple[int, ...]
+
+
+_registered: dict[str, Registered] = {}
 compiling = torch.compiler.is_dynamo_compiling
 _dispatch_modes = _torch.dispatch_modes
 _function_modes = _torch.function_modes
@@ -68,8 +78,10 @@ def register(
 
         return call
 
-    _library.impl(name, checked(kernel), "CPU")
-    _library.impl(name, checked(kernel), "CUDA")
+    for device in ("CPU", "CUDA"):
+        _library.impl(name, checked(kernel), device)
+    places = tuple(i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "Optional[Tensor]"))
+    _registered[name] = Registered(op, checked(kernel), layout, places)
     torch.library.register_fake(f"torchweld::{name}", checked(fake), lib=_library)
     takes_lists = "[]" in layout.schema.partition(" ")[0]
 
@@ -95,6 +107,35 @@ def register(
             explain(name, error, named(first, *rest))
 
     return call
+
+
+def differentiate(name: str, function: Callable[..., Any]) -> None:
+    """Gives `torch.ops.torchweld.<name>` gradients, where a program calls it by name: one that was exported.
+
+    `function` takes the op's arguments, with records, and returns its outputs, recorded by autograd. Where nothing is
+    recorded the kernel is called at once: another turn through the dispatcher costs 5 us.
+    """
+    op, kernel, layout, places = _registered[name]
+
+    def call(*args: Any) -> Any:
+        plain, recorded = not (_dispatch_modes() or _torch.transforms_active()), False
+        for i in places:
+            if (t := args[i]) is not None:
+                recorded = recorded or t.requires_grad
+                plain = plain and type(t) in _PLAIN
+        if recorded and torch.is_grad_enabled():
+            if _torch.transforms_active():
+                raise NotImplementedError(
+                    f"[{name}] expected no transform of torch.func around torch.ops.torchweld.{name}, but got one that "
+                    "differentiates; call the function of torchweld.ops"
+                )
+            return function(*layout.packed(args))
+        if plain and (args[0].is_cpu or args[0].is_cuda) and not args[0].is_neg():
+            return kernel(*args)
+        with _torch.below_autograd():
+            return op(*args)
+
+    _library.impl(name, call, "Autograd")
 
 
 def elsewhere(

@@ -22,6 +22,7 @@ from torchweld.ops._arguments import (
 from torchweld.ops._register import (
     applier,
     compiling,
+    differentiate,
     double_backward,
     elsewhere,
     recorder,
@@ -154,6 +155,16 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 _with_grad = applier(_CrossEntropy)
+
+
+def _losses_and_statistics(
+    logits: Tensor, target: Tensor, ignore_index: int, smoothing: float
+) -> tuple[Tensor, Tensor]:
+    losses = _with_grad(logits, target, ignore_index, smoothing, "none", torch.float32)
+    return losses, losses.grad_fn.saved_tensors[2]
+
+
+differentiate("cross_entropy_forward", _losses_and_statistics)
 _node = recorder(_CrossEntropy, "cross_entropy", "ignore_index", "smoothing", "reduction", "rows")
 _whole = backend.whole_call("cross_entropy")
 

@@ -19,7 +19,7 @@ from torchweld.ops._arguments import (
     flag,
     number,
 )
-from torchweld.ops._register import applier, elsewhere, register, settle, wants_definition, wants_grad
+from torchweld.ops._register import applier, differentiate, elsewhere, register, settle, wants_definition, wants_grad
 from torchweld.reference.philox import draw_seed
 
 _twin = torch.nn.functional.dropout  # a program may replace it by the function below
@@ -62,6 +62,7 @@ class _Dropout(torch.autograd.Function):
 
 
 _dropout = applier(_Dropout)
+differentiate("dropout", _dropout)
 
 # ---- Public
 

@@ -20,6 +20,7 @@ from torchweld.ops._arguments import (
 from torchweld.ops._register import (
     applier,
     compiling,
+    differentiate,
     double_backward,
     elsewhere,
     memory_order,
@@ -98,6 +99,7 @@ class _Gelu(torch.autograd.Function):
 
 
 _gelu = applier(_Gelu)
+differentiate("gelu_forward", _gelu)
 _node = recorder(_Gelu, "gelu", "exact")
 _whole = backend.whole_call("gelu")
 
