@@ -182,14 +182,13 @@ def test_types_of_results_are_those_of_the_stub() -> None:
 
 # ---- Ops
 
-# What a reference or torch does without: deprecated arguments of torch's, and what torch has no twin of.
+# What a reference or torch does without: deprecated arguments of torch's, work in place, and what torch has no twin of.
 OURS = {
     ("cross_entropy", "reference"): {"size_average", "reduce"},
     ("rms_norm", "torch"): {"zero_centered_weight"},
     ("dropout", "torch"): {"seed"},
+    ("dropout", "reference"): {"inplace"},
 }
-# What of torch's an op does without.
-THEIRS = {("dropout", "torch"): {"inplace"}}
 # torch's function of the name has class weights in the place of the z loss, and another name for the bias: the tensors
 # that all calls have stand in the same places, the rest is by name.
 POSITIONS = {"linear_cross_entropy": 3}
@@ -207,7 +206,7 @@ def parameters(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 def compare(name: str, kind: str, theirs: Callable[..., Any]) -> None:
     extra = OURS.get((name, kind), set())
     ours = {n: p for n, p in parameters(getattr(ops, name)).items() if n not in extra}
-    expected = {n: p for n, p in parameters(theirs).items() if n not in THEIRS.get((name, kind), set())}
+    expected = parameters(theirs)
     assert [(n, p.kind, p.default) for n, p in ours.items()] == [(n, p.kind, p.default) for n, p in expected.items()]
 
 
