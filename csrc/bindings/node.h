@@ -5,8 +5,6 @@
 // (common_call.h), with the same arguments. What watches torch's operators was asked before a forward.
 #pragma once
 
-#include <tuple>
-
 #include "bindings/whole_call.h"
 
 namespace torchweld {
@@ -21,7 +19,7 @@ struct Names {
 
   py::str definition = interned("definition"), forward = interned("forward"), gradients = interned("gradients");
   py::str save_for_backward = interned("save_for_backward"), saved_tensors = interned("saved_tensors");
-  py::str materialize_grads = interned("set_materialize_grads"), needs_input_grad = interned("needs_input_grad");
+  py::str needs_input_grad = interned("needs_input_grad");
   py::str exact = interned("exact"), norm = interned("norm"), ignore_index = interned("ignore_index");
   py::str smoothing = interned("smoothing"), reduction = interned("reduction"), rows = interned("rows");
   py::str options = interned("options"), deterministic = interned("deterministic"), heads_like = interned("heads_like");

@@ -118,19 +118,18 @@ def differentiate(name: str, function: Callable[..., Any]) -> None:
     op, kernel, layout, places = _registered[name]
 
     def call(*args: Any) -> Any:
-        plain, recorded = not (_dispatch_modes() or _torch.transforms_active()), False
+        first, recorded = args[0], False
+        plain = first is not None and not (_dispatch_modes() or _torch.transforms_active())
         for i in places:
             if (t := args[i]) is not None:
                 recorded = recorded or t.requires_grad
                 plain = plain and type(t) in _PLAIN
         if recorded and torch.is_grad_enabled():
             if _torch.transforms_active():
-                raise NotImplementedError(
-                    f"[{name}] expected no transform of torch.func around torch.ops.torchweld.{name}, but got one that "
-                    "differentiates; call the function of torchweld.ops"
-                )
+                remedy = "call the function of torchweld.ops"
+                raise NotImplementedError(f"[{name}] expected no transform of torch.func that differentiates; {remedy}")
             return function(*layout.packed(args))
-        if plain and (args[0].is_cpu or args[0].is_cuda) and not args[0].is_neg():
+        if plain and (first.is_cpu or first.is_cuda) and not first.is_neg():
             return kernel(*args)
         with _torch.below_autograd():
             return op(*args)
