@@ -1,9 +1,8 @@
 // What makes a call common, and what a call that is common may use of torch without its headers.
 //
 // A common call has plain tensors in this device's memory, arguments of the expected types, and nothing that watches or
-// transforms torch's operators. The functions of whole_call.h and node.h serve common calls alone: for any
-// other they return None before they have touched anything, and the op's Python code makes all checks and raises all
-// errors.
+// transforms torch's operators. The functions of whole_call.h and node.h serve common calls alone. Any other they leave
+// to the op's Python code before they have touched anything: it makes all checks and raises all errors.
 #pragma once
 
 #include <cstdint>
@@ -130,7 +129,11 @@ class Surroundings {
 // The tensors of one whole call, or of a node, which need not ask which of them want gradients.
 class CommonTensors {
  public:
-  explicit CommonTensors(bool of_node = false) : of_node_(of_node) {}
+  static CommonTensors of_node() {
+    CommonTensors tensors;
+    tensors.asks_for_grad_ = false;
+    return tensors;
+  }
 
   // Whether `object` is a plain tensor with memory on the CPU; sets `view`, which is valid while the tensor lives.
   bool reads(Object object, TensorView& view) {
@@ -142,7 +145,7 @@ class CommonTensors {
       return false;
     }
     if (view.device.type != dlpack::kCPU || !view.has_memory() || surroundings_.is_negated(tensor)) return false;
-    wants_grad_ = wants_grad_ || (!of_node_ && surroundings_.requires_grad(tensor));
+    wants_grad_ = wants_grad_ || (asks_for_grad_ && surroundings_.requires_grad(tensor));
     return true;
   }
 
@@ -168,7 +171,7 @@ class CommonTensors {
 
  private:
   const Surroundings& surroundings_ = Surroundings::get();
-  bool of_node_, wants_grad_ = false;
+  bool asks_for_grad_ = true, wants_grad_ = false;
 };
 
 }  // namespace torchweld

@@ -111,7 +111,7 @@ inline py::object gradient_like(bool wanted, Object tensor, void*& data) {
 template <class Backend>
 py::object gelu_forward(Object ctx, Object input, Object exact) {
   const Forward node(ctx);
-  py::object output = whole::gelu_of<Backend>(CommonTensors(true), input, exact.source == Py_True);
+  py::object output = whole::gelu_of<Backend>(CommonTensors::of_node(), input, exact.source == Py_True);
   if (output.is_none()) return node.by_definition(input.source, exact.source);
   node.save(input.source);
   node.set(Names::get().exact, exact.source);
@@ -121,7 +121,7 @@ py::object gelu_forward(Object ctx, Object input, Object exact) {
 // The gradient of the input; None where the call is not common.
 template <class Backend>
 py::object gelu_gradient(const Backward& node, Object doutput, Object input) {
-  CommonTensors tensors(true);
+  CommonTensors tensors = CommonTensors::of_node();
   TensorView dy, x;
   if (!Backward::is_common() || !tensors.reads(doutput, dy) || !tensors.reads(input, x)) return py::none();
   const auto dtype = dtype_of(x.dtype);
@@ -149,7 +149,7 @@ py::object gelu_backward(Object ctx, Object doutput) {
 template <class Backend>
 py::object norm_forward(Object ctx, Object input, Object weight, Object bias, Object norm) {
   const Forward node(ctx);
-  CommonTensors tensors(true);
+  CommonTensors tensors = CommonTensors::of_node();
   TensorView x;
   LayerNormForwardParams p{};
   if (!whole::reads_rows(tensors, input, read<Norm>(norm.source), x, p) ||
@@ -169,7 +169,7 @@ py::object norm_forward(Object ctx, Object input, Object weight, Object bias, Ob
 template <class Backend>
 py::object norm_gradients(const Backward& node, Object doutput, Object input, Object weight, Object bias,
                           Object stats) {
-  CommonTensors tensors(true);
+  CommonTensors tensors = CommonTensors::of_node();
   TensorView dy, x, rows;
   LayerNormBackwardParams p{};
   const void* ignored = nullptr;
@@ -228,7 +228,7 @@ py::object cross_entropy_forward(Object ctx, Object logits, Object target, Objec
 // dlogits of a loss that is reduced: dloss has one element, and each row's part of it is dloss / rows.
 template <class Backend>
 py::object cross_entropy_gradient(const Backward& node, Object dloss, Object logits, Object target, Object stats) {
-  CommonTensors tensors(true);
+  CommonTensors tensors = CommonTensors::of_node();
   TensorView dy, x, classes, found;
   const Names& names = Names::get();
   const py::object rows = node.get(names.rows);
@@ -236,7 +236,7 @@ py::object cross_entropy_gradient(const Backward& node, Object dloss, Object log
       !tensors.reads(target, classes) || !tensors.reads(stats, found))
     return py::none();
   const auto dtype = dtype_of(x.dtype), scalar = dtype_of(dy.dtype);
-  if (!dtype || !scalar || dy.ndim != 0 || !CommonTensors::are_neighbours(x)) return py::none();
+  if (!dtype || !scalar || dy.ndim != 0 || x.ndim != 2 || !CommonTensors::are_neighbours(x)) return py::none();
   py::object single;
   if (scalar != DType::float32) {
     single = py::reinterpret_borrow<py::object>(dloss.source).attr("float")();

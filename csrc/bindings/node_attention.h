@@ -9,7 +9,7 @@ namespace node {
 
 // Query, key, value and a bias or None.
 struct CommonHeads {
-  CommonTensors tensors{true};
+  CommonTensors tensors = CommonTensors::of_node();
   TensorView query{}, key{}, value{};
   whole::ExpandedMask mask;
   Modifiers modifiers;

@@ -261,6 +261,7 @@ def test_what_is_not_common_is_left_to_the_definition() -> None:
             forward(_cpu.node_layer_norm_forward, x, odd, None, norm)
         forward(_cpu.node_cross_entropy_forward, odd, target, -100, 0.0, "mean", torch.float32)
         gradients(_cpu.node_cross_entropy_backward, odd, x, target, stats, None, **loss)
+        gradients(_cpu.node_cross_entropy_backward, torch.ones(()), x.flatten(), target, stats, None, **loss)
         forward(_cpu.node_attention_forward, numbers, odd, q, q, None)
         gradients(_cpu.node_attention_backward, odd, q, stats, q, q, q, None, options=Options(1.0), deterministic=True)
     gradients(_cpu.node_gelu_backward, torch.randn(8, 4).t(), x, exact=True)

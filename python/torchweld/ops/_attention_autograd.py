@@ -109,7 +109,7 @@ class _Attention(torch.autograd.Function):
 
 _attention_with_grad = applier(_Attention)
 attention_node = recorder(_Attention, "attention", "options", "deterministic")
-_SHORT = 1  # of the modifiers, the node takes the first alone, the bias
+_UP_TO_BIAS = Modifiers._fields.index("bias") + 1  # so many modifiers the node takes
 
 
 def attend_with_grad(
@@ -126,7 +126,7 @@ def attend_with_grad(
     while given > 0 and modifiers[given - 1] is None:
         given -= 1
     numbers = Numbers(options, deterministic, return_lse)
-    if given <= _SHORT and not return_lse and not compiling():
+    if given <= _UP_TO_BIAS and not return_lse and not compiling():
         return attention_node(numbers, query, key, value, modifiers.bias)
     return _attention_with_grad(numbers, query, key, value, *modifiers[:given])
 

@@ -78,10 +78,11 @@ def register(
 
         return call
 
+    by_schema = checked(kernel)
     for device in ("CPU", "CUDA"):
-        _library.impl(name, checked(kernel), device)
+        _library.impl(name, by_schema, device)
     places = tuple(i for i, a in enumerate(arguments) if str(a.type) in ("Tensor", "Optional[Tensor]"))
-    _registered[name] = Registered(op, checked(kernel), layout, places)
+    _registered[name] = Registered(op, by_schema, layout, places)
     torch.library.register_fake(f"torchweld::{name}", checked(fake), lib=_library)
     takes_lists = "[]" in layout.schema.partition(" ")[0]
 
@@ -127,7 +128,7 @@ def differentiate(name: str, function: Callable[..., Any]) -> None:
         if recorded and torch.is_grad_enabled():
             if _torch.transforms_active():
                 remedy = "call the function of torchweld.ops"
-                raise NotImplementedError(f"[{name}] expected no transform of torch.func that differentiates; {remedy}")
+                raise RuntimeError(f"[{name}] expected no transform of torch.func that differentiates; {remedy}")
             return function(*layout.packed(args))
         if plain and (first.is_cpu or first.is_cuda) and not first.is_neg():
             return kernel(*args)
